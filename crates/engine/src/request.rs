@@ -1,0 +1,125 @@
+//! What the engine is asked and what it answers: tokens in, events out. No text here.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use rudder_ops::{LogitBias, SamplingParams, TokenLogprob};
+
+/// One sequence to generate. A client's `n` choices are `n` of these with the same prompt.
+#[derive(Debug, Clone)]
+pub struct GenerateRequest {
+    /// Prompt tokens; at least one.
+    pub prompt: Arc<[u32]>,
+    /// How to draw.
+    pub sampling: SamplingParams,
+    /// Generate at most this many tokens; cut to what the context still holds.
+    pub max_tokens: usize,
+    /// End after drawing any of these (it is reported in the last event).
+    pub stop_tokens: Vec<u32>,
+    /// Go on past `stop_tokens`, to `max_tokens`.
+    pub ignore_eos: bool,
+    /// Report log-probabilities of the prompt's own tokens too (`echo` with `logprobs`). Such a
+    /// prompt is computed afresh, without the prefix cache.
+    pub prompt_logprobs: bool,
+}
+
+/// A generated (or, with `prompt_logprobs`, scored) token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// Its log-probability, when asked for.
+    pub logprob: Option<f32>,
+    /// The most likely alternatives, best first, as many as asked for.
+    pub top: Vec<TokenLogprob>,
+}
+
+/// Why a generation ended by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token was drawn.
+    Stop,
+    /// `max_tokens` or the context length was reached.
+    Length,
+}
+
+/// Where a generation's time went, and its counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Usage {
+    /// Prompt tokens.
+    pub prompt_tokens: usize,
+    /// Of these, found in the prefix cache.
+    pub cached_tokens: usize,
+    /// Tokens generated, a final stop token included.
+    pub completion_tokens: usize,
+    /// Submission to first planned step.
+    pub queue: Duration,
+    /// First planned step to first token.
+    pub prefill: Duration,
+    /// First token to the end.
+    pub decode: Duration,
+}
+
+/// What a [`crate::Generation`] yields. The last event is always `Finished` or `Failed`.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// Prefill went on: `done` of `total` prompt tokens are in the cache.
+    Prefill {
+        /// Prompt tokens computed or found.
+        done: usize,
+        /// Prompt tokens.
+        total: usize,
+    },
+    /// The prompt's own tokens, scored; comes once, before any `Token`. The first has no
+    /// log-probability.
+    Prompt(Vec<Token>),
+    /// A token was drawn.
+    Token(Token),
+    /// The end.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Counts and times.
+        usage: Usage,
+    },
+    /// The end, by a fault of ours; the message is fit for the client.
+    Failed {
+        /// What went wrong.
+        message: String,
+    },
+}
+
+/// Why a request was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The prompt is empty.
+    #[error("the prompt is empty; send at least one token")]
+    EmptyPrompt,
+    /// A token id lies outside the vocabulary.
+    #[error("token id {token} is outside the vocabulary of {vocab} tokens")]
+    BadToken {
+        /// The offending id.
+        token: u32,
+        /// Vocabulary size.
+        vocab: usize,
+    },
+    /// The prompt leaves no room for an answer.
+    #[error("prompt is too long: {tokens} tokens > {maximum} maximum")]
+    TooLong {
+        /// Prompt tokens.
+        tokens: usize,
+        /// Most that one sequence can hold, the answer's first token included.
+        maximum: usize,
+    },
+    /// The queue is full.
+    #[error("the server is at capacity ({waiting} requests waiting); retry in {} s", retry_after.as_secs())]
+    Busy {
+        /// Requests waiting.
+        waiting: usize,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// The engine is draining or gone.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+}

@@ -1,0 +1,1 @@
+//! The model catalog and the local cache: finds, downloads and checks weights.

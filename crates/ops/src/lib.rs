@@ -1,0 +1,230 @@
+//! The op set that every model is written in, and the backends that run it.
+//!
+//! [`Backend`] is the one seam between a model and a device. A model calls some fifteen ops over
+//! flat tokens (no padding; prefill chunks and decodes side by side) and never learns which
+//! backend runs them. Three implement it or will: [`reference`] (candle, f32, the oracle of the
+//! others), [`cpu`] (our kernels, quantised weights) and, in an issue of its own, `cuda`.
+//!
+//! Shapes are row-major and written `[rows, width]`.
+
+
+
+
+mod batch;
+mod raw;
+mod sampling;
+
+pub use batch::{BLOCK_SIZE, Batch, Span};
+pub use raw::{DType, RawTensor, UnsupportedDType};
+pub use sampling::{
+    LogitBias, SampleRow, Sampled, SamplingParams, TokenCounts, TokenLogprob,
+};
+
+/// What an op or a weight upload can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum OpError {
+    /// A weight has a shape the op cannot use; names the tensor and both shapes.
+    #[error("tensor {name}: expected shape {expected}, found {found}")]
+    Shape {
+        /// The tensor's name in its file.
+        name: String,
+        /// What the op needs.
+        expected: String,
+        /// What the file holds.
+        found: String,
+    },
+    /// A weight's storage format is not supported by this backend.
+    #[error("tensor {name}: storage format {dtype:?} is not supported by the {backend} backend")]
+    Unsupported {
+        /// The tensor's name in its file.
+        name: String,
+        /// Its storage format.
+        dtype: DType,
+        /// The backend that was asked.
+        backend: &'static str,
+    },
+    /// The backend itself failed (out of memory, a driver error).
+    #[error("{0}")]
+    Backend(String),
+}
+
+impl From<candle_core::Error> for OpError {
+    fn from(e: candle_core::Error) -> Self {
+        OpError::Backend(e.to_string())
+    }
+}
+
+/// Result of ops and uploads.
+pub type Result<T> = std::result::Result<T, OpError>;
+
+/// How positions are turned into rotations of query and key pairs.
+///
+/// Rotary position embedding, Su et al. 2021 (arXiv:2104.09864).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// Inverse frequencies, `[head_dim / 2]`, with any context-length scaling already applied.
+    pub inv_freq: Vec<f32>,
+    /// Which two elements of a head form a pair.
+    pub pairing: RopePairing,
+}
+
+/// Which two elements of a head rotate together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopePairing {
+    /// Element `i` with `i + head_dim / 2` (Hugging Face checkpoints; GGUF of Qwen).
+    Halves,
+    /// Element `2i` with `2i + 1` (GGUF of Llama, whose converter permutes Q and K rows).
+    Interleaved,
+}
+
+/// Sizes of an attention layer; the same for all layers of a model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Factor on query-key products, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+impl AttentionShape {
+    /// Width of a fused row `[q | k | v]`.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+    /// Width of an attention output row.
+    pub fn out_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+}
+
+/// RMS norms on each query and key head before rope (Qwen3), `[head_dim]` each.
+pub struct QkNorm<'a, V> {
+    /// Weight for query heads.
+    pub q: &'a V,
+    /// Weight for key heads.
+    pub k: &'a V,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// The op set. One value is one device; a step's ops are called in order from one thread.
+///
+/// Contract shared by all ops:
+/// - [`Backend::begin`] opens a step and tells the backend its [`Batch`]; ops that need
+///   positions, slots or block tables take them from there.
+/// - A [`Backend::Tensor`] is allocated once (`tensor(max_rows, width)`) and carries a current row
+///   count; an op sets its output's row count from its input's. No op allocates on the hot
+///   path, except in `reference`.
+/// - Row `i` of any output depends on row `i` of the inputs (and, in attention, its own
+///   sequence's KV) alone, bit for bit, whatever the other rows are: answers do not depend on
+///   neighbours. The one exception is `reference`, which is an oracle within a tolerance.
+pub trait Backend: Send + Sized + 'static {
+    /// Activations, `[rows <= max_rows, width]`.
+    type Tensor: Send;
+    /// A weight matrix `[out, in]` in any storage format, made for [`Backend::linear`].
+    type Matrix: Send;
+    /// An embedding table `[vocab, hidden]`, made for [`Backend::embed`].
+    type Embedding: Send;
+    /// A small f32 vector: a norm weight or a bias.
+    type Vector: Send;
+    /// The stacked experts of one MoE layer.
+    type Experts: Send;
+    /// The paged keys and values of all layers.
+    type KvCache: Send;
+
+    /// A short name for logs and errors: `cpu`, `reference`, `cuda:0`.
+    fn name(&self) -> &str;
+
+    // ---- load time -------------------------------------------------------------------------
+
+    /// Uploads a matrix made of `parts` stacked along the output dimension (Q, K and V, or gate
+    /// and up, in one multiplication). Parts may differ in storage format but not in width.
+    fn load_matrix(&mut self, parts: &[RawTensor]) -> Result<Self::Matrix>;
+    /// Uploads an embedding table.
+    fn load_embedding(&mut self, table: &RawTensor) -> Result<Self::Embedding>;
+    /// Uploads vectors concatenated in order, widened to f32.
+    fn load_vector(&mut self, parts: &[RawTensor]) -> Result<Self::Vector>;
+    /// Uploads one layer's experts: `gate`, `up` `[intermediate, hidden]` and `down`
+    /// `[hidden, intermediate]` for each expert in order.
+    fn load_experts(&mut self, gate: &[RawTensor], up: &[RawTensor], down: &[RawTensor]) -> Result<Self::Experts>;
+    /// Allocates a workspace tensor.
+    fn tensor(&mut self, max_rows: usize, width: usize) -> Result<Self::Tensor>;
+    /// Allocates a KV cache of `blocks` blocks of [`BLOCK_SIZE`] tokens for `layers` layers.
+    fn kv_cache(&mut self, layers: usize, shape: &AttentionShape, blocks: usize) -> Result<Self::KvCache>;
+    /// Bytes that one KV block of one layer takes.
+    fn kv_block_bytes(&self, shape: &AttentionShape) -> usize;
+    /// Prepares rotations for positions `0 .. max_positions`.
+    fn load_rope(&mut self, rope: &Rope, max_positions: usize) -> Result<()>;
+
+    // ---- a step ----------------------------------------------------------------------------
+
+    /// Opens a step over `batch`.
+    fn begin(&mut self, batch: &Batch) -> Result<()>;
+    /// `out[i] = table[batch.tokens[i]]`.
+    fn embed(&mut self, table: &Self::Embedding, out: &mut Self::Tensor) -> Result<()>;
+    /// Adds `delta` to `x` in place when given (the residual), then
+    /// `out = x / sqrt(mean(x^2) + eps) * weight` row by row. Zhang and Sennrich 2019
+    /// (arXiv:1910.07467).
+    fn rms_norm(
+        &mut self,
+        x: &mut Self::Tensor,
+        delta: Option<&Self::Tensor>,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `out = x * w^T + bias`.
+    fn linear(
+        &mut self,
+        x: &Self::Tensor,
+        w: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// Rotates the query and key parts of `qkv` (rows `[q | k | v]`) in place, after `norm` when
+    /// given, and writes keys and values of every row to its slot of `layer` in `cache`.
+    fn rope_and_cache(
+        &mut self,
+        qkv: &mut Self::Tensor,
+        shape: &AttentionShape,
+        norm: Option<QkNorm<'_, Self::Vector>>,
+        layer: usize,
+        cache: &mut Self::KvCache,
+    ) -> Result<()>;
+    /// Causal attention of every query row of `qkv` over its sequence's cached keys and values
+    /// up to and including its own position; `out` is `[rows, heads * head_dim]`. Query head `h`
+    /// reads KV head `h / (heads / kv_heads)`.
+    fn attention(
+        &mut self,
+        qkv: &Self::Tensor,
+        shape: &AttentionShape,
+        layer: usize,
+        cache: &Self::KvCache,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `gate_up` rows are `[gate | up]`; `out = silu(gate) * up` (Shazeer 2020, arXiv:2002.05202).
+    fn silu_mul(&mut self, gate_up: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+    /// Mixture of experts: softmax over `router_logits` rows, the `top_k` largest (ties to the
+    /// lower index), weights renormalised to sum to one when `renormalise`, and the weighted sum
+    /// of those experts' SiLU-gated MLPs of `x`.
+    fn moe(
+        &mut self,
+        x: &Self::Tensor,
+        router_logits: &Self::Tensor,
+        experts: &Self::Experts,
+        top_k: usize,
+        renormalise: bool,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// Copies the rows `batch.outputs` of `x` to `out`, adding the same rows of `delta` when given.
+    fn gather(&mut self, x: &Self::Tensor, delta: Option<&Self::Tensor>, out: &mut Self::Tensor) -> Result<()>;
+    /// Draws one token from every row of `logits` as `rows` ask; writes one [`Sampled`] a row.
+    /// A row whose logits are not finite reports [`Sampled::fault`] and harms no other row.
+    fn sample(&mut self, logits: &mut Self::Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()>;
+    /// Copies a tensor's rows to the host; for tests and logit parity, not for the hot path.
+    fn to_host(&mut self, x: &Self::Tensor) -> Result<Vec<f32>>;
+}

@@ -1,0 +1,159 @@
+//! A tensor as it lies in its file: a name, a shape, a storage format and mapped bytes.
+
+use std::sync::Arc;
+
+/// Storage formats of weights. The quantised ones are GGML's blocks, as specified by
+/// <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md> and `ggml-common.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs, non_camel_case_types)] // the names are the specification's
+pub enum DType {
+    F32,
+    F16,
+    BF16,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2_K,
+    Q3_K,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+}
+
+/// A GGML type number that Rudder does not read.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+#[error("GGML type {0} is not supported (supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K)")]
+pub struct UnsupportedDType(pub u32);
+
+impl DType {
+    /// From GGML's type number.
+    ///
+    /// # Errors
+    /// If the type is not one of ours.
+    pub fn from_ggml(id: u32) -> Result<Self, UnsupportedDType> {
+        Ok(match id {
+            0 => DType::F32,
+            1 => DType::F16,
+            2 => DType::Q4_0,
+            3 => DType::Q4_1,
+            6 => DType::Q5_0,
+            7 => DType::Q5_1,
+            8 => DType::Q8_0,
+            10 => DType::Q2_K,
+            11 => DType::Q3_K,
+            12 => DType::Q4_K,
+            13 => DType::Q5_K,
+            14 => DType::Q6_K,
+            30 => DType::BF16,
+            other => return Err(UnsupportedDType(other)),
+        })
+    }
+
+    /// Elements in one block.
+    pub fn block_len(self) -> usize {
+        match self {
+            DType::F32 | DType::F16 | DType::BF16 => 1,
+            DType::Q4_0 | DType::Q4_1 | DType::Q5_0 | DType::Q5_1 | DType::Q8_0 => 32,
+            DType::Q2_K | DType::Q3_K | DType::Q4_K | DType::Q5_K | DType::Q6_K => 256,
+        }
+    }
+
+    /// Bytes of one block.
+    pub fn block_bytes(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::BF16 => 2,
+            DType::Q4_0 => 18,
+            DType::Q4_1 => 20,
+            DType::Q5_0 => 22,
+            DType::Q5_1 => 24,
+            DType::Q8_0 => 34,
+            DType::Q2_K => 84,
+            DType::Q3_K => 110,
+            DType::Q4_K => 144,
+            DType::Q5_K => 176,
+            DType::Q6_K => 210,
+        }
+    }
+
+    /// Bytes of `elements` elements; `None` if they are no whole number of blocks or overflow.
+    pub fn bytes(self, elements: usize) -> Option<usize> {
+        (elements % self.block_len() == 0).then(|| (elements / self.block_len()).checked_mul(self.block_bytes()))?
+    }
+}
+
+/// A tensor in a mapped file. Cheap to clone; the mapping lives as long as any clone.
+#[derive(Clone)]
+pub struct RawTensor {
+    /// Name in its file, for errors.
+    pub name: String,
+    /// Row-major shape, slowest dimension first: a linear weight is `[out, in]`.
+    pub shape: Vec<usize>,
+    /// Storage format.
+    pub dtype: DType,
+    storage: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    start: usize,
+    len: usize,
+}
+
+impl RawTensor {
+    /// A tensor of `shape` whose bytes begin at `start` of `storage`. `None` if the bytes do not
+    /// lie inside `storage`, overflow, or the last dimension is no whole number of blocks.
+    pub fn new(
+        name: impl Into<String>,
+        shape: Vec<usize>,
+        dtype: DType,
+        storage: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        start: usize,
+    ) -> Option<Self> {
+        let elements = shape.iter().try_fold(1usize, |a, &b| a.checked_mul(b))?;
+        if shape.last().is_some_and(|last| last % dtype.block_len() != 0) {
+            return None;
+        }
+        let len = dtype.bytes(elements)?;
+        let end = start.checked_add(len)?;
+        (end <= (*storage).as_ref().len()).then_some(Self { name: name.into(), shape, dtype, storage, start, len })
+    }
+
+    /// A tensor that owns f32 data; for tests and random weights.
+    pub fn from_f32(name: impl Into<String>, shape: Vec<usize>, data: &[f32]) -> Self {
+        let bytes: Vec<u8> = data.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Self::new(name, shape, DType::F32, Arc::new(bytes), 0).expect("shape matches data")
+    }
+
+    /// The bytes, little-endian, in `dtype`'s layout. Not necessarily aligned.
+    pub fn bytes(&self) -> &[u8] {
+        &(*self.storage).as_ref()[self.start..self.start + self.len]
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Slice `index` of the slowest dimension: expert `index` of stacked experts `[experts, out, in]`.
+    ///
+    /// # Panics
+    /// If `index` is out of range.
+    pub fn index(&self, index: usize) -> Self {
+        let slices = self.shape[0];
+        assert!(index < slices);
+        let len = self.len / slices;
+        Self {
+            name: format!("{}[{index}]", self.name),
+            shape: self.shape[1..].to_vec(),
+            dtype: self.dtype,
+            storage: self.storage.clone(),
+            start: self.start + index * len,
+            len,
+        }
+    }
+}
+
+impl std::fmt::Debug for RawTensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {:?} {:?}", self.name, self.dtype, self.shape)
+    }
+}

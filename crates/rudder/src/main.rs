@@ -1,0 +1,3 @@
+//! The `rudder` command.
+
+fn main() {}

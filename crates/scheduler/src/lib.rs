@@ -1,0 +1,1 @@
+//! Pure scheduling: queues, budgets, KV blocks, prefix tree.
