@@ -11,6 +11,8 @@
 
 
 mod batch;
+pub mod cpu;
+pub mod dequant;
 mod raw;
 mod sampling;
 
