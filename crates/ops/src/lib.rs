@@ -19,6 +19,7 @@ mod sampling;
 pub use batch::{BLOCK_SIZE, Batch, Span};
 pub use raw::{DType, RawTensor, UnsupportedDType};
 pub use sampling::{
+    SamplerScratch, sample_row,
     LogitBias, SampleRow, Sampled, SamplingParams, TokenCounts, TokenLogprob,
 };
 
