@@ -1,1 +1,34 @@
-//! Pure scheduling: queues, budgets, KV blocks, prefix tree.
+//! Pure scheduling: queues, budgets, KV blocks and the prefix tree.
+//!
+//! No tensors, no I/O, no threads, no clock. The engine adds sequences, asks for a [`StepPlan`],
+//! runs it, and commits it:
+//!
+//! ```
+//! use rudder_scheduler::{Scheduler, SchedulerConfig, StepPlan};
+//!
+//! let config = SchedulerConfig { blocks: 64, max_sequences: 8, max_batch_tokens: 32, prefix_cache: true };
+//! let mut scheduler = Scheduler::new(config);
+//! scheduler.add(1, vec![5; 40], false);
+//! let mut plan = StepPlan::default();
+//! scheduler.plan(&mut plan);
+//! assert_eq!(plan.chunks[0].len, 32); // the budget cuts the prompt of 40
+//! scheduler.commit(&plan);
+//! scheduler.plan(&mut plan);
+//! assert_eq!((plan.chunks[0].len, plan.chunks[0].outputs), (8, 1)); // its end gives a token
+//! scheduler.commit(&plan);
+//! scheduler.append(1, 7);
+//! scheduler.remove(1);
+//! assert_eq!(scheduler.counts().used, 0);
+//! ```
+
+mod block_pool;
+mod prefix_tree;
+mod scheduler;
+mod sequence;
+
+pub use block_pool::{BlockCounts, BlockId};
+pub use scheduler::{Chunk, PrefixStats, Scheduler, SchedulerConfig, StepPlan};
+pub use sequence::{Sequence, SequenceId};
+
+/// Tokens in one KV block; the engine checks that it equals the op set's.
+pub const BLOCK_SIZE: usize = 16;

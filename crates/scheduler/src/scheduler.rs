@@ -1,0 +1,350 @@
+//! What runs next: decodes first, then chunks of prefill, under one token budget.
+//!
+//! - First come, first served. A sequence is admitted when the pool holds blocks for all its known
+//!   tokens (they are taken at once, so a prefill never stalls for blocks) and one spare for each
+//!   running sequence.
+//! - A decode that finds no block preempts the youngest running sequence. The oldest is never
+//!   preempted by another, so it always advances and nobody starves. A preempted sequence keeps
+//!   its tokens, waits in its old place, and finds most of its blocks again in the prefix tree.
+//! - A waiting sequence whose next block a running one is just computing (forks of one prompt)
+//!   lets it finish and then shares, rather than compute the same twice.
+
+use std::collections::{BTreeSet, HashMap};
+
+use crate::block_pool::{BlockCounts, BlockPool};
+use crate::sequence::{Sequence, SequenceId};
+use crate::{BLOCK_SIZE, BlockId};
+
+/// Sizes and switches of a [`Scheduler`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// KV blocks in the pool.
+    pub blocks: usize,
+    /// Most sequences running at once; also the most output rows of a step.
+    pub max_sequences: usize,
+    /// Most tokens computed in one step; at least `max_sequences`.
+    pub max_batch_tokens: usize,
+    /// Keep blocks of finished sequences for later ones that begin alike.
+    pub prefix_cache: bool,
+}
+
+/// One sequence's share of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunk {
+    /// The sequence.
+    pub id: SequenceId,
+    /// First token of the chunk; those before it are computed.
+    pub start: usize,
+    /// Tokens in the chunk.
+    pub len: usize,
+    /// Logits are wanted for the last `outputs` tokens: 0 within a prompt, 1 at the end of the
+    /// known tokens, `len` while a prompt is scored.
+    pub outputs: usize,
+}
+
+/// Which sequences run how many tokens next. Reused from step to step.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StepPlan {
+    /// What to compute, in this order.
+    pub chunks: Vec<Chunk>,
+    /// Sequences that began to run with this step, and how many of their tokens were cached.
+    pub admitted: Vec<(SequenceId, usize)>,
+    /// Sequences that lost their blocks with this step.
+    pub preempted: Vec<SequenceId>,
+}
+
+impl StepPlan {
+    fn clear(&mut self) {
+        self.chunks.clear();
+        self.admitted.clear();
+        self.preempted.clear();
+    }
+}
+
+/// Use of the prefix tree so far, in tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PrefixStats {
+    /// Looked up.
+    pub queries: u64,
+    /// Found.
+    pub hits: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    pool: BlockPool,
+    sequences: HashMap<SequenceId, Sequence>,
+    /// Ascending by arrival, since ids are.
+    waiting: BTreeSet<SequenceId>,
+    /// Ascending by arrival.
+    running: Vec<SequenceId>,
+    prefix_stats: PrefixStats,
+}
+
+impl Scheduler {
+    /// An idle scheduler.
+    ///
+    /// # Panics
+    /// If a step could not hold one token of every running sequence.
+    pub fn new(config: SchedulerConfig) -> Self {
+        assert!(config.max_sequences > 0 && config.max_batch_tokens >= config.max_sequences);
+        Self {
+            pool: BlockPool::new(config.blocks),
+            config,
+            sequences: HashMap::new(),
+            waiting: BTreeSet::new(),
+            running: Vec::with_capacity(config.max_sequences),
+            prefix_stats: PrefixStats::default(),
+        }
+    }
+
+    /// Longest sequence that the pool can hold, in tokens.
+    pub fn max_tokens(&self) -> usize {
+        self.config.blocks * BLOCK_SIZE
+    }
+
+    /// Queues a sequence. Its prompt and answer together must not outgrow [`Self::max_tokens`].
+    ///
+    /// # Panics
+    /// If the id is known or the prompt empty or too long: the engine checks its input.
+    pub fn add(&mut self, id: SequenceId, prompt: Vec<u32>, score_prompt: bool) {
+        assert!(!prompt.is_empty() && prompt.len() <= self.max_tokens());
+        let previous = self.sequences.insert(id, Sequence::new(prompt, score_prompt));
+        assert!(previous.is_none(), "sequence {id} was added twice");
+        self.waiting.insert(id);
+    }
+
+    /// Forgets a sequence, finished or cancelled, and lets go of its blocks. Unknown ids are fine.
+    pub fn remove(&mut self, id: SequenceId) {
+        if let Some(mut sequence) = self.sequences.remove(&id) {
+            self.waiting.remove(&id);
+            self.running.retain(|&other| other != id);
+            release_blocks(&mut self.pool, &mut sequence);
+        }
+    }
+
+    /// A sequence by its id.
+    pub fn sequence(&self, id: SequenceId) -> Option<&Sequence> {
+        self.sequences.get(&id)
+    }
+
+    /// Sequences running.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences waiting.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Blocks by state.
+    pub fn counts(&self) -> BlockCounts {
+        self.pool.counts()
+    }
+
+    /// Use of the prefix tree so far.
+    pub fn prefix_stats(&self) -> PrefixStats {
+        self.prefix_stats
+    }
+
+    /// Plans the next step into `plan`. It is empty only when nothing waits or runs.
+    pub fn plan(&mut self, plan: &mut StepPlan) {
+        plan.clear();
+        let mut budget = Budget { tokens: self.config.max_batch_tokens, outputs: self.config.max_sequences };
+        self.plan_decodes(plan, &mut budget);
+        for index in 0..self.running.len() {
+            let id = self.running[index];
+            if !self.sequences[&id].is_decoding() {
+                self.plan_prefill(id, plan, &mut budget);
+            }
+        }
+        if plan.preempted.is_empty() {
+            self.admit(plan, &mut budget);
+        }
+    }
+
+    /// Advances the planned sequences by what was computed and makes their full blocks findable.
+    /// Call after the model ran; sequences removed meanwhile are passed over.
+    pub fn commit(&mut self, plan: &StepPlan) {
+        for chunk in &plan.chunks {
+            let Some(sequence) = self.sequences.get_mut(&chunk.id) else { continue };
+            sequence.computed = chunk.start + chunk.len;
+            if self.config.prefix_cache {
+                for index in sequence.indexed..sequence.computed / BLOCK_SIZE {
+                    let parent = sequence.parent(index);
+                    let block = self.pool.index(parent, sequence.block_tokens(index), sequence.blocks[index]);
+                    sequence.blocks[index] = block;
+                    sequence.indexed = index + 1;
+                }
+            }
+        }
+    }
+
+    /// Adds a generated token to a sequence.
+    pub fn append(&mut self, id: SequenceId, token: u32) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.tokens.push(token);
+        }
+    }
+
+    /// Decodes, oldest first. Whoever finds no block takes those of the youngest running sequence,
+    /// which is not planned yet because it is younger.
+    fn plan_decodes(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
+        let mut index = 0;
+        while index < self.running.len() {
+            let id = self.running[index];
+            index += 1;
+            if !self.sequences[&id].is_decoding() {
+                continue;
+            }
+            while self.needs_block(id) {
+                match self.pool.allocate() {
+                    Some(block) => self.sequences.get_mut(&id).expect("it runs").blocks.push(block),
+                    None => self.preempt_youngest(plan),
+                }
+            }
+            if index <= self.running.len() {
+                let start = self.sequences[&id].computed;
+                budget.take(1, 1);
+                plan.chunks.push(Chunk { id, start, len: 1, outputs: 1 });
+            }
+        }
+    }
+
+    /// Whether a running sequence lacks a block for its known tokens.
+    fn needs_block(&self, id: SequenceId) -> bool {
+        let sequence = &self.sequences[&id];
+        self.running.binary_search(&id).is_ok() && sequence.blocks.len() * BLOCK_SIZE < sequence.tokens.len()
+    }
+
+    fn preempt_youngest(&mut self, plan: &mut StepPlan) {
+        let id = self.running.pop().expect("a sequence that needs a block runs");
+        let sequence = self.sequences.get_mut(&id).expect("running sequences are known");
+        release_blocks(&mut self.pool, sequence);
+        self.waiting.insert(id);
+        plan.preempted.push(id);
+    }
+
+    /// A chunk of a running sequence's prefill, as long as the budget allows.
+    fn plan_prefill(&self, id: SequenceId, plan: &mut StepPlan, budget: &mut Budget) {
+        let sequence = &self.sequences[&id];
+        let scoring = sequence.is_scoring();
+        let most = if scoring { budget.tokens.min(budget.outputs) } else { budget.tokens };
+        let len = sequence.pending().min(most);
+        let outputs = match (scoring, len == sequence.pending()) {
+            (true, _) => len,
+            (false, true) => 1,
+            (false, false) => 0,
+        };
+        if len > 0 && outputs <= budget.outputs {
+            budget.take(len, outputs);
+            plan.chunks.push(Chunk { id, start: sequence.computed, len, outputs });
+        }
+    }
+
+    /// Admits waiting sequences in order while blocks and budget last.
+    fn admit(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
+        let mut after = None;
+        while budget.tokens > 0 && self.running.len() < self.config.max_sequences {
+            let next = match after {
+                None => self.waiting.first().copied(),
+                Some(id) => self.waiting.range(id + 1..).next().copied(),
+            };
+            let Some(id) = next else { return };
+            after = Some(id);
+            let path = self.cached_path(&self.sequences[&id]);
+            if self.is_being_computed(&self.sequences[&id], path.len()) {
+                continue;
+            }
+            if !self.fits(&self.sequences[&id], &path) {
+                return;
+            }
+            let cached = self.start(id, &path);
+            plan.admitted.push((id, cached));
+            self.plan_prefill(id, plan, budget);
+        }
+    }
+
+    /// The cached blocks that a sequence can begin with. At least its last token is left to
+    /// compute, since the next token's logits come from it.
+    fn cached_path(&self, sequence: &Sequence) -> Vec<BlockId> {
+        let mut path = Vec::new();
+        if self.config.prefix_cache && !sequence.is_scoring() {
+            for index in 0..(sequence.tokens.len() - 1) / BLOCK_SIZE {
+                let Some(block) = self.pool.lookup(path.last().copied(), sequence.block_tokens(index)) else {
+                    break;
+                };
+                path.push(block);
+            }
+        }
+        path
+    }
+
+    /// Whether a running sequence is about to compute the block after the `cached` first ones.
+    fn is_being_computed(&self, sequence: &Sequence, cached: usize) -> bool {
+        let end = (cached + 1) * BLOCK_SIZE;
+        self.config.prefix_cache
+            && !sequence.is_scoring()
+            && end < sequence.tokens.len()
+            && self.running.iter().map(|id| &self.sequences[id]).any(|other| {
+                // The block itself first: it differs for nearly all, and is cheap to compare.
+                other.computed < end
+                    && other.tokens.len() >= end
+                    && other.tokens[end - BLOCK_SIZE..end] == sequence.tokens[end - BLOCK_SIZE..end]
+                    && other.tokens[..end] == sequence.tokens[..end]
+            })
+    }
+
+    /// Whether the pool has blocks for all known tokens and a spare one per running sequence.
+    fn fits(&self, sequence: &Sequence, path: &[BlockId]) -> bool {
+        let unused_on_path = path.iter().filter(|&&block| !self.pool.is_used(block)).count();
+        let new = sequence.tokens.len().div_ceil(BLOCK_SIZE) - path.len();
+        let needed = unused_on_path + new;
+        needed + self.running.len() <= self.pool.available()
+    }
+
+    /// Gives a waiting sequence its blocks; returns how many of its tokens are cached.
+    fn start(&mut self, id: SequenceId, path: &[BlockId]) -> usize {
+        self.waiting.remove(&id);
+        let at = self.running.partition_point(|&other| other < id);
+        self.running.insert(at, id);
+        let sequence = self.sequences.get_mut(&id).expect("waiting sequences are known");
+        for &block in path {
+            self.pool.retain(block);
+        }
+        sequence.blocks.extend_from_slice(path);
+        sequence.indexed = path.len();
+        sequence.computed = path.len() * BLOCK_SIZE;
+        while sequence.blocks.len() * BLOCK_SIZE < sequence.tokens.len() {
+            sequence.blocks.push(self.pool.allocate().expect("the pool was asked before"));
+        }
+        self.prefix_stats.queries += sequence.tokens.len() as u64;
+        self.prefix_stats.hits += sequence.computed as u64;
+        sequence.computed
+    }
+}
+
+/// What a step may still hold.
+struct Budget {
+    tokens: usize,
+    outputs: usize,
+}
+
+impl Budget {
+    fn take(&mut self, tokens: usize, outputs: usize) {
+        self.tokens -= tokens;
+        self.outputs -= outputs;
+    }
+}
+
+/// Lets go of all blocks, from the tail, so that tails are evicted before the prefixes they need.
+fn release_blocks(pool: &mut BlockPool, sequence: &mut Sequence) {
+    for block in sequence.blocks.drain(..).rev() {
+        pool.release(block);
+    }
+    sequence.computed = 0;
+    sequence.indexed = 0;
+}

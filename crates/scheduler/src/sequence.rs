@@ -1,0 +1,55 @@
+//! A sequence: its tokens and its place in the KV cache.
+
+use crate::{BLOCK_SIZE, BlockId};
+
+/// Names a sequence; chosen by the engine, ascending by arrival.
+pub type SequenceId = u64;
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub struct Sequence {
+    /// Prompt and what was generated so far.
+    pub tokens: Vec<u32>,
+    /// How many of `tokens` are the prompt.
+    pub prompt_len: usize,
+    /// How many of `tokens` have their keys and values in the cache.
+    pub computed: usize,
+    /// The blocks that hold them, and room for the rest of the known tokens.
+    pub blocks: Vec<BlockId>,
+    /// How many of `blocks` are in the prefix tree: a prefix of them.
+    pub(crate) indexed: usize,
+    /// Logits are wanted for every prompt token, so the prompt is computed whole.
+    pub(crate) score_prompt: bool,
+}
+
+impl Sequence {
+    pub(crate) fn new(prompt: Vec<u32>, score_prompt: bool) -> Self {
+        let prompt_len = prompt.len();
+        Self { tokens: prompt, prompt_len, computed: 0, blocks: Vec::new(), indexed: 0, score_prompt }
+    }
+
+    /// Tokens whose keys and values are still to be computed.
+    pub fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Whether it is past its prompt and computes one token a step.
+    pub(crate) fn is_decoding(&self) -> bool {
+        self.pending() == 1 && self.tokens.len() > self.prompt_len
+    }
+
+    /// Whether logits of prompt rows are still wanted.
+    pub(crate) fn is_scoring(&self) -> bool {
+        self.score_prompt && self.tokens.len() == self.prompt_len
+    }
+
+    /// The tokens of full block `index`.
+    pub(crate) fn block_tokens(&self, index: usize) -> &[u32; BLOCK_SIZE] {
+        self.tokens[index * BLOCK_SIZE..].first_chunk().expect("the block is full")
+    }
+
+    /// The block before `index` on the path, `None` at the head.
+    pub(crate) fn parent(&self, index: usize) -> Option<BlockId> {
+        index.checked_sub(1).map(|before| self.blocks[before])
+    }
+}

@@ -1,0 +1,303 @@
+//! The scheduler under random arrivals, answers, cancellations and shortages, against a simulated
+//! KV cache that remembers what was written where.
+
+use std::collections::{BTreeMap, HashMap};
+
+use proptest::prelude::*;
+use rudder_scheduler::{BLOCK_SIZE, Scheduler, SchedulerConfig, SequenceId, StepPlan};
+
+/// A KV cache of hashes: a slot holds the hash of the whole prefix that it stands for, so a wrong
+/// block, a stale block or a missing write shows as a wrong hash.
+struct World {
+    scheduler: Scheduler,
+    config: SchedulerConfig,
+    slots: Vec<u64>,
+    /// Tokens still to generate, for every live sequence.
+    remaining: BTreeMap<SequenceId, usize>,
+    ended: HashMap<SequenceId, usize>,
+    next_id: SequenceId,
+    plan: StepPlan,
+    waited: HashMap<SequenceId, usize>,
+}
+
+fn extend(hash: u64, token: u32) -> u64 {
+    (hash ^ u64::from(token).wrapping_add(0x9e37_79b9)).wrapping_mul(0x0100_0000_01b3).rotate_left(17)
+}
+
+impl World {
+    fn new(config: SchedulerConfig) -> Self {
+        Self {
+            scheduler: Scheduler::new(config),
+            config,
+            slots: vec![0; config.blocks * BLOCK_SIZE],
+            remaining: BTreeMap::new(),
+            ended: HashMap::new(),
+            next_id: 0,
+            plan: StepPlan::default(),
+            waited: HashMap::new(),
+        }
+    }
+
+    fn arrive(&mut self, prompt: Vec<u32>, answer: usize, score: bool) {
+        let room = self.scheduler.max_tokens() - 1;
+        let prompt: Vec<u32> = prompt.into_iter().take(room).collect();
+        let answer = answer.min(self.scheduler.max_tokens() - prompt.len()).max(1);
+        self.scheduler.add(self.next_id, prompt, score);
+        self.remaining.insert(self.next_id, answer);
+        self.next_id += 1;
+    }
+
+    fn cancel(&mut self, index: usize) {
+        let id = self.remaining.keys().nth(index % self.remaining.len().max(1)).copied();
+        if let Some(id) = id {
+            self.end(id);
+        }
+    }
+
+    fn end(&mut self, id: SequenceId) {
+        self.scheduler.remove(id);
+        self.remaining.remove(&id);
+        *self.ended.entry(id).or_default() += 1;
+    }
+
+    /// One step, as the engine would run it; `fault` drops the whole batch, as a failed forward does.
+    fn step(&mut self, fault: bool) {
+        let mut plan = std::mem::take(&mut self.plan);
+        self.scheduler.plan(&mut plan);
+        assert_eq!(plan.chunks.is_empty(), self.remaining.is_empty(), "an empty plan means no work");
+        let tokens: usize = plan.chunks.iter().map(|c| c.len).sum();
+        let outputs: usize = plan.chunks.iter().map(|c| c.outputs).sum();
+        assert!(tokens <= self.config.max_batch_tokens && outputs <= self.config.max_sequences);
+        assert!(self.scheduler.running() <= self.config.max_sequences);
+        if fault {
+            plan.chunks.iter().for_each(|c| self.end(c.id));
+        } else {
+            plan.chunks.iter().for_each(|c| self.write(c.id, c.start, c.len));
+            self.scheduler.commit(&plan);
+            for chunk in &plan.chunks {
+                let sequence = self.scheduler.sequence(chunk.id).expect("planned sequences are known");
+                if sequence.pending() == 0 {
+                    assert!(chunk.outputs > 0, "the last known token's logits are wanted");
+                    self.answer(chunk.id);
+                }
+            }
+        }
+        self.plan = plan;
+        self.check();
+    }
+
+    /// Writes a chunk's slots, having checked everything before it through the block table.
+    fn write(&mut self, id: SequenceId, start: usize, len: usize) {
+        let sequence = self.scheduler.sequence(id).expect("planned sequences are known");
+        assert_eq!(sequence.computed, start);
+        let mut hash = 0;
+        for (position, &token) in sequence.tokens[..start + len].iter().enumerate() {
+            hash = extend(hash, token);
+            let slot = sequence.blocks[position / BLOCK_SIZE] as usize * BLOCK_SIZE + position % BLOCK_SIZE;
+            if position < start {
+                assert_eq!(self.slots[slot], hash, "sequence {id} reads another's KV at {position}");
+            } else {
+                self.slots[slot] = hash;
+            }
+        }
+    }
+
+    /// The next token is a function of the tokens before it, as a greedy model's is.
+    fn answer(&mut self, id: SequenceId) {
+        let hash = self.scheduler.sequence(id).unwrap().tokens.iter().fold(0, |h, &t| extend(h, t));
+        self.scheduler.append(id, (hash >> 60) as u32 % 3);
+        let remaining = self.remaining.get_mut(&id).unwrap();
+        *remaining -= 1;
+        if *remaining == 0 {
+            self.end(id);
+        }
+    }
+
+    fn check(&mut self) {
+        let counts = self.scheduler.counts();
+        assert_eq!(counts.used + counts.cached + counts.free, self.config.blocks);
+        if !self.config.prefix_cache {
+            assert_eq!(counts.cached, 0);
+        }
+        let oldest = self.remaining.keys().next().copied();
+        for id in self.remaining.keys() {
+            // The oldest must advance every step; everyone becomes the oldest in time.
+            let idle = Some(*id) == oldest && !self.plan.chunks.iter().any(|c| c.id == *id);
+            let waited = self.waited.entry(*id).or_default();
+            *waited = if idle { *waited + 1 } else { 0 };
+            assert!(*waited <= 2, "the oldest sequence {id} stands still");
+        }
+    }
+
+    fn drain(&mut self) {
+        let mut steps = 0;
+        while !self.remaining.is_empty() {
+            self.step(false);
+            steps += 1;
+            assert!(steps < 200_000, "work does not end");
+        }
+        assert_eq!(self.scheduler.counts().used, 0);
+        assert_eq!(self.scheduler.running() + self.scheduler.waiting(), 0);
+        assert!((0..self.next_id).all(|id| self.ended[&id] == 1), "every request ends exactly once");
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Act {
+    Arrive { prefix: u32, shared: usize, own: Vec<u32>, answer: usize, score: bool },
+    Cancel(usize),
+    Steps(usize),
+    Fault,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        4 => (0u32..3, 0usize..90, prop::collection::vec(0u32..3, 1..60), 1usize..60, prop::bool::weighted(0.1))
+            .prop_map(|(prefix, shared, own, answer, score)| Act::Arrive { prefix, shared, own, answer, score }),
+        1 => any::<usize>().prop_map(Act::Cancel),
+        4 => (1usize..20).prop_map(Act::Steps),
+        1 => Just(Act::Fault),
+    ]
+}
+
+fn config() -> impl Strategy<Value = SchedulerConfig> {
+    (4usize..40, 1usize..9, 0usize..64, any::<bool>()).prop_map(
+        |(blocks, max_sequences, more, prefix_cache)| SchedulerConfig {
+            blocks,
+            max_sequences,
+            max_batch_tokens: max_sequences + more,
+            prefix_cache,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn blocks_add_up_kv_is_right_nobody_starves_and_every_request_ends_once(
+        config in config(),
+        acts in prop::collection::vec(act(), 1..60),
+    ) {
+        let mut world = World::new(config);
+        for act in acts {
+            match act {
+                Act::Arrive { prefix, shared, own, answer, score } => {
+                    let prompt = std::iter::repeat_n(prefix, shared).chain(own).collect();
+                    world.arrive(prompt, answer, score);
+                }
+                Act::Cancel(index) => world.cancel(index),
+                Act::Steps(n) => (0..n).for_each(|_| world.step(false)),
+                Act::Fault => world.step(true),
+            }
+        }
+        world.drain();
+    }
+}
+
+fn run_to_end(config: SchedulerConfig, prompts: &[Vec<u32>], answer: usize) -> (World, Vec<Vec<u32>>) {
+    let mut world = World::new(config);
+    for prompt in prompts {
+        world.arrive(prompt.clone(), answer, false);
+    }
+    let mut answers = vec![Vec::new(); prompts.len()];
+    while !world.remaining.is_empty() {
+        world.step(false);
+        for (id, answer) in answers.iter_mut().enumerate() {
+            if let Some(sequence) = world.scheduler.sequence(id as SequenceId) {
+                *answer = sequence.tokens[sequence.prompt_len..].to_vec();
+            }
+        }
+    }
+    (world, answers)
+}
+
+const ROOMY: SchedulerConfig =
+    SchedulerConfig { blocks: 256, max_sequences: 8, max_batch_tokens: 64, prefix_cache: true };
+
+#[test]
+fn answers_do_not_change_under_preemption_chunking_or_without_prefix_cache() {
+    let prompts: Vec<Vec<u32>> = (0..6).map(|i| (0..70).map(|t| t * i % 5).collect()).collect();
+    let (_, expected) = run_to_end(ROOMY, &prompts, 80);
+    for config in [
+        SchedulerConfig { blocks: 14, ..ROOMY }, // room for hardly two at a time: preempts
+        SchedulerConfig { max_batch_tokens: 8, ..ROOMY },
+        SchedulerConfig { prefix_cache: false, ..ROOMY },
+    ] {
+        let (_, answers) = run_to_end(config, &prompts, 80);
+        assert_eq!(answers, expected, "{config:?}");
+    }
+}
+
+#[test]
+fn a_pool_too_small_for_all_preempts_the_youngest() {
+    let mut world = World::new(SchedulerConfig { blocks: 6, ..ROOMY });
+    for i in 0..2 {
+        world.arrive(vec![i; 30], 40, false);
+    }
+    let mut preempted = Vec::new();
+    while !world.remaining.is_empty() {
+        world.step(false);
+        preempted.extend_from_slice(&world.plan.preempted);
+    }
+    assert!(!preempted.is_empty() && preempted.iter().all(|&id| id == 1), "{preempted:?}");
+}
+
+#[test]
+fn a_follow_up_turn_computes_only_what_is_new() {
+    let mut world = World::new(ROOMY);
+    world.arrive(vec![1; 100], 20, false);
+    let mut tokens = Vec::new();
+    while !world.remaining.is_empty() {
+        world.step(false);
+        tokens = world.scheduler.sequence(0).map_or(tokens, |s| s.tokens.clone());
+    }
+    tokens.extend([2; 10]);
+    let turn = tokens.len();
+    world.arrive(tokens, 1, false);
+    world.step(false);
+    let (_, cached) = world.plan.admitted[0];
+    assert_eq!(cached, 119 / BLOCK_SIZE * BLOCK_SIZE); // the last generated token was never computed
+    assert!(turn - cached < 10 + BLOCK_SIZE + 1);
+}
+
+#[test]
+fn forks_that_arrive_together_compute_their_prefix_once() {
+    let mut world = World::new(ROOMY);
+    for i in 0..4 {
+        world.arrive([vec![1; 160], vec![2 + i; 8]].concat(), 4, false);
+    }
+    let mut computed = 0;
+    while !world.remaining.is_empty() {
+        world.step(false);
+        computed += world.plan.chunks.iter().filter(|c| c.start < 168).map(|c| c.len).sum::<usize>();
+    }
+    assert_eq!(computed, 168 + 3 * 8);
+}
+
+#[test]
+fn decodes_run_in_every_step_beside_a_long_prefill() {
+    let mut world = World::new(SchedulerConfig { max_batch_tokens: 16, ..ROOMY });
+    world.arrive(vec![1; 10], 60, false);
+    world.step(false);
+    world.arrive(vec![2; 600], 1, false);
+    for _ in 0..30 {
+        world.step(false);
+        assert!(world.plan.chunks.iter().any(|c| c.id == 0 && c.len == 1));
+        assert_eq!(world.plan.chunks.iter().map(|c| c.len).sum::<usize>(), 16);
+    }
+}
+
+#[test]
+fn a_scored_prompt_is_computed_whole_with_all_its_logits() {
+    let mut world = World::new(ROOMY);
+    world.arrive(vec![1; 100], 1, false);
+    world.drain();
+    world.arrive(vec![1; 100], 1, true);
+    let mut outputs = 0;
+    while !world.remaining.is_empty() {
+        world.step(false);
+        outputs += world.plan.chunks.iter().map(|c| c.outputs).sum::<usize>();
+    }
+    assert_eq!(outputs, 100);
+}
