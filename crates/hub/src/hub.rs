@@ -1,0 +1,204 @@
+//! Files from the Hugging Face hub: listing a repository, and one file with resume.
+//!
+//! Plain HTTP through ureq, not the hf-hub crate: two requests are all that is needed, and hf-hub
+//! 1.0 brings reqwest with an async runtime of its own, some hundred crates more.
+//!
+//! Honours the hub's usual variables: HF_ENDPOINT (a mirror) and HF_TOKEN (gated models).
+
+use std::io::Read;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
+use ureq::tls::{RootCerts, TlsConfig};
+
+use crate::{HubError, Progress, Sha256Writer};
+
+/// A hub that does not answer within this is taken for absent.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A transfer that stands still for this long is broken.
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often a broken transfer is taken up again, counted from its last progress.
+const RETRIES: usize = 4;
+
+/// A file in a repository of the hub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemoteFile {
+    /// Path inside the repository.
+    pub path: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// SHA-256 in hex; the hub states it for large files only.
+    pub sha256: Option<String>,
+}
+
+/// The hub, or a mirror of it.
+pub struct Hub {
+    agent: ureq::Agent,
+    endpoint: String,
+    token: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct TreeEntry {
+    path: String,
+    #[serde(default)]
+    size: u64,
+    #[serde(rename = "type")]
+    kind: String,
+    lfs: Option<Lfs>,
+}
+
+#[derive(Deserialize)]
+struct Lfs {
+    oid: String,
+    size: u64,
+}
+
+impl Hub {
+    /// The hub that HF_ENDPOINT and HF_TOKEN name.
+    pub fn from_env() -> Self {
+        let var = |name| std::env::var(name).ok().filter(|v| !v.is_empty());
+        let endpoint = var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+        Self::new(&endpoint, var("HF_TOKEN"))
+    }
+
+    /// A hub at this address.
+    pub fn new(endpoint: &str, token: Option<String>) -> Self {
+        let config = ureq::Agent::config_builder()
+            .timeout_resolve(Some(CONNECT_TIMEOUT))
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_per_read(Some(STALL_TIMEOUT))
+            .http_status_as_error(false)
+            // The system's certificates: companies put their own proxy's there.
+            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
+            .user_agent(concat!("rudder/", env!("CARGO_PKG_VERSION")))
+            .build();
+        Self { agent: config.new_agent(), endpoint: endpoint.trim_end_matches('/').to_owned(), token }
+    }
+
+    /// The address in use.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// All files of a repository. A small request: it also tells whether the hub answers at all.
+    ///
+    /// # Errors
+    /// If the hub does not answer, or not with this repository.
+    pub fn files(&self, repo: &str, revision: &str) -> Result<Vec<RemoteFile>, HubError> {
+        let url = format!("{}/api/models/{repo}/tree/{revision}?recursive=true", self.endpoint);
+        let mut response = self.get(&url, 0)?;
+        let status = response.status().as_u16();
+        if status != 200 {
+            return Err(refused(repo, status));
+        }
+        let text = response.body_mut().with_config().limit(16 << 20).read_to_string();
+        let text = text.map_err(|e| self.silent(&e))?;
+        let entries: Vec<TreeEntry> = serde_json::from_str(&text)
+            .map_err(|e| HubError::Source(format!("{url} sent something other than a file list: {e}")))?;
+        Ok(entries.into_iter().filter(|e| e.kind == "file").map(RemoteFile::from).collect())
+    }
+
+    /// Fetches one file to `path`, going on where an earlier attempt ended, and checks it.
+    ///
+    /// # Errors
+    /// If the transfer breaks for good (what has arrived is kept), or if the file is not the one
+    /// that `file` describes (then it is deleted).
+    pub fn fetch(
+        &self,
+        repo: &str,
+        revision: &str,
+        file: &RemoteFile,
+        path: &Path,
+        progress: &mut Progress,
+    ) -> Result<(), HubError> {
+        let url = format!("{}/{repo}/resolve/{revision}/{}", self.endpoint, file.path);
+        let mut out = Sha256Writer::append(path)?;
+        if out.length() > file.size {
+            out = Sha256Writer::create(path)?;
+        }
+        progress.resume_at(out.length());
+        let mut attempts = 0;
+        while out.length() < file.size {
+            let before = out.length();
+            let broken = match self.transfer(&url, file.size, &mut out, path, progress) {
+                Err(HubError::Source(reason)) => reason,
+                other => {
+                    other?;
+                    continue;
+                }
+            };
+            attempts = if out.length() > before { 1 } else { attempts + 1 };
+            if attempts > RETRIES {
+                return Err(HubError::Source(broken));
+            }
+            progress.say(&format!("{broken}; trying again"));
+            std::thread::sleep(Duration::from_millis(500 << attempts));
+        }
+        out.finish(file.size, file.sha256.as_deref())
+    }
+
+    /// One request from the end of `out` to the end of the file, or to the first break.
+    fn transfer(
+        &self,
+        url: &str,
+        size: u64,
+        out: &mut Sha256Writer,
+        path: &Path,
+        progress: &mut Progress,
+    ) -> Result<(), HubError> {
+        let mut response = self.get(url, out.length())?;
+        match response.status().as_u16() {
+            206 => {}
+            // The server knows no ranges and sends everything.
+            200 => *out = Sha256Writer::create(path)?,
+            status => return Err(refused(url, status)),
+        }
+        let mut body = response.body_mut().as_reader();
+        let mut buffer = vec![0; 1 << 18];
+        while out.length() < size {
+            let n = body.read(&mut buffer).map_err(|e| HubError::Source(format!("transfer broke: {e}")))?;
+            if n == 0 {
+                return Err(HubError::Source(format!("transfer ended early, at {} bytes", out.length())));
+            }
+            let wanted = n.min(usize::try_from(size - out.length()).unwrap_or(n));
+            out.write(&buffer[..wanted])?;
+            progress.set(out.length());
+        }
+        Ok(())
+    }
+
+    fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<ureq::Body>, HubError> {
+        let mut request = self.agent.get(url);
+        if let Some(token) = &self.token {
+            request = request.header("Authorization", format!("Bearer {token}"));
+        }
+        if from > 0 {
+            request = request.header("Range", format!("bytes={from}-"));
+        }
+        request.call().map_err(|e| self.silent(&e))
+    }
+
+    fn silent(&self, e: &ureq::Error) -> HubError {
+        HubError::Source(format!("{} does not answer ({e})", self.endpoint))
+    }
+}
+
+impl From<TreeEntry> for RemoteFile {
+    fn from(e: TreeEntry) -> Self {
+        let size = e.lfs.as_ref().map_or(e.size, |l| l.size);
+        Self { path: e.path, size, sha256: e.lfs.map(|l| l.oid.to_ascii_lowercase()) }
+    }
+}
+
+fn refused(what: &str, status: u16) -> HubError {
+    HubError::Source(match status {
+        401 | 403 => format!(
+            "{what}: access refused ({status}); it does not exist, or accept its licence on the hub and set HF_TOKEN"
+        ),
+        404 => format!("{what}: not found (404); check the spelling"),
+        429 => format!("{what}: too many requests (429); wait a little or set HF_TOKEN"),
+        _ => format!("{what}: the hub answered with status {status}"),
+    })
+}
