@@ -12,9 +12,10 @@ pub struct GenerateRequest {
     pub prompt: Arc<[u32]>,
     /// How to draw.
     pub sampling: SamplingParams,
-    /// Generate at most this many tokens; cut to what the context still holds.
+    /// Generate at most this many tokens; cut to what the context still holds. With 0 the prompt is
+    /// computed (and scored) and nothing is drawn.
     pub max_tokens: usize,
-    /// End after drawing any of these (it is reported in the last event).
+    /// End after drawing any of these. The token is counted in the usage but not sent.
     pub stop_tokens: Vec<u32>,
     /// Go on past `stop_tokens`, to `max_tokens`.
     pub ignore_eos: bool,

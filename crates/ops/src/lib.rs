@@ -11,6 +11,7 @@
 
 
 mod batch;
+mod ggml;
 pub mod cpu;
 pub mod dequant;
 mod raw;

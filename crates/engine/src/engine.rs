@@ -1,0 +1,226 @@
+//! The handle to a running step loop: submission, admission limits, statistics, shutdown.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use rudder_model::Model;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use crate::request::{Event, GenerateRequest, SubmitError};
+use crate::step_loop::{Command, StepLoop, Submission};
+
+/// How an engine is set up.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineConfig {
+    /// KV blocks in the pool.
+    pub kv_blocks: usize,
+    /// Longest sequence, prompt and answer together, in tokens.
+    pub max_context: usize,
+    /// Most sequences running at once; also the most output rows of a step.
+    pub max_sequences: usize,
+    /// Most tokens computed in one step.
+    pub max_batch_tokens: usize,
+    /// Most requests waiting before new ones are turned away.
+    pub max_waiting: usize,
+    /// Keep finished sequences' blocks for later requests that begin alike.
+    pub prefix_cache: bool,
+}
+
+/// Counters since the start, and gauges now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Sequences running.
+    pub running: usize,
+    /// Requests waiting.
+    pub waiting: usize,
+    /// KV blocks in the pool.
+    pub kv_blocks: usize,
+    /// Blocks held by running sequences.
+    pub kv_blocks_used: usize,
+    /// Unheld blocks that the prefix tree keeps for reuse.
+    pub kv_blocks_cached: usize,
+    /// Blocks holding nothing. used + cached + free = all.
+    pub kv_blocks_free: usize,
+    /// Steps run.
+    pub steps: u64,
+    /// Prompt tokens of admitted requests.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generation_tokens: u64,
+    /// Tokens looked up in the prefix tree.
+    pub prefix_queries: u64,
+    /// Of these, found.
+    pub prefix_hits: u64,
+    /// Sequences preempted because blocks ran out.
+    pub preemptions: u64,
+}
+
+/// What the handle and the step loop both see.
+pub(crate) struct Shared {
+    pub(crate) stats: Mutex<Stats>,
+    /// Requests submitted and not yet ended.
+    pub(crate) in_flight: AtomicUsize,
+    /// Moving average of a request's time from submission to end, in milliseconds.
+    pub(crate) mean_request_ms: AtomicU64,
+    draining: AtomicBool,
+    next_id: AtomicU64,
+}
+
+/// A handle to a running engine. Cheap to clone; all clones drive the same step loop, which ends
+/// when the last clone and the last [`Generation`] are gone.
+#[derive(Clone)]
+pub struct Engine {
+    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+    config: Arc<EngineConfig>,
+    vocab: usize,
+    max_context: usize,
+}
+
+impl Engine {
+    /// Starts the step loop on a thread of its own.
+    ///
+    /// # Panics
+    /// If the configuration holds no room for one token of every running sequence, or the system
+    /// refuses a thread.
+    pub fn start(model: Box<dyn Model>, config: EngineConfig) -> Self {
+        let vocab = model.config().vocab;
+        let shared = Arc::new(Shared {
+            stats: Mutex::new(Stats {
+                kv_blocks: config.kv_blocks,
+                kv_blocks_free: config.kv_blocks,
+                ..Stats::default()
+            }),
+            in_flight: AtomicUsize::new(0),
+            mean_request_ms: AtomicU64::new(0),
+            draining: AtomicBool::new(false),
+            next_id: AtomicU64::new(0),
+        });
+        let (commands, receiver) = mpsc::channel();
+        let step_loop = StepLoop::new(model, &config, receiver, shared.clone());
+        let max_context = config.max_context.min(step_loop.max_tokens());
+        std::thread::Builder::new()
+            .name("rudder-step-loop".into())
+            .spawn(move || step_loop.run())
+            .expect("the system can start a thread");
+        Self { commands, shared, config: Arc::new(config), vocab, max_context }
+    }
+
+    /// Queues a request. Returns at once; never blocks on the step loop.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; nothing was queued then.
+    pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+        self.check(&request)?;
+        self.take_place()?;
+        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let (events, receiver) = unbounded_channel();
+        let max_tokens = request.max_tokens.min(self.max_context - request.prompt.len());
+        let submission = Submission { id, request, max_tokens, events, submitted: Instant::now() };
+        if self.commands.send(Command::Submit(Box::new(submission))).is_err() {
+            self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+            return Err(SubmitError::ShuttingDown);
+        }
+        Ok(Generation { id, events: receiver, commands: self.commands.clone() })
+    }
+
+    /// Longest sequence, prompt and answer together: the configured context, or less if the KV
+    /// pool holds less.
+    pub fn max_context(&self) -> usize {
+        self.max_context
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// Vocabulary size of the model.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab
+    }
+
+    /// A snapshot of the engine's counters and gauges.
+    pub fn stats(&self) -> Stats {
+        *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes nothing new, waits until everything running has ended or `grace` is over, then
+    /// fails what is left and stops the step loop. Returns whether all ended by themselves.
+    pub async fn shutdown(&self, grace: Duration) -> bool {
+        const POLL: Duration = Duration::from_millis(10);
+        self.shared.draining.store(true, Ordering::Release);
+        let idle = || self.shared.in_flight.load(Ordering::Acquire) == 0;
+        let deadline = Instant::now() + grace;
+        while !idle() && Instant::now() < deadline {
+            tokio::time::sleep(POLL).await;
+        }
+        let drained = idle();
+        // A closed channel means that the loop has ended already.
+        let _ = self.commands.send(Command::Stop);
+        drained
+    }
+
+    fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
+        if self.shared.draining.load(Ordering::Acquire) {
+            return Err(SubmitError::ShuttingDown);
+        }
+        if request.prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if request.prompt.len() >= self.max_context {
+            return Err(SubmitError::TooLong { tokens: request.prompt.len(), maximum: self.max_context });
+        }
+        match request.prompt.iter().find(|&&token| token as usize >= self.vocab) {
+            Some(&token) => Err(SubmitError::BadToken { token, vocab: self.vocab }),
+            None => Ok(()),
+        }
+    }
+
+    /// Counts a request in, unless as many run and wait as may.
+    fn take_place(&self) -> Result<(), SubmitError> {
+        let EngineConfig { max_sequences, max_waiting, .. } = *self.config;
+        let limit = max_sequences + max_waiting;
+        let take = |n: usize| (n < limit).then_some(n + 1);
+        let taken = self.shared.in_flight.fetch_update(Ordering::AcqRel, Ordering::Acquire, take);
+        taken.map(|_| ()).map_err(|in_flight| {
+            let waiting = in_flight.saturating_sub(max_sequences);
+            let mean = self.shared.mean_request_ms.load(Ordering::Relaxed);
+            // Places free up max_sequences at a time, one mean request time apart.
+            let seconds = (mean / 1000).clamp(1, 60);
+            SubmitError::Busy { waiting, retry_after: Duration::from_secs(seconds) }
+        })
+    }
+}
+
+/// A running generation. Dropping it cancels: its blocks are free within one step.
+pub struct Generation {
+    id: u64,
+    events: UnboundedReceiver<Event>,
+    commands: mpsc::Sender<Command>,
+}
+
+impl Generation {
+    /// The next event; `None` after the last one.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// The next event if one is there already.
+    pub fn try_next(&mut self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+
+    /// The next event from a thread that is not in an async runtime.
+    pub fn next_blocking(&mut self) -> Option<Event> {
+        self.events.blocking_recv()
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        // Cancelling what has ended already is harmless, and a closed channel has nothing to cancel.
+        let _ = self.commands.send(Command::Cancel(self.id));
+    }
+}
