@@ -80,7 +80,7 @@ impl DType {
 
     /// Bytes of `elements` elements; `None` if they are no whole number of blocks or overflow.
     pub fn bytes(self, elements: usize) -> Option<usize> {
-        (elements % self.block_len() == 0).then(|| (elements / self.block_len()).checked_mul(self.block_bytes()))?
+        elements.is_multiple_of(self.block_len()).then(|| (elements / self.block_len()).checked_mul(self.block_bytes()))?
     }
 }
 
