@@ -1,1 +1,59 @@
-//! Load generator and reports for any OpenAI-compatible server.
+//! Load generator and reports for any OpenAI-compatible server, and for an engine in process.
+//!
+//! ```text
+//! workload (dist, prompt) -> load (arrivals) -> target (client | engine) -> record -> stats -> report
+//! ```
+//!
+//! A client of its own measures every server the same way: the clock is read when a chunk of the
+//! answer arrives, and tokens are counted by the server's own `usage` where it is given.
+
+mod args;
+mod client;
+mod compare;
+mod dist;
+mod html;
+mod load;
+mod plot;
+mod prompt;
+mod record;
+mod report;
+mod sse;
+mod stats;
+mod table;
+mod target;
+
+pub use args::{CompareArgs, Endpoint, OutputArgs, ServeArgs, ThroughputArgs, WorkloadArgs};
+pub use compare::compare;
+pub use dist::{BadLength, Length};
+pub use record::{Report, RequestRecord, Run, Summary};
+pub use stats::Spread;
+
+use client::Client;
+use rudder_engine::Engine;
+use target::Target;
+
+/// Measures a server over HTTP and writes the reports that were asked for.
+///
+/// # Errors
+/// If the server cannot be reached or has no model, if every request fails (the reports are
+/// written first), or if a report cannot be written.
+pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let client = Client::connect(&args).await?;
+    let (name, model) = (args.url.clone(), client.model().to_string());
+    report::measure(Target::Server(client), name, model, &args.workload, &args.output).await
+}
+
+/// Measures an engine in this process, without HTTP or text.
+///
+/// # Errors
+/// If every request fails (the reports are written first), or if a report cannot be written.
+pub async fn throughput(engine: Engine, args: ThroughputArgs) -> anyhow::Result<()> {
+    report::measure(
+        Target::Engine(engine),
+        "in process".into(),
+        args.model_name,
+        &args.workload,
+        &args.output,
+    )
+    .await
+}

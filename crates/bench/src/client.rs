@@ -1,0 +1,376 @@
+//! The HTTP client: sends a prompt to an OpenAI-compatible server and clocks the streamed answer.
+
+use crate::args::{Endpoint, ServeArgs};
+use crate::dist::Random;
+use crate::prompt::{CodeText, TOKENS_PER_PIECE};
+use crate::sse;
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::{Request, Response, StatusCode, Uri};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+/// A server, and how its prompts are measured. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Client {
+    http: hyper_util::client::legacy::Client<HttpConnector, Full<Bytes>>,
+    base: String,
+    model: String,
+    endpoint: Endpoint,
+    respect_eos: bool,
+    timeout: Duration,
+    /// Whether the server counts tokens for us.
+    tokenize: bool,
+    tokens_per_piece: f64,
+}
+
+/// Why a request failed. The message is what the report says.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Fault {
+    /// No connection, or it broke before an answer began.
+    #[error("no answer: {0}")]
+    Connect(String),
+    /// The server answered with another status than 200.
+    #[error("HTTP {0}: {1}")]
+    Status(StatusCode, String),
+    /// The answer broke off.
+    #[error("the stream was cut: {0}")]
+    Cut(String),
+    /// The server reported an error in the stream.
+    #[error("error in the stream: {0}")]
+    Server(String),
+    /// The answer is not what the API says.
+    #[error("not understood: {0}")]
+    Protocol(String),
+    /// `--timeout` is over.
+    #[error("no end after {} s", .0.as_secs_f64())]
+    Timeout(Duration),
+}
+
+/// An answer as far as it came. Times are from the sending.
+#[derive(Debug, Default)]
+pub(crate) struct Answer {
+    pub(crate) text: String,
+    /// When each chunk with output arrived.
+    pub(crate) chunks: Vec<Duration>,
+    /// When the last event arrived.
+    pub(crate) end: Duration,
+    pub(crate) usage: Option<Usage>,
+    finished: bool,
+}
+
+/// OpenAI's `usage`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(crate) struct Usage {
+    #[serde(default)]
+    pub(crate) prompt_tokens: usize,
+    #[serde(default)]
+    pub(crate) completion_tokens: usize,
+    #[serde(default)]
+    pub(crate) prompt_tokens_details: Option<PromptTokensDetails>,
+}
+
+/// OpenAI's `usage.prompt_tokens_details`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(crate) struct PromptTokensDetails {
+    #[serde(default)]
+    pub(crate) cached_tokens: Option<usize>,
+}
+
+/// One event of either route's stream.
+#[derive(Deserialize)]
+struct Chunk {
+    #[serde(default)]
+    choices: Vec<Choice>,
+    usage: Option<Usage>,
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    text: Option<String>,
+    delta: Option<Delta>,
+    finish_reason: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Delta {
+    content: Option<String>,
+    #[serde(alias = "reasoning")]
+    reasoning_content: Option<String>,
+}
+
+/// Most bytes of an answer that is not a stream: token lists of long prompts fit.
+const MAX_BODY: usize = 64 << 20;
+
+impl Client {
+    /// Finds the server's model and how to make prompts of a known length for it.
+    pub(crate) async fn connect(args: &ServeArgs) -> anyhow::Result<Self> {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            // Shorter than any server's keep-alive, so that none closes a connection being reused.
+            .pool_idle_timeout(Duration::from_secs(2))
+            .build(connector);
+        let mut client = Self {
+            http,
+            base: base_url(&args.url)?,
+            model: args.model.clone().unwrap_or_default(),
+            endpoint: args.endpoint,
+            respect_eos: args.respect_eos,
+            timeout: Duration::from_secs_f64(args.timeout),
+            tokenize: true,
+            tokens_per_piece: TOKENS_PER_PIECE,
+        };
+        if args.model.is_none() {
+            client.model = client.first_model().await?;
+        }
+        client.calibrate().await;
+        Ok(client)
+    }
+
+    /// The model that requests name.
+    pub(crate) fn model(&self) -> &str {
+        &self.model
+    }
+
+    /// Which route is loaded.
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        self.endpoint
+    }
+
+    /// Tokens in a piece of [`CodeText`].
+    pub(crate) fn tokens_per_piece(&self) -> f64 {
+        self.tokens_per_piece
+    }
+
+    async fn first_model(&self) -> anyhow::Result<String> {
+        let url = format!("{}/v1/models", self.base);
+        let answer = self.json(&url, None).await;
+        let answer = answer.with_context(|| format!("cannot read {url}; is a server running there?"))?;
+        match answer["data"][0]["id"].as_str() {
+            Some(id) => Ok(id.to_string()),
+            None => bail!("{url} lists no model; name one with --model"),
+        }
+    }
+
+    /// Learns how many tokens a piece of text has: from the server's /tokenize, or else from the
+    /// usage of two prompts, whose difference leaves the chat template out.
+    async fn calibrate(&mut self) {
+        let mut code = CodeText::new(&mut Random::new(0, 0));
+        if let Some(tokens) = self.count_tokens(&code.take(LONG)).await {
+            self.tokens_per_piece = (tokens as f64 / LONG as f64).max(0.1);
+            return;
+        }
+        self.tokenize = false;
+        let mut counts = [0.0; 2];
+        for (count, pieces) in counts.iter_mut().zip([SHORT, LONG]) {
+            let body = match self.endpoint {
+                Endpoint::Completions => self.body(json!({"prompt": code.take(pieces)}), 1),
+                Endpoint::Chat => {
+                    self.body(json!({"messages": [{"role": "user", "content": code.take(pieces)}]}), 1)
+                }
+            };
+            let (answer, fault) = self.send(body, &|| ()).await;
+            let Some(usage) = answer.usage.filter(|_| fault.is_none()) else {
+                eprintln!("the server counts no tokens (neither /tokenize nor usage): lengths are estimates");
+                return;
+            };
+            *count = usage.prompt_tokens as f64;
+        }
+        self.tokens_per_piece = ((counts[1] - counts[0]) / (LONG - SHORT) as f64).max(0.1);
+    }
+
+    /// The server's own count of a text's tokens, if it gives one. vLLM and Rudder want `prompt`,
+    /// llama.cpp wants `content`.
+    pub(crate) async fn count_tokens(&self, text: &str) -> Option<usize> {
+        if !self.tokenize {
+            return None;
+        }
+        let body = json!({"model": self.model, "prompt": text, "content": text, "add_special_tokens": false});
+        let answer = self.json(&format!("{}/tokenize", self.base), Some(body)).await.ok()?;
+        answer["tokens"].as_array().map(Vec::len).or_else(|| answer["count"].as_u64().map(|n| n as usize))
+    }
+
+    /// The body of a generation request; `input` holds `prompt` or `messages`.
+    pub(crate) fn body(&self, mut input: Value, max_tokens: usize) -> Value {
+        input["model"] = json!(self.model);
+        input["max_tokens"] = json!(max_tokens);
+        input["temperature"] = json!(0);
+        input["stream"] = json!(true);
+        input["stream_options"] = json!({"include_usage": true});
+        if !self.respect_eos {
+            input["ignore_eos"] = json!(true);
+        }
+        input
+    }
+
+    /// Sends a generation request and reads its answer to the end. `chunk` is called at each
+    /// chunk with output. What came before a fault is kept.
+    pub(crate) async fn send(&self, body: Value, chunk: &(dyn Fn() + Sync)) -> (Answer, Option<Fault>) {
+        let route = match self.endpoint {
+            Endpoint::Completions => "/v1/completions",
+            Endpoint::Chat => "/v1/chat/completions",
+        };
+        let request = match post(&format!("{}{route}", self.base), &body) {
+            Ok(request) => request,
+            Err(e) => return (Answer::default(), Some(Fault::Protocol(e.to_string()))),
+        };
+        let mut answer = Answer::default();
+        let sent = Instant::now();
+        let read = self.read_stream(request, sent, &mut answer, chunk);
+        let fault = match tokio::time::timeout(self.timeout, read).await {
+            Ok(result) => result.err(),
+            Err(_) => Some(Fault::Timeout(self.timeout)),
+        };
+        if fault.is_some() {
+            answer.end = sent.elapsed();
+        }
+        (answer, fault)
+    }
+
+    async fn read_stream(
+        &self,
+        request: Request<Full<Bytes>>,
+        sent: Instant,
+        answer: &mut Answer,
+        chunk: &(dyn Fn() + Sync),
+    ) -> Result<(), Fault> {
+        let mut response = self.http.request(request).await.map_err(|e| Fault::Connect(chain(&e)))?;
+        if response.status() != StatusCode::OK {
+            return Err(Fault::Status(response.status(), excerpt(response).await));
+        }
+        let (mut parser, mut done) = (sse::Parser::default(), false);
+        while let Some(frame) = response.frame().await {
+            let now = sent.elapsed();
+            let frame = match frame {
+                Ok(frame) => frame,
+                Err(_) if done => break,
+                Err(e) => return Err(Fault::Cut(chain(&e))),
+            };
+            let Some(data) = frame.data_ref() else { continue };
+            parser.push(data, |event| {
+                if event == b"[DONE]" {
+                    done = true;
+                    answer.end = now;
+                    return Ok(());
+                }
+                if answer.take_event(event, now)? {
+                    chunk();
+                }
+                Ok(())
+            })?;
+        }
+        if done || answer.finished { Ok(()) } else { Err(Fault::Cut("it ended without [DONE]".into())) }
+    }
+
+    /// A plain JSON exchange: GET, or POST with a body.
+    async fn json(&self, url: &str, body: Option<Value>) -> anyhow::Result<Value> {
+        let request = match &body {
+            Some(body) => post(url, body)?,
+            None => Request::get(url).body(Full::default())?,
+        };
+        let exchange = async {
+            let response = self.http.request(request).await.map_err(|e| anyhow::anyhow!(chain(&e)))?;
+            if response.status() != StatusCode::OK {
+                bail!("HTTP {}: {}", response.status(), excerpt(response).await);
+            }
+            let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
+            let body = body.map_err(|e| anyhow::anyhow!("the answer broke off: {e}"))?.to_bytes();
+            Ok(serde_json::from_slice(&body)?)
+        };
+        tokio::time::timeout(self.timeout, exchange).await.context("no answer in time")?
+    }
+}
+
+/// Pieces of the prompts that calibrate.
+const SHORT: usize = 40;
+const LONG: usize = 400;
+
+impl Answer {
+    /// Takes one event's data; says whether it carried output.
+    fn take_event(&mut self, data: &[u8], now: Duration) -> Result<bool, Fault> {
+        let chunk: Chunk = serde_json::from_slice(data)
+            .map_err(|e| Fault::Protocol(format!("{e} in {}", shorten(&String::from_utf8_lossy(data)))))?;
+        if let Some(error) = chunk.error {
+            let message = error["message"].as_str().map_or_else(|| error.to_string(), String::from);
+            return Err(Fault::Server(shorten(&message)));
+        }
+        self.end = now;
+        if chunk.usage.is_some() {
+            self.usage = chunk.usage;
+        }
+        let Some(choice) = chunk.choices.into_iter().next() else { return Ok(false) };
+        self.finished |= choice.finish_reason.is_some();
+        let (content, reasoning) = match choice.delta {
+            Some(delta) => (delta.content, delta.reasoning_content),
+            None => (choice.text, None),
+        };
+        let content = content.unwrap_or_default();
+        let output = !content.is_empty() || reasoning.is_some_and(|r| !r.is_empty());
+        self.text += &content;
+        if output {
+            self.chunks.push(now);
+        }
+        Ok(output)
+    }
+}
+
+/// The address without a trailing slash or `/v1`.
+fn base_url(url: &str) -> anyhow::Result<String> {
+    let base = url.trim_end_matches('/');
+    let base = base.strip_suffix("/v1").unwrap_or(base);
+    let uri: Uri = base.parse().with_context(|| format!("--url {url} is not an address"))?;
+    match (uri.scheme_str(), uri.host()) {
+        (Some("http"), Some(_)) => Ok(base.to_string()),
+        _ => bail!("--url {url} must be like http://127.0.0.1:8000 (plain http)"),
+    }
+}
+
+fn post(url: &str, body: &Value) -> anyhow::Result<Request<Full<Bytes>>> {
+    let request = Request::post(url).header("content-type", "application/json");
+    Ok(request.body(Full::new(Bytes::from(serde_json::to_vec(body)?)))?)
+}
+
+/// The beginning of an error's body; OpenAI's `error.message` if it has one.
+async fn excerpt(response: Response<Incoming>) -> String {
+    let Ok(body) = Limited::new(response.into_body(), MAX_BODY).collect().await else {
+        return "the body could not be read".into();
+    };
+    let body = body.to_bytes();
+    match serde_json::from_slice::<Value>(&body) {
+        Ok(value) if value["error"]["message"].is_string() => {
+            shorten(value["error"]["message"].as_str().unwrap_or_default())
+        }
+        _ => shorten(&String::from_utf8_lossy(&body)),
+    }
+}
+
+fn shorten(text: &str) -> String {
+    let mut short: String = text.trim().chars().take(200).collect();
+    if short.len() < text.trim().len() {
+        short.push('…');
+    }
+    short
+}
+
+/// An error with its causes.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        let e_text = e.to_string();
+        if !text.contains(&e_text) {
+            text += &format!(": {e_text}");
+        }
+        cause = e.source();
+    }
+    text
+}
