@@ -1,0 +1,70 @@
+"""Greedy tokens against llama.cpp's on the same Q4_K_M file, every one equal or explained.
+
+Both sides round the activations of every quantised product to int8, each in groups and an order of
+its own, so their logits differ by some hundredths. Where the oracle's two candidates lie closer than
+ROUNDING, that alone may decide; a difference at a wider margin is a fault. After a difference the
+oracle's tokens go on as the prompt, so that one difference hides nothing behind it.
+"""
+
+import json
+import pathlib
+
+import pytest
+
+# Widest margin, in nats, between the oracle's token and ours that rounding may turn over: three times
+# the usual difference of the two sides' log-probabilities of one token.
+ROUNDING = 0.15
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "greedy-qwen2.5-coder-0.5b.json"
+
+
+def margin(step, ours):
+    """How much likelier the oracle holds its own token than `ours`; infinite if not among its five."""
+    _, ids, logprobs = step
+    return logprobs[0] - logprobs[ids.index(ours)] if ours in ids else float("inf")
+
+
+def compare(server, case):
+    """Equal and explained counts, the unexplained differences, and the largest gap in log-probability."""
+    oracle = [step[0] for step in case["steps"]]
+    equal, explained, unexplained, gap = 0, 0, [], 0.0
+    done = 0
+    while done < len(oracle):
+        choice = server.complete(
+            case["prompt"] + oracle[:done],
+            max_tokens=len(oracle) - done,
+            logprobs=0,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        ).choices[0]
+        ours = choice.token_ids
+        assert len(ours) == len(oracle) - done
+        for token, logprob in zip(ours, choice.logprobs.token_logprobs):
+            step = case["steps"][done]
+            done += 1
+            if token == step[0]:
+                equal += 1
+                gap = max(gap, abs(logprob - step[2][0]))
+                continue
+            if margin(step, token) < ROUNDING:
+                explained += 1
+            else:
+                unexplained.append((done - 1, step, token))
+            break
+    return equal, explained, unexplained, gap
+
+
+def test_every_greedy_token_is_llama_cpps_or_explained(server):
+    golden = json.loads(GOLDEN.read_text())
+    if "qwen2.5-coder-0.5b" not in server.model:
+        pytest.skip(f"the goldens are qwen2.5-coder-0.5b's, the server runs {server.model}")
+    faults, totals = [], [0, 0, 0]
+    print(f"\n{'prompt':<20}{'equal':>8}{'explained':>11}{'unexplained':>13}{'largest gap, nats':>20}")
+    for case in golden["cases"]:
+        equal, explained, unexplained, gap = compare(server, case)
+        name = f"{case['name']} ({case['kind']})"
+        print(f"{name:<20}{equal:>8}{explained:>11}{len(unexplained):>13}{gap:>20.3f}")
+        totals = [a + b for a, b in zip(totals, (equal, explained, len(unexplained)))]
+        faults += [(name, *fault) for fault in unexplained]
+    print(f"{'all':<20}{totals[0]:>8}{totals[1]:>11}{totals[2]:>13}")
+    assert sum(totals) == sum(len(case["steps"]) for case in golden["cases"]) >= 1200
+    assert not faults, faults
