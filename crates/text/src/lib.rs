@@ -1,6 +1,22 @@
 //! Between text and tokens: tokenizer, chat template, incremental detokenizer, stop strings.
 
+mod detokenizer;
+mod folder;
+mod gguf;
+mod infill;
+mod json;
+mod pretokenizer;
+mod stop;
+mod template;
+mod tokenizer;
+mod vocab;
+
 use std::sync::Arc;
+
+pub use detokenizer::Decoder;
+pub use gguf::TextSource;
+pub use infill::{FimTokens, Infill};
+pub use stop::StopMatcher;
 
 /// What text handling can fail with. Every message is fit for a client.
 #[derive(Debug, thiserror::Error)]
@@ -18,65 +34,135 @@ pub enum TextError {
 
 /// A tokenizer with everything a model file says about text. Cheap to clone.
 #[derive(Clone)]
-pub struct Text {}
+pub struct Text {
+    parts: Arc<Parts>,
+}
 
-/// Fill-in-the-middle input in the model's own order and tokens.
-#[derive(Debug, Clone, Default)]
-pub struct Infill {
-    /// Text before the hole.
-    pub prefix: String,
-    /// Text after the hole.
-    pub suffix: String,
-    /// Other files for context: (name, text); used where the model has repository tokens.
-    pub extra: Vec<(String, String)>,
+/// What a model file was read into, whatever its format.
+struct Parts {
+    vocab: vocab::Vocab,
+    tokenizer: tokenizer::Tokenizer,
+    /// The begin token, and whether the model wants it before a text.
+    bos: Option<u32>,
+    add_bos: bool,
+    /// Whether encoding puts a space before a text, which decoding a whole text takes away again.
+    leading_space: bool,
+    template: Option<template::Template>,
+    infill: Option<FimTokens>,
+    stop_tokens: Vec<u32>,
+    infill_stop_tokens: Vec<u32>,
 }
 
 impl Text {
     /// Encodes text. `special`: whether markup such as `<|im_start|>` becomes its special token;
-    /// `bos`: whether the model's own begin token, if it wants one, is put first.
-    pub fn encode(&self, _text: &str, _special: bool, _bos: bool) -> Result<Vec<u32>, TextError> { todo!() }
-    /// Decodes a whole sequence; invalid UTF-8 becomes U+FFFD.
-    pub fn decode(&self, _tokens: &[u32], _skip_special: bool) -> String { todo!() }
-    /// The bytes of one token, as they stand in the text.
-    pub fn token_bytes(&self, _token: u32) -> Vec<u8> { todo!() }
+    /// `bos`: whether the model's own begin token, if it wants one, is put first (a text that
+    /// already begins with it gets no second one).
+    ///
+    /// # Errors
+    /// If the model's own normalizer or pre-tokenizer fails on the text.
+    pub fn encode(&self, text: &str, special: bool, bos: bool) -> Result<Vec<u32>, TextError> {
+        let mut tokens = Vec::with_capacity(text.len() / 3 + 1);
+        let begin = self.parts.bos.filter(|_| bos && self.parts.add_bos);
+        tokens.extend(begin);
+        self.parts.tokenizer.encode(text, special, &mut tokens)?;
+        if begin.is_some() && tokens.get(1) == begin.as_ref() {
+            tokens.remove(0);
+        }
+        Ok(tokens)
+    }
+
+    /// Decodes a whole sequence; invalid UTF-8 becomes U+FFFD. `skip_special` leaves out control
+    /// tokens. Where encoding puts a space before a text (SentencePiece), that one is taken away.
+    pub fn decode(&self, tokens: &[u32], skip_special: bool) -> String {
+        let vocab = &self.parts.vocab;
+        let bytes: Vec<u8> = tokens
+            .iter()
+            .filter(|&&token| !(skip_special && vocab.is_control(token)))
+            .flat_map(|&token| vocab.bytes(token))
+            .copied()
+            .collect();
+        let text = String::from_utf8_lossy(&bytes);
+        match text.strip_prefix(' ') {
+            Some(rest) if self.parts.leading_space => rest.to_owned(),
+            _ => text.into_owned(),
+        }
+    }
+
+    /// The bytes of one token, as they stand in the text. Empty for a token the model has not.
+    pub fn token_bytes(&self, token: u32) -> Vec<u8> {
+        self.parts.vocab.bytes(token).to_vec()
+    }
+
+    /// The token written exactly so in text with `special` set: `<|im_end|>`, `<tool_call>`.
+    pub fn special_token(&self, text: &str) -> Option<u32> {
+        self.parts.vocab.special(text)
+    }
+
     /// Renders the chat template. `messages` is the array as the template expects it (OpenAI's
     /// shape; content flattened to strings), `tools` likewise, `extra` further template variables.
+    ///
+    /// # Errors
+    /// [`TextError::Template`] if the template refuses or fails, [`TextError::Unsupported`] if the
+    /// model has none.
     pub fn render_chat(
         &self,
-        _messages: &serde_json::Value,
-        _tools: Option<&serde_json::Value>,
-        _add_generation_prompt: bool,
-        _extra: &serde_json::Map<String, serde_json::Value>,
-    ) -> Result<String, TextError> { todo!() }
-    /// Tokens of a fill-in-the-middle prompt.
-    pub fn encode_infill(&self, _infill: &Infill) -> Result<Vec<u32>, TextError> { todo!() }
-    /// Tokens that end a generation (end of text, end of turn; with infill also its markers).
-    pub fn stop_tokens(&self) -> &[u32] { todo!() }
+        messages: &serde_json::Value,
+        tools: Option<&serde_json::Value>,
+        add_generation_prompt: bool,
+        extra: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<String, TextError> {
+        let Some(template) = &self.parts.template else {
+            return Err(TextError::Unsupported(
+                "this model has no chat template: use /v1/completions, or serve an instruct model".into(),
+            ));
+        };
+        template.render(messages, tools, add_generation_prompt, extra)
+    }
+
+    /// Whether the model has a chat template.
+    pub fn has_chat_template(&self) -> bool {
+        self.parts.template.is_some()
+    }
+
+    /// Tokens of a fill-in-the-middle prompt. The texts are taken literally: markup in them is text.
+    ///
+    /// # Errors
+    /// [`TextError::Unsupported`] if the model has no fill-in-the-middle tokens.
+    pub fn encode_infill(&self, infill: &Infill) -> Result<Vec<u32>, TextError> {
+        let Some(fim) = &self.parts.infill else {
+            return Err(TextError::Unsupported(
+                "this model has no fill-in-the-middle tokens: use a code model trained for it, such as Qwen2.5-Coder"
+                    .into(),
+            ));
+        };
+        let begin = self.parts.bos.filter(|_| self.parts.add_bos);
+        infill::encode(fim, &self.parts.tokenizer, begin, infill)
+    }
+
+    /// Whether the model has fill-in-the-middle tokens.
+    pub fn has_infill(&self) -> bool {
+        self.parts.infill.is_some()
+    }
+
+    /// Tokens that end a generation: end of text, end of turn. Sorted.
+    pub fn stop_tokens(&self) -> &[u32] {
+        &self.parts.stop_tokens
+    }
+
+    /// Tokens that end a fill-in-the-middle generation: [`Text::stop_tokens`] and the markers of
+    /// the prompt itself, which a model that runs on would start anew. Sorted.
+    pub fn infill_stop_tokens(&self) -> &[u32] {
+        &self.parts.infill_stop_tokens
+    }
+
     /// Vocabulary size, special tokens included.
-    pub fn vocab_size(&self) -> usize { todo!() }
-    /// A detokenizer for one sequence.
-    pub fn decoder(&self) -> Decoder { todo!() }
-}
+    pub fn vocab_size(&self) -> usize {
+        self.parts.vocab.len()
+    }
 
-/// Turns one sequence's tokens into text as they come, never splitting a UTF-8 character.
-pub struct Decoder {}
-
-impl Decoder {
-    /// Adds a token; appends to `out` whatever text is now certain.
-    pub fn push(&mut self, _token: u32, _out: &mut String) { todo!() }
-    /// The end: appends what was held back (an unfinished character becomes U+FFFD).
-    pub fn finish(&mut self, _out: &mut String) { todo!() }
-}
-
-/// Watches text for stop strings, holding back only what could still become one.
-pub struct StopMatcher {}
-
-impl StopMatcher {
-    /// For these stop strings.
-    pub fn new(_stops: Arc<[String]>) -> Self { todo!() }
-    /// Adds text; appends to `out` what is certainly outside every stop string. Returns the index
-    /// of the stop string that was found: then nothing more is to come.
-    pub fn push(&mut self, _text: &str, _out: &mut String) -> Option<usize> { todo!() }
-    /// The end without a stop: appends what was held back.
-    pub fn finish(&mut self, _out: &mut String) { todo!() }
+    /// A detokenizer for one sequence. It leaves out control tokens, and keeps a leading space: what
+    /// it is given continues a text.
+    pub fn decoder(&self) -> Decoder {
+        Decoder::new(self.clone())
+    }
 }

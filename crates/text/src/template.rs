@@ -1,0 +1,226 @@
+//! Chat templates: Jinja as Hugging Face transformers runs it, with bounded work.
+
+use std::collections::BTreeMap;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Serde, Value};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind};
+use regex::Regex;
+use serde_json::Map;
+
+use crate::TextError;
+
+/// Instructions that one rendering may run. A long conversation takes some hundred thousand; this
+/// many take a few seconds at most.
+const FUEL: u64 = 20_000_000;
+
+const CHAT: &str = "chat template";
+const TOOL_USE: &str = "tool-use chat template";
+
+/// The templates of a model, compiled.
+pub(crate) struct Template {
+    env: Environment<'static>,
+    has_tool_use: bool,
+    /// `bos_token` and the like, as the template sees them.
+    tokens: BTreeMap<String, Value>,
+}
+
+/// What a model file says about its templates.
+pub(crate) struct TemplateSource<'s> {
+    pub(crate) chat: &'s str,
+    /// Used instead where there are tools.
+    pub(crate) tool_use: Option<&'s str>,
+    /// Variables that hold a special token's text; those that the model lacks stay undefined.
+    pub(crate) tokens: [(&'static str, Option<String>); 4],
+}
+
+impl Template {
+    pub(crate) fn new(source: TemplateSource<'_>) -> Result<Self, TextError> {
+        let mut env = Environment::new();
+        env.set_syntax(syntax()?);
+        env.set_auto_escape_callback(|_| AutoEscape::None);
+        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        env.set_fuel(Some(FUEL));
+        env.add_filter("tojson", crate::json::tojson);
+        env.add_function("raise_exception", raise_exception);
+        env.add_function("strftime_now", strftime_now);
+        let templates = [(CHAT, Some(source.chat)), (TOOL_USE, source.tool_use)];
+        for (name, template) in templates.into_iter().filter_map(|(name, template)| Some((name, template?))) {
+            env.add_template_owned(name, without_training_marks(template)?).map_err(|error| {
+                TextError::Model(format!("the model's {name} does not compile: {}", describe(&error)))
+            })?;
+        }
+        let tokens = source.tokens.into_iter();
+        Ok(Self {
+            env,
+            has_tool_use: source.tool_use.is_some(),
+            tokens: tokens.filter_map(|(name, token)| Some((name.to_owned(), token?.into()))).collect(),
+        })
+    }
+
+    pub(crate) fn render(
+        &self,
+        messages: &serde_json::Value,
+        tools: Option<&serde_json::Value>,
+        add_generation_prompt: bool,
+        extra: &Map<String, serde_json::Value>,
+    ) -> Result<String, TextError> {
+        // As in transformers: what a caller adds may replace the tokens, not the conversation.
+        let mut variables = self.tokens.clone();
+        variables.insert("documents".into(), Value::from(()));
+        variables.extend(extra.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value)))));
+        variables.insert("messages".into(), Serde(messages).into());
+        variables.insert("tools".into(), tools.map_or_else(|| Value::from(()), |tools| Serde(tools).into()));
+        variables.insert("add_generation_prompt".into(), add_generation_prompt.into());
+        let name = if tools.is_some() && self.has_tool_use { TOOL_USE } else { CHAT };
+        let template = self.env.get_template(name).map_err(|error| refused(&error))?;
+        template.render(Value::from(variables)).map_err(|error| refused(&error))
+    }
+}
+
+/// The whitespace rules that transformers sets.
+fn syntax() -> Result<SyntaxConfig, TextError> {
+    SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()
+        .map_err(|error| TextError::Model(format!("the template syntax cannot be set: {error}")))
+}
+
+/// Leaves out `{% generation %}`, which marks what a model learns from and is no Jinja of others.
+fn without_training_marks(template: &str) -> Result<String, TextError> {
+    let mark = Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+        .map_err(|error| TextError::Model(format!("the chat template cannot be searched: {error}")))?;
+    let replaced = mark.replace_all(template, |found: &regex::Captures<'_>| {
+        let tag = if found.get(2).is_some() { "endif" } else { "if true" };
+        format!("{{%{} {tag} {}%}}", &found[1], &found[3])
+    });
+    Ok(replaced.into_owned())
+}
+
+/// What a template says in `raise_exception`, carried through the engine's own errors.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Raised(String);
+
+fn raise_exception(message: String) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, "raised by the template").with_source(Raised(message)))
+}
+
+/// The local time now, in the format of C's strftime.
+fn strftime_now(format: &str) -> Result<String, Error> {
+    jiff::fmt::strtime::format(format, &jiff::Zoned::now())
+        .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}")))
+}
+
+fn refused(error: &Error) -> TextError {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(current) = cause {
+        if let Some(Raised(message)) = current.downcast_ref() {
+            return TextError::Template(message.clone());
+        }
+        cause = current.source();
+    }
+    if error.kind() == ErrorKind::OutOfFuel {
+        return TextError::Template("it takes too many steps for these messages".into());
+    }
+    TextError::Template(describe(error))
+}
+
+/// The error with its line, without the engine's excerpt of the template.
+fn describe(error: &Error) -> String {
+    let what = error
+        .detail()
+        .map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
+    match error.line() {
+        Some(line) => format!("{what} (line {line} of the template)"),
+        None => what,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn template(chat: &str) -> Template {
+        let tokens = [
+            ("bos_token", Some("<s>".to_owned())),
+            ("eos_token", None),
+            ("pad_token", None),
+            ("unk_token", None),
+        ];
+        Template::new(TemplateSource { chat, tool_use: None, tokens }).unwrap()
+    }
+
+    fn render(chat: &str) -> Result<String, TextError> {
+        let messages = json!([{"role": "user", "content": "  hi <b> "}]);
+        template(chat).render(&messages, None, true, &Map::new())
+    }
+
+    #[test]
+    fn variables_and_blocks_are_those_of_transformers() {
+        let text = render(
+            "{{ bos_token }}\n    {% for m in messages %}\n{{ m['role'] }}:{{ m.content.strip() }}\n    {% endfor %}\n{{ eos_token }}{% if tools is none and documents is none %}{{ add_generation_prompt }}{% endif %}\n",
+        );
+        assert_eq!(text.unwrap(), "<s>\nuser:hi <b>\nTrue");
+    }
+
+    #[test]
+    fn training_marks_and_loop_controls_are_understood() {
+        let text = render(
+            "{% for i in [1, 2, 3] %}{% if i == 2 %}{% continue %}{% endif %}{%- generation -%} {{ i }} {%- endgeneration %};{% if i == 3 %}{% break %}{% endif %}{% endfor %}",
+        );
+        assert_eq!(text.unwrap(), "1;3;");
+    }
+
+    #[test]
+    fn an_exception_reads_as_the_template_wrote_it() {
+        for chat in [
+            "{{ raise_exception('only one user') }}",
+            "{% macro m() %}{{ raise_exception('only one user') }}{% endmacro %}{{ m() }}",
+        ] {
+            match render(chat) {
+                Err(TextError::Template(message)) => assert_eq!(message, "only one user"),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn failures_name_the_line() {
+        let Err(TextError::Template(message)) = render("a\n{{ messages[0].content + 1 }}") else { panic!() };
+        assert!(message.contains("line 2"), "{message}");
+        let broken = TemplateSource { chat: "{% if %}", tool_use: None, tokens: Default::default() };
+        assert!(matches!(Template::new(broken), Err(TextError::Model(_))));
+    }
+
+    #[test]
+    fn endless_work_is_cut_off() {
+        let chat = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}";
+        assert!(
+            matches!(render(chat), Err(TextError::Template(message)) if message.contains("too many steps"))
+        );
+        assert!(render("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").is_err());
+    }
+
+    #[test]
+    fn tools_choose_their_own_template_and_extra_variables_do_not_replace_the_conversation() {
+        let tokens = Default::default();
+        let template =
+            Template::new(TemplateSource { chat: "{{ x }}{{ messages }}", tool_use: Some("tools"), tokens })
+                .unwrap();
+        let extra = json!({"x": "y", "messages": "fake"});
+        let extra = extra.as_object().unwrap();
+        assert_eq!(template.render(&json!([]), None, false, extra).unwrap(), "y[]");
+        assert_eq!(template.render(&json!([]), Some(&json!([])), false, extra).unwrap(), "tools");
+    }
+
+    #[test]
+    fn the_time_is_formatted() {
+        let year = render("{{ strftime_now('%Y') }}").unwrap();
+        assert!(year.parse::<u32>().is_ok_and(|year| year > 2020), "{year}");
+        assert!(render("{{ strftime_now('%!') }}").is_err());
+    }
+}
