@@ -1,4 +1,25 @@
 //! Model architectures over the op set, and weight loading (GGUF, safetensors).
+//!
+//! ```text
+//! path -> ModelSource::open (config, mapped weights) -> load onto a Backend -> dyn Model
+//! ```
+
+mod arch;
+mod config;
+mod decoder;
+mod error;
+mod gguf;
+mod hf_config;
+mod load;
+mod mapped;
+mod rope;
+mod safetensors;
+mod weights;
+
+pub use config::{ModelConfig, MoeConfig};
+pub use error::LoadError;
+pub use gguf::{Array, Gguf, Value};
+pub use load::{KvSize, LoadOptions, Loaded, ModelSource, load};
 
 use rudder_ops::{Batch, SampleRow, Sampled};
 
@@ -9,7 +30,8 @@ pub trait Model: Send {
     /// Runs one step over `batch` and keeps the logits of `batch.outputs`.
     ///
     /// # Errors
-    /// If the backend fails; the step's KV is then undefined, the model stays usable.
+    /// If the batch exceeds what the model was loaded for, or the backend fails; the step's KV is then
+    /// undefined, the model stays usable.
     fn forward(&mut self, batch: &Batch) -> Result<(), rudder_ops::OpError>;
     /// Draws one token for every output row of the last `forward`.
     ///
@@ -21,42 +43,4 @@ pub trait Model: Send {
     /// # Errors
     /// If the backend fails.
     fn logits(&mut self) -> Result<Vec<f32>, rudder_ops::OpError>;
-}
-
-/// What every architecture states of itself.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ModelConfig {
-    /// `llama`, `qwen2`, `qwen3`, `qwen3moe`.
-    pub architecture: String,
-    /// Width of the residual stream.
-    pub hidden: usize,
-    /// Width of a dense MLP.
-    pub intermediate: usize,
-    /// Decoder layers.
-    pub layers: usize,
-    /// Attention sizes.
-    pub attention: rudder_ops::AttentionShape,
-    /// Vocabulary size.
-    pub vocab: usize,
-    /// Context length the model was trained for, scaling included.
-    pub context_length: usize,
-    /// Epsilon of the RMS norms.
-    pub rms_eps: f32,
-    /// Rotary embedding.
-    pub rope: rudder_ops::Rope,
-    /// Mixture of experts, if any.
-    pub moe: Option<MoeConfig>,
-}
-
-/// Sizes of a mixture-of-experts layer.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct MoeConfig {
-    /// Experts in a layer.
-    pub experts: usize,
-    /// Experts used per token.
-    pub top_k: usize,
-    /// Width of one expert.
-    pub intermediate: usize,
-    /// Whether the chosen experts' weights are made to sum to one.
-    pub renormalise: bool,
 }

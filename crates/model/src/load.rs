@@ -1,0 +1,290 @@
+//! From a path to a model: opens a GGUF file or a Hugging Face folder, uploads the weights to a backend.
+
+use std::path::{Path, PathBuf};
+
+use rudder_ops::{Backend, RawTensor};
+
+use crate::arch::{self, Architecture};
+use crate::decoder::{Decoder, Layer, Limits, Mlp, Workspace};
+use crate::gguf::Gguf;
+use crate::safetensors::Checkpoint;
+use crate::weights::Weights;
+use crate::{LoadError, Model, ModelConfig, config, hf_config};
+
+/// How large a loaded model's steps and KV cache are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Most tokens in a step.
+    pub max_batch_tokens: usize,
+    /// Most rows of a step whose logits are kept.
+    pub max_outputs: usize,
+    /// Size of the KV cache.
+    pub kv: KvSize,
+    /// Longest sequence in tokens; at most the model's context length.
+    pub max_context: usize,
+}
+
+/// Size of a KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvSize {
+    /// So many blocks of [`rudder_ops::BLOCK_SIZE`] tokens.
+    Blocks(usize),
+    /// As many blocks as fit in so many bytes.
+    Bytes(u64),
+}
+
+/// A loaded model and what it takes.
+pub struct Loaded {
+    /// The model.
+    pub model: Box<dyn Model>,
+    /// Blocks in its KV cache.
+    pub kv_blocks: usize,
+    /// Bytes of its KV cache.
+    pub kv_bytes: u64,
+    /// Bytes of its weights as they lie in the file.
+    pub weight_bytes: u64,
+}
+
+/// A model's files, opened and checked but not yet loaded.
+pub struct ModelSource {
+    path: PathBuf,
+    arch: &'static Architecture,
+    config: ModelConfig,
+    weights: Weights,
+    /// Whether the output matrix is the embedding table.
+    tied: bool,
+}
+
+/// Opens `path` and loads it. `progress` is told the bytes of weights done and to do.
+///
+/// # Errors
+/// See [`ModelSource::open`] and [`ModelSource::load`].
+pub fn load<B: Backend>(
+    path: &Path,
+    backend: B,
+    options: LoadOptions,
+    progress: impl FnMut(u64, u64),
+) -> Result<Loaded, LoadError> {
+    ModelSource::open(path)?.load(backend, options, progress)
+}
+
+impl ModelSource {
+    /// Opens a GGUF file or a Hugging Face folder (config.json, safetensors).
+    ///
+    /// # Errors
+    /// If files are missing or damaged, or the architecture is not supported; the message names the file
+    /// and the tensor or key.
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
+        match path.is_dir() {
+            true => Self::open_folder(path),
+            false => Self::open_gguf(path),
+        }
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self, LoadError> {
+        let gguf = Gguf::open(path)?;
+        let invalid = |reason: String| LoadError::invalid(path, reason);
+        if gguf.u64("split.count").is_some_and(|parts| parts > 1) {
+            return Err(invalid(
+                "one part of a split model; merge the parts with llama.cpp's gguf-split".into(),
+            ));
+        }
+        let name = gguf.str("general.architecture");
+        let name = name.ok_or_else(|| invalid("metadata key general.architecture is missing".into()))?;
+        let arch = arch::by_name(&name).map_err(invalid)?;
+        let config = config::from_gguf(&gguf, arch).map_err(invalid)?;
+        let weights = Weights::from_gguf(gguf);
+        let tied = !weights.has_output();
+        Ok(Self { path: path.to_owned(), arch, config, weights, tied })
+    }
+
+    fn open_folder(path: &Path) -> Result<Self, LoadError> {
+        let file = path.join("config.json");
+        let json = std::fs::read(&file).map_err(|e| LoadError::io(&file, e))?;
+        let hf = hf_config::parse(&json).map_err(|reason| LoadError::invalid(&file, reason))?;
+        let weights = Weights::from_checkpoint(path, Checkpoint::open(path)?);
+        let tied = hf.tied.unwrap_or(!weights.has_output());
+        Ok(Self { path: path.to_owned(), arch: hf.arch, config: hf.config, weights, tied })
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The GGUF file, with its metadata, if it is one.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        self.weights.gguf()
+    }
+
+    /// Bytes of the weights as they lie in the files.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weights.bytes()
+    }
+
+    /// Bytes that one KV block takes in all layers together.
+    pub fn kv_block_bytes<B: Backend>(&self, backend: &B) -> u64 {
+        backend.kv_block_bytes(&self.config.attention) as u64 * self.config.layers as u64
+    }
+
+    /// Uploads the weights to `backend` and allocates its KV cache and workspace.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape than the configuration says, the backend cannot take
+    /// it, or the options do not fit the model.
+    pub fn load<B: Backend>(
+        self,
+        mut backend: B,
+        options: LoadOptions,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<Loaded, LoadError> {
+        let limits = self.limits(&backend, options)?;
+        let kv_bytes = self.kv_block_bytes(&backend) * limits.kv_blocks as u64;
+        let weight_bytes = self.weight_bytes();
+        let mut loader = Loader { source: &self, backend: &mut backend, done: 0, progress };
+        let embedding = loader.embedding()?;
+        let layers = (0..self.config.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
+        let (output_norm, output) = (loader.output_norm()?, loader.output()?);
+        (loader.progress)(weight_bytes, weight_bytes);
+
+        backend.load_rope(&self.config.rope, limits.context)?;
+        let cache = backend.kv_cache(self.config.layers, &self.config.attention, limits.kv_blocks)?;
+        let workspace = Workspace::new(&mut backend, &self.config, &limits)?;
+        let config = self.config;
+        let decoder =
+            Decoder { backend, config, limits, embedding, layers, output_norm, output, cache, workspace };
+        Ok(Loaded { model: Box::new(decoder), kv_blocks: limits.kv_blocks, kv_bytes, weight_bytes })
+    }
+
+    fn limits<B: Backend>(&self, backend: &B, options: LoadOptions) -> Result<Limits, LoadError> {
+        let LoadOptions { max_batch_tokens, max_outputs, kv, max_context } = options;
+        let longest = self.config.context_length;
+        if max_context == 0 || max_context > longest {
+            let path = self.path.display();
+            let reason =
+                format!("a context of {max_context} tokens is not possible: {path} has at most {longest}");
+            return Err(LoadError::Options(reason));
+        }
+        if max_batch_tokens == 0 || max_outputs == 0 {
+            return Err(LoadError::Options("a step needs room for at least one token and one output".into()));
+        }
+        let block_bytes = self.kv_block_bytes(backend).max(1);
+        let kv_blocks = match kv {
+            KvSize::Blocks(blocks) => blocks,
+            KvSize::Bytes(bytes) => usize::try_from(bytes / block_bytes).unwrap_or(usize::MAX),
+        };
+        // Slots are numbered in 32 bits.
+        if kv_blocks == 0 || kv_blocks > u32::MAX as usize / rudder_ops::BLOCK_SIZE {
+            let reason =
+                format!("a KV cache of {kv_blocks} blocks ({block_bytes} bytes each) is not possible");
+            return Err(LoadError::Options(reason));
+        }
+        Ok(Limits { batch_tokens: max_batch_tokens, outputs: max_outputs, context: max_context, kv_blocks })
+    }
+}
+
+/// Uploads tensor by tensor and counts the bytes.
+struct Loader<'a, B: Backend, P: FnMut(u64, u64)> {
+    source: &'a ModelSource,
+    backend: &'a mut B,
+    done: u64,
+    progress: P,
+}
+
+impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
+    fn count(&mut self, parts: &[RawTensor]) {
+        self.done += parts.iter().map(|part| part.bytes().len() as u64).sum::<u64>();
+        // A tied embedding table is uploaded twice, some tensors never.
+        let total = self.source.weight_bytes();
+        (self.progress)(self.done.min(total), total);
+    }
+
+    fn matrix(&mut self, parts: &[RawTensor]) -> Result<B::Matrix, LoadError> {
+        let matrix = self.backend.load_matrix(parts)?;
+        self.count(parts);
+        Ok(matrix)
+    }
+
+    fn vector(&mut self, parts: &[RawTensor]) -> Result<B::Vector, LoadError> {
+        let vector = self.backend.load_vector(parts)?;
+        self.count(parts);
+        Ok(vector)
+    }
+
+    fn embedding(&mut self) -> Result<B::Embedding, LoadError> {
+        let ModelConfig { vocab, hidden, .. } = self.source.config;
+        let table = self.source.weights.embedding([vocab, hidden])?;
+        let embedding = self.backend.load_embedding(&table)?;
+        self.count(&[table]);
+        Ok(embedding)
+    }
+
+    fn output_norm(&mut self) -> Result<B::Vector, LoadError> {
+        let weight = self.source.weights.output_norm(self.source.config.hidden)?;
+        self.vector(&[weight])
+    }
+
+    fn output(&mut self) -> Result<B::Matrix, LoadError> {
+        let ModelConfig { vocab, hidden, .. } = self.source.config;
+        let (weights, shape) = (&self.source.weights, [vocab, hidden]);
+        let matrix = if self.source.tied { weights.embedding(shape)? } else { weights.output(shape)? };
+        self.matrix(&[matrix])
+    }
+
+    fn layer(&mut self, layer: usize) -> Result<Layer<B>, LoadError> {
+        let (weights, config, arch) = (&self.source.weights, &self.source.config, self.source.arch);
+        let (hidden, head_dim) = (config.hidden, config.attention.head_dim);
+        let q = config.attention.heads * head_dim;
+        let kv = config.attention.kv_heads * head_dim;
+
+        let qkv = [
+            weights.matrix(layer, "attn_q", [q, hidden])?,
+            weights.matrix(layer, "attn_k", [kv, hidden])?,
+            weights.matrix(layer, "attn_v", [kv, hidden])?,
+        ];
+        let bias = |name, len| weights.bias(layer, name, len);
+        let qkv_bias = match arch.qkv_bias {
+            true => Some(self.vector(&[bias("attn_q", q)?, bias("attn_k", kv)?, bias("attn_v", kv)?])?),
+            false => None,
+        };
+        let qk_norm = match arch.qk_norm {
+            true => {
+                let q = self.vector(&[weights.norm(layer, "attn_q_norm", head_dim)?])?;
+                let k = self.vector(&[weights.norm(layer, "attn_k_norm", head_dim)?])?;
+                Some((q, k))
+            }
+            false => None,
+        };
+        Ok(Layer {
+            attn_norm: self.vector(&[weights.norm(layer, "attn_norm", hidden)?])?,
+            qkv: self.matrix(&qkv)?,
+            qkv_bias,
+            qk_norm,
+            attn_output: self.matrix(&[weights.matrix(layer, "attn_output", [hidden, q])?])?,
+            ffn_norm: self.vector(&[weights.norm(layer, "ffn_norm", hidden)?])?,
+            mlp: self.mlp(layer)?,
+        })
+    }
+
+    fn mlp(&mut self, layer: usize) -> Result<Mlp<B>, LoadError> {
+        let (weights, config) = (&self.source.weights, &self.source.config);
+        let hidden = config.hidden;
+        let Some(moe) = config.moe else {
+            let width = config.intermediate;
+            let gate = weights.matrix(layer, "ffn_gate", [width, hidden])?;
+            let up = weights.matrix(layer, "ffn_up", [width, hidden])?;
+            let down = weights.matrix(layer, "ffn_down", [hidden, width])?;
+            return Ok(Mlp::Dense { gate_up: self.matrix(&[gate, up])?, down: self.matrix(&[down])? });
+        };
+        let (count, width) = (moe.experts, moe.intermediate);
+        let router = self.matrix(&[weights.matrix(layer, "ffn_gate_inp", [count, hidden])?])?;
+        let gate = weights.experts(layer, "gate", count, [width, hidden])?;
+        let up = weights.experts(layer, "up", count, [width, hidden])?;
+        let down = weights.experts(layer, "down", count, [hidden, width])?;
+        let experts = self.backend.load_experts(&gate, &up, &down)?;
+        for parts in [gate, up, down] {
+            self.count(&parts);
+        }
+        Ok(Mlp::Moe { router, experts })
+    }
+}

@@ -1,0 +1,159 @@
+//! One view of a model's weights, whichever format they lie in, under canonical names (GGUF's).
+
+use std::path::{Path, PathBuf};
+
+use rudder_ops::RawTensor;
+
+use crate::LoadError;
+use crate::gguf::Gguf;
+use crate::safetensors::Checkpoint;
+
+/// Canonical names of a layer's tensors, and Hugging Face's.
+const LAYER_NAMES: [(&str, &str); 13] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+    ("ffn_gate_inp", "mlp.gate"),
+    ("experts", "mlp.experts"),
+];
+
+/// A model's weights. Every tensor is handed out with its shape checked.
+pub struct Weights {
+    path: PathBuf,
+    format: Format,
+}
+
+enum Format {
+    Gguf(Gguf),
+    HuggingFace(Checkpoint),
+}
+
+impl Weights {
+    pub(crate) fn from_gguf(gguf: Gguf) -> Self {
+        Self { path: gguf.path().to_owned(), format: Format::Gguf(gguf) }
+    }
+
+    pub(crate) fn from_checkpoint(folder: &Path, checkpoint: Checkpoint) -> Self {
+        Self { path: folder.to_owned(), format: Format::HuggingFace(checkpoint) }
+    }
+
+    /// The GGUF file, if it is one.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match &self.format {
+            Format::Gguf(gguf) => Some(gguf),
+            Format::HuggingFace(_) => None,
+        }
+    }
+
+    /// Bytes of all tensors together.
+    pub fn bytes(&self) -> u64 {
+        match &self.format {
+            Format::Gguf(gguf) => gguf.tensor_bytes(),
+            Format::HuggingFace(checkpoint) => checkpoint.tensor_bytes(),
+        }
+    }
+
+    /// The embedding table, `[vocab, hidden]`.
+    pub fn embedding(&self, shape: [usize; 2]) -> Result<RawTensor, LoadError> {
+        self.tensor(self.pick("token_embd.weight", "model.embed_tokens.weight"), &shape)
+    }
+
+    /// The weight of the last norm, `[hidden]`.
+    pub fn output_norm(&self, hidden: usize) -> Result<RawTensor, LoadError> {
+        self.tensor(self.pick("output_norm.weight", "model.norm.weight"), &[hidden])
+    }
+
+    /// Whether there is an output matrix apart from the embedding table.
+    pub fn has_output(&self) -> bool {
+        self.contains(self.pick("output.weight", "lm_head.weight"))
+    }
+
+    /// The output matrix, `[vocab, hidden]`.
+    pub fn output(&self, shape: [usize; 2]) -> Result<RawTensor, LoadError> {
+        self.tensor(self.pick("output.weight", "lm_head.weight"), &shape)
+    }
+
+    /// A layer's matrix, `[out, in]`.
+    pub fn matrix(&self, layer: usize, name: &str, shape: [usize; 2]) -> Result<RawTensor, LoadError> {
+        self.tensor(&self.layer_name(layer, name, "weight"), &shape)
+    }
+
+    /// The weight of a layer's norm.
+    pub fn norm(&self, layer: usize, name: &str, len: usize) -> Result<RawTensor, LoadError> {
+        self.tensor(&self.layer_name(layer, name, "weight"), &[len])
+    }
+
+    /// The bias of a layer's matrix.
+    pub fn bias(&self, layer: usize, name: &str, len: usize) -> Result<RawTensor, LoadError> {
+        self.tensor(&self.layer_name(layer, name, "bias"), &[len])
+    }
+
+    /// One matrix, `[out, in]`, of each of a layer's experts; `name` is `gate`, `up` or `down`.
+    pub fn experts(
+        &self,
+        layer: usize,
+        name: &str,
+        count: usize,
+        shape: [usize; 2],
+    ) -> Result<Vec<RawTensor>, LoadError> {
+        match &self.format {
+            Format::Gguf(_) => {
+                let name = format!("blk.{layer}.ffn_{name}_exps.weight");
+                let stacked = self.tensor(&name, &[count, shape[0], shape[1]])?;
+                Ok((0..count).map(|expert| stacked.index(expert)).collect())
+            }
+            Format::HuggingFace(_) => (0..count)
+                .map(|expert| {
+                    let kind = format!("{expert}.{name}_proj.weight");
+                    self.tensor(&self.layer_name(layer, "experts", &kind), &shape)
+                })
+                .collect(),
+        }
+    }
+
+    fn pick<'a>(&self, gguf: &'a str, hugging_face: &'a str) -> &'a str {
+        match self.format {
+            Format::Gguf(_) => gguf,
+            Format::HuggingFace(_) => hugging_face,
+        }
+    }
+
+    fn layer_name(&self, layer: usize, name: &str, kind: &str) -> String {
+        match self.format {
+            Format::Gguf(_) => format!("blk.{layer}.{name}.{kind}"),
+            Format::HuggingFace(_) => {
+                let theirs =
+                    LAYER_NAMES.iter().find(|(ours, _)| *ours == name).map_or(name, |(_, theirs)| theirs);
+                format!("model.layers.{layer}.{theirs}.{kind}")
+            }
+        }
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        match &self.format {
+            Format::Gguf(gguf) => gguf.contains(name),
+            Format::HuggingFace(checkpoint) => checkpoint.contains(name),
+        }
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<RawTensor, LoadError> {
+        let tensor = match &self.format {
+            Format::Gguf(gguf) => gguf.tensor(name)?,
+            Format::HuggingFace(checkpoint) => checkpoint.tensor(name)?,
+        };
+        if tensor.shape != shape {
+            let reason =
+                format!("tensor {name} has shape {:?}, the configuration asks for {shape:?}", tensor.shape);
+            return Err(LoadError::invalid(&self.path, reason));
+        }
+        Ok(tensor)
+    }
+}
