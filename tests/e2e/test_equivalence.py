@@ -5,6 +5,8 @@ import concurrent.futures
 import pytest
 
 CODE = "fn sum(values: &[i64]) -> i64 {\n    values.iter().sum()\n}\n\n"
+# Room for one and a half of the sequences below, in the f32 KV of the default model.
+NARROW = "12MiB"
 PROMPTS = ["The", "def add(a, b):\n    return", CODE, CODE * 6 + "fn product(", "// " + "0123456789 " * 40]
 
 
@@ -33,7 +35,7 @@ def test_chunk_size_changes_nothing(start, expected, tokens):
 
 
 def test_no_prefix_cache_changes_nothing(start, expected):
-    server = start("--no-prefix-cache")
+    server = start("--prefix-cache", "off")
     assert answers(server) == expected
     assert answers(server) == expected
     assert server.metrics()["vllm:prefix_cache_hits_total"] == 0
@@ -51,7 +53,7 @@ def test_preemption_changes_nothing(start, expected):
     whole = start("--max-batch-tokens", "256")
     unhindered = answers(whole, prompts, max_tokens=120, extra_body={"ignore_eos": True})
     assert whole.stop() == 0
-    narrow = start("--kv-tokens", "512", "--max-context", "400")
+    narrow = start("--kv-memory", NARROW, "--max-context", "400")
     assert answers(narrow, prompts, max_tokens=120, extra_body={"ignore_eos": True}) == unhindered
     assert narrow.wait_idle()["vllm:num_preemptions_total"] > 0
 

@@ -3,11 +3,13 @@
 import concurrent.futures
 import re
 import signal
+import subprocess
 import time
 
 import httpx
 import openai
 import pytest
+from conftest import BINARY
 
 VLLM = {
     "vllm:num_requests_running",
@@ -126,7 +128,7 @@ def test_shutdown_drains_and_exits_zero(start, how):
 
 
 def test_shutdown_ends_within_its_grace(start):
-    server = start("--grace", "1")
+    server = start("--drain-seconds", "1")
     stream = long_stream(server, max_tokens=20_000)
     read(stream, 2)
     begun = time.monotonic()
@@ -147,10 +149,7 @@ def test_a_long_prefill_keeps_the_stream_alive(start):
     assert len(comments) >= 2
 
 
-def test_an_unknown_model_name_ends_with_a_hint(tmp_path):
-    import subprocess
-    from conftest import BINARY
-
+def test_an_unknown_model_name_ends_with_a_hint():
     ended = subprocess.run([BINARY, "serve", "--model", "qwen2.5-codr-0.5b"], capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0
     assert "qwen2.5-coder-0.5b" in ended.stderr
