@@ -174,7 +174,8 @@ impl Gguf {
 
     /// Bytes of all tensors together.
     pub fn tensor_bytes(&self) -> u64 {
-        self.tensors.values().map(|info| info.bytes as u64).sum()
+        // A lying file's tensors may overlap: their sum has no bound but saturation.
+        self.tensors.values().fold(0, |sum, info| sum.saturating_add(info.bytes as u64))
     }
 
     /// A tensor, mapped. Its shape is row-major, the reverse of GGUF's order.

@@ -139,7 +139,7 @@ impl ModelSource {
         progress: impl FnMut(u64, u64),
     ) -> Result<Loaded, LoadError> {
         let limits = self.limits(&backend, options)?;
-        let kv_bytes = self.kv_block_bytes(&backend) * limits.kv_blocks as u64;
+        let kv_bytes = self.kv_block_bytes(&backend).saturating_mul(limits.kv_blocks as u64);
         let weight_bytes = self.weight_bytes();
         let mut loader = Loader { source: &self, backend: &mut backend, done: 0, progress };
         let embedding = loader.embedding()?;

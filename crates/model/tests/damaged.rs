@@ -256,9 +256,9 @@ fn a_shard_index_may_not_leave_its_folder_or_name_missing_tensors() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Bytes of the header changed at random: an error or a file whose every tensor lies inside it.
+    /// Bytes of a GGUF header changed at random: an error or a file whose every tensor lies inside it.
     #[test]
-    fn mutated_files_never_panic(
+    fn mutated_gguf_never_panics(
         fixture in prop::sample::select(vec!["llama3-rope", "qwen3moe"]),
         changes in prop::collection::vec((0usize..4_000, any::<u8>()), 1..12),
         cut in prop::option::of(0usize..8_000),
@@ -271,5 +271,19 @@ proptest! {
             bytes.truncate(cut);
         }
         let _ = open(&bytes);
+    }
+
+    /// The same of a safetensors header.
+    #[test]
+    fn mutated_safetensors_never_panic(changes in prop::collection::vec((0usize..2_000, any::<u8>()), 1..4)) {
+        let good = support::fixture("qwen2");
+        let folder = tempfile::tempdir().unwrap();
+        fs::copy(good.join("config.json"), folder.path().join("config.json")).unwrap();
+        let mut bytes = fs::read(good.join("model.safetensors")).unwrap();
+        for (at, value) in changes {
+            bytes[at] = value;
+        }
+        fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+        let _ = ModelSource::open(folder.path());
     }
 }
