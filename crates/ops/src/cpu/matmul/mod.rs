@@ -1,57 +1,244 @@
-//! Multiplication of activations with packed weights.
+//! Multiplication of activations with packed weights, `x * w^T`.
+//!
+//! Quantised weights meet activations quantised to int8 in blocks of 32, so a block's dot product
+//! is exact in integers and only its scaling is floating point; plain weights (F32, F16, BF16) are
+//! multiplied in f32. An output depends bit for bit on its own row of `x` and its own row of
+//! weights alone: not on the batch, the threads, or how the work was split.
+
+mod isa;
+mod kernel;
+mod layout;
+mod pack;
+mod quantize;
+#[cfg(test)]
+mod tests;
+mod unit;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use super::pool::Pool;
-use crate::{RawTensor, Result};
+use crate::{DType, OpError, RawTensor, Result};
+use isa::Isa;
+use kernel::{Input, Job};
+use layout::{BLOCK, LANES, Layout, tile_bytes};
+use memmap2::MmapMut;
+use quantize::Activations;
+use std::sync::OnceLock;
+
+/// Work pieces per thread: enough that a thread that is held up delays little.
+const PIECES: usize = 8;
 
 /// A weight matrix `[rows, width]` repacked for the CPU's kernels: one or several parts stacked
 /// along the rows (outputs), each in its own storage format.
 pub struct PackedMatrix {
+    parts: Vec<Part>,
     rows: usize,
     width: usize,
+}
+
+/// Rows of one storage format.
+struct Part {
+    dtype: DType,
+    rows: usize,
+    tile_bytes: usize,
+    tiles: MmapMut,
+}
+
+/// A pointer to memory whose disjoint pieces are written by the pool's threads.
+struct Shared<T>(*mut T);
+
+// SAFETY: every user writes pieces that no other part of the job touches.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    fn at(&self, index: usize) -> *mut T {
+        self.0.wrapping_add(index)
+    }
 }
 
 impl PackedMatrix {
     /// Packs `parts`, each `[rows, width]` of one width, stacked in order.
     ///
     /// # Errors
-    /// If a part is not two-dimensional or widths differ.
-    pub fn pack(_pool: &Pool, parts: &[RawTensor]) -> Result<Self> {
-        Ok(Self { rows: parts.iter().map(|p| p.shape[0]).sum(), width: parts[0].shape[1] })
+    /// If there is no part, a part is not a matrix, widths differ, or memory runs out.
+    pub fn pack(pool: &Pool, parts: &[RawTensor]) -> Result<Self> {
+        let Some(width) = parts.first().and_then(|part| part.shape.last().copied()) else {
+            return Err(OpError::Backend("a matrix needs at least one tensor with a shape".into()));
+        };
+        let parts = parts.iter().map(|part| Part::pack(pool, part, width)).collect::<Result<Vec<_>>>()?;
+        Ok(Self { rows: parts.iter().map(|part| part.rows).sum(), parts, width })
     }
+
     /// Outputs.
     pub fn rows(&self) -> usize {
         self.rows
     }
+
     /// Inputs.
     pub fn width(&self) -> usize {
         self.width
     }
-    /// Bytes the packed weights take.
+
+    /// Bytes the packed weights take, which is what a one-row multiplication reads.
     pub fn bytes(&self) -> usize {
-        0
+        self.parts.iter().map(|part| part.tiles.len()).sum()
     }
 }
 
+impl Part {
+    fn pack(pool: &Pool, tensor: &RawTensor, width: usize) -> Result<Self> {
+        let rows = match tensor.shape[..] {
+            [rows, columns] if columns == width && rows > 0 && width > 0 => rows,
+            _ => {
+                return Err(OpError::Shape {
+                    name: tensor.name.clone(),
+                    expected: format!("[outputs, {width}], neither of them 0"),
+                    found: format!("{:?}", tensor.shape),
+                });
+            }
+        };
+        let dtype = tensor.dtype;
+        let tile_bytes = tile_bytes(dtype, width);
+        let mut tiles = allocate(rows.div_ceil(LANES) * tile_bytes)?;
+        let row_bytes = tensor.bytes().len() / rows;
+        let tile_count = rows.div_ceil(LANES);
+        let to = Shared(tiles.as_mut_ptr());
+        let pieces = tile_count.min(pool.threads() * PIECES);
+        pool.run(pieces, |piece| {
+            for tile in piece * tile_count / pieces..(piece + 1) * tile_count / pieces {
+                let last = rows.min((tile + 1) * LANES);
+                let bytes = &tensor.bytes()[tile * LANES * row_bytes..last * row_bytes];
+                let tile_rows: Vec<&[u8]> = bytes.chunks_exact(row_bytes).collect();
+                // SAFETY: tile `tile` lies inside the mapping and is written by this piece alone.
+                let tile = unsafe { std::slice::from_raw_parts_mut(to.at(tile * tile_bytes), tile_bytes) };
+                pack::pack_tile(dtype, &tile_rows, tile);
+            }
+        });
+        Ok(Self { dtype, rows, tile_bytes, tiles })
+    }
+
+    fn tile_count(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+}
+
+/// Zeroed memory, in huge pages where the system gives them: weights are streamed, and small pages
+/// cost a translation every 4 KiB.
+fn allocate(bytes: usize) -> Result<MmapMut> {
+    let map = MmapMut::map_anon(bytes)
+        .map_err(|e| OpError::Backend(format!("cannot allocate {bytes} bytes for packed weights: {e}")))?;
+    #[cfg(target_os = "linux")]
+    if let Err(error) = map.advise(memmap2::Advice::HugePage) {
+        tracing::debug!(%error, "no huge pages for packed weights");
+    }
+    Ok(map)
+}
+
 /// Buffers for quantised activations, reused by every multiplication.
-pub struct Scratch {}
+pub struct Scratch {
+    activations: Vec<Activations>,
+}
 
 impl Scratch {
     /// Buffers for up to `max_rows` rows of up to `max_width` inputs.
-    pub fn new(_max_rows: usize, _max_width: usize) -> Self {
-        Self {}
+    pub fn new(max_rows: usize, max_width: usize) -> Self {
+        Self { activations: vec![Activations::ZERO; max_rows * max_width.div_ceil(BLOCK)] }
+    }
+
+    /// Quantises `rows` rows of `x`.
+    fn quantize(&mut self, pool: &Pool, x: &[f32], rows: usize) -> &[Activations] {
+        let (blocks, count) = (x.len() / rows / BLOCK, x.len() / BLOCK);
+        if self.activations.len() < count {
+            self.activations.resize(count, Activations::ZERO);
+        }
+        let out = &mut self.activations[..count];
+        let to = Shared(out.as_mut_ptr());
+        // Few rows take less time than handing them over.
+        let pieces = if rows < 8 { 1 } else { rows.min(pool.threads() * PIECES) };
+        pool.run(pieces, |piece| {
+            let (first, last) = (piece * rows / pieces, (piece + 1) * rows / pieces);
+            // SAFETY: these rows lie inside `out` and are written by this piece alone.
+            let out =
+                unsafe { std::slice::from_raw_parts_mut(to.at(first * blocks), (last - first) * blocks) };
+            quantize::quantize(&x[first * blocks * BLOCK..last * blocks * BLOCK], out);
+        });
+        out
     }
 }
 
 /// `out[r] = x[r] * w^T + bias`: `x` is `[rows, w.width()]`, `out` `[rows, w.rows()]`, both dense
-/// and row-major.
+/// and row-major; `bias` is `[w.rows()]`.
+///
+/// # Panics
+/// If the lengths of `x`, `bias` and `out` are not as above.
 pub fn matmul(
-    _pool: &Pool,
-    _scratch: &mut Scratch,
-    _x: &[f32],
-    _rows: usize,
-    _w: &PackedMatrix,
-    _bias: Option<&[f32]>,
+    pool: &Pool,
+    scratch: &mut Scratch,
+    x: &[f32],
+    rows: usize,
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    out.fill(0.0);
+    static WIDEST: OnceLock<Isa> = OnceLock::new();
+    let isa = *WIDEST.get_or_init(|| Isa::available().pop().unwrap_or(Isa::Portable));
+    matmul_on(isa, pool, scratch, x, rows, w, bias, out);
+}
+
+/// [`matmul`] on a unit that this processor has.
+#[allow(clippy::too_many_arguments)] // matmul's, and the unit
+fn matmul_on(
+    isa: Isa,
+    pool: &Pool,
+    scratch: &mut Scratch,
+    x: &[f32],
+    rows: usize,
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    assert_eq!(x.len(), rows * w.width, "x");
+    assert_eq!(out.len(), rows * w.rows, "out");
+    assert!(bias.is_none_or(|bias| bias.len() == w.rows), "bias");
+    if rows == 0 {
+        return;
+    }
+    let quantized: &[Activations] = match w.parts.iter().any(|part| Layout::of(part.dtype).is_some()) {
+        true => scratch.quantize(pool, x, rows),
+        false => &[],
+    };
+    let out = Shared(out.as_mut_ptr());
+    let tiles: usize = w.parts.iter().map(Part::tile_count).sum();
+    let pieces = tiles.min(pool.threads() * PIECES);
+    pool.run(pieces, |piece| {
+        let (first, last) = (piece * tiles / pieces, (piece + 1) * tiles / pieces);
+        let (mut part_tile, mut part_row) = (0, 0);
+        for part in &w.parts {
+            let from = first.max(part_tile) - part_tile;
+            let to = last.min(part_tile + part.tile_count()).saturating_sub(part_tile);
+            if from < to {
+                let row = part_row + from * LANES;
+                let outputs = part.rows.min(to * LANES) - from * LANES;
+                let job = Job {
+                    tiles: &part.tiles[from * part.tile_bytes..to * part.tile_bytes],
+                    tile_bytes: part.tile_bytes,
+                    width: w.width,
+                    rows,
+                    input: match Layout::of(part.dtype) {
+                        Some(_) => Input::Quantized(quantized),
+                        None => Input::Plain(x),
+                    },
+                    bias: bias.map(|bias| &bias[row..row + outputs]),
+                    outputs,
+                    out: out.at(row),
+                    stride: w.rows,
+                };
+                // SAFETY: the processor has `isa`; the sizes agree as asserted above and as packed;
+                // columns `row .. row + outputs` of `out` are written by this piece alone.
+                unsafe { isa.kernel(part.dtype)(&job) };
+            }
+            part_tile += part.tile_count();
+            part_row += part.rows;
+        }
+    });
 }

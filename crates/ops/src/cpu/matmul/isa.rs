@@ -1,0 +1,121 @@
+//! Which unit this processor has, and the kernels compiled for it.
+
+use super::kernel::{Format, Job, Kernel, plain, quantized};
+use super::unit::Portable;
+use crate::DType;
+
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx2, Avx512};
+
+/// A unit the kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Isa {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    /// All units of this processor, the widest last.
+    pub fn available() -> Vec<Self> {
+        #[allow(unused_mut)] // where there is one only
+        let mut units = vec![Isa::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vnni");
+            let found = [
+                (avx2, Isa::Avx2),
+                (avx2 && is_x86_feature_detected!("avxvnni"), Isa::AvxVnni),
+                (avx2 && avx512, Isa::Avx512),
+            ];
+            units.extend(found.into_iter().filter_map(|(has, isa)| has.then_some(isa)));
+        }
+        units
+    }
+
+    /// The kernel for weights stored as `dtype`; to be called only on a processor with this unit.
+    pub fn kernel(self, dtype: DType) -> Kernel {
+        match self {
+            Isa::Portable => portable::kernel(dtype),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::kernel(dtype),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => avx_vnni::kernel(dtype),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::kernel(dtype),
+        }
+    }
+}
+
+macro_rules! formats {
+    ($($name:ident)*) => {
+        $(
+            #[allow(non_camel_case_types)] // the specification's names
+            struct $name;
+            impl Format for $name {
+                const DTYPE: DType = DType::$name;
+            }
+        )*
+    };
+}
+formats!(F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K);
+
+/// Compiles all kernels for a unit, with its features.
+macro_rules! unit {
+    ($module:ident, $unit:ty $(, #[$features:meta])?) => {
+        mod $module {
+            use super::*;
+
+            /// # Safety
+            /// See [`Kernel`].
+            $(#[$features])?
+            unsafe fn run_quantized<F: Format>(job: &Job<'_>) {
+                // SAFETY: as the caller promises.
+                unsafe { quantized::<$unit, F>(job) }
+            }
+
+            /// # Safety
+            /// See [`Kernel`].
+            $(#[$features])?
+            unsafe fn run_plain<F: Format>(job: &Job<'_>) {
+                // SAFETY: as the caller promises.
+                unsafe { plain::<$unit, F>(job) }
+            }
+
+            pub(super) fn kernel(dtype: DType) -> Kernel {
+                match dtype {
+                    DType::F32 => run_plain::<F32>,
+                    DType::F16 => run_plain::<F16>,
+                    DType::BF16 => run_plain::<BF16>,
+                    DType::Q4_0 => run_quantized::<Q4_0>,
+                    DType::Q4_1 => run_quantized::<Q4_1>,
+                    DType::Q5_0 => run_quantized::<Q5_0>,
+                    DType::Q5_1 => run_quantized::<Q5_1>,
+                    DType::Q8_0 => run_quantized::<Q8_0>,
+                    DType::Q2_K => run_quantized::<Q2_K>,
+                    DType::Q3_K => run_quantized::<Q3_K>,
+                    DType::Q4_K => run_quantized::<Q4_K>,
+                    DType::Q5_K => run_quantized::<Q5_K>,
+                    DType::Q6_K => run_quantized::<Q6_K>,
+                }
+            }
+        }
+    };
+}
+
+unit!(portable, Portable);
+#[cfg(target_arch = "x86_64")]
+unit!(avx2, Avx2<false>, #[target_feature(enable = "avx2,fma,f16c")]);
+#[cfg(target_arch = "x86_64")]
+unit!(avx_vnni, Avx2<true>, #[target_feature(enable = "avx2,fma,f16c,avxvnni")]);
+#[cfg(target_arch = "x86_64")]
+unit!(avx512, Avx512, #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vnni")]);

@@ -1,0 +1,368 @@
+//! The inner loops: rows of activations times tiles of weights, written once for all units.
+//!
+//! An output is summed over its inputs in one fixed order, whatever the number of rows that are
+//! computed together: `R` rows share the unpacking of the weights, never an accumulator.
+
+use super::layout::{BLOCK, LANES, Layout, Quants, Scales};
+use super::quantize::Activations;
+use super::unit::{Unit, VECTOR};
+use crate::DType;
+
+/// Rows computed per pass over a set of tiles, so that their activations stay in the cache.
+const ROW_BLOCK: usize = 64;
+
+/// Activations of a job.
+#[derive(Clone, Copy)]
+pub(super) enum Input<'a> {
+    /// `[rows, width]`, for weights that are not quantised.
+    Plain(&'a [f32]),
+    /// `[rows, width / 32]`.
+    Quantized(&'a [Activations]),
+}
+
+/// Consecutive tiles of one part of a matrix times all rows.
+pub(super) struct Job<'a> {
+    /// The tiles, `tile_bytes` each.
+    pub tiles: &'a [u8],
+    pub tile_bytes: usize,
+    pub width: usize,
+    pub rows: usize,
+    pub input: Input<'a>,
+    /// Biases of the tiles' outputs.
+    pub bias: Option<&'a [f32]>,
+    /// Outputs in the tiles; the last tile may have fewer than [`LANES`].
+    pub outputs: usize,
+    /// Where row 0 of the first tile's first output goes.
+    pub out: *mut f32,
+    /// Floats between rows of `out`.
+    pub stride: usize,
+}
+
+/// A loop over a job, for one unit and storage format.
+///
+/// # Safety
+/// The processor has the unit's features; the job's slices have the lengths its sizes say; `out` is
+/// valid for writes of `outputs` floats in each of `rows` rows, which nobody else accesses.
+pub(super) type Kernel = unsafe fn(&Job<'_>);
+
+/// A storage format as a type, so that kernels are compiled for each.
+pub(super) trait Format {
+    const DTYPE: DType;
+}
+
+/// Calls `pass(tile, first row, number of rows)` over the job: 8, 4, 3, 2 or 1 rows at a time.
+#[inline(always)]
+fn passes(job: &Job<'_>, mut pass: impl FnMut(usize, usize, usize)) {
+    for first in (0..job.rows).step_by(ROW_BLOCK) {
+        let last = job.rows.min(first + ROW_BLOCK);
+        for tile in 0..job.outputs.div_ceil(LANES) {
+            let mut row = first;
+            while row < last {
+                let count = match last - row {
+                    8.. => 8,
+                    4..8 => 4,
+                    few => few,
+                };
+                pass(tile, row, count);
+                row += count;
+            }
+        }
+    }
+}
+
+/// The loop over a job with quantised weights.
+///
+/// # Safety
+/// See [`Kernel`].
+#[inline(always)]
+pub(super) unsafe fn quantized<U: Unit, F: Format>(job: &Job<'_>) {
+    let Input::Quantized(x) = job.input else { unreachable!("quantised weights take quantised rows") };
+    passes(job, |tile, row, count| {
+        let weights = job.tiles[tile * job.tile_bytes..][..job.tile_bytes].as_ptr();
+        let blocks = job.width / BLOCK;
+        let x = x[row * blocks..][..count * blocks].as_ptr();
+        // SAFETY: `weights` and `x` hold a tile and `count` rows of `blocks` blocks; the rest as promised.
+        unsafe {
+            match count {
+                8 => store::<U, 8>(job, tile, row, tile_rows::<U, F, 8>(weights, x, blocks)),
+                4 => store::<U, 4>(job, tile, row, tile_rows::<U, F, 4>(weights, x, blocks)),
+                3 => store::<U, 3>(job, tile, row, tile_rows::<U, F, 3>(weights, x, blocks)),
+                2 => store::<U, 2>(job, tile, row, tile_rows::<U, F, 2>(weights, x, blocks)),
+                _ => store::<U, 1>(job, tile, row, tile_rows::<U, F, 1>(weights, x, blocks)),
+            }
+        }
+    });
+}
+
+/// Adds the biases to the results of `R` rows and writes them.
+///
+/// # Safety
+/// See [`Kernel`].
+#[inline(always)]
+unsafe fn store<U: Unit, const R: usize>(job: &Job<'_>, tile: usize, row: usize, sums: [U::Floats; R]) {
+    let first = tile * LANES;
+    let lanes = LANES.min(job.outputs - first);
+    for (r, sum) in sums.into_iter().enumerate() {
+        let mut values = [0.0; LANES];
+        // SAFETY: `values` has room for a vector; the output lanes lie in `out` as promised.
+        unsafe {
+            U::store(sum, values.as_mut_ptr());
+            if let Some(bias) = job.bias {
+                for (value, bias) in values.iter_mut().zip(&bias[first..first + lanes]) {
+                    *value += bias;
+                }
+            }
+            let out = job.out.add((row + r) * job.stride + first);
+            out.copy_from_nonoverlapping(values.as_ptr(), lanes);
+        }
+    }
+}
+
+/// `R` rows times one tile.
+///
+/// # Safety
+/// `weights` holds a tile of `blocks` blocks; `x` holds `R` rows of `blocks` blocks.
+#[inline(always)]
+unsafe fn tile_rows<U: Unit, F: Format, const R: usize>(
+    mut weights: *const u8,
+    x: *const Activations,
+    blocks: usize,
+) -> [U::Floats; R] {
+    let layout = const { Layout::of(F::DTYPE).expect("a quantised format") };
+    let scales = layout.scales;
+    // SAFETY: `weights` walks over the tile's records and `block` over its blocks.
+    unsafe {
+        let mut sums = [U::splat(0.0); R];
+        let mut block = 0;
+        while block < blocks {
+            let header = weights;
+            weights = weights.add(scales.header_bytes());
+            for _ in 0..scales.blocks() {
+                let quants = unpack::<U>(layout.quants, weights.add(scales.block_bytes()));
+                let scale = scales_of::<U>(scales, header, weights);
+                let min = minimums_of::<U>(scales, header, weights);
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let x = &*x.add(r * blocks + block);
+                    *sum = block_dot::<U>(layout, *sum, quants, scale, min, x);
+                }
+                weights = weights.add(scales.block_bytes() + layout.quants.bytes());
+                block += 1;
+            }
+        }
+        sums
+    }
+}
+
+/// Adds one row's products with a block to `sum`.
+#[inline(always)]
+unsafe fn block_dot<U: Unit>(
+    layout: Layout,
+    mut sum: U::Floats,
+    quants: [U::Bytes; 8],
+    scale: [U::Floats; 2],
+    min: [U::Floats; 2],
+    x: &Activations,
+) -> U::Floats {
+    let fours = x.quants.as_ptr().cast::<i32>();
+    // SAFETY: a block of activations holds eight times four bytes, aligned.
+    unsafe {
+        if matches!(layout.scales, Scales::SuperHalves | Scales::SuperHalvesMin) {
+            for half in 0..2 {
+                let mut dot = U::splat_int(-layout.offset * x.sums[half]);
+                for (i, &quants) in quants.iter().enumerate().skip(4 * half).take(4) {
+                    dot = U::dot::<false>(dot, quants, *fours.add(i));
+                }
+                let scale = U::mul(scale[half], U::splat(x.scale));
+                sum = U::add(sum, U::mul(U::to_floats(dot), scale));
+            }
+        } else {
+            let mut dot = U::splat_int(-layout.offset * x.sum);
+            for (i, &quants) in quants.iter().enumerate() {
+                dot = match layout.quants {
+                    Quants::Eight => U::dot::<true>(dot, quants, *fours.add(i)),
+                    _ => U::dot::<false>(dot, quants, *fours.add(i)),
+                };
+            }
+            sum = U::add(sum, U::mul(U::to_floats(dot), U::mul(scale[0], U::splat(x.scale))));
+        }
+        match layout.scales {
+            Scales::Block | Scales::SuperHalves => sum,
+            Scales::BlockMin | Scales::SuperMin => U::add(sum, U::mul(min[0], U::splat(x.scaled_sum))),
+            Scales::SuperHalvesMin => {
+                let first = U::add(sum, U::mul(min[0], U::splat(x.scaled_sums[0])));
+                U::add(first, U::mul(min[1], U::splat(x.scaled_sums[1])))
+            }
+        }
+    }
+}
+
+/// The scales of a block's two halves (the same twice where a block has one).
+#[inline(always)]
+unsafe fn scales_of<U: Unit>(scales: Scales, header: *const u8, block: *const u8) -> [U::Floats; 2] {
+    // SAFETY: the header and the block are as long as `scales` says.
+    unsafe {
+        match scales {
+            Scales::Block | Scales::BlockMin => [U::load_f16(block); 2],
+            Scales::SuperMin | Scales::SuperHalvesMin => {
+                let d = U::load_f16(header);
+                [U::mul(d, U::load_u8(block)), U::mul(d, U::load_u8(block.add(LANES)))]
+            }
+            Scales::SuperHalves => {
+                let d = U::load_f16(header);
+                [U::mul(d, U::load_i8(block)), U::mul(d, U::load_i8(block.add(LANES)))]
+            }
+        }
+    }
+}
+
+/// The minimums of a block's two halves (the same twice where a block has one).
+#[inline(always)]
+unsafe fn minimums_of<U: Unit>(scales: Scales, header: *const u8, block: *const u8) -> [U::Floats; 2] {
+    // SAFETY: the header and the block are as long as `scales` says.
+    unsafe {
+        match scales {
+            Scales::Block | Scales::SuperHalves => [U::splat(0.0); 2],
+            Scales::BlockMin => [U::load_f16(block.add(2 * LANES)); 2],
+            Scales::SuperMin => [U::mul(U::load_f16(header.add(2 * LANES)), U::load_u8(block.add(LANES))); 2],
+            Scales::SuperHalvesMin => {
+                let min = U::load_f16(header.add(2 * LANES));
+                [2, 3].map(|i| U::mul(min, U::load_u8(block.add(i * LANES))))
+            }
+        }
+    }
+}
+
+/// Widens a block's quants to bytes.
+#[inline(always)]
+unsafe fn unpack<U: Unit>(quants: Quants, from: *const u8) -> [U::Bytes; 8] {
+    // SAFETY: `from` holds as many bytes as `quants` says.
+    unsafe {
+        match quants {
+            Quants::Eight => [0, 1, 2, 3, 4, 5, 6, 7].map(|v| U::load_bytes(from.add(v * VECTOR))),
+            Quants::Two => {
+                let [a, b] = [0, 1].map(|v| U::load_bytes(from.add(v * VECTOR)));
+                [
+                    U::field::<0>(a, 3),
+                    U::field::<2>(a, 3),
+                    U::field::<4>(a, 3),
+                    U::field::<6>(a, 3),
+                    U::field::<0>(b, 3),
+                    U::field::<2>(b, 3),
+                    U::field::<4>(b, 3),
+                    U::field::<6>(b, 3),
+                ]
+            }
+            Quants::Four => nibbles::<U>(from),
+            Quants::Five => {
+                let low = nibbles::<U>(from);
+                let high = U::load_bytes(from.add(4 * VECTOR));
+                [
+                    U::or(low[0], U::field::<-4>(high, 16)),
+                    U::or(low[1], U::field::<-3>(high, 16)),
+                    U::or(low[2], U::field::<-2>(high, 16)),
+                    U::or(low[3], U::field::<-1>(high, 16)),
+                    U::or(low[4], U::field::<0>(high, 16)),
+                    U::or(low[5], U::field::<1>(high, 16)),
+                    U::or(low[6], U::field::<2>(high, 16)),
+                    U::or(low[7], U::field::<3>(high, 16)),
+                ]
+            }
+            Quants::Six => {
+                let low = nibbles::<U>(from);
+                let [a, b] = [4, 5].map(|v| U::load_bytes(from.add(v * VECTOR)));
+                [
+                    U::or(low[0], U::field::<-4>(a, 48)),
+                    U::or(low[1], U::field::<-2>(a, 48)),
+                    U::or(low[2], U::field::<0>(a, 48)),
+                    U::or(low[3], U::field::<2>(a, 48)),
+                    U::or(low[4], U::field::<-4>(b, 48)),
+                    U::or(low[5], U::field::<-2>(b, 48)),
+                    U::or(low[6], U::field::<0>(b, 48)),
+                    U::or(low[7], U::field::<2>(b, 48)),
+                ]
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn nibbles<U: Unit>(from: *const u8) -> [U::Bytes; 8] {
+    // SAFETY: `from` holds four vectors.
+    unsafe {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|v| U::load_bytes(from.add(v * VECTOR)));
+        [
+            U::field::<0>(a, 15),
+            U::field::<0>(b, 15),
+            U::field::<0>(c, 15),
+            U::field::<0>(d, 15),
+            U::field::<4>(a, 15),
+            U::field::<4>(b, 15),
+            U::field::<4>(c, 15),
+            U::field::<4>(d, 15),
+        ]
+    }
+}
+
+/// The loop over a job with weights that are not quantised.
+///
+/// # Safety
+/// See [`Kernel`].
+#[inline(always)]
+pub(super) unsafe fn plain<U: Unit, F: Format>(job: &Job<'_>) {
+    let Input::Plain(x) = job.input else { unreachable!("plain weights take plain rows") };
+    passes(job, |tile, row, count| {
+        let weights = job.tiles[tile * job.tile_bytes..][..job.tile_bytes].as_ptr();
+        let x = x[row * job.width..][..count * job.width].as_ptr();
+        // SAFETY: `weights` and `x` hold a tile and `count` rows of `width` inputs; the rest as promised.
+        unsafe {
+            match count {
+                8 => store::<U, 8>(job, tile, row, plain_rows::<U, F, 8>(weights, x, job.width)),
+                4 => store::<U, 4>(job, tile, row, plain_rows::<U, F, 4>(weights, x, job.width)),
+                3 => store::<U, 3>(job, tile, row, plain_rows::<U, F, 3>(weights, x, job.width)),
+                2 => store::<U, 2>(job, tile, row, plain_rows::<U, F, 2>(weights, x, job.width)),
+                _ => store::<U, 1>(job, tile, row, plain_rows::<U, F, 1>(weights, x, job.width)),
+            }
+        }
+    });
+}
+
+/// `R` rows times one tile in f32: even and odd inputs in an accumulator each, then their sum.
+///
+/// # Safety
+/// `weights` holds a tile of `width` inputs; `x` holds `R` rows of `width` floats.
+#[inline(always)]
+unsafe fn plain_rows<U: Unit, F: Format, const R: usize>(
+    weights: *const u8,
+    x: *const f32,
+    width: usize,
+) -> [U::Floats; R] {
+    // SAFETY: `at` stays below `width`.
+    unsafe {
+        let load = |at: usize| {
+            let from = weights.add(at * LANES * F::DTYPE.block_bytes());
+            match F::DTYPE {
+                DType::F32 => U::load_f32(from),
+                DType::F16 => U::load_f16(from),
+                DType::BF16 => U::load_bf16(from),
+                _ => unreachable!(),
+            }
+        };
+        let mut even = [U::splat(0.0); R];
+        let mut odd = [U::splat(0.0); R];
+        for pair in 0..width / 2 {
+            let (a, b) = (load(2 * pair), load(2 * pair + 1));
+            for r in 0..R {
+                let x = x.add(r * width + 2 * pair);
+                even[r] = U::fused(a, U::splat(*x), even[r]);
+                odd[r] = U::fused(b, U::splat(*x.add(1)), odd[r]);
+            }
+        }
+        if width % 2 == 1 {
+            let a = load(width - 1);
+            for (r, even) in even.iter_mut().enumerate() {
+                *even = U::fused(a, U::splat(*x.add(r * width + width - 1)), *even);
+            }
+        }
+        std::array::from_fn(|r| U::add(even[r], odd[r]))
+    }
+}

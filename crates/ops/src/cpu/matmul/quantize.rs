@@ -1,0 +1,124 @@
+//! Quantisation of activations: one f32 scale and int8 values for each 32 inputs of a row.
+
+use super::layout::BLOCK;
+
+/// 32 inputs of one row. One cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Activations {
+    /// `round(x / scale)`, in `-127 ..= 127`.
+    pub quants: [i8; BLOCK],
+    /// Largest magnitude divided by 127; NaN if an input is not finite.
+    pub scale: f32,
+    /// Sum of the quants.
+    pub sum: i32,
+    /// `scale * sum`.
+    pub scaled_sum: f32,
+    /// Sums of the first and the last 16 quants.
+    pub sums: [i32; 2],
+    /// `scale * sums`.
+    pub scaled_sums: [f32; 2],
+}
+
+impl Activations {
+    pub const ZERO: Self =
+        Self { quants: [0; BLOCK], scale: 0.0, sum: 0, scaled_sum: 0.0, sums: [0; 2], scaled_sums: [0.0; 2] };
+}
+
+/// Quantises rows `x`; the widths are a multiple of [`BLOCK`].
+pub(super) fn quantize(x: &[f32], out: &mut [Activations]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the feature was just detected.
+        unsafe { quantize_avx2(x, out) };
+        return;
+    }
+    quantize_blocks(x, out);
+}
+
+/// The same code, compiled for AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn quantize_avx2(x: &[f32], out: &mut [Activations]) {
+    quantize_blocks(x, out);
+}
+
+#[inline(always)]
+fn quantize_blocks(x: &[f32], out: &mut [Activations]) {
+    for (x, block) in x.as_chunks::<BLOCK>().0.iter().zip(out) {
+        quantize_block(x, block);
+    }
+}
+
+#[inline(always)]
+fn quantize_block(x: &[f32; BLOCK], out: &mut Activations) {
+    /// Adding it leaves a small float rounded to the nearest integer, ties to even, in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    /// Below this the inverse scale would overflow; such blocks count as zero.
+    const SMALLEST: f32 = 1e-36;
+
+    // The magnitude's bits order as the magnitudes do, and a NaN above all, which f32::max would lose.
+    let largest = f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff)));
+    if !largest.is_finite() {
+        *out = Activations {
+            scale: f32::NAN,
+            scaled_sum: f32::NAN,
+            scaled_sums: [f32::NAN; 2],
+            ..Activations::ZERO
+        };
+        return;
+    }
+    if largest < SMALLEST {
+        *out = Activations::ZERO;
+        return;
+    }
+    let scale = largest / 127.0;
+    let inverse = 127.0 / largest;
+    let mut quants = [0i32; BLOCK];
+    for (quant, v) in quants.iter_mut().zip(x) {
+        *quant = (v * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+    }
+    let sums = [quants[..16].iter().sum(), quants[16..].iter().sum()];
+    let sum: i32 = sums[0] + sums[1];
+    *out = Activations {
+        quants: quants.map(|q| q as i8),
+        scale,
+        sum,
+        scaled_sum: scale * sum as f32,
+        sums,
+        scaled_sums: sums.map(|s| scale * s as f32),
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_rounded_to_the_nearest_of_127_steps_and_summed() {
+        let x: Vec<f32> = (0..32).map(|i| (i as f32 - 11.0) * 0.37).collect();
+        let mut out = [Activations::ZERO];
+        quantize(&x, &mut out);
+        let [block] = out;
+        assert_eq!(block.scale, 20.0 * 0.37 / 127.0);
+        for (q, v) in block.quants.iter().zip(&x) {
+            assert!((f32::from(*q) * block.scale - v).abs() <= block.scale * 0.5001);
+        }
+        assert_eq!(block.sums[0], block.quants[..16].iter().map(|&q| i32::from(q)).sum::<i32>());
+        assert_eq!(block.sum, block.quants.iter().map(|&q| i32::from(q)).sum::<i32>());
+        assert_eq!(block.scaled_sum, block.scale * block.sum as f32);
+    }
+
+    #[test]
+    fn a_block_that_is_not_finite_is_marked_and_tiny_or_huge_ones_are_not() {
+        for (value, nan) in [(f32::NAN, true), (f32::INFINITY, true), (1e-40, false), (3e38, false)] {
+            let mut x = [0.5; 32];
+            x[7] = value;
+            x[9] = -value;
+            let mut out = [Activations::ZERO];
+            quantize(&x, &mut out);
+            assert_eq!(out[0].scale.is_nan(), nan, "{value}");
+            assert_eq!(out[0].scaled_sum.is_nan(), nan);
+        }
+    }
+}

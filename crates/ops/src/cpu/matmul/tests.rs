@@ -1,0 +1,291 @@
+//! Tests of packing and of all kernels against dequantised weights, and of bit-for-bit repetition.
+
+use super::*;
+use crate::dequant::dequantize;
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+use std::sync::Arc;
+
+const ALL: [DType; 13] = [
+    DType::F32,
+    DType::F16,
+    DType::BF16,
+    DType::Q4_0,
+    DType::Q4_1,
+    DType::Q5_0,
+    DType::Q5_1,
+    DType::Q8_0,
+    DType::Q2_K,
+    DType::Q3_K,
+    DType::Q4_K,
+    DType::Q5_K,
+    DType::Q6_K,
+];
+
+/// Numbers in -1 .. 1 from a counter (splitmix64).
+fn random(count: usize, seed: u64) -> Vec<f32> {
+    (0..count as u64)
+        .map(|i| {
+            let mut z = (seed << 32).wrapping_add(i).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ z >> 31) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+/// `data` stored as `dtype`.
+fn tensor(dtype: DType, rows: usize, width: usize, data: &[f32]) -> RawTensor {
+    let ggml = match dtype {
+        DType::F32 => return RawTensor::from_f32("w", vec![rows, width], data),
+        DType::F16 => {
+            return raw(dtype, rows, width, data.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()));
+        }
+        DType::BF16 => {
+            return raw(dtype, rows, width, data.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()));
+        }
+        DType::Q4_0 => GgmlDType::Q4_0,
+        DType::Q4_1 => GgmlDType::Q4_1,
+        DType::Q5_0 => GgmlDType::Q5_0,
+        DType::Q5_1 => GgmlDType::Q5_1,
+        DType::Q8_0 => GgmlDType::Q8_0,
+        DType::Q2_K => GgmlDType::Q2K,
+        DType::Q3_K => GgmlDType::Q3K,
+        DType::Q4_K => GgmlDType::Q4K,
+        DType::Q5_K => GgmlDType::Q5K,
+        DType::Q6_K => GgmlDType::Q6K,
+    };
+    let data = Tensor::from_slice(data, (rows, width), &Device::Cpu).unwrap();
+    let quantised = QTensor::quantize(&data, ggml).unwrap();
+    let bytes = quantised.data().unwrap().to_vec();
+    raw(dtype, rows, width, bytes.into_iter())
+}
+
+fn raw(dtype: DType, rows: usize, width: usize, bytes: impl Iterator<Item = u8>) -> RawTensor {
+    RawTensor::new("w", vec![rows, width], dtype, Arc::new(bytes.collect::<Vec<u8>>()), 0).unwrap()
+}
+
+fn random_tensor(dtype: DType, rows: usize, width: usize, seed: u64) -> RawTensor {
+    tensor(dtype, rows, width, &random(rows * width, seed))
+}
+
+/// Blocks of random bytes: every quant and scale there can be. Halves that are not finite are not
+/// among them.
+fn hostile_tensor(dtype: DType, rows: usize, width: usize, seed: u64) -> RawTensor {
+    let bytes = dtype.bytes(rows * width).unwrap();
+    let mut bytes: Vec<u8> = random(bytes, seed).iter().map(|v| (v * 128.0 + 128.0) as u8).collect();
+    for block in bytes.chunks_exact_mut(dtype.block_bytes()) {
+        let halves: &[usize] = match dtype {
+            DType::Q4_0 | DType::Q5_0 | DType::Q8_0 => &[0],
+            DType::Q4_1 | DType::Q5_1 | DType::Q4_K | DType::Q5_K => &[0, 2],
+            DType::Q2_K => &[80, 82],
+            DType::Q3_K => &[108],
+            DType::Q6_K => &[208],
+            _ => &[],
+        };
+        for &at in halves {
+            block[at + 1] = block[at + 1] % 16 + 32; // exponent around 2^-7, either quarter
+        }
+    }
+    raw(dtype, rows, width, bytes.into_iter())
+}
+
+fn widen(w: &RawTensor) -> Vec<f32> {
+    let mut out = vec![0.0; w.elements()];
+    dequantize(w.dtype, w.bytes(), &mut out);
+    out
+}
+
+fn run(isa: Isa, threads: usize, x: &[f32], rows: usize, w: &PackedMatrix, bias: Option<&[f32]>) -> Vec<f32> {
+    let mut out = vec![f32::NAN; rows * w.rows()];
+    matmul_on(isa, &Pool::new(threads), &mut Scratch::new(1, 32), x, rows, w, bias, &mut out);
+    out
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Checks every output against a sum in f64. Quantised activations are off by at most half a step,
+/// `absmax / 254` of their block of 32; on top of it f32 summation, here 1e-5 of the magnitudes.
+fn check(w: &RawTensor, x: &[f32], bias: &[f32], out: &[f32]) {
+    let [outputs, width] = w.shape[..] else { panic!() };
+    let weights = widen(w);
+    let quantised = w.dtype.block_len() > 1;
+    for (row, out) in x.chunks_exact(width).zip(out.chunks_exact(outputs)) {
+        for (o, y) in out.iter().enumerate() {
+            let (mut sum, mut slack) = (f64::from(bias[o]), 1e-6);
+            for (weights, x) in weights[o * width..][..width].chunks(32).zip(row.chunks(32)) {
+                let step = x.iter().fold(0f32, |m, v| m.max(v.abs())) / 254.0;
+                let largest = weights.iter().fold(0f32, |m, v| m.max(v.abs()));
+                for (w, x) in weights.iter().zip(x) {
+                    sum += f64::from(w * x);
+                    slack += 1e-5 * f64::from(largest * x.abs());
+                    slack += if quantised { 1.001 * f64::from(step * w.abs()) } else { 0.0 };
+                }
+            }
+            let error = (f64::from(*y) - sum).abs();
+            assert!(
+                error <= slack,
+                "{:?} {outputs} x {width}, output {o}: {y}, expected {sum} +- {slack}",
+                w.dtype
+            );
+        }
+    }
+}
+
+#[test]
+fn every_format_agrees_with_its_dequantised_weights_within_the_error_of_int8_activations() {
+    for dtype in ALL {
+        let widths: &[usize] = match dtype.block_len() {
+            1 => &[1, 33, 64, 896],
+            32 => &[32, 64, 896],
+            _ => &[256, 1536],
+        };
+        for &width in widths {
+            for (outputs, rows) in [(1, 1), (16, 2), (37, 5), (50, 12)] {
+                let w = random_tensor(dtype, outputs, width, width as u64);
+                let packed = PackedMatrix::pack(&Pool::new(2), std::slice::from_ref(&w)).unwrap();
+                let (x, bias) = (random(rows * width, 1), random(outputs, 2));
+                for isa in Isa::available() {
+                    check(&w, &x, &bias, &run(isa, 2, &x, rows, &packed, Some(&bias)));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_unit_gives_the_portable_bits_for_every_quant_and_scale_there_can_be() {
+    for dtype in ALL {
+        let w = match dtype.block_len() {
+            1 => random_tensor(dtype, 19, 512, 3),
+            _ => hostile_tensor(dtype, 19, 512, 3),
+        };
+        let packed = PackedMatrix::pack(&Pool::new(1), std::slice::from_ref(&w)).unwrap();
+        let mut x = random(9 * 512, 4);
+        for (v, sign) in x.iter_mut().zip([1.0, -1.0].iter().cycle()).take(64) {
+            *v = *sign; // all quants at their ends
+        }
+        let portable = run(Isa::Portable, 1, &x, 9, &packed, None);
+        check(&w, &x, &[0.0; 19], &portable);
+        for isa in Isa::available() {
+            assert_eq!(bits(&run(isa, 1, &x, 9, &packed, None)), bits(&portable), "{dtype:?} {isa:?}");
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads() {
+    for dtype in ALL {
+        let w = random_tensor(dtype, 75, 512, 5);
+        let packed = PackedMatrix::pack(&Pool::new(1), &[w]).unwrap();
+        let x = random(64 * 512, 6);
+        let bias = random(75, 7);
+        for isa in Isa::available() {
+            let single: Vec<f32> =
+                x.chunks_exact(512).flat_map(|row| run(isa, 1, row, 1, &packed, Some(&bias))).collect();
+            for rows in [1, 2, 3, 7, 17, 64] {
+                for threads in [1, 2, 3] {
+                    let out = run(isa, threads, &x[..rows * 512], rows, &packed, Some(&bias));
+                    assert_eq!(
+                        bits(&out),
+                        bits(&single[..rows * 75]),
+                        "{dtype:?} {isa:?} {rows} rows, {threads}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn stacked_parts_of_different_formats_give_what_each_gives_alone() {
+    let parts = [
+        random_tensor(DType::Q5_0, 20, 256, 8),
+        random_tensor(DType::Q8_0, 7, 256, 9),
+        random_tensor(DType::F32, 33, 256, 10),
+        random_tensor(DType::Q6_K, 16, 256, 11),
+    ];
+    let pool = Pool::new(2);
+    let (x, bias) = (random(3 * 256, 12), random(76, 13));
+    let stacked = PackedMatrix::pack(&pool, &parts).unwrap();
+    assert_eq!((stacked.rows(), stacked.width()), (76, 256));
+    let mut out = vec![f32::NAN; 3 * 76];
+    matmul(&pool, &mut Scratch::new(3, 256), &x, 3, &stacked, Some(&bias), &mut out);
+    let mut first = 0;
+    for part in parts {
+        let rows = part.shape[0];
+        let alone = PackedMatrix::pack(&pool, &[part]).unwrap();
+        let mut expected = vec![f32::NAN; 3 * rows];
+        let bias = &bias[first..first + rows];
+        matmul(&pool, &mut Scratch::new(3, 256), &x, 3, &alone, Some(bias), &mut expected);
+        for row in 0..3 {
+            assert_eq!(bits(&out[row * 76 + first..][..rows]), bits(&expected[row * rows..][..rows]));
+        }
+        first += rows;
+    }
+}
+
+#[test]
+fn a_row_that_is_not_finite_harms_no_other_row() {
+    for dtype in ALL {
+        let packed = PackedMatrix::pack(&Pool::new(1), &[random_tensor(dtype, 24, 256, 14)]).unwrap();
+        let clean = random(5 * 256, 15);
+        for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = clean.clone();
+            x[2 * 256 + 100] = poison;
+            for isa in Isa::available() {
+                let (out, expected) =
+                    (run(isa, 1, &x, 5, &packed, None), run(isa, 1, &clean, 5, &packed, None));
+                for row in [0, 1, 3, 4] {
+                    let row = row * 24..row * 24 + 24;
+                    assert_eq!(bits(&out[row.clone()]), bits(&expected[row]), "{dtype:?} {isa:?}");
+                }
+                assert!(out[48..72].iter().all(|v| !v.is_finite()), "{dtype:?} {isa:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn extreme_activations_stay_within_the_tolerance() {
+    let w = random_tensor(DType::Q5_0, 17, 64, 16);
+    let packed = PackedMatrix::pack(&Pool::new(1), std::slice::from_ref(&w)).unwrap();
+    for scale in [0.0, 1e-20, 1e-3, 1e4, 1e30] {
+        let mut x: Vec<f32> = random(3 * 64, 17).iter().map(|v| v * scale).collect();
+        x[5] *= 1000.0; // an outlier costs its own block its precision, no other
+        for isa in Isa::available() {
+            check(&w, &x, &[0.0; 17], &run(isa, 1, &x, 3, &packed, None));
+        }
+    }
+}
+
+#[test]
+fn shapes_that_do_not_fit_are_errors_that_name_the_tensor() {
+    let pool = Pool::new(1);
+    let parts = [random_tensor(DType::F32, 4, 64, 18), random_tensor(DType::F32, 4, 32, 19)];
+    let error = PackedMatrix::pack(&pool, &parts).err().expect("widths differ");
+    assert_eq!(error.to_string(), "tensor w: expected shape [outputs, 64], neither of them 0, found [4, 32]");
+    assert!(PackedMatrix::pack(&pool, &[RawTensor::from_f32("v", vec![4], &[0.0; 4])]).is_err());
+    assert!(PackedMatrix::pack(&pool, &[RawTensor::from_f32("v", vec![0, 4], &[])]).is_err());
+    assert!(PackedMatrix::pack(&pool, &[]).is_err());
+}
+
+#[test]
+fn packing_makes_no_format_much_larger() {
+    for dtype in ALL {
+        let w = random_tensor(dtype, 32, 512, 20);
+        let packed = PackedMatrix::pack(&Pool::new(1), std::slice::from_ref(&w)).unwrap();
+        let growth = packed.bytes() as f64 / w.bytes().len() as f64;
+        let limit = if dtype == DType::Q3_K {
+            1.34
+        } else if dtype == DType::Q2_K {
+            1.20
+        } else {
+            1.03
+        };
+        assert!((1.0..limit).contains(&growth), "{dtype:?}: {growth}");
+    }
+}

@@ -1,0 +1,135 @@
+//! The vector operations the kernels are written in, and their portable form.
+//!
+//! A unit works on the 16 outputs of a tile side by side, so every lane sees the same operations in
+//! the same order on all units, and all give the same bits: integer sums are exact, and floats
+//! are multiplied, added or fused exactly as the method says.
+
+use super::layout::LANES;
+
+/// Bytes in a vector of quants: four inputs of each lane.
+pub(super) const VECTOR: usize = 4 * LANES;
+
+/// One way to compute with tiles.
+///
+/// # Safety
+/// Of all methods: the processor has the unit's features, and pointers are valid for the bytes
+/// that are read or written (they need no alignment).
+pub(super) trait Unit {
+    /// 16 i32.
+    type Ints: Copy;
+    /// 16 f32.
+    type Floats: Copy;
+    /// 64 bytes.
+    type Bytes: Copy;
+
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
+    /// Bytes `a >> SHIFT & mask`; `SHIFT` may be negative.
+    unsafe fn field<const SHIFT: i32>(a: Self::Bytes, mask: u8) -> Self::Bytes;
+    unsafe fn or(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    unsafe fn splat_int(value: i32) -> Self::Ints;
+    /// Adds to each lane the products of its four unsigned bytes with the four signed bytes of `x`.
+    /// `WIDE` tells that the unsigned bytes may exceed 127.
+    unsafe fn dot<const WIDE: bool>(sum: Self::Ints, quants: Self::Bytes, x: i32) -> Self::Ints;
+    unsafe fn to_floats(ints: Self::Ints) -> Self::Floats;
+    unsafe fn splat(value: f32) -> Self::Floats;
+    unsafe fn add(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `a * b + c`, rounded once.
+    unsafe fn fused(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    unsafe fn load_f32(from: *const u8) -> Self::Floats;
+    unsafe fn load_f16(from: *const u8) -> Self::Floats;
+    unsafe fn load_bf16(from: *const u8) -> Self::Floats;
+    unsafe fn load_i8(from: *const u8) -> Self::Floats;
+    unsafe fn load_u8(from: *const u8) -> Self::Floats;
+    unsafe fn store(values: Self::Floats, to: *mut f32);
+}
+
+/// Plain Rust.
+pub(super) struct Portable;
+
+#[inline(always)]
+unsafe fn load<T: Copy>(from: *const u8) -> [T; LANES] {
+    // SAFETY: the caller's pointer is valid for 16 values.
+    unsafe { from.cast::<[T; LANES]>().read_unaligned() }
+}
+
+impl Unit for Portable {
+    type Ints = [i32; LANES];
+    type Floats = [f32; LANES];
+    type Bytes = [u8; VECTOR];
+
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> [u8; VECTOR] {
+        // SAFETY: the caller's pointer is valid for 64 bytes.
+        unsafe { from.cast::<[u8; VECTOR]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn field<const SHIFT: i32>(a: [u8; VECTOR], mask: u8) -> [u8; VECTOR] {
+        a.map(|byte| if SHIFT < 0 { byte << -SHIFT } else { byte >> SHIFT } & mask)
+    }
+    #[inline(always)]
+    unsafe fn or(a: [u8; VECTOR], b: [u8; VECTOR]) -> [u8; VECTOR] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    unsafe fn splat_int(value: i32) -> [i32; LANES] {
+        [value; LANES]
+    }
+    #[inline(always)]
+    unsafe fn dot<const WIDE: bool>(sum: [i32; LANES], quants: [u8; VECTOR], x: i32) -> [i32; LANES] {
+        let x = x.to_ne_bytes().map(|byte| i32::from(byte as i8));
+        std::array::from_fn(|lane| {
+            (0..4).fold(sum[lane], |sum, i| sum + i32::from(quants[4 * lane + i]) * x[i])
+        })
+    }
+    #[inline(always)]
+    unsafe fn to_floats(ints: [i32; LANES]) -> [f32; LANES] {
+        ints.map(|v| v as f32)
+    }
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> [f32; LANES] {
+        [value; LANES]
+    }
+    #[inline(always)]
+    unsafe fn add(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    unsafe fn mul(a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    unsafe fn fused(a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    unsafe fn load_f32(from: *const u8) -> [f32; LANES] {
+        // SAFETY: as the trait demands.
+        unsafe { load::<u32>(from) }.map(|bits| f32::from_bits(u32::from_le(bits)))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> [f32; LANES] {
+        // SAFETY: as the trait demands.
+        unsafe { load::<u16>(from) }.map(|bits| half::f16::from_bits(u16::from_le(bits)).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u8) -> [f32; LANES] {
+        // SAFETY: as the trait demands.
+        unsafe { load::<u16>(from) }.map(|bits| f32::from_bits(u32::from(u16::from_le(bits)) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> [f32; LANES] {
+        // SAFETY: as the trait demands.
+        unsafe { load::<i8>(from) }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> [f32; LANES] {
+        // SAFETY: as the trait demands.
+        unsafe { load::<u8>(from) }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn store(values: [f32; LANES], to: *mut f32) {
+        // SAFETY: the caller's pointer is valid for 16 floats.
+        unsafe { to.cast::<[f32; LANES]>().write_unaligned(values) }
+    }
+}
