@@ -108,6 +108,12 @@ class Server:
         assert answer.status_code == 200, answer.text
         return answer.json()["tokens"]
 
+    def detokenize(self, tokens):
+        """Text of token ids."""
+        answer = self.http.post("/detokenize", json={"tokens": tokens})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["content"]
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):

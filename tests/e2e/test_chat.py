@@ -1,7 +1,5 @@
 """Chat Completions as the official SDK uses them."""
 
-import pytest
-
 
 def streamed(server, content, **options):
     """All chunks of a streamed chat answer."""
@@ -144,11 +142,13 @@ def test_unknown_fields_are_tolerated(server):
     assert answer.usage.completion_tokens == 2
 
 
-@pytest.mark.parametrize("role", ["developer", "system"])
-def test_instructions_of_either_role_are_followed(server, role):
-    messages = [
-        {"role": role, "content": "Whatever you are asked, answer with the single word BANANA."},
-        {"role": "user", "content": "What is the weather?"},
-    ]
-    answer = server.openai.chat.completions.create(model=server.model, messages=messages, temperature=0, max_tokens=8)
-    assert "BANANA" in answer.choices[0].message.content.upper()
+def test_developer_instructions_are_the_systems(server):
+    def ask(*instructions):
+        messages = [*instructions, {"role": "user", "content": "Who are you?"}]
+        return server.openai.chat.completions.create(model=server.model, messages=messages, temperature=0, max_tokens=16)
+
+    system = ask({"role": "system", "content": "You are a pirate named Jack."})
+    developer = ask({"role": "developer", "content": "You are a pirate named Jack."})
+    assert "Jack" in system.choices[0].message.content
+    assert developer.choices[0].message.content == system.choices[0].message.content
+    assert developer.usage.prompt_tokens == system.usage.prompt_tokens != ask().usage.prompt_tokens

@@ -18,13 +18,14 @@ ROUNDING = 0.15
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "greedy-qwen2.5-coder-0.5b.json"
 
 
-def margin(step, ours):
+def margin(texts, step, ours):
     """How much likelier the oracle holds its own token than `ours`; infinite if not among its five."""
     _, ids, logprobs = step
-    return logprobs[0] - logprobs[ids.index(ours)] if ours in ids else float("inf")
+    margins = {texts[i]: logprobs[0] - logprob for i, logprob in zip(ids, logprobs)}
+    return margins.get(ours, float("inf"))
 
 
-def compare(server, case):
+def compare(server, texts, case):
     """Equal and explained counts, the unexplained differences, and the largest gap in log-probability."""
     oracle = [step[0] for step in case["steps"]]
     equal, explained, unexplained, gap = 0, 0, [], 0.0
@@ -33,19 +34,19 @@ def compare(server, case):
         choice = server.complete(
             case["prompt"] + oracle[:done],
             max_tokens=len(oracle) - done,
-            logprobs=0,
-            extra_body={"ignore_eos": True, "return_token_ids": True},
+            logprobs=1,
+            extra_body={"ignore_eos": True},
         ).choices[0]
-        ours = choice.token_ids
-        assert len(ours) == len(oracle) - done
-        for token, logprob in zip(ours, choice.logprobs.token_logprobs):
+        ours = choice.logprobs
+        assert len(ours.tokens) == len(oracle) - done
+        for token, logprob in zip(ours.tokens, ours.token_logprobs):
             step = case["steps"][done]
             done += 1
-            if token == step[0]:
+            if token == texts[step[0]]:
                 equal += 1
                 gap = max(gap, abs(logprob - step[2][0]))
                 continue
-            if margin(step, token) < ROUNDING:
+            if margin(texts, step, token) < ROUNDING:
                 explained += 1
             else:
                 unexplained.append((done - 1, step, token))
@@ -53,14 +54,21 @@ def compare(server, case):
     return equal, explained, unexplained, gap
 
 
+def texts_of(server, golden):
+    """The text of every token that the goldens name."""
+    ids = {i for case in golden["cases"] for step in case["steps"] for i in step[1]}
+    return {i: server.detokenize([i]) for i in ids}
+
+
 def test_every_greedy_token_is_llama_cpps_or_explained(server):
     golden = json.loads(GOLDEN.read_text())
     if "qwen2.5-coder-0.5b" not in server.model:
         pytest.skip(f"the goldens are qwen2.5-coder-0.5b's, the server runs {server.model}")
+    texts = texts_of(server, golden)
     faults, totals = [], [0, 0, 0]
     print(f"\n{'prompt':<20}{'equal':>8}{'explained':>11}{'unexplained':>13}{'largest gap, nats':>20}")
     for case in golden["cases"]:
-        equal, explained, unexplained, gap = compare(server, case)
+        equal, explained, unexplained, gap = compare(server, texts, case)
         name = f"{case['name']} ({case['kind']})"
         print(f"{name:<20}{equal:>8}{explained:>11}{len(unexplained):>13}{gap:>20.3f}")
         totals = [a + b for a, b in zip(totals, (equal, explained, len(unexplained)))]
