@@ -236,6 +236,18 @@ impl Client {
         (answer, fault)
     }
 
+    /// Sends a request. Some servers close a kept connection without a word, so a request that
+    /// breaks before any answer is sent once more, as ordinary clients do; its clock runs on.
+    async fn exchange(
+        &self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Incoming>, hyper_util::client::legacy::Error> {
+        match self.http.request(request.clone()).await {
+            Err(e) if !e.is_connect() => self.http.request(request).await,
+            result => result,
+        }
+    }
+
     async fn read_stream(
         &self,
         request: Request<Full<Bytes>>,
@@ -243,7 +255,7 @@ impl Client {
         answer: &mut Answer,
         chunk: &(dyn Fn() + Sync),
     ) -> Result<(), Fault> {
-        let mut response = self.http.request(request).await.map_err(|e| Fault::Connect(chain(&e)))?;
+        let mut response = self.exchange(request).await.map_err(|e| Fault::Connect(chain(&e)))?;
         if response.status() != StatusCode::OK {
             return Err(Fault::Status(response.status(), excerpt(response).await));
         }
@@ -278,7 +290,7 @@ impl Client {
             None => Request::get(url).body(Full::default())?,
         };
         let exchange = async {
-            let response = self.http.request(request).await.map_err(|e| anyhow::anyhow!(chain(&e)))?;
+            let response = self.exchange(request).await.map_err(|e| anyhow::anyhow!(chain(&e)))?;
             if response.status() != StatusCode::OK {
                 bail!("HTTP {}: {}", response.status(), excerpt(response).await);
             }

