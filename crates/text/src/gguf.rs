@@ -89,8 +89,8 @@ impl Text {
                 let name = source.pre.as_deref().unwrap_or("default");
                 let pre_tokenizer = PreTokenizer::named(name)?;
                 let whole = takes_whole_words(name);
-                let bpe = source.byte_level_bpe(&vocab, whole.is_some())?;
-                (Pipeline::ByteLevel { compose: false, pre_tokenizer }, bpe, whole.unwrap_or(false))
+                let bpe = source.byte_level_bpe(&vocab, whole)?;
+                (Pipeline::ByteLevel { compose: false, pre_tokenizer }, bpe, whole)
             }
             Spelling::SentencePiece => {
                 let leading_space = source.add_space_prefix.unwrap_or(true);

@@ -58,14 +58,11 @@ const FAMILIES: &[(&[&str], &[&str])] = &[
     (&["default"], &[r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
 ];
 
-/// GGUF names of families whose words are taken whole from the vocabulary where they stand in it, whatever
-/// the merges say (`ignore_merges` in tokenizer.json), with whether a begin token is the default.
-pub(crate) fn takes_whole_words(name: &str) -> Option<bool> {
-    match name {
-        "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "lfm2" | "tekken" => Some(true),
-        "gpt-4o" | "llama4" => Some(false),
-        _ => None,
-    }
+/// Whether a family's words are taken whole from the vocabulary where they stand in it, whatever the merges
+/// say (`ignore_merges` in tokenizer.json). GGUF does not record it. The same families want a begin token
+/// where the file does not say.
+pub(crate) fn takes_whole_words(name: &str) -> bool {
+    matches!(name, "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "lfm2" | "tekken")
 }
 
 impl PreTokenizer {
