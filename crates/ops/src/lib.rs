@@ -15,6 +15,7 @@ mod ggml;
 pub mod cpu;
 pub mod dequant;
 mod raw;
+pub mod reference;
 mod sampling;
 
 pub use batch::{BLOCK_SIZE, Batch, Span};
