@@ -1,0 +1,321 @@
+//! The engine over a tiny real checkpoint on the cpu backend: answers that neighbours, chunking,
+//! the prefix cache and preemption leave alone; ends, limits and faults.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use rudder_engine::{Engine, EngineConfig, Event, FinishReason, GenerateRequest, Generation, SamplingParams};
+use rudder_engine::{SubmitError, Token, Usage};
+use rudder_model::{KvSize, LoadOptions, Model, ModelConfig};
+use rudder_ops::cpu::{Cpu, KvDType};
+use rudder_ops::{Batch, OpError, SampleRow, Sampled};
+
+const CONFIG: EngineConfig = EngineConfig {
+    kv_blocks: 256,
+    max_context: 256,
+    max_sequences: 8,
+    max_batch_tokens: 64,
+    max_waiting: 16,
+    prefix_cache: true,
+};
+
+fn model(config: &EngineConfig) -> Box<dyn Model> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/qwen2");
+    let options = LoadOptions {
+        max_batch_tokens: config.max_batch_tokens,
+        max_outputs: config.max_sequences,
+        kv: KvSize::Blocks(config.kv_blocks),
+        max_context: config.max_context,
+    };
+    rudder_model::load(&path, Cpu::new(2, KvDType::F32), options, |_, _| ()).expect("the fixture loads").model
+}
+
+fn start(config: EngineConfig) -> Engine {
+    Engine::start(model(&config), config)
+}
+
+fn request(prompt: impl Into<Vec<u32>>, max_tokens: usize) -> GenerateRequest {
+    GenerateRequest {
+        prompt: prompt.into().into(),
+        sampling: SamplingParams { temperature: 0.0, ..Default::default() },
+        max_tokens,
+        stop_tokens: Vec::new(),
+        ignore_eos: false,
+        prompt_logprobs: false,
+    }
+}
+
+fn prompt(seed: u32, len: usize) -> Vec<u32> {
+    (0..len as u32).map(|i| (i * i + seed * 31 + i * seed) % 128).collect()
+}
+
+/// Everything a generation said.
+#[derive(Debug, Default, PartialEq)]
+struct Answer {
+    scores: Vec<Token>,
+    tokens: Vec<Token>,
+    prefill: Vec<usize>,
+    end: Option<Result<FinishReason, String>>,
+    usage: Usage,
+}
+
+impl Answer {
+    fn ids(&self) -> Vec<u32> {
+        self.tokens.iter().map(|t| t.id).collect()
+    }
+}
+
+fn collect(mut generation: Generation) -> Answer {
+    let mut answer = Answer::default();
+    while let Some(event) = generation.next_blocking() {
+        assert!(answer.end.is_none(), "nothing comes after the end, but {event:?} did");
+        match event {
+            Event::Prefill { done, .. } => answer.prefill.push(done),
+            Event::Prompt(scores) => answer.scores = scores,
+            Event::Token(token) => answer.tokens.push(token),
+            Event::Finished { reason, usage } => {
+                answer.end = Some(Ok(reason));
+                answer.usage = usage;
+            }
+            Event::Failed { message } => answer.end = Some(Err(message)),
+        }
+    }
+    answer
+}
+
+fn ask(engine: &Engine, request: GenerateRequest) -> Answer {
+    collect(engine.submit(request).expect("there is room"))
+}
+
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    for _ in 0..2_000 {
+        if holds() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    panic!("{what} did not come about");
+}
+
+fn assert_whole(engine: &Engine) {
+    eventually("an idle engine with a whole KV cache", || {
+        let s = engine.stats();
+        s.running + s.waiting + s.kv_blocks_used == 0 && s.kv_blocks_cached + s.kv_blocks_free == s.kv_blocks
+    });
+}
+
+/// Greedy answers to six prompts, asked at once under the plainest configuration.
+static EXPECTED: LazyLock<Vec<Vec<u32>>> = LazyLock::new(|| {
+    let engine = start(EngineConfig { prefix_cache: false, ..CONFIG });
+    (0..6).map(|i| ask(&engine, request(prompt(i, 70), 64)).ids()).collect()
+});
+
+fn ask_all_at_once(config: EngineConfig) -> (Engine, Vec<Vec<u32>>) {
+    let engine = start(config);
+    let generations: Vec<_> = (0..6).map(|i| engine.submit(request(prompt(i, 70), 64)).unwrap()).collect();
+    let answers = generations.into_iter().map(|g| collect(g).ids()).collect();
+    (engine, answers)
+}
+
+#[test]
+fn greedy_answers_are_the_same_for_every_chunk_size() {
+    for max_batch_tokens in [1, 7, 64, 4096] {
+        let max_sequences = max_batch_tokens.min(6);
+        let (engine, answers) = ask_all_at_once(EngineConfig { max_batch_tokens, max_sequences, ..CONFIG });
+        assert_eq!(answers, *EXPECTED, "chunks of {max_batch_tokens}");
+        assert_whole(&engine);
+    }
+}
+
+#[test]
+fn greedy_answers_are_the_same_with_a_warm_prefix_cache() {
+    let (engine, cold) = ask_all_at_once(CONFIG);
+    let warm: Vec<_> = (0..6).map(|i| ask(&engine, request(prompt(i, 70), 64))).collect();
+    assert!(warm.iter().all(|a| a.usage.cached_tokens == 64));
+    assert_eq!(cold, *EXPECTED);
+    assert_eq!(warm.iter().map(Answer::ids).collect::<Vec<_>>(), *EXPECTED);
+}
+
+#[test]
+fn greedy_answers_are_the_same_under_preemption() {
+    let (engine, answers) = ask_all_at_once(EngineConfig { kv_blocks: 16, ..CONFIG });
+    assert!(engine.stats().preemptions > 0);
+    assert_eq!(answers, *EXPECTED);
+    assert_whole(&engine);
+}
+
+#[test]
+fn a_seeded_answer_is_bit_identical_alone_and_beside_others() {
+    let sampling = SamplingParams {
+        seed: 42,
+        top_p: 0.95,
+        repetition_penalty: 1.1,
+        frequency_penalty: 0.2,
+        logprobs: Some(5),
+        ..Default::default()
+    };
+    let seeded = || GenerateRequest { sampling: sampling.clone(), ..request(prompt(9, 50), 60) };
+    let alone = ask(&start(CONFIG), seeded());
+    let engine = start(CONFIG);
+    let others: Vec<_> = (0..7).map(|i| engine.submit(request(prompt(i, 20 + 9 * i as usize), 100)).unwrap()).collect();
+    let beside = ask(&engine, seeded());
+    assert_eq!(alone.tokens, beside.tokens);
+    assert_eq!(alone.tokens.len(), 60);
+    drop(others);
+    assert_whole(&engine);
+}
+
+#[test]
+fn different_seeds_give_different_answers() {
+    let engine = start(CONFIG);
+    let with_seed = |seed| GenerateRequest {
+        sampling: SamplingParams { seed, ..Default::default() },
+        ..request(prompt(9, 50), 40)
+    };
+    assert_ne!(ask(&engine, with_seed(1)).ids(), ask(&engine, with_seed(2)).ids());
+}
+
+#[test]
+fn a_stop_token_ends_the_answer_and_is_not_sent_unless_ignored() {
+    let engine = start(CONFIG);
+    let full = &EXPECTED[0];
+    let stop = full[10];
+    let first = full.iter().position(|&t| t == stop).unwrap();
+    let asked = GenerateRequest { stop_tokens: vec![stop], ..request(prompt(0, 70), 64) };
+    let answer = ask(&engine, asked.clone());
+    assert_eq!(answer.end, Some(Ok(FinishReason::Stop)));
+    assert_eq!(answer.ids(), full[..first]);
+    assert_eq!(answer.usage.completion_tokens, first + 1);
+    let answer = ask(&engine, GenerateRequest { ignore_eos: true, ..asked });
+    assert_eq!((answer.end.clone(), answer.ids()), (Some(Ok(FinishReason::Length)), full.clone()));
+}
+
+#[test]
+fn the_context_bounds_the_answer() {
+    let engine = start(EngineConfig { max_context: 100, ..CONFIG });
+    let answer = ask(&engine, request(prompt(1, 90), 64));
+    assert_eq!((answer.tokens.len(), answer.end), (10, Some(Ok(FinishReason::Length))));
+    assert_eq!(answer.usage.prompt_tokens, 90);
+}
+
+#[test]
+fn prompt_scores_agree_with_the_greedy_answer_and_survive_chunking() {
+    let engine = start(CONFIG);
+    let sampling = SamplingParams { temperature: 0.0, logprobs: Some(1), ..Default::default() };
+    let answer = ask(&engine, GenerateRequest { sampling: sampling.clone(), ..request(prompt(3, 30), 50) });
+    let whole: Vec<u32> = prompt(3, 30).into_iter().chain(answer.ids()).collect();
+    let scored = |max_tokens| GenerateRequest {
+        prompt_logprobs: true,
+        sampling: sampling.clone(),
+        ..request(whole.clone(), max_tokens)
+    };
+    let scores = ask(&engine, scored(0));
+    assert!(scores.tokens.is_empty() && scores.usage.cached_tokens == 0);
+    assert_eq!(scores.end, Some(Ok(FinishReason::Length)));
+    assert_eq!(scores.scores.iter().map(|t| t.id).collect::<Vec<_>>(), whole);
+    assert_eq!(scores.scores[0].logprob, None);
+    assert_eq!(scores.scores[30..], answer.tokens[..], "a generated token scores as it did when drawn");
+    assert_eq!(ask(&engine, scored(1)).tokens.len(), 1);
+}
+
+#[test]
+fn prefill_is_reported_as_it_goes() {
+    let engine = start(CONFIG);
+    assert_eq!(ask(&engine, request(prompt(2, 150), 1)).prefill, [64, 128, 150]);
+}
+
+#[test]
+fn dropping_a_generation_frees_its_blocks() {
+    let engine = start(CONFIG);
+    let mut generations: Vec<_> = (0..12).map(|i| engine.submit(request(prompt(i, 40), 200)).unwrap()).collect();
+    while !matches!(generations[0].next_blocking(), Some(Event::Token(_))) {}
+    drop(generations);
+    assert_whole(&engine);
+    assert_eq!(ask(&engine, request(prompt(0, 70), 64)).ids(), EXPECTED[0]);
+}
+
+#[test]
+fn a_full_queue_turns_requests_away_and_takes_them_again_later() {
+    let engine = start(EngineConfig { max_sequences: 2, max_waiting: 3, ..CONFIG });
+    let taken: Vec<_> = (0..5).map(|i| engine.submit(request(prompt(i, 100), 150)).unwrap()).collect();
+    match engine.submit(request(prompt(9, 10), 1)).err() {
+        Some(SubmitError::Busy { waiting: 3, retry_after }) => assert!(retry_after >= Duration::from_secs(1)),
+        other => panic!("{other:?}"),
+    }
+    for generation in taken {
+        assert_eq!(collect(generation).tokens.len(), 150);
+    }
+    eventually("room again", || engine.submit(request(prompt(9, 10), 1)).is_ok());
+}
+
+#[test]
+fn unusable_prompts_are_refused_with_the_reason() {
+    let engine = start(CONFIG);
+    assert_eq!(engine.submit(request([], 1)).err(), Some(SubmitError::EmptyPrompt));
+    assert_eq!(engine.submit(request([1, 128], 1)).err(), Some(SubmitError::BadToken { token: 128, vocab: 128 }));
+    let too_long = engine.submit(request(vec![1; 256], 1)).err();
+    assert_eq!(too_long, Some(SubmitError::TooLong { tokens: 256, maximum: 256 }));
+    assert!(engine.submit(request(vec![1; 255], 1)).is_ok());
+}
+
+/// The real model, failing at given steps.
+struct Faulty {
+    inner: Box<dyn Model>,
+    steps: Arc<AtomicUsize>,
+    fail_at: usize,
+    panic: bool,
+}
+
+impl Model for Faulty {
+    fn config(&self) -> &ModelConfig {
+        self.inner.config()
+    }
+    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        if self.steps.fetch_add(1, Ordering::SeqCst) == self.fail_at {
+            assert!(!self.panic, "a fault for the test");
+            return Err(OpError::Backend("out of memory, say".into()));
+        }
+        self.inner.forward(batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.inner.sample(rows, out)
+    }
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        self.inner.logits()
+    }
+}
+
+#[test]
+fn a_failing_step_ends_its_requests_and_the_engine_goes_on() {
+    for panic in [false, true] {
+        let faulty = Faulty { inner: model(&CONFIG), steps: Arc::default(), fail_at: 5, panic };
+        let engine = Engine::start(Box::new(faulty), CONFIG);
+        let answer = ask(&engine, request(prompt(0, 70), 64));
+        let message = answer.end.unwrap().unwrap_err();
+        assert!(message.starts_with("the model failed"), "{message}");
+        assert_eq!(ask(&engine, request(prompt(0, 70), 64)).ids(), EXPECTED[0]);
+        assert_whole(&engine);
+    }
+}
+
+#[tokio::test]
+async fn shutdown_lets_running_requests_finish_and_refuses_new_ones() {
+    let engine = start(CONFIG);
+    let running = engine.submit(request(prompt(0, 70), 64)).unwrap();
+    let reader = std::thread::spawn(move || collect(running));
+    assert!(engine.shutdown(Duration::from_secs(60)).await);
+    assert_eq!(reader.join().unwrap().ids(), EXPECTED[0]);
+    assert_eq!(engine.submit(request([1], 1)).err(), Some(SubmitError::ShuttingDown));
+}
+
+#[tokio::test]
+async fn shutdown_ends_what_outlasts_the_grace() {
+    let engine = start(EngineConfig { max_context: 512, ..CONFIG });
+    let running: Vec<_> = (0..20).map(|i| engine.submit(request(prompt(i, 70), 400)).unwrap()).collect();
+    assert!(!engine.shutdown(Duration::ZERO).await);
+    let reader = std::thread::spawn(move || running.into_iter().map(collect).collect::<Vec<_>>());
+    let answers = reader.join().unwrap();
+    assert!(answers.iter().all(|a| a.end == Some(Err("the server is shutting down".into()))));
+}
