@@ -44,6 +44,7 @@ def rss_mb(pid):
 
 
 async def metrics(http):
+    """Sums of all samples of each metric name, labels put aside."""
     sums = collections.Counter()
     for line in (await http.get("/metrics")).text.splitlines():
         if line and not line.startswith("#"):
@@ -52,15 +53,21 @@ async def metrics(http):
     return sums
 
 
+async def kv_blocks(http):
+    """KV blocks by state: used, cached, free."""
+    text = (await http.get("/metrics")).text
+    return {state: int(n) for state, n in re.findall(r'^rudder_kv_blocks\{.*state="(\w+)".*\} (\d+)', text, re.M)}
+
+
 async def quiet(http, seconds=30):
-    """Waits until nothing runs or waits; returns the metrics then, or None when it does not come."""
+    """Waits until nothing runs or waits; returns whether that came."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         now = await metrics(http)
         if now["vllm:num_requests_running"] == 0 and now["vllm:num_requests_waiting"] == 0:
-            return now
+            return True
         await asyncio.sleep(0.1)
-    return None
+    return False
 
 
 async def answer(http, model):
@@ -133,22 +140,21 @@ async def main():
     faults = []
     async with httpx.AsyncClient(base_url=args.url, timeout=600, limits=limits) as http:
         model = (await http.get("/v1/models")).json()["data"][0]["id"]
+        all_blocks = sum((await kv_blocks(http)).values())
         before = await answer(http, model)
         ends, memory = collections.Counter(), []
         # A third warms up, the rest is measured.
         for number, seconds in enumerate((args.seconds / 3, args.seconds * 2 / 3)):
             await soak(args, http, model, seconds, ends, number)
-            now = await quiet(http)
-            if now is None:
+            if not await quiet(http):
                 faults.append("something still runs or waits 30 s after the last client went")
-                now = await metrics(http)
             if args.pid:
                 memory.append(rss_mb(args.pid))
-        blocks = {k: int(now[f"rudder_kv_blocks_{k}"]) for k in ("total", "used", "cached", "free")}
+        blocks = await kv_blocks(http)
         if blocks["used"] != 0:
             faults.append(f"{blocks['used']} KV blocks are still held")
-        if blocks["free"] + blocks["cached"] != blocks["total"]:
-            faults.append(f"KV blocks are missing: {blocks}")
+        if sum(blocks.values()) != all_blocks:
+            faults.append(f"of {all_blocks} KV blocks there are {blocks}")
         after = await answer(http, model)
         if after != before:
             faults.append(f"the answer changed from {before!r} to {after!r}")

@@ -26,6 +26,10 @@ VLLM = {
 }
 
 
+# Seconds of silence after which a stream carries a comment.
+KEEP_ALIVE = 5
+
+
 def long_stream(server, number=0, **options):
     """A stream that would go on for long."""
     options = {"max_tokens": 2000, "extra_body": {"ignore_eos": True}, "stream": True} | options
@@ -137,11 +141,15 @@ def test_shutdown_ends_within_its_grace(start):
 
 def test_a_long_prefill_keeps_the_stream_alive(start):
     """Comments come on the wall clock while the first token is still far away."""
-    server = start("--keep-alive", "0.2", "--max-batch-tokens", "64")
-    text = " ".join(str(i) for i in range(700))
+    server = start("--threads", "1", "--max-batch-tokens", "256", "--prefix-cache", "off")
+    text = " ".join(str(i) for i in range(1000, 3200))
     body = {"model": server.model, "messages": [{"role": "user", "content": text}], "stream": True, "max_tokens": 1}
+    arrivals, comments, begun = [time.monotonic()], 0, time.monotonic()
     with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
-        lines = [line for line in answer.iter_lines() if line]
-    first_content = next(i for i, line in enumerate(lines) if '"content":"' in line and '"content":""' not in line)
-    comments = [line for line in lines[:first_content] if line.startswith(":")]
-    assert len(comments) >= 2
+        for line in answer.iter_lines():
+            if line:
+                arrivals.append(time.monotonic())
+                comments += line.startswith(":")
+    assert arrivals[-1] - begun > KEEP_ALIVE, "the prefill was too fast to prove anything: lengthen the prompt"
+    assert comments >= (arrivals[-1] - begun) // KEEP_ALIVE - 1
+    assert max(b - a for a, b in zip(arrivals, arrivals[1:])) < KEEP_ALIVE + 1
