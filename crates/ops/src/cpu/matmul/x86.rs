@@ -101,8 +101,68 @@ impl Unit for Avx512 {
 pub(super) struct Avx2<const VNNI: bool>;
 
 #[inline(always)]
-fn both<A: Copy, B: Copy, C>(a: [A; 2], b: [B; 2], f: impl Fn(A, B) -> C) -> [C; 2] {
-    [f(a[0], b[0]), f(a[1], b[1])]
+unsafe fn field<const SHIFT: i32>(a: __m256i, mask: u8) -> __m256i {
+    unsafe {
+        let shifted = match SHIFT {
+            -4 => _mm256_slli_epi16::<4>(a),
+            -3 => _mm256_slli_epi16::<3>(a),
+            -2 => _mm256_slli_epi16::<2>(a),
+            -1 => _mm256_slli_epi16::<1>(a),
+            0 => a,
+            1 => _mm256_srli_epi16::<1>(a),
+            2 => _mm256_srli_epi16::<2>(a),
+            3 => _mm256_srli_epi16::<3>(a),
+            4 => _mm256_srli_epi16::<4>(a),
+            6 => _mm256_srli_epi16::<6>(a),
+            _ => unreachable!(),
+        };
+        _mm256_and_si256(shifted, _mm256_set1_epi8(mask as i8))
+    }
+}
+
+#[inline(always)]
+unsafe fn dot<const VNNI: bool, const WIDE: bool>(sum: __m256i, quants: __m256i, x: i32) -> __m256i {
+    unsafe {
+        let x = _mm256_set1_epi32(x);
+        if VNNI {
+            _mm256_dpbusd_avx_epi32(sum, quants, x)
+        } else if WIDE {
+            // Pairs of products would saturate 16 bits, so multiply even and odd bytes as 16 bits.
+            let low = _mm256_set1_epi16(0xff);
+            let even = _mm256_madd_epi16(
+                _mm256_and_si256(quants, low),
+                _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
+            );
+            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(quants), _mm256_srai_epi16::<8>(x));
+            _mm256_add_epi32(sum, _mm256_add_epi32(even, odd))
+        } else {
+            let pairs = _mm256_maddubs_epi16(quants, x);
+            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn half(from: *const u8) -> __m256 {
+    unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+}
+
+#[inline(always)]
+unsafe fn bf16(from: *const u8) -> __m256 {
+    unsafe {
+        let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+    }
+}
+
+#[inline(always)]
+unsafe fn signed(from: *const u8) -> __m256 {
+    unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+}
+
+#[inline(always)]
+unsafe fn unsigned(from: *const u8) -> __m256 {
+    unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))) }
 }
 
 impl<const VNNI: bool> Unit for Avx2<VNNI> {
@@ -116,26 +176,11 @@ impl<const VNNI: bool> Unit for Avx2<VNNI> {
     }
     #[inline(always)]
     unsafe fn field<const SHIFT: i32>(a: [__m256i; 2], mask: u8) -> [__m256i; 2] {
-        a.map(|a| unsafe {
-            let shifted = match SHIFT {
-                -4 => _mm256_slli_epi16::<4>(a),
-                -3 => _mm256_slli_epi16::<3>(a),
-                -2 => _mm256_slli_epi16::<2>(a),
-                -1 => _mm256_slli_epi16::<1>(a),
-                0 => a,
-                1 => _mm256_srli_epi16::<1>(a),
-                2 => _mm256_srli_epi16::<2>(a),
-                3 => _mm256_srli_epi16::<3>(a),
-                4 => _mm256_srli_epi16::<4>(a),
-                6 => _mm256_srli_epi16::<6>(a),
-                _ => unreachable!(),
-            };
-            _mm256_and_si256(shifted, _mm256_set1_epi8(mask as i8))
-        })
+        unsafe { [field::<SHIFT>(a[0], mask), field::<SHIFT>(a[1], mask)] }
     }
     #[inline(always)]
     unsafe fn or(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
-        both(a, b, |a, b| unsafe { _mm256_or_si256(a, b) })
+        unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
     }
     #[inline(always)]
     unsafe fn splat_int(value: i32) -> [__m256i; 2] {
@@ -143,28 +188,11 @@ impl<const VNNI: bool> Unit for Avx2<VNNI> {
     }
     #[inline(always)]
     unsafe fn dot<const WIDE: bool>(sum: [__m256i; 2], quants: [__m256i; 2], x: i32) -> [__m256i; 2] {
-        both(sum, quants, |sum, quants| unsafe {
-            let x = _mm256_set1_epi32(x);
-            if VNNI {
-                _mm256_dpbusd_avx_epi32(sum, quants, x)
-            } else if WIDE {
-                // Pairs of products would saturate 16 bits, so multiply even and odd bytes as 16 bits.
-                let low = _mm256_set1_epi16(0xff);
-                let even = _mm256_madd_epi16(
-                    _mm256_and_si256(quants, low),
-                    _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
-                );
-                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(quants), _mm256_srai_epi16::<8>(x));
-                _mm256_add_epi32(sum, _mm256_add_epi32(even, odd))
-            } else {
-                let pairs = _mm256_maddubs_epi16(quants, x);
-                _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-            }
-        })
+        unsafe { [dot::<VNNI, WIDE>(sum[0], quants[0], x), dot::<VNNI, WIDE>(sum[1], quants[1], x)] }
     }
     #[inline(always)]
     unsafe fn to_floats(ints: [__m256i; 2]) -> [__m256; 2] {
-        ints.map(|v| unsafe { _mm256_cvtepi32_ps(v) })
+        unsafe { [_mm256_cvtepi32_ps(ints[0]), _mm256_cvtepi32_ps(ints[1])] }
     }
     #[inline(always)]
     unsafe fn splat(value: f32) -> [__m256; 2] {
@@ -172,11 +200,11 @@ impl<const VNNI: bool> Unit for Avx2<VNNI> {
     }
     #[inline(always)]
     unsafe fn add(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-        both(a, b, |a, b| unsafe { _mm256_add_ps(a, b) })
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
     }
     #[inline(always)]
     unsafe fn mul(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-        both(a, b, |a, b| unsafe { _mm256_mul_ps(a, b) })
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
     }
     #[inline(always)]
     unsafe fn fused(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
@@ -188,26 +216,19 @@ impl<const VNNI: bool> Unit for Avx2<VNNI> {
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const u8) -> [__m256; 2] {
-        [0, 16].map(|at| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.add(at).cast())) })
+        unsafe { [half(from), half(from.add(16))] }
     }
     #[inline(always)]
     unsafe fn load_bf16(from: *const u8) -> [__m256; 2] {
-        [0, 16].map(|at| unsafe {
-            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(at).cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-        })
+        unsafe { [bf16(from), bf16(from.add(16))] }
     }
     #[inline(always)]
     unsafe fn load_i8(from: *const u8) -> [__m256; 2] {
-        [0, 8].map(|at| unsafe {
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.add(at).cast())))
-        })
+        unsafe { [signed(from), signed(from.add(8))] }
     }
     #[inline(always)]
     unsafe fn load_u8(from: *const u8) -> [__m256; 2] {
-        [0, 8].map(|at| unsafe {
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(at).cast())))
-        })
+        unsafe { [unsigned(from), unsigned(from.add(8))] }
     }
     #[inline(always)]
     unsafe fn store(values: [__m256; 2], to: *mut f32) {
