@@ -11,6 +11,7 @@ use tokenizers::{NormalizerWrapper, PreTokenizerWrapper};
 
 use crate::gguf::check_merges;
 use crate::infill::FimTokens;
+use crate::listed::Listed;
 use crate::pretokenizer::PreTokenizer;
 use crate::template::{Template, TemplateSource};
 use crate::tokenizer::{Marker, Markup, Pipeline, Tokenizer};
@@ -229,7 +230,7 @@ impl TokenizerFile {
             .as_ref()
             .map(|part| parse(part, "pre_tokenizer of tokenizer.json"))
             .transpose()?;
-        Ok(Pipeline::Listed { normalizer, pre_tokenizer })
+        Ok(Pipeline::Listed(Box::new(Listed { normalizer, pre_tokenizer })))
     }
 
     /// The token that the file's own template puts before a single text.

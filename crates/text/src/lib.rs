@@ -5,6 +5,7 @@ mod folder;
 mod gguf;
 mod infill;
 mod json;
+mod listed;
 mod pretokenizer;
 mod stop;
 mod template;

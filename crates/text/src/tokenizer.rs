@@ -1,14 +1,12 @@
 //! Text to tokens: markup is found first, the text between is cut and merged.
 
 use aho_corasick::{AhoCorasick, MatchKind};
+use tokenizers::Model;
 use tokenizers::models::bpe::BPE;
-use tokenizers::{
-    Model, NormalizedString, Normalizer, NormalizerWrapper, OffsetType, PreTokenizedString,
-    PreTokenizer as _, PreTokenizerWrapper,
-};
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
 
 use crate::TextError;
+use crate::listed::Listed;
 use crate::pretokenizer::PreTokenizer;
 use crate::vocab::CHAR_OF_BYTE;
 
@@ -30,7 +28,7 @@ pub(crate) enum Pipeline {
     /// SentencePiece: spaces become `▁`, no cuts; a text may get a space put before it.
     SentencePiece { leading_space: bool },
     /// Whatever else a tokenizer.json asks for.
-    Listed { normalizer: Option<NormalizerWrapper>, pre_tokenizer: Option<PreTokenizerWrapper> },
+    Listed(Box<Listed>),
 }
 
 /// A token that is found in text by its own spelling, before all merging.
@@ -56,8 +54,8 @@ struct Finder {
 }
 
 /// A stretch of text between markers, or a marker.
-#[derive(Debug, PartialEq)]
-enum Span<'t> {
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Span<'t> {
     Text(&'t str),
     Token(u32, &'t str),
 }
@@ -67,8 +65,8 @@ impl Tokenizer {
     pub(crate) fn encode(&self, text: &str, special: bool, out: &mut Vec<u32>) -> Result<(), TextError> {
         let finder = if special { &self.markup.all } else { &self.markup.plain };
         let spans = finder.spans(text);
-        if let Pipeline::Listed { normalizer, pre_tokenizer } = &self.pipeline {
-            return self.encode_listed(text, &spans, normalizer.as_ref(), pre_tokenizer.as_ref(), out);
+        if let Pipeline::Listed(listed) = &self.pipeline {
+            return listed.encode(&self.bpe, text, &spans, out);
         }
         for span in spans {
             match span {
@@ -111,7 +109,7 @@ impl Tokenizer {
                 spelled.push_str(&text.replace(' ', "▁"));
                 self.merge(&spelled, out)
             }
-            Pipeline::Listed { .. } => self.encode(text, false, out),
+            Pipeline::Listed(listed) => listed.encode(&self.bpe, text, &[Span::Text(text)], out),
         }
     }
 
@@ -120,55 +118,9 @@ impl Tokenizer {
         out.extend(tokens.iter().map(|token| token.id));
         Ok(())
     }
-
-    /// As the `tokenizers` crate does it, but with our markers.
-    fn encode_listed(
-        &self,
-        text: &str,
-        spans: &[Span<'_>],
-        normalizer: Option<&NormalizerWrapper>,
-        pre_tokenizer: Option<&PreTokenizerWrapper>,
-        out: &mut Vec<u32>,
-    ) -> Result<(), TextError> {
-        let mut text = PreTokenizedString::from(text);
-        text.split(|_, whole| Ok(tokenizer_spans(&whole, spans))).map_err(broken)?;
-        if let Some(normalizer) = normalizer {
-            text.normalize(|piece| normalizer.normalize(piece)).map_err(broken)?;
-        }
-        if let Some(pre_tokenizer) = pre_tokenizer {
-            pre_tokenizer.pre_tokenize(&mut text).map_err(broken)?;
-        }
-        text.tokenize(|piece| self.bpe.tokenize(piece.get())).map_err(broken)?;
-        let encoding = text.into_encoding(None, 0, OffsetType::None).map_err(broken)?;
-        out.extend_from_slice(encoding.get_ids());
-        Ok(())
-    }
 }
 
-/// The spans of a text as slices of what the `tokenizers` crate works on.
-fn tokenizer_spans(
-    whole: &NormalizedString,
-    spans: &[Span<'_>],
-) -> Vec<(NormalizedString, Option<Vec<tokenizers::Token>>)> {
-    let mut done = 0;
-    let mut slices = Vec::with_capacity(spans.len());
-    for span in spans {
-        let (Span::Text(text) | Span::Token(_, text)) = span;
-        let range = done..done + text.len();
-        done = range.end;
-        let tokens = match span {
-            Span::Text(_) => None,
-            Span::Token(id, text) => {
-                Some(vec![tokenizers::Token::new(*id, (*text).to_owned(), (0, text.len()))])
-            }
-        };
-        slices
-            .extend(whole.slice(tokenizers::normalizer::Range::Original(range)).map(|slice| (slice, tokens)));
-    }
-    slices
-}
-
-fn broken(error: tokenizers::Error) -> TextError {
+pub(crate) fn broken(error: tokenizers::Error) -> TextError {
     TextError::Model(format!("the model's tokenizer failed on the text: {error}"))
 }
 

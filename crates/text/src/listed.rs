@@ -1,0 +1,58 @@
+//! Pipelines that a tokenizer.json lists and that we leave to the `tokenizers` crate.
+
+use tokenizers::models::bpe::BPE;
+use tokenizers::normalizer::Range;
+use tokenizers::{
+    Model, NormalizedString, Normalizer, NormalizerWrapper, OffsetType, PreTokenizedString, PreTokenizer,
+    PreTokenizerWrapper, Token,
+};
+
+use crate::TextError;
+use crate::tokenizer::{Span, broken};
+
+/// A normalizer and a pre-tokenizer of the library's.
+pub(crate) struct Listed {
+    pub(crate) normalizer: Option<NormalizerWrapper>,
+    pub(crate) pre_tokenizer: Option<PreTokenizerWrapper>,
+}
+
+impl Listed {
+    /// Appends the tokens of `text`, as the library encodes it, but with our spans of markup.
+    pub(crate) fn encode(
+        &self,
+        bpe: &BPE,
+        text: &str,
+        spans: &[Span<'_>],
+        out: &mut Vec<u32>,
+    ) -> Result<(), TextError> {
+        let mut text = PreTokenizedString::from(text);
+        text.split(|_, whole| Ok(slices(&whole, spans))).map_err(broken)?;
+        if let Some(normalizer) = &self.normalizer {
+            text.normalize(|piece| normalizer.normalize(piece)).map_err(broken)?;
+        }
+        if let Some(pre_tokenizer) = &self.pre_tokenizer {
+            pre_tokenizer.pre_tokenize(&mut text).map_err(broken)?;
+        }
+        text.tokenize(|piece| bpe.tokenize(piece.get())).map_err(broken)?;
+        let encoding = text.into_encoding(None, 0, OffsetType::None).map_err(broken)?;
+        out.extend_from_slice(encoding.get_ids());
+        Ok(())
+    }
+}
+
+/// The spans as slices of the library's own kind of string.
+fn slices(whole: &NormalizedString, spans: &[Span<'_>]) -> Vec<(NormalizedString, Option<Vec<Token>>)> {
+    let mut done = 0;
+    let mut slices = Vec::with_capacity(spans.len());
+    for &span in spans {
+        let (Span::Text(text) | Span::Token(_, text)) = span;
+        let range = done..done + text.len();
+        done = range.end;
+        let tokens = match span {
+            Span::Text(_) => None,
+            Span::Token(id, text) => Some(vec![Token::new(id, text.to_owned(), (0, text.len()))]),
+        };
+        slices.extend(whole.slice(Range::Original(range)).map(|slice| (slice, tokens)));
+    }
+    slices
+}
