@@ -1,1 +1,150 @@
 //! The HTTP front: one module per API dialect, admission, metrics.
+//!
+//! ```text
+//! router -> admission (key, draining, request id) -> a dialect's handler
+//!        -> prompt (template, tokens) -> generate (engine, text) -> JSON or SSE
+//! ```
+//!
+//! [`Generator`] and its terms know no dialect: the terminal conversation uses them too.
+
+mod admission;
+mod body;
+mod choice;
+mod generate;
+mod health;
+mod infill;
+mod metrics;
+mod openai;
+mod prompt;
+mod serve;
+mod sse;
+mod tokenize;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::{Method, Uri};
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::routing::{get, post};
+use rudder_engine::Engine;
+use rudder_text::Text;
+use tower_http::cors::CorsLayer;
+
+pub use generate::{Completion, Delta, End, EndReason, Failed, Generator, Running, Totals};
+pub use openai::ApiError;
+pub use prompt::{ChatPrompt, Markup};
+pub use serve::{serve, terminated};
+
+/// How the front is set up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerConfig {
+    /// The name under which the model is served.
+    pub model: String,
+    /// Further names that clients may use for it.
+    pub aliases: Vec<String>,
+    /// Keys of which a client must show one; none means that everyone is let in.
+    pub api_keys: Vec<String>,
+    /// Largest request body.
+    pub max_body_bytes: usize,
+    /// Most stop strings of a request.
+    pub max_stops: usize,
+    /// Largest `n`.
+    pub max_choices: usize,
+    /// Longest silence of a stream: after it comes an SSE comment, so that clients do not time out.
+    pub keep_alive: Duration,
+    /// How long running requests may go on after a signal to end.
+    pub grace: Duration,
+}
+
+impl ServerConfig {
+    /// The defaults, for a model served as `model`.
+    pub fn new(model: impl Into<String>) -> Self {
+        Self {
+            model: model.into(),
+            aliases: Vec::new(),
+            api_keys: Vec::new(),
+            max_body_bytes: 32 << 20,
+            max_stops: 16,
+            max_choices: 16,
+            keep_alive: Duration::from_secs(5),
+            grace: Duration::from_secs(30),
+        }
+    }
+
+    /// All names of the model, its own first.
+    pub fn model_names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.model).chain(&self.aliases).map(String::as_str)
+    }
+}
+
+/// A model being served: what every handler sees.
+pub struct Server {
+    pub(crate) config: ServerConfig,
+    pub(crate) generator: Generator,
+    pub(crate) markup: prompt::Markup,
+    draining: AtomicBool,
+    /// Unix time of the start.
+    pub(crate) created: u64,
+}
+
+impl Server {
+    /// Serves a model's text and the engine that runs it.
+    pub fn new(config: ServerConfig, text: Text, engine: Engine) -> Arc<Self> {
+        let markup = prompt::Markup::of(&text);
+        let generator = Generator::new(&config.model, text, engine);
+        Arc::new(Self { config, generator, markup, draining: AtomicBool::new(false), created: unix_now() })
+    }
+
+    /// Whether a signal to end has come.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+
+    /// Checks the model that a request names and returns the name to answer with. A request that
+    /// names none means the one there is.
+    pub(crate) fn model_name(&self, asked: Option<&str>) -> Result<String, ApiError> {
+        match asked {
+            None => Ok(self.config.model.clone()),
+            Some(asked) if self.config.model_names().any(|name| name == asked) => Ok(asked.to_owned()),
+            Some(asked) => Err(ApiError::unknown_model(asked, &self.config.model)),
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// All routes of a server.
+pub fn router(server: Arc<Server>) -> Router {
+    let limit = server.config.max_body_bytes;
+    Router::new()
+        .route("/v1/chat/completions", post(openai::chat::create))
+        .route("/v1/completions", post(openai::completions::create))
+        .route("/v1/models", get(openai::models::list))
+        .route("/v1/models/{*model}", get(openai::models::retrieve))
+        .route("/infill", post(infill::create))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/health", get(health::health))
+        .route("/ready", get(health::ready))
+        .route("/version", get(health::version))
+        .route("/metrics", get(health::metrics))
+        .fallback(async |method: Method, uri: Uri| ApiError::unknown_route(method.as_str(), uri.path()))
+        .method_not_allowed_fallback(async |method: Method, uri: Uri| {
+            ApiError::wrong_method(method.as_str(), uri.path())
+        })
+        .layer(DefaultBodyLimit::max(limit))
+        .layer(from_fn_with_state(server.clone(), admission::admit))
+        .layer(CorsLayer::permissive())
+        .layer(from_fn(admission::request_id))
+        .with_state(server)
+}

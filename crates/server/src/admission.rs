@@ -1,0 +1,108 @@
+//! Who gets in: the API key, the drain, and a name for every request.
+
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use crate::Server;
+use crate::openai::ApiError;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Asked by probes and scrapers, which hold no key and want an answer during a drain.
+const OPEN: [&str; 4] = ["/health", "/ready", "/version", "/metrics"];
+
+/// Lets a request through if it shows a key and the server is not draining.
+pub(crate) async fn admit(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
+    if !OPEN.contains(&request.uri().path()) {
+        if server.is_draining() {
+            return ApiError::shutting_down().into_response();
+        }
+        if let Err(error) = check_key(&server.config.api_keys, request.headers()) {
+            return error.into_response();
+        }
+    }
+    next.run(request).await
+}
+
+/// Echoes the client's request id, or gives the request one.
+pub(crate) async fn request_id(request: Request, next: Next) -> Response {
+    let id = request.headers().get(&REQUEST_ID).cloned();
+    let id = id.or_else(|| HeaderValue::try_from(random_id("req-")).ok());
+    let mut response = next.run(request).await;
+    if let Some(id) = id {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    response
+}
+
+/// A prefix and 128 random bits in hexadecimal.
+pub(crate) fn random_id(prefix: &str) -> String {
+    format!("{prefix}{:032x}", fastrand::u128(..))
+}
+
+fn check_key(keys: &[String], headers: &HeaderMap) -> Result<(), ApiError> {
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let shown = match headers.get(header::AUTHORIZATION) {
+        Some(value) => bearer(value.as_bytes()),
+        None => headers.get("x-api-key").map(HeaderValue::as_bytes),
+    };
+    match shown {
+        None => Err(ApiError::unauthorized(
+            "This server wants an API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
+        )),
+        // No early end: how long it takes tells nothing of which key was nearly right.
+        Some(shown) if keys.iter().fold(false, |found, key| found | same(key.as_bytes(), shown)) => Ok(()),
+        Some(_) => Err(ApiError::unauthorized("The API key is not one of this server's.")),
+    }
+}
+
+fn bearer(value: &[u8]) -> Option<&[u8]> {
+    let (scheme, key) = value.split_at_checked("Bearer ".len())?;
+    scheme.eq_ignore_ascii_case(b"Bearer ").then(|| key.trim_ascii())
+}
+
+/// Compares in a time that depends on the lengths alone.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |differ, (a, b)| differ | (a ^ b)) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(keys: &[&str], header: Option<(&'static str, &'static str)>) -> u16 {
+        let keys: Vec<String> = keys.iter().map(|&key| key.into()).collect();
+        let headers = header.map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
+        match check_key(&keys, &headers.into_iter().collect()) {
+            Ok(()) => 200,
+            Err(error) => error.status.as_u16(),
+        }
+    }
+
+    #[test]
+    fn one_of_the_keys_opens_in_either_header() {
+        assert_eq!(status(&[], None), 200);
+        assert_eq!(status(&["a", "b"], Some(("authorization", "Bearer b"))), 200);
+        assert_eq!(status(&["a", "b"], Some(("authorization", "bearer a"))), 200);
+        assert_eq!(status(&["a", "b"], Some(("x-api-key", "a"))), 200);
+    }
+
+    #[test]
+    fn anything_else_is_401() {
+        assert_eq!(status(&["a"], None), 401);
+        assert_eq!(status(&["a"], Some(("authorization", "Bearer aa"))), 401);
+        assert_eq!(status(&["a"], Some(("authorization", "Basic a"))), 401);
+        assert_eq!(status(&["a"], Some(("authorization", "a"))), 401);
+        assert_eq!(status(&["a"], Some(("x-api-key", ""))), 401);
+    }
+
+    #[test]
+    fn ids_do_not_repeat() {
+        assert_ne!(random_id("req-"), random_id("req-"));
+    }
+}

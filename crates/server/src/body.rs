@@ -1,0 +1,79 @@
+//! Request bodies: bytes to a checked JSON structure, every fault a clear 4xx.
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::http::StatusCode;
+use serde::de::DeserializeOwned;
+
+use crate::ServerConfig;
+use crate::openai::ApiError;
+
+/// The body's bytes, or why they could not be had.
+pub(crate) fn bytes(body: Result<Bytes, BytesRejection>, config: &ServerConfig) -> Result<Bytes, ApiError> {
+    body.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => ApiError::body_too_large(config.max_body_bytes),
+        _ => ApiError::invalid(format!("The request body could not be read: {rejection}.")),
+    })
+}
+
+/// Parses a JSON body. An error names the field it is about.
+pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let text = std::str::from_utf8(body).map_err(|error| {
+        ApiError::invalid(format!("The request body is not valid UTF-8 (at byte {}).", error.valid_up_to()))
+    })?;
+    let mut reader = serde_json::Deserializer::from_str(text);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        match inner.classify() {
+            serde_json::error::Category::Data if path != "." => {
+                ApiError::param(path.as_str(), format!("`{path}`: {inner}."))
+            }
+            serde_json::error::Category::Data => ApiError::invalid(format!("The request: {inner}.")),
+            _ => ApiError::invalid(format!("The request body is not valid JSON: {inner}.")),
+        }
+    })?;
+    reader
+        .end()
+        .map_err(|error| ApiError::invalid(format!("The request body is not valid JSON: {error}.")))?;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+
+    #[derive(Debug, Deserialize)]
+    struct Outer {
+        #[serde(default)]
+        items: Vec<Inner>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    struct Inner {
+        #[serde(rename = "name")]
+        _name: String,
+    }
+
+    #[test]
+    fn a_wrong_type_names_the_path_to_it() {
+        let error = parse::<Outer>(br#"{"items": [{"name": "a"}, {"name": 3}]}"#).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("items[1].name"));
+        assert!(error.message.contains("expected a string"), "{}", error.message);
+    }
+
+    #[test]
+    fn what_is_not_json_or_not_utf8_is_a_400() {
+        for body in [&b"{"[..], b"", b"{} x", b"\"\xff\"", b"{\"u\": \"\xff\"}", b"nul", b"{\"items\": 1e999}"] {
+            assert_eq!(parse::<Outer>(body).unwrap_err().status, 400, "{body:?}");
+        }
+        assert!(parse::<Outer>(b" {} ").unwrap().items.is_empty());
+    }
+
+    #[test]
+    fn deep_nesting_is_refused_not_followed() {
+        let deep = [&b"{\"items\": "[..], &b"[".repeat(100_000)].concat();
+        assert_eq!(parse::<Outer>(&deep).unwrap_err().status, 400);
+    }
+}

@@ -1,0 +1,271 @@
+//! From prompt tokens to streamed text: the pipeline that every dialect and the terminal use.
+//!
+//! A [`Completion`] becomes one engine request per choice. [`Running`] joins their events,
+//! detokenises, watches for stop strings, and hands out what is new as [`Delta`]s. Dropping it
+//! cancels whatever still runs.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use rudder_engine::{Engine, GenerateRequest, SamplingParams, SubmitError, Token, Usage};
+use rudder_text::Text;
+
+use crate::choice::Choice;
+use crate::metrics::Metrics;
+
+/// What is to be generated, in no dialect's terms.
+#[derive(Debug, Clone)]
+pub struct Completion {
+    /// Prompts in tokens; each is answered `n` times.
+    pub prompts: Vec<Arc<[u32]>>,
+    /// Choices for each prompt. Choice `i` draws with `sampling.seed + i`.
+    pub n: usize,
+    /// How to draw.
+    pub sampling: SamplingParams,
+    /// Most tokens of a choice; `None` is the rest of the context, 0 only reads the prompt.
+    pub max_tokens: Option<usize>,
+    /// Text is cut before the first of these, and its choice ends there.
+    pub stop: Arc<[String]>,
+    /// Tokens that end a choice: usually [`Text::stop_tokens`] and what the client adds.
+    pub stop_tokens: Vec<u32>,
+    /// Report the prompts' own log-probabilities.
+    pub prompt_logprobs: bool,
+    /// When the request came in; times are measured from here.
+    pub arrived: Instant,
+}
+
+impl Completion {
+    /// A completion of no prompt yet, with default sampling, to the model's own end.
+    pub fn new(text: &Text) -> Self {
+        Self {
+            prompts: Vec::new(),
+            n: 1,
+            sampling: SamplingParams::default(),
+            max_tokens: None,
+            stop: Arc::from([]),
+            stop_tokens: text.stop_tokens().to_vec(),
+            prompt_logprobs: false,
+            arrived: Instant::now(),
+        }
+    }
+}
+
+/// What is new in one choice.
+#[derive(Debug, Default)]
+pub struct Delta {
+    /// Choice: prompt index times `n` plus the choice of that prompt.
+    pub index: usize,
+    /// Text to append.
+    pub text: String,
+    /// With log-probabilities asked for, the tokens that `text` is made of.
+    pub tokens: Vec<Token>,
+    /// With prompt log-probabilities asked for, the prompt's tokens; comes once, first.
+    pub prompt: Vec<Token>,
+    /// Set in a choice's last delta.
+    pub end: Option<End>,
+}
+
+impl Delta {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.tokens.is_empty() && self.prompt.is_empty() && self.end.is_none()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.text.clear();
+        self.tokens.clear();
+        self.prompt.clear();
+        self.end = None;
+    }
+}
+
+/// Why and how a choice ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct End {
+    /// Why.
+    pub reason: EndReason,
+    /// Counts and times.
+    pub usage: Usage,
+}
+
+/// Why a choice ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EndReason {
+    /// A stop token was drawn.
+    StopToken,
+    /// This stop string (its index in the request) came up.
+    StopString(usize),
+    /// The token limit or the context's end was reached.
+    Length,
+    /// The engine failed; the message is fit for the client.
+    Failed(String),
+}
+
+impl EndReason {
+    /// OpenAI's word for it.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::StopToken | Self::StopString(_) => "stop",
+            Self::Length => "length",
+            Self::Failed(_) => "error",
+        }
+    }
+}
+
+/// The engine failed on a completion; the message is fit for the client.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Failed(pub String);
+
+/// Tokens billed for a whole request: every prompt once, every choice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Prompt tokens.
+    pub prompt_tokens: usize,
+    /// Of these, found in the prefix cache.
+    pub cached_tokens: usize,
+    /// Tokens generated.
+    pub completion_tokens: usize,
+}
+
+/// Starts completions. Cheap to clone.
+#[derive(Clone)]
+pub struct Generator {
+    text: Text,
+    engine: Engine,
+    metrics: Arc<Metrics>,
+}
+
+impl Generator {
+    /// Joins a model's text with the engine that runs it; `model` labels the metrics.
+    pub fn new(model: &str, text: Text, engine: Engine) -> Self {
+        Self { text, engine, metrics: Arc::new(Metrics::new(model)) }
+    }
+
+    /// The model's text.
+    pub fn text(&self) -> &Text {
+        &self.text
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// What has been counted so far, in Prometheus' text format.
+    pub fn metrics(&self) -> String {
+        self.metrics.render(&self.engine.stats())
+    }
+
+    /// Queues every choice.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; then nothing of this completion runs.
+    pub fn start(&self, completion: &Completion) -> Result<Running, SubmitError> {
+        let mut choices = Vec::with_capacity(completion.prompts.len() * completion.n);
+        for prompt in &completion.prompts {
+            for choice in 0..completion.n {
+                let request = engine_request(completion, prompt, choice);
+                let generation = self.engine.submit(request)?;
+                choices.push(Choice::new(
+                    choices.len(),
+                    generation,
+                    self.text.decoder(),
+                    completion,
+                    prompt.len(),
+                    self.metrics.clone(),
+                ));
+            }
+        }
+        Ok(Running { choices, n: completion.n })
+    }
+}
+
+fn engine_request(completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -> GenerateRequest {
+    let mut sampling = completion.sampling.clone();
+    sampling.seed = sampling.seed.wrapping_add(choice as u64);
+    GenerateRequest {
+        prompt: prompt.clone(),
+        sampling,
+        max_tokens: completion.max_tokens.unwrap_or(usize::MAX),
+        stop_tokens: completion.stop_tokens.clone(),
+        ignore_eos: completion.stop_tokens.is_empty(),
+        prompt_logprobs: completion.prompt_logprobs,
+    }
+}
+
+/// A running completion. Dropping it cancels its choices.
+pub struct Running {
+    choices: Vec<Choice>,
+    n: usize,
+}
+
+impl Running {
+    /// Waits until something is new, then takes everything that is there at once; see
+    /// [`Running::deltas`]. Returns false when all choices have ended before. Cancel-safe.
+    pub async fn advance(&mut self) -> bool {
+        poll_fn(|cx| self.poll_advance(cx)).await
+    }
+
+    fn poll_advance(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        let (mut running, mut news) = (false, false);
+        for choice in &mut self.choices {
+            running |= choice.is_running();
+            news |= choice.collect(cx);
+        }
+        match (running, news) {
+            (_, true) => Poll::Ready(true),
+            (true, false) => Poll::Pending,
+            (false, false) => Poll::Ready(false),
+        }
+    }
+
+    /// What the last [`Running::advance`] found, at most one for each choice.
+    pub fn deltas(&self) -> impl Iterator<Item = &Delta> {
+        self.choices.iter().map(Choice::delta).filter(|delta| !delta.is_empty())
+    }
+
+    /// Number of choices, over all prompts.
+    pub fn choices(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// Counts over all choices. A prompt's cached tokens are those of its first choice, as the
+    /// others find what that one has just computed.
+    pub fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
+        for (index, usage) in self.choices.iter().map(Choice::usage).enumerate() {
+            totals.completion_tokens += usage.completion_tokens;
+            if index % self.n == 0 {
+                totals.prompt_tokens += usage.prompt_tokens;
+                totals.cached_tokens += usage.cached_tokens;
+            }
+        }
+        totals
+    }
+
+    /// Runs to the end and returns one whole delta for each choice.
+    ///
+    /// # Errors
+    /// The engine's message, if it failed on any choice; the others are then cancelled.
+    pub async fn finish(&mut self) -> Result<Vec<Delta>, Failed> {
+        let mut whole: Vec<Delta> =
+            (0..self.choices.len()).map(|index| Delta { index, ..Delta::default() }).collect();
+        while self.advance().await {
+            for (choice, sum) in self.choices.iter_mut().zip(&mut whole) {
+                let delta = choice.delta_mut();
+                sum.text.push_str(&delta.text);
+                sum.tokens.append(&mut delta.tokens);
+                sum.prompt.append(&mut delta.prompt);
+                sum.end = delta.end.take().or(sum.end.take());
+                if let Some(End { reason: EndReason::Failed(message), .. }) = &sum.end {
+                    let message = message.clone();
+                    self.choices.clear();
+                    return Err(Failed(message));
+                }
+            }
+        }
+        Ok(whole)
+    }
+}

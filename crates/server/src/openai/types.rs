@@ -1,0 +1,78 @@
+//! Structures that both of OpenAI's generation dialects answer with.
+
+use serde::Serialize;
+
+use crate::admission::random_id;
+use crate::generate::Totals;
+use crate::unix_now;
+
+/// What answers besides the model: it changes with our version.
+pub(crate) const FINGERPRINT: &str = concat!("fp_rudder_", env!("CARGO_PKG_VERSION"));
+
+/// What is the same in every chunk of an answer.
+pub(crate) struct Head {
+    pub id: String,
+    pub created: u64,
+    pub model: String,
+}
+
+impl Head {
+    /// A new answer by `model`; `prefix` is that of its id.
+    pub fn new(prefix: &str, model: String) -> Self {
+        Self { id: random_id(prefix), created: unix_now(), model }
+    }
+}
+
+/// Token counts of a request.
+#[derive(Debug, Serialize)]
+pub(crate) struct UsageBody {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+    prompt_tokens_details: PromptDetails,
+}
+
+#[derive(Debug, Serialize)]
+struct PromptDetails {
+    cached_tokens: usize,
+}
+
+impl From<Totals> for UsageBody {
+    fn from(totals: Totals) -> Self {
+        Self {
+            prompt_tokens: totals.prompt_tokens,
+            completion_tokens: totals.completion_tokens,
+            total_tokens: totals.prompt_tokens + totals.completion_tokens,
+            prompt_tokens_details: PromptDetails { cached_tokens: totals.cached_tokens },
+        }
+    }
+}
+
+/// An answer, or a chunk of one.
+#[derive(Serialize)]
+pub(crate) struct Envelope<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'static str,
+    choices: &'a [C],
+    /// Left out, or null in the chunks before the one that has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+}
+
+impl<'a, C> Envelope<'a, C> {
+    /// `usage`: `None` leaves the field out, `Some(None)` makes it null.
+    pub fn new(head: &'a Head, object: &'static str, choices: &'a [C], usage: Option<Option<UsageBody>>) -> Self {
+        Self {
+            id: &head.id,
+            object,
+            created: head.created,
+            model: &head.model,
+            system_fingerprint: FINGERPRINT,
+            choices,
+            usage,
+        }
+    }
+}

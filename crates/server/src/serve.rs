@@ -1,0 +1,81 @@
+//! From a listening socket to the end of the last request.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::serve::ListenerExt;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use crate::{Server, router};
+
+/// After the last answer is generated, how long its client may take to read it.
+const FLUSH: Duration = Duration::from_secs(3);
+
+/// Serves until `shutdown` is done, then drains: new requests get 503, `/ready` too, and what
+/// runs may go on for the configured grace. Returns whether all of it ended by itself.
+///
+/// # Errors
+/// If the listener fails.
+pub async fn serve(
+    listener: TcpListener,
+    server: Arc<Server>,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<bool> {
+    // Tokens are small writes that must not wait for one another.
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY could not be set");
+        }
+    });
+    let (close, closed) = oneshot::channel::<()>();
+    let serving = axum::serve(listener, router(server.clone())).with_graceful_shutdown(async {
+        // A dropped sender means the end just the same.
+        let _ = closed.await;
+    });
+    let mut serving = tokio::spawn(serving.into_future());
+    tokio::select! {
+        result = &mut serving => return result.map_err(io::Error::other)?.map(|()| true),
+        () = shutdown => {}
+    }
+    server.drain();
+    tracing::info!(grace_s = server.config.grace.as_secs(), "draining: no new requests");
+    let all_ended = server.generator.engine().shutdown(server.config.grace).await;
+    // The receiver is gone only if serving ended already.
+    let _ = close.send(());
+    match tokio::time::timeout(FLUSH, &mut serving).await {
+        Ok(result) => result.map_err(io::Error::other)??,
+        Err(_) => serving.abort(),
+    }
+    Ok(all_ended)
+}
+
+/// Done when the process is told to end: Ctrl-C, or SIGTERM.
+pub async fn terminated() {
+    let interrupt = async {
+        if let Err(error) = tokio::signal::ctrl_c().await {
+            tracing::warn!(%error, "Ctrl-C cannot be listened for");
+            std::future::pending::<()>().await;
+        }
+    };
+    #[cfg(unix)]
+    let terminate = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "SIGTERM cannot be listened for");
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    #[cfg(not(unix))]
+    let terminate = std::future::pending::<()>();
+    tokio::select! {
+        () = interrupt => {}
+        () = terminate => {}
+    }
+}

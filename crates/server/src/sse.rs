@@ -1,0 +1,122 @@
+//! Server-sent events: the answer as it comes, and comments while it does not.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderValue, header};
+use axum::response::Response;
+use futures_util::stream;
+use serde::Serialize;
+use tokio::time::{Instant, sleep_until};
+
+use crate::generate::{Delta, EndReason, Running};
+use crate::openai::ApiError;
+
+/// How OpenAI's streams end.
+pub(crate) const DONE: &[u8] = b"data: [DONE]\n\n";
+
+/// How a dialect words its events.
+pub(crate) trait Events: Send + 'static {
+    /// What is sent before anything is generated.
+    fn begin(&mut self, out: &mut Vec<u8>);
+    /// News of one choice. It has not failed.
+    fn delta(&mut self, delta: &Delta, out: &mut Vec<u8>);
+    /// What is sent after the last choice has ended.
+    fn end(&mut self, running: &Running, out: &mut Vec<u8>);
+}
+
+/// Appends one event.
+pub(crate) fn event(payload: &impl Serialize, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"data: ");
+    // Our own structures with string keys always serialise.
+    if let Err(error) = serde_json::to_writer(&mut *out, payload) {
+        tracing::error!(%error, "an event could not be serialised");
+    }
+    out.extend_from_slice(b"\n\n");
+}
+
+/// A response that streams `running` in a dialect's events. Dropped with the client's connection,
+/// it cancels what runs.
+pub(crate) fn respond(running: Running, events: impl Events, keep_alive: Duration) -> Response {
+    let writer = Writer { running, events, keep_alive, state: State::Begin, buffer: Vec::new() };
+    let chunks = stream::unfold(writer, async |mut writer| {
+        let chunk = writer.next().await?;
+        Some((Ok::<_, Infallible>(chunk), writer))
+    });
+    let mut response = Response::new(Body::from_stream(chunks));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // Reverse proxies of nginx's kind hold small writes back unless told not to.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+struct Writer<E> {
+    running: Running,
+    events: E,
+    keep_alive: Duration,
+    state: State,
+    buffer: Vec<u8>,
+}
+
+#[derive(PartialEq)]
+enum State {
+    Begin,
+    Running,
+    Ended,
+}
+
+impl<E: Events> Writer<E> {
+    /// The next write: everything that is ready at once.
+    async fn next(&mut self) -> Option<Bytes> {
+        match self.state {
+            State::Begin => {
+                self.state = State::Running;
+                self.events.begin(&mut self.buffer);
+            }
+            State::Running => {}
+            State::Ended => return None,
+        }
+        let silent_until = Instant::now() + self.keep_alive;
+        while self.buffer.is_empty() {
+            tokio::select! {
+                biased;
+                news = self.running.advance() => self.write(news),
+                () = sleep_until(silent_until) => self.buffer.extend_from_slice(b": keep-alive\n\n"),
+            }
+        }
+        let bytes = Bytes::copy_from_slice(&self.buffer);
+        self.buffer.clear();
+        Some(bytes)
+    }
+
+    fn write(&mut self, news: bool) {
+        if !news {
+            self.events.end(&self.running, &mut self.buffer);
+            self.state = State::Ended;
+            return;
+        }
+        for delta in self.running.deltas() {
+            if let Some(EndReason::Failed(message)) = delta.end.as_ref().map(|end| &end.reason) {
+                event(&ApiError::internal(message.as_str()).body(), &mut self.buffer);
+                self.state = State::Ended;
+                return;
+            }
+            self.events.delta(delta, &mut self.buffer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line_of_data_and_an_empty_line() {
+        let mut out = Vec::new();
+        event(&serde_json::json!({"text": "a\nb\u{2028}"}), &mut out);
+        assert_eq!(String::from_utf8(out).unwrap(), "data: {\"text\":\"a\\nb\u{2028}\"}\n\n");
+    }
+}
