@@ -170,7 +170,7 @@ impl Backend for Reference {
     }
 
     fn load_vector(&mut self, parts: &[RawTensor]) -> Result<Candle> {
-        for part in parts.iter().filter(|p| p.shape.len() != 1) {
+        if let Some(part) = parts.iter().find(|p| p.shape.len() != 1) {
             let (name, found) = (part.name.clone(), format!("{:?}", part.shape));
             return Err(OpError::Shape { name, expected: "[any]".to_owned(), found });
         }

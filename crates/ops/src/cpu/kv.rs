@@ -6,6 +6,7 @@
 //! to whole vectors.
 
 use super::simd::{LANES, Simd};
+use super::zeros;
 use crate::{AttentionShape, BLOCK_SIZE, OpError, Result};
 
 // A vector of keys is a block.
@@ -52,7 +53,7 @@ impl KvCache {
         let too_large = || {
             OpError::Backend(format!("a KV cache of {blocks} blocks does not fit in memory; ask for fewer"))
         };
-        let len = len.ok_or_else(too_large)?;
+        let len = len.and_then(|n| n.checked_add(SPARE)).ok_or_else(too_large)?;
         let elements = match dtype {
             KvDType::F16 => Elements::F16(zeros(len, 0).ok_or_else(too_large)?),
             KvDType::F32 => Elements::F32(zeros(len, 0.0).ok_or_else(too_large)?),
@@ -87,13 +88,6 @@ impl KvCache {
 
 /// Elements to spare so that the first used one can lie on a cache line.
 const SPARE: usize = 64;
-
-/// Zeros that take no memory before they are written; `None` where there is no room for them.
-fn zeros<T: Copy>(len: usize, zero: T) -> Option<Vec<T>> {
-    let len = len.checked_add(SPARE)?;
-    Vec::<T>::new().try_reserve_exact(len).ok()?;
-    Some(vec![zero; len])
-}
 
 fn aligned<T>(x: &[T]) -> &[T] {
     &x[x.as_ptr().align_offset(64).min(SPARE)..]

@@ -22,7 +22,7 @@ use crate::{
     AttentionShape, BLOCK_SIZE, Backend, Batch, OpError, QkNorm, RawTensor, Result, Rope, SampleRow, Sampled,
     SamplerScratch, dequant, sample_row,
 };
-use kv::{Layout, LayerMut};
+use kv::{LayerMut, Layout};
 use matmul::{PackedMatrix, Scratch};
 use norm::{RmsNorm, RmsNormInPlace};
 use pool::Pool;
@@ -138,7 +138,17 @@ fn expect_shape(tensor: &RawTensor, holds: bool, expected: impl FnOnce() -> Stri
     if holds {
         return Ok(());
     }
-    Err(OpError::Shape { name: tensor.name.clone(), expected: expected(), found: format!("{:?}", tensor.shape) })
+    Err(OpError::Shape {
+        name: tensor.name.clone(),
+        expected: expected(),
+        found: format!("{:?}", tensor.shape),
+    })
+}
+
+/// Zeros that take no memory before they are written; `None` where there is no room for them.
+fn zeros<T: Copy>(len: usize, zero: T) -> Option<Vec<T>> {
+    Vec::<T>::new().try_reserve_exact(len).ok()?;
+    Some(vec![zero; len])
 }
 
 /// Copies a batch, keeping the memory of `to`; derived `clone_from` would not.
@@ -161,13 +171,16 @@ impl Step {
         for span in &batch.spans {
             let table = span.table.saturating_add(span.context.div_ceil(BLOCK_SIZE));
             let fits = span.len <= span.context && table <= batch.block_tables.len();
-            check(fits && span.start.saturating_add(span.len) <= rows, || format!("a batch holds a bad {span:?}"))?;
+            check(fits && span.start.saturating_add(span.len) <= rows, || {
+                format!("a batch holds a bad {span:?}")
+            })?;
         }
         check(batch.outputs.iter().all(|&row| (row as usize) < rows), || {
             "a batch wants the output of a row that it does not have".to_owned()
         })?;
         copy(batch, &mut self.batch);
-        let blocks = batch.block_tables.iter().copied().chain(batch.slots.iter().map(|s| s / BLOCK_SIZE as u32));
+        let blocks =
+            batch.block_tables.iter().copied().chain(batch.slots.iter().map(|s| s / BLOCK_SIZE as u32));
         self.blocks = blocks.max().map_or(0, |block| block as usize + 1);
         if let Some(rope) = rope {
             self.rotations.set(rope, &batch.positions);
@@ -184,7 +197,7 @@ impl Step {
         check(self.blocks <= cache.blocks(), || {
             format!("the batch uses KV block {}, the cache has {}", self.blocks - 1, cache.blocks())
         })?;
-        check(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0, || {
+        check(shape.kv_heads > 0 && shape.heads.is_multiple_of(shape.kv_heads), || {
             format!("{} query heads cannot share {} key heads", shape.heads, shape.kv_heads)
         })?;
         check(qkv.width == shape.qkv_width() && qkv.rows == self.batch.rows(), || {
@@ -233,7 +246,9 @@ impl Backend for Cpu {
         let (intermediate, hidden) = (gate[0].shape[0], gate[0].shape[1]);
         let mut experts = Vec::with_capacity(gate.len());
         for ((gate, up), down) in gate.iter().zip(up).zip(down) {
-            for (tensor, shape) in [(gate, [intermediate, hidden]), (up, [intermediate, hidden]), (down, [hidden, intermediate])] {
+            for (tensor, shape) in
+                [(gate, [intermediate, hidden]), (up, [intermediate, hidden]), (down, [hidden, intermediate])]
+            {
                 expect_shape(tensor, tensor.shape == shape, || format!("{shape:?}"))?;
             }
             let gate_up = self.pack(&[gate.clone(), up.clone()])?;
@@ -243,8 +258,11 @@ impl Backend for Cpu {
     }
 
     fn tensor(&mut self, max_rows: usize, width: usize) -> Result<Tensor> {
+        let data = max_rows.checked_mul(width).and_then(|len| zeros(len, 0.0));
+        let data =
+            data.ok_or_else(|| OpError::Backend(format!("no memory for a [{max_rows}, {width}] tensor")))?;
         self.reserve(max_rows, 0);
-        Ok(Tensor { data: vec![0.0; max_rows * width], rows: 0, max_rows, width })
+        Ok(Tensor { data, rows: 0, max_rows, width })
     }
 
     fn kv_cache(&mut self, layers: usize, shape: &AttentionShape, blocks: usize) -> Result<KvCache> {
@@ -317,9 +335,17 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn linear(&mut self, x: &Tensor, w: &PackedMatrix, bias: Option<&Vec<f32>>, out: &mut Tensor) -> Result<()> {
+    fn linear(
+        &mut self,
+        x: &Tensor,
+        w: &PackedMatrix,
+        bias: Option<&Vec<f32>>,
+        out: &mut Tensor,
+    ) -> Result<()> {
         check(x.width == w.width(), || format!("rows of {} for a matrix of width {}", x.width, w.width()))?;
-        check(bias.is_none_or(|b| b.len() == w.rows()), || "a bias of another length than the output".to_owned())?;
+        check(bias.is_none_or(|b| b.len() == w.rows()), || {
+            "a bias of another length than the output".to_owned()
+        })?;
         out.resize(x.rows, w.rows())?;
         let bias = bias.map(Vec::as_slice);
         matmul::matmul(&self.pool, &mut self.scratch, x.data(), x.rows, w, bias, out.data_mut());
@@ -341,9 +367,10 @@ impl Backend for Cpu {
         check(2 * rope.inv_freq.len() == shape.head_dim, || {
             format!("{} frequencies for heads of {}", rope.inv_freq.len(), shape.head_dim)
         })?;
-        check(norm.as_ref().is_none_or(|n| n.q.len() == shape.head_dim && n.k.len() == shape.head_dim), || {
-            "a query or key norm of another length than a head".to_owned()
-        })?;
+        check(
+            norm.as_ref().is_none_or(|n| n.q.len() == shape.head_dim && n.k.len() == shape.head_dim),
+            || "a query or key norm of another length than a head".to_owned(),
+        )?;
         self.rotate(qkv, shape, norm.as_ref(), rope);
         let layout = cache.layout;
         match cache.layer_mut(layer) {
@@ -385,9 +412,10 @@ impl Backend for Cpu {
         out: &mut Tensor,
     ) -> Result<()> {
         let count = experts.experts.len();
-        check(x.width == experts.hidden && router_logits.width == count && router_logits.rows == x.rows, || {
-            format!("{} experts of width {} for other inputs", count, experts.hidden)
-        })?;
+        check(
+            x.width == experts.hidden && router_logits.width == count && router_logits.rows == x.rows,
+            || format!("{} experts of width {} for other inputs", count, experts.hidden),
+        )?;
         check(top_k <= count, || format!("{top_k} of {count} experts"))?;
         out.resize(x.rows, x.width)?;
         let (scratch, buffers) = (&mut self.scratch, &mut self.moe);
@@ -422,8 +450,9 @@ impl Backend for Cpu {
             let mut scratch = self.samplers[thread].lock().unwrap_or_else(PoisonError::into_inner);
             for (index, row) in rows.iter().enumerate().skip(thread).step_by(threads) {
                 // SAFETY: every row belongs to one thread.
-                let (logits, drawn) =
-                    unsafe { (logits.part(index * width..(index + 1) * width), drawn.part(index..index + 1)) };
+                let (logits, drawn) = unsafe {
+                    (logits.part(index * width..(index + 1) * width), drawn.part(index..index + 1))
+                };
                 drawn[0] = sample_row(logits, row, &mut scratch);
             }
         });
@@ -437,7 +466,13 @@ impl Backend for Cpu {
 
 impl Cpu {
     /// Normalises and rotates the query and key heads of all rows.
-    fn rotate(&self, qkv: &mut Tensor, shape: &AttentionShape, norm: Option<&QkNorm<'_, Vec<f32>>>, rope: &Rope) {
+    fn rotate(
+        &self,
+        qkv: &mut Tensor,
+        shape: &AttentionShape,
+        norm: Option<&QkNorm<'_, Vec<f32>>>,
+        rope: &Rope,
+    ) {
         let (rows, width, dim, level) = (qkv.rows, qkv.width, shape.head_dim, self.level);
         let rotations = &self.step.rotations;
         let qkv = Disjoint::new(qkv.data_mut());
@@ -502,7 +537,13 @@ mod tests {
         cpu.rms_norm(&mut qkv, None, &vec![1.5; width], 1e-6, &mut normed)?;
         cpu.silu_mul(&normed, &mut gated)?;
         let norm = vec![0.7; shape.head_dim];
-        cpu.rope_and_cache(&mut normed, shape, Some(QkNorm { q: &norm, k: &norm, eps: 1e-6 }), 0, &mut cache)?;
+        cpu.rope_and_cache(
+            &mut normed,
+            shape,
+            Some(QkNorm { q: &norm, k: &norm, eps: 1e-6 }),
+            0,
+            &mut cache,
+        )?;
         cpu.attention(&normed, shape, 0, &cache, &mut attended)?;
         Ok([&normed, &gated, &attended].iter().flat_map(|t| t.data()).map(|x| x.to_bits()).collect())
     }
@@ -512,7 +553,8 @@ mod tests {
         for (heads, kv_heads, head_dim) in [(6, 2, 64), (14, 2, 36), (3, 3, 6)] {
             let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.3 };
             for kv_dtype in [KvDType::F16, KvDType::F32] {
-                let plain = bits(Level::supported().next().expect("plain code runs anywhere"), kv_dtype, &shape)?;
+                let plain =
+                    bits(Level::supported().next().expect("plain code runs anywhere"), kv_dtype, &shape)?;
                 for level in Level::supported() {
                     assert!(bits(level, kv_dtype, &shape)? == plain, "{level:?} differs from plain code");
                 }

@@ -84,7 +84,7 @@ pub(super) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
         let magic = S::splat(12_582_912.0);
         let shifted = S::fma(x, S::splat(std::f32::consts::LOG2_E), magic);
         let n = S::sub(shifted, magic);
-        let r = S::fma(n, S::splat(-0.693_359_375), x);
+        let r = S::fma(n, S::splat(-0.693_359_4), x);
         let r = S::fma(n, S::splat(2.121_944_4e-4), r);
         let mut p = S::splat(1.0 / 720.0);
         for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {

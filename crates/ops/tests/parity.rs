@@ -1,0 +1,470 @@
+//! The cpu backend against the reference: every op on random shapes, odd sizes and extreme values.
+
+use half::{bf16, f16};
+use rudder_ops::cpu::{Cpu, KvDType};
+use rudder_ops::reference::Reference;
+use rudder_ops::{
+    AttentionShape, Backend, Batch, DType, LogitBias, OpError, QkNorm, RawTensor, Result, Rope, RopePairing,
+    SampleRow, Sampled, SamplingParams,
+};
+use std::sync::Arc;
+
+/// SplitMix64, so that a failure can be repeated.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+    /// `n` numbers in `-scale .. scale`.
+    fn vec(&mut self, n: usize, scale: f32) -> Vec<f32> {
+        (0..n).map(|_| ((self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0) * scale).collect()
+    }
+}
+
+/// A matrix of f32, by its values and width.
+type Rows<'a> = (&'a [f32], usize);
+
+/// Puts rows into a new tensor, by way of the only op that makes activations out of weights.
+fn upload<B: Backend>(b: &mut B, (data, width): Rows<'_>) -> Result<B::Tensor> {
+    let rows = data.len() / width;
+    let table = b.load_embedding(&RawTensor::from_f32("rows", vec![rows, width], data))?;
+    b.begin(&plain_batch(rows))?;
+    let mut out = b.tensor(rows, width)?;
+    b.embed(&table, &mut out)?;
+    Ok(out)
+}
+
+/// One sequence of `rows` tokens 0, 1, 2, ...
+fn plain_batch(rows: usize) -> Batch {
+    let mut batch = Batch::default();
+    let blocks: Vec<u32> = (0..rows.div_ceil(16) as u32).collect();
+    batch.push(&(0..rows as u32).collect::<Vec<_>>(), 0, &blocks, 0);
+    batch
+}
+
+fn vector<B: Backend>(b: &mut B, data: &[f32]) -> Result<B::Vector> {
+    b.load_vector(&[RawTensor::from_f32("vector", vec![data.len()], data)])
+}
+
+fn matrix(name: &str, rows: usize, data: &[f32]) -> RawTensor {
+    RawTensor::from_f32(name, vec![rows, data.len() / rows], data)
+}
+
+/// Same length, and everywhere within `tolerance` times the larger of 1 and the value.
+#[track_caller]
+fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (&x, &y)) in found.iter().zip(expected).enumerate() {
+        let same = x == y || (x.is_nan() && y.is_nan()) || (x - y).abs() <= tolerance * y.abs().max(1.0);
+        assert!(same, "{what}: element {i} is {x}, the reference has {y}");
+    }
+}
+
+/// Both backends' answers to the same calls.
+macro_rules! both {
+    ($cpu:expr, $call:expr) => {
+        ($call(&mut $cpu), $call(&mut Reference::new()))
+    };
+}
+
+fn cpu(threads: usize) -> Cpu {
+    Cpu::new(threads, KvDType::F32)
+}
+
+#[test]
+fn rms_norm_agrees_with_and_without_residual() -> Result<()> {
+    let mut random = Random(1);
+    for width in [1, 7, 16, 31, 64, 65, 100, 896, 1537] {
+        for (rows, scale) in [(1, 1.0), (3, 1e-18), (33, 1e15)] {
+            let (x, delta) = (random.vec(rows * width, scale), random.vec(rows * width, scale));
+            let weight = random.vec(width, 3.0);
+            fn run<B: Backend>(
+                b: &mut B,
+                x: Rows,
+                delta: Option<Rows>,
+                weight: &[f32],
+            ) -> Result<[Vec<f32>; 2]> {
+                let (mut x, w) = (upload(b, x)?, vector(b, weight)?);
+                let delta = delta.map(|d| upload(b, d)).transpose()?;
+                let mut out = b.tensor(64, weight.len())?;
+                b.rms_norm(&mut x, delta.as_ref(), &w, 1e-6, &mut out)?;
+                Ok([b.to_host(&x)?, b.to_host(&out)?])
+            }
+            for delta in [None, Some((delta.as_slice(), width))] {
+                let (ours, theirs) = both!(cpu(2), |b: &mut _| run(b, (&x, width), delta, &weight));
+                let ([x, out], [expected_x, expected_out]) = (ours?, theirs?);
+                assert_eq!(x, expected_x, "the residual stream");
+                assert_close(&out, &expected_out, 3e-6, &format!("width {width}, scale {scale}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn run_silu_mul<B: Backend>(b: &mut B, data: Rows) -> Result<Vec<f32>> {
+    let x = upload(b, data)?;
+    let mut out = b.tensor(64, data.1 / 2)?;
+    b.silu_mul(&x, &mut out)?;
+    b.to_host(&out)
+}
+
+#[test]
+fn silu_mul_agrees_on_odd_widths_and_extremes() -> Result<()> {
+    let mut random = Random(2);
+    for width in [1, 5, 16, 33, 200, 4864] {
+        let x = random.vec(3 * 2 * width, 20.0);
+        let (ours, theirs) = both!(cpu(2), |b: &mut _| run_silu_mul(b, (&x, 2 * width)));
+        assert_close(&ours?, &theirs?, 2e-6, &format!("width {width}"));
+    }
+    let extremes = [-1e30, -100.0, -88.1, 0.0, 88.1, 1e30, f32::INFINITY, f32::NAN];
+    let x: Vec<f32> = extremes.into_iter().chain([0.5; 8]).collect();
+    let (ours, theirs) = both!(cpu(1), |b: &mut _| run_silu_mul(b, (&x, 16)));
+    assert_close(&ours?, &theirs?, 2e-6, "extremes");
+    Ok(())
+}
+
+/// A tensor of `dtype` with usable scales and random quants.
+fn stored(random: &mut Random, dtype: DType, shape: Vec<usize>) -> RawTensor {
+    let n = shape.iter().product();
+    let values = random.vec(n, 1.0);
+    let bytes: Vec<u8> = match dtype {
+        DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        DType::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+        DType::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+        DType::Q8_0 => values
+            .chunks(32)
+            .flat_map(|block| {
+                let scale = f16::from_f32(1.0 / 127.0).to_le_bytes();
+                scale.into_iter().chain(block.iter().map(|x| (x * 127.0) as i8 as u8)).collect::<Vec<_>>()
+            })
+            .collect(),
+        other => unreachable!("no test data for {other:?}"),
+    };
+    RawTensor::new("stored", shape, dtype, Arc::new(bytes), 0).expect("whole blocks")
+}
+
+#[test]
+fn embed_and_load_vector_widen_every_plain_format_and_blocks() -> Result<()> {
+    let mut random = Random(3);
+    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8_0] {
+        let table = stored(&mut random, dtype, vec![50, 96]);
+        let parts = [stored(&mut random, dtype, vec![64]), stored(&mut random, dtype, vec![32])];
+        fn run<B: Backend>(b: &mut B, table: &RawTensor, parts: &[RawTensor]) -> Result<Vec<f32>> {
+            let (table, weight) = (b.load_embedding(table)?, b.load_vector(parts)?);
+            let mut batch = Batch::default();
+            batch.push(&[3, 49, 0, 3], 0, &[0], 0);
+            b.begin(&batch)?;
+            let (mut x, mut out) = (b.tensor(9, 96)?, b.tensor(9, 96)?);
+            b.embed(&table, &mut x)?;
+            b.rms_norm(&mut x, None, &weight, 1e-5, &mut out)?;
+            Ok([b.to_host(&x)?, b.to_host(&out)?].concat())
+        }
+        let (ours, theirs) = both!(cpu(2), |b: &mut _| run(b, &table, &parts));
+        assert_close(&ours?, &theirs?, 2e-6, &format!("{dtype:?}"));
+    }
+    Ok(())
+}
+
+#[test]
+fn linear_agrees_for_stacked_parts_of_several_formats() -> Result<()> {
+    let mut random = Random(4);
+    // Quantised weights meet activations rounded to eight bits, so there the bound is theirs:
+    // 96 products, each off by at most 1/254 of a value below 1.
+    for (dtype, tolerance) in
+        [(DType::F32, 1e-5), (DType::F16, 1e-5), (DType::BF16, 1e-5), (DType::Q8_0, 0.1)]
+    {
+        for rows in [1, 5, 40] {
+            let parts =
+                [stored(&mut random, dtype, vec![19, 96]), stored(&mut random, DType::F32, vec![5, 96])];
+            let (x, bias) = (random.vec(rows * 96, 1.0), random.vec(24, 1.0));
+            fn run<B: Backend>(
+                b: &mut B,
+                x: Rows,
+                parts: &[RawTensor],
+                bias: Option<&[f32]>,
+            ) -> Result<Vec<f32>> {
+                let (x, w) = (upload(b, x)?, b.load_matrix(parts)?);
+                let bias = bias.map(|bias| vector(b, bias)).transpose()?;
+                let mut out = b.tensor(64, 24)?;
+                b.linear(&x, &w, bias.as_ref(), &mut out)?;
+                b.to_host(&out)
+            }
+            for bias in [None, Some(bias.as_slice())] {
+                let (ours, theirs) = both!(cpu(2), |b: &mut _| run(b, (&x, 96), &parts, bias));
+                assert_close(&ours?, &theirs?, tolerance, &format!("{dtype:?}, {rows} rows"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What an attention case needs; its rows are those of `steps` one after another.
+struct AttentionCase {
+    shape: AttentionShape,
+    rope: Rope,
+    norm: Option<[Vec<f32>; 2]>,
+    qkv: Vec<f32>,
+    steps: Vec<Batch>,
+    blocks: usize,
+}
+
+impl AttentionCase {
+    fn random(
+        random: &mut Random,
+        shape: AttentionShape,
+        norm: bool,
+        pairing: RopePairing,
+        scale: f32,
+    ) -> Self {
+        let inv_freq =
+            (0..shape.head_dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / shape.head_dim as f32));
+        let rope = Rope { inv_freq: inv_freq.collect(), pairing };
+        let norm = norm.then(|| [random.vec(shape.head_dim, 2.0), random.vec(shape.head_dim, 2.0)]);
+        // Three sequences; each step takes a random number of each one's next tokens.
+        let tables: [Vec<u32>; 3] =
+            std::array::from_fn(|s| (0..45).map(|i| i * 3 + s as u32).rev().collect());
+        let mut computed = [0; 3];
+        let mut steps = Vec::new();
+        for most in [700, 1, 40, 1] {
+            let mut batch = Batch::default();
+            for (s, computed) in computed.iter_mut().enumerate() {
+                let n =
+                    if s == 1 { 1 + random.below(3) } else { 1 + random.below(most) }.min(700 - *computed);
+                batch.push(&vec![0; n], *computed, &tables[s], 0);
+                *computed += n;
+            }
+            steps.push(batch);
+        }
+        let rows: usize = steps.iter().map(Batch::rows).sum();
+        let qkv = random.vec(rows * shape.qkv_width(), scale);
+        Self { shape, rope, norm, qkv, steps, blocks: 135 }
+    }
+
+    /// Rotated rows and outputs of every step, on layer 1 of 2.
+    fn run<B: Backend>(&self, b: &mut B) -> Result<Vec<f32>> {
+        b.load_rope(&self.rope, 1024)?;
+        let mut cache = b.kv_cache(2, &self.shape, self.blocks)?;
+        let norm = match &self.norm {
+            Some([q, k]) => Some((vector(b, q)?, vector(b, k)?)),
+            None => None,
+        };
+        let width = self.shape.qkv_width();
+        let (mut results, mut start) = (Vec::new(), 0);
+        for step in &self.steps {
+            let rows = &self.qkv[start * width..(start + step.rows()) * width];
+            start += step.rows();
+            let mut qkv = upload(b, (rows, width))?;
+            let mut out = b.tensor(step.rows(), self.shape.out_width())?;
+            b.begin(step)?;
+            let norm = norm.as_ref().map(|(q, k)| QkNorm { q, k, eps: 1e-6 });
+            b.rope_and_cache(&mut qkv, &self.shape, norm, 1, &mut cache)?;
+            b.attention(&qkv, &self.shape, 1, &cache, &mut out)?;
+            results.extend(b.to_host(&qkv)?);
+            results.extend(b.to_host(&out)?);
+        }
+        Ok(results)
+    }
+}
+
+#[test]
+fn rope_and_attention_agree_over_shapes_chunks_and_pieces() -> Result<()> {
+    let mut random = Random(5);
+    let shapes = [(1, 1, 2), (4, 2, 8), (3, 1, 16), (14, 2, 64), (9, 3, 40), (5, 5, 24), (10, 1, 80)];
+    for (i, (heads, kv_heads, head_dim)) in shapes.into_iter().enumerate() {
+        let shape = AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
+        let pairing = [RopePairing::Halves, RopePairing::Interleaved][i % 2];
+        let case = AttentionCase::random(&mut random, shape, i % 3 == 1, pairing, 2.0);
+        let expected = case.run(&mut Reference::new())?;
+        let what = format!("{shape:?}");
+        assert_close(&case.run(&mut cpu(2))?, &expected, 3e-5, &what);
+        assert_close(&case.run(&mut Cpu::new(2, KvDType::F16))?, &expected, 1e-2, &what);
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_agrees_when_scores_are_extreme() -> Result<()> {
+    let mut random = Random(6);
+    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 16, scale: 1.0 };
+    for scale in [1e-20, 1e8] {
+        let mut case = AttentionCase::random(&mut random, shape, false, RopePairing::Halves, scale);
+        // No rotation: f32 angles alone would move products of 1e16 by more than their gaps.
+        case.rope.inv_freq.fill(0.0);
+        let (found, expected) = (case.run(&mut cpu(2))?, case.run(&mut Reference::new())?);
+        assert!(expected.iter().all(|x| x.is_finite()));
+        assert_close(&found, &expected, 1e-4, &format!("scale {scale}"));
+    }
+    Ok(())
+}
+
+/// Random experts as raw tensors: gates, ups and downs.
+fn experts(random: &mut Random, n: usize, hidden: usize, intermediate: usize) -> [Vec<RawTensor>; 3] {
+    [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)].map(|(rows, width)| {
+        (0..n).map(|i| matrix(&format!("expert {i}"), rows, &random.vec(rows * width, 0.5))).collect()
+    })
+}
+
+fn run_moe<B: Backend>(
+    b: &mut B,
+    x: Rows,
+    logits: Rows,
+    [gate, up, down]: &[Vec<RawTensor>; 3],
+    top_k: usize,
+    renormalise: bool,
+) -> Result<Vec<f32>> {
+    let experts = b.load_experts(gate, up, down)?;
+    let (xs, logits) = (upload(b, x)?, upload(b, logits)?);
+    let mut out = b.tensor(64, x.1)?;
+    b.moe(&xs, &logits, &experts, top_k, renormalise, &mut out)?;
+    b.to_host(&out)
+}
+
+#[test]
+fn moe_agrees_for_every_top_k_and_ties_go_to_the_lower_expert() -> Result<()> {
+    let mut random = Random(7);
+    for (n, rows) in [(1, 1), (4, 9), (19, 30)] {
+        let stack = experts(&mut random, n, 24, 40);
+        let x = random.vec(rows * 24, 1.0);
+        let mut logits = random.vec(rows * n, 3.0);
+        logits[..n].fill(0.25);
+        for top_k in [1, 2, 8, 19].into_iter().filter(|&k| k <= n) {
+            for renormalise in [false, true] {
+                let (ours, theirs) =
+                    both!(cpu(2), |b: &mut _| run_moe(b, (&x, 24), (&logits, n), &stack, top_k, renormalise));
+                assert_close(&ours?, &theirs?, 1e-5, &format!("{top_k} of {n}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_row_of_nan_harms_no_other_row() -> Result<()> {
+    let mut random = Random(8);
+    let stack = experts(&mut random, 5, 24, 40);
+    let (mut x, mut logits) = (random.vec(3 * 24, 1.0), random.vec(3 * 5, 1.0));
+    let clean = run_moe(&mut cpu(1), (&x, 24), (&logits, 5), &stack, 2, true)?;
+    x[24..48].fill(f32::NAN);
+    logits[5..10].fill(f32::NAN);
+    let found = run_moe(&mut cpu(1), (&x, 24), (&logits, 5), &stack, 2, true)?;
+    assert!(found[24..48].iter().all(|x| x.is_nan()));
+    assert_eq!((&found[..24], &found[48..]), (&clean[..24], &clean[48..]));
+    Ok(())
+}
+
+#[test]
+fn gather_takes_the_wanted_rows_and_adds_the_residual() -> Result<()> {
+    let mut random = Random(9);
+    let (x, delta) = (random.vec(7 * 33, 1.0), random.vec(7 * 33, 1.0));
+    fn run<B: Backend>(b: &mut B, x: Rows, delta: Option<Rows>) -> Result<Vec<f32>> {
+        let x = upload(b, x)?;
+        let delta = delta.map(|d| upload(b, d)).transpose()?;
+        let mut batch = Batch::default();
+        batch.push(&[0; 4], 0, &[0], 2);
+        batch.push(&[0; 3], 5, &[1], 1);
+        b.begin(&batch)?;
+        let mut out = b.tensor(3, 33)?;
+        b.gather(&x, delta.as_ref(), &mut out)?;
+        b.to_host(&out)
+    }
+    for delta in [None, Some((delta.as_slice(), 33))] {
+        let (ours, theirs) = both!(cpu(2), |b: &mut _| run(b, (&x, 33), delta));
+        let ours = ours?;
+        assert_eq!(ours, theirs?);
+        assert_eq!(ours.len(), 3 * 33);
+    }
+    Ok(())
+}
+
+#[test]
+fn sampling_is_the_same_on_any_number_of_threads_and_a_bad_row_is_alone() -> Result<()> {
+    let mut random = Random(10);
+    let vocab = 1003;
+    let mut logits = random.vec(9 * vocab, 5.0);
+    logits[4 * vocab + 17] = f32::NAN;
+    let params: Vec<SamplingParams> = (0..9)
+        .map(|i| SamplingParams {
+            temperature: i as f32 * 0.4,
+            top_p: 1.0 - i as f32 * 0.05,
+            seed: i,
+            logprobs: (i % 2 == 0).then_some(3),
+            logit_bias: vec![LogitBias { token: i as u32, bias: 4.0 }],
+            ..Default::default()
+        })
+        .collect();
+    let row = |params| SampleRow { params, counts: None, position: 12, mask: None, forced: None };
+    let rows: Vec<SampleRow> = params.iter().map(row).collect();
+    fn run<B: Backend>(b: &mut B, logits: Rows, rows: &[SampleRow]) -> Result<Vec<Sampled>> {
+        let mut logits = upload(b, logits)?;
+        let mut out = vec![Sampled::default(); 77]; // what is left from an earlier step
+        b.sample(&mut logits, rows, &mut out)?;
+        Ok(out)
+    }
+    let expected = run(&mut Reference::new(), (&logits, vocab), &rows)?;
+    let faults: Vec<usize> = (0..9).filter(|&i| expected[i].fault.is_some()).collect();
+    assert_eq!(faults, [4]);
+    for threads in [1, 2, 3, 12] {
+        assert_eq!(run(&mut cpu(threads), (&logits, vocab), &rows)?, expected);
+    }
+    assert!(run(&mut cpu(1), (&logits, vocab), &rows[1..]).is_err());
+    Ok(())
+}
+
+#[test]
+fn weights_of_wrong_shape_are_refused_by_name() {
+    fn refusals<B: Backend>(b: &mut B) -> Vec<Option<OpError>> {
+        let raw = |name: &str, shape: &[usize]| {
+            RawTensor::from_f32(name, shape.to_vec(), &vec![0.0; shape.iter().product()])
+        };
+        let good = [raw("good", &[6, 8])];
+        vec![
+            b.load_matrix(&[raw("good", &[6, 8]), raw("bad", &[6, 9])]).err(),
+            b.load_matrix(&[raw("bad", &[8])]).err(),
+            b.load_matrix(&[raw("bad", &[2, 3, 4])]).err(),
+            b.load_embedding(&raw("bad", &[8])).err(),
+            b.load_vector(&[raw("good", &[8]), raw("bad", &[8, 1])]).err(),
+            b.load_experts(&good, &[raw("bad", &[6, 7])], &[raw("good", &[8, 6])]).err(),
+            b.load_experts(&good, &good, &[raw("bad", &[6, 8])]).err(),
+        ]
+    }
+    for error in refusals(&mut cpu(1)).into_iter().chain(refusals(&mut Reference::new())) {
+        assert!(matches!(&error, Some(OpError::Shape { name, .. }) if name == "bad"), "{error:?}");
+    }
+}
+
+#[test]
+fn steps_that_do_not_fit_are_errors() -> Result<()> {
+    let mut b = cpu(1);
+    let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 4, scale: 1.0 };
+    let table = b.load_embedding(&RawTensor::from_f32("table", vec![3, 16], &[0.5; 48]))?;
+    let mut cache = b.kv_cache(2, &shape, 4)?;
+    let (mut qkv, mut out) = (b.tensor(2, 16)?, b.tensor(2, 8)?);
+    let mut step = |b: &mut Cpu, tokens: &[u32], block, layer| {
+        let mut batch = Batch::default();
+        batch.push(tokens, 0, &[block], 1);
+        b.begin(&batch)?;
+        b.embed(&table, &mut qkv)?;
+        b.rope_and_cache(&mut qkv, &shape, None, layer, &mut cache)?;
+        b.attention(&qkv, &shape, layer, &cache, &mut out)
+    };
+    assert!(step(&mut b, &[0], 0, 0).is_err_and(|e| e.to_string().contains("rope")));
+    b.load_rope(&Rope { inv_freq: vec![1.0, 0.1], pairing: RopePairing::Halves }, 16)?;
+    assert!(step(&mut b, &[0, 3], 0, 0).is_err_and(|e| e.to_string().contains("token 3")));
+    assert!(step(&mut b, &[0; 3], 0, 0).is_err_and(|e| e.to_string().contains("3 rows")));
+    assert!(step(&mut b, &[0], 4, 0).is_err_and(|e| e.to_string().contains("KV block 4")));
+    assert!(step(&mut b, &[0], 0, 2).is_err_and(|e| e.to_string().contains("layer 2")));
+    step(&mut b, &[0, 2], 3, 1)?;
+    let mut batch = plain_batch(2);
+    batch.spans[0].context = 40;
+    assert!(b.begin(&batch).is_err());
+    assert!(b.kv_cache(usize::MAX / 2, &shape, 64).is_err());
+    assert!(b.kv_cache(1 << 20, &shape, 1 << 40).is_err());
+    Ok(())
+}
