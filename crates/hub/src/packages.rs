@@ -176,3 +176,10 @@ fn gist(log: &str) -> String {
     let line = lines().rfind(|l| l.starts_with("ERROR")).or_else(|| lines().next_back());
     line.unwrap_or("it said nothing").trim_start_matches("ERROR: ").to_owned()
 }
+
+impl std::fmt::Display for Pip {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.program)?;
+        self.args.iter().try_for_each(|a| write!(f, " {a}"))
+    }
+}

@@ -1,3 +1,74 @@
-//! The `rudder` command.
+//! The `rudder` command: reads settings, brings up the crates below it, nothing else.
 
-fn main() {}
+mod bench;
+mod chat;
+mod cli;
+mod doctor;
+mod kv;
+mod launch;
+mod machine;
+mod models;
+mod serve;
+mod settings;
+mod text_source;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.verbose);
+    warn_of_unknown_variables();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    let config = cli.config.as_deref();
+    match cli.command {
+        Command::Serve(args) => serve::run(&args.model.over(config)?, args.server.over(config)?),
+        Command::Chat(args) => chat::run(&args.model.over(config)?, args.system, args.temperature),
+        Command::Pull(args) => models::pull(&args.name, args.cache),
+        Command::Models(args) => models::run(args.command, args.cache),
+        Command::Bench(args) => bench::run(args.command, config),
+        Command::Doctor(args) => doctor::run(&args.model.over(config)?),
+    }
+}
+
+/// Logs to standard error: warnings, and more with each `-v` or as RUST_LOG says.
+fn start_log(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+/// A misspelt variable would be ignored in silence. It is no error: orchestrators set variables of
+/// their own, RUDDER_SERVICE_HOST where a Kubernetes service is called rudder.
+fn warn_of_unknown_variables() {
+    let known = cli::variables();
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("RUDDER_") && !known.iter().any(|k| *k == name) {
+            tracing::warn!("unknown variable {name} is ignored{}", settings::did_you_mean(&name, &known));
+        }
+    }
+}

@@ -1,0 +1,26 @@
+# CPU image.
+#   docker build -t rudder .
+#   docker run -p 8000:8000 -v rudder-models:/models rudder
+FROM rust:1.95-slim-trixie AS build
+WORKDIR /src
+COPY . .
+RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
+    cargo build --release --locked -p rudder && cp target/release/rudder /rudder
+
+FROM debian:trixie-slim
+# pip is for the second model source, used where the hub does not answer; curl is for the health check.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates curl python3-pip \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --create-home rudder \
+    && install -d -o rudder -g rudder /models
+COPY --from=build /rudder /usr/local/bin/rudder
+USER rudder
+ENV RUDDER_HOST=0.0.0.0 RUDDER_CACHE=/models
+VOLUME /models
+EXPOSE 8000
+# The first start downloads the model: until then the container is starting, not unhealthy.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=15m --retries=3 \
+    CMD curl -fsS http://127.0.0.1:8000/health || exit 1
+ENTRYPOINT ["rudder"]
+CMD ["serve"]

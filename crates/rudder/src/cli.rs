@@ -1,0 +1,199 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::settings::{ModelSettings, ServerSettings};
+
+/// Self-hosted inference server for coding models.
+#[derive(Debug, Parser)]
+#[command(name = "rudder", version, after_help = AFTER_HELP)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// TOML file with settings; flags and RUDDER_* variables win over it
+    #[arg(long, global = true, env = "RUDDER_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Log more (-v: what happens, -vv: in detail); RUST_LOG chooses finer
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+const AFTER_HELP: &str = "Examples:
+  rudder serve                              serve the default model on http://127.0.0.1:8000
+  rudder serve --model ./model.gguf --port 9000
+  rudder chat --model qwen2.5-coder-1.5b    talk to a model in the terminal
+  rudder doctor                             what this machine offers and what will be used";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a model to OpenAI clients
+    Serve(ServeArgs),
+    /// Talk to a model in the terminal
+    Chat(ChatArgs),
+    /// Fetch a model into the cache
+    Pull(PullArgs),
+    /// The catalog and the cache
+    Models(ModelsArgs),
+    /// Measure an engine or a server
+    Bench(BenchArgs),
+    /// What this machine offers and what will be used
+    Doctor(DoctorArgs),
+}
+
+/// `rudder serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The model's side.
+    #[command(flatten)]
+    pub model: ModelSettings,
+    /// The clients' side.
+    #[command(flatten)]
+    pub server: ServerSettings,
+}
+
+/// `rudder chat`.
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    /// The model's side.
+    #[command(flatten)]
+    pub model: ModelSettings,
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// 0 always takes the likeliest token, 1 draws as the model learned
+    #[arg(long, value_name = "NUMBER", default_value_t = 0.7)]
+    pub temperature: f32,
+}
+
+/// `rudder pull`.
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// Catalog name or hub id (org/name[:file])
+    pub name: String,
+    /// Where to.
+    #[command(flatten)]
+    pub cache: CacheArgs,
+}
+
+/// `rudder models`.
+#[derive(Debug, Args)]
+pub struct ModelsArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: ModelsCommand,
+    /// Where.
+    #[command(flatten)]
+    pub cache: CacheArgs,
+}
+
+/// What `rudder models` does.
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// List the catalog and what is in the cache
+    List,
+    /// Show a catalog model: licence, sources, checksum
+    Show {
+        /// Catalog name
+        name: String,
+    },
+    /// Remove a model from the cache
+    Remove {
+        /// Catalog name or hub id, as `list` shows it
+        name: String,
+    },
+}
+
+/// Where downloaded models lie.
+#[derive(Debug, Args)]
+pub struct CacheArgs {
+    /// Folder for downloaded models [default: rudder/models in the user's cache folder]
+    #[arg(long, global = true, env = "RUDDER_CACHE", value_name = "FOLDER")]
+    pub cache: Option<PathBuf>,
+}
+
+/// `rudder doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// The model's side, as `serve` would be given it.
+    #[command(flatten)]
+    pub model: ModelSettings,
+}
+
+/// `rudder bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub command: BenchCommand,
+}
+
+/// What `rudder bench` measures.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Any OpenAI-compatible server, over HTTP
+    Serve(rudder_bench::ServeArgs),
+    /// The engine in this process
+    Throughput {
+        /// The model's side.
+        #[command(flatten)]
+        model: ModelSettings,
+        /// The load.
+        #[command(flatten)]
+        bench: rudder_bench::ThroughputArgs,
+    },
+    /// Results of earlier runs, side by side
+    Compare(rudder_bench::CompareArgs),
+}
+
+/// Every `RUDDER_*` variable that some command reads.
+pub fn variables() -> Vec<String> {
+    fn collect(command: &clap::Command, names: &mut Vec<String>) {
+        let own =
+            command.get_arguments().filter_map(|a| a.get_env()).map(|e| e.to_string_lossy().into_owned());
+        names.extend(own);
+        command.get_subcommands().for_each(|c| collect(c, names));
+    }
+    let mut names = Vec::new();
+    collect(&<Cli as clap::CommandFactory>::command(), &mut names);
+    names.sort();
+    names.dedup();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_variables_and_keys_share_their_names() {
+        let command = ServerSettings::augment_args(ModelSettings::augment_args(clap::Command::new("")));
+        for argument in command.get_arguments() {
+            let id = argument.get_id().as_str();
+            assert_eq!(argument.get_long().unwrap(), id.replace('_', "-"));
+            assert_eq!(
+                argument.get_env().unwrap().to_str().unwrap(),
+                format!("RUDDER_{}", id.to_uppercase())
+            );
+        }
+    }
+
+    #[test]
+    fn flags_are_read() {
+        let cli =
+            Cli::try_parse_from(["rudder", "serve", "--prefix-cache", "off", "--kv-memory", "1GiB", "-vv"])
+                .unwrap();
+        let Command::Serve(args) = cli.command else { panic!("{cli:?}") };
+        assert_eq!(args.model.prefix_cache, Some(false));
+        assert_eq!(args.model.kv_memory.unwrap().0, 1 << 30);
+        assert_eq!((cli.verbose, args.server.port), (2, None));
+    }
+}

@@ -1,0 +1,195 @@
+//! From settings to a running engine: resolve the model's name, fetch, open, load, start.
+//! `serve`, `chat` and `bench throughput` all begin here.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rudder_engine::{Engine, EngineConfig};
+use rudder_hub::{ModelRef, Progress, bytes, catalog};
+use rudder_model::{KvSize, LoadOptions, ModelSource};
+use rudder_ops::cpu::{Cpu, KvDType};
+use rudder_ops::{BLOCK_SIZE, DType};
+use rudder_text::Text;
+
+use crate::kv::KvNeeds;
+use crate::settings::ModelSettings;
+use crate::{machine, models, text_source};
+
+/// A model that runs.
+pub struct Launched {
+    /// Its step loop.
+    pub engine: Engine,
+    /// Its tokenizer and chat template.
+    pub text: Text,
+    /// What to call it.
+    pub name: String,
+    /// Facts for the startup summary.
+    pub summary: Summary,
+}
+
+/// What was loaded and what it takes.
+#[derive(Debug)]
+pub struct Summary {
+    /// Architecture, as `qwen2`.
+    pub architecture: String,
+    /// Storage formats of the weights, most bytes first.
+    pub formats: String,
+    /// Licence of the weights, where the catalog states it.
+    pub licence: Option<&'static str>,
+    /// Bytes of the weights.
+    pub weight_bytes: u64,
+    /// Bytes of the KV cache.
+    pub kv_bytes: u64,
+    /// Tokens that the KV cache holds.
+    pub kv_tokens: usize,
+    /// Longest sequence in tokens.
+    pub max_context: usize,
+    /// Longest sequence that the model could do.
+    pub context_length: usize,
+    /// Worker threads.
+    pub threads: usize,
+    /// Time from the start of loading to a running engine.
+    pub took: Duration,
+}
+
+/// Brings the model up. Downloads it first if it is a catalog or hub model not yet in the cache.
+///
+/// # Errors
+/// If the model cannot be found, fetched, read or held in memory; each says what to do.
+pub fn launch(settings: &ModelSettings) -> Result<Launched> {
+    let asked = settings.model.as_deref().unwrap_or(&catalog()[0].name);
+    let reference = ModelRef::parse(asked)?;
+    let path = models::cache(settings.cache.clone()).pull(&reference, &models::sources())?;
+    let began = Instant::now();
+    let source = ModelSource::open(&path)?;
+    let text = text(&source, &path)?;
+    let threads = settings.threads.unwrap_or_else(machine::default_threads);
+    let backend = Cpu::new(threads, KvDType::F16);
+    let config = source.config().clone();
+
+    let weight_bytes = source.weight_bytes();
+    let available = machine::memory().available;
+    if weight_bytes > available {
+        bail!(
+            "the weights take {}, but only {} of memory are available; choose a smaller model or quantisation",
+            bytes(weight_bytes),
+            bytes(available)
+        );
+    }
+    let needs = KvNeeds {
+        block_bytes: source.kv_block_bytes(&backend),
+        context_length: config.context_length,
+        available: available - weight_bytes,
+        max_context: settings.max_context,
+        kv_memory: settings.kv_memory.map(|b| b.0),
+    };
+    let plan = needs.plan()?;
+    let limits = Limits::of(settings)?;
+    let formats = formats(&source, &path);
+    let options = LoadOptions {
+        max_batch_tokens: limits.batch_tokens,
+        // The scheduler asks for at most one row of logits a running sequence.
+        max_outputs: limits.sequences,
+        kv: KvSize::Blocks(plan.blocks),
+        max_context: plan.max_context,
+    };
+    let mut progress = Progress::new("loading", weight_bytes);
+    let loaded = source.load(backend, options, |done, _| progress.set(done))?;
+    drop(progress);
+
+    let engine = Engine::start(
+        loaded.model,
+        EngineConfig {
+            kv_blocks: loaded.kv_blocks,
+            max_context: plan.max_context,
+            max_sequences: limits.sequences,
+            max_batch_tokens: limits.batch_tokens,
+            max_waiting: settings.max_waiting.unwrap_or(256),
+            prefix_cache: settings.prefix_cache.unwrap_or(true),
+        },
+    );
+    let summary = Summary {
+        architecture: config.architecture,
+        formats,
+        licence: match &reference {
+            ModelRef::Catalog(entry) => Some(&entry.licence),
+            _ => None,
+        },
+        weight_bytes: loaded.weight_bytes,
+        kv_bytes: loaded.kv_bytes,
+        kv_tokens: loaded.kv_blocks * BLOCK_SIZE,
+        max_context: engine.max_context(),
+        context_length: config.context_length,
+        threads,
+        took: began.elapsed(),
+    };
+    Ok(Launched { engine, text, name: name(&reference), summary })
+}
+
+/// How much a step may hold.
+struct Limits {
+    sequences: usize,
+    batch_tokens: usize,
+}
+
+impl Limits {
+    fn of(settings: &ModelSettings) -> Result<Self> {
+        let sequences = settings.max_sequences.unwrap_or(64);
+        let batch_tokens = settings.max_batch_tokens.unwrap_or(512.max(sequences));
+        if batch_tokens < sequences {
+            bail!(
+                "max_batch_tokens is {batch_tokens}, less than max_sequences ({sequences}); \
+                 a step computes at least one token of every running sequence"
+            );
+        }
+        Ok(Self { sequences, batch_tokens })
+    }
+}
+
+fn text(source: &ModelSource, path: &Path) -> Result<Text> {
+    let text = match source.gguf() {
+        Some(gguf) => Text::from_gguf(text_source::from_gguf(gguf)),
+        None => Text::from_folder(path),
+    };
+    text.with_context(|| format!("cannot read the tokenizer of {}", path.display()))
+}
+
+/// The storage formats of the weights, most bytes first: `Q4_K, Q6_K`.
+fn formats(source: &ModelSource, path: &Path) -> String {
+    let Some(gguf) = source.gguf() else { return folder_format(path) };
+    let mut sizes: Vec<(DType, usize)> = Vec::new();
+    for tensor in gguf.tensor_names().filter_map(|name| gguf.tensor(name).ok()) {
+        let (dtype, bytes) = (tensor.dtype, tensor.bytes().len());
+        match sizes.iter_mut().find(|(d, _)| *d == dtype) {
+            Some((_, sum)) => *sum += bytes,
+            None => sizes.push((dtype, bytes)),
+        }
+    }
+    sizes.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    // Norms and biases are too small to name.
+    let total: usize = sizes.iter().map(|(_, bytes)| bytes).sum();
+    let named = sizes.iter().filter(|(_, bytes)| bytes * 100 >= total);
+    named.map(|(dtype, _)| format!("{dtype:?}")).collect::<Vec<_>>().join(", ")
+}
+
+/// What config.json says that the weights are stored in.
+fn folder_format(folder: &Path) -> String {
+    let config = std::fs::read(folder.join("config.json")).ok();
+    let config: Option<serde_json::Value> = config.and_then(|json| serde_json::from_slice(&json).ok());
+    let dtype = config.as_ref().and_then(|c| c.get("dtype").or_else(|| c.get("torch_dtype"))?.as_str());
+    dtype.unwrap_or("safetensors").to_owned()
+}
+
+/// What clients call the model: the catalog's name, the hub's, or the file's without its ending.
+fn name(reference: &ModelRef) -> String {
+    let of_path =
+        |name: Option<&std::ffi::OsStr>| name.unwrap_or("model".as_ref()).to_string_lossy().into_owned();
+    match reference {
+        ModelRef::Catalog(entry) => entry.name.clone(),
+        ModelRef::Hub(id) => id.repo.clone(),
+        ModelRef::File(path) => of_path(path.file_stem()),
+        // "." and a trailing slash have no name of their own.
+        ModelRef::Folder(path) => of_path(path.canonicalize().as_deref().unwrap_or(path).file_name()),
+    }
+}

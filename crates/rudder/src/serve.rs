@@ -1,0 +1,98 @@
+//! `rudder serve`: brings the model up and answers HTTP until told to end.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rudder_hub::bytes;
+use rudder_server::{Server, ServerConfig, serve, terminated};
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+
+use crate::launch::{Launched, Summary, launch};
+use crate::settings::{ModelSettings, ServerSettings};
+
+/// Serves until Ctrl-C or SIGTERM, and then until running requests have ended or had their time.
+pub fn run(model: &ModelSettings, settings: ServerSettings) -> Result<()> {
+    let runtime = Runtime::new().context("cannot start the async runtime")?;
+    let host = settings.host.unwrap_or(Ipv4Addr::LOCALHOST.into());
+    let address = SocketAddr::new(host, settings.port.unwrap_or(8000));
+    // A port in use should be told before a model is downloaded and loaded. Then the port is let
+    // go, so that a client that comes too early is refused and does not wait in a queue.
+    drop(runtime.block_on(bind(address))?);
+
+    let Launched { engine, text, name, summary } = launch(model)?;
+    let config = config(settings, name);
+    let listener = runtime.block_on(bind(address))?;
+    print_summary(&config, &summary, listener.local_addr()?);
+    if !host.is_loopback() && config.api_keys.is_empty() {
+        tracing::warn!(
+            "anyone who can reach {host} may use this server; set RUDDER_API_KEY to ask for a key"
+        );
+    }
+    let grace = config.grace;
+    let all_ended =
+        runtime.block_on(serve(listener, Server::new(config, text, engine), told_to_end(grace)))?;
+    if !all_ended {
+        tracing::warn!("requests were still running after {} s and were cut off", grace.as_secs());
+    }
+    Ok(())
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}; choose another with --port or --host"))
+}
+
+fn config(settings: ServerSettings, name: String) -> ServerConfig {
+    let served = settings.served_model_name.unwrap_or_else(|| name.clone());
+    let aliases = if served == name { Vec::new() } else { vec![name] };
+    let defaults = ServerConfig::new(served);
+    ServerConfig {
+        aliases,
+        api_keys: settings.api_key.unwrap_or_default(),
+        max_body_bytes: settings
+            .max_body
+            .map_or(defaults.max_body_bytes, |b| usize::try_from(b.0).unwrap_or(usize::MAX)),
+        keep_alive: settings.keep_alive.map_or(defaults.keep_alive, Duration::from_secs_f64),
+        grace: settings.drain_seconds.map_or(defaults.grace, Duration::from_secs),
+        ..defaults
+    }
+}
+
+/// Done at the first signal to end. The second ends the process at once.
+async fn told_to_end(grace: Duration) {
+    terminated().await;
+    eprintln!("finishing running requests, at most {} s; again to end at once", grace.as_secs());
+    tokio::spawn(async {
+        terminated().await;
+        std::process::exit(1);
+    });
+}
+
+fn print_summary(config: &ServerConfig, s: &Summary, address: SocketAddr) {
+    let licence = s.licence.map(|l| format!(", licence {l}")).unwrap_or_default();
+    let key = if config.api_keys.is_empty() { "" } else { " -H \"Authorization: Bearer $RUDDER_API_KEY\"" };
+    let url = format!("http://{}", reachable(address));
+    println!("model     {} ({}: {}){licence}", config.model, s.architecture, s.formats);
+    println!("weights   {}", bytes(s.weight_bytes));
+    println!("kv cache  {} of f16, {} tokens", bytes(s.kv_bytes), s.kv_tokens);
+    println!("context   {} tokens a sequence (the model's own: {})", s.max_context, s.context_length);
+    println!("threads   {}", s.threads);
+    println!("address   {url}, ready {:.1} s after loading began", s.took.as_secs_f64());
+    println!(
+        "try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \
+         -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"Reverse a string in Go.\"}}]}}'"
+    );
+}
+
+/// The address as a client on this machine would write it: "all addresses" is none to connect to.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}

@@ -1,0 +1,339 @@
+//! Settings: one name each for a flag (`--max-context`), a variable (`RUDDER_MAX_CONTEXT`) and a
+//! key of the TOML file (`max_context`). The first of these that is given wins, in this order;
+//! defaults come last. The structs below are all three at once, so the names cannot part.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail};
+use clap::builder::BoolishValueParser;
+use clap::{Args, Command};
+use serde::{Deserialize, Deserializer, de};
+
+/// Which model, on what, with how much memory: for every command that runs one.
+#[derive(Debug, Clone, Default, PartialEq, Args, Deserialize)]
+#[command(next_help_heading = "Model")]
+pub struct ModelSettings {
+    /// Catalog name, GGUF file, Hugging Face folder or hub id (org/name[:file]) [default: qwen2.5-coder-0.5b]
+    #[arg(short, long, env = "RUDDER_MODEL", value_name = "MODEL")]
+    pub model: Option<String>,
+    /// Folder for downloaded models [default: rudder/models in the user's cache folder]
+    #[arg(long, env = "RUDDER_CACHE", value_name = "FOLDER")]
+    pub cache: Option<PathBuf>,
+    /// What to run on [default: auto]
+    #[arg(long, env = "RUDDER_DEVICE", value_enum)]
+    pub device: Option<Device>,
+    /// Worker threads [default: the machine's physical cores]
+    #[arg(long, env = "RUDDER_THREADS", value_name = "N")]
+    pub threads: Option<usize>,
+    /// Longest sequence, prompt and answer together, in tokens [default: the model's, less where memory is short]
+    #[arg(long, env = "RUDDER_MAX_CONTEXT", value_name = "TOKENS")]
+    pub max_context: Option<usize>,
+    /// Memory for the KV cache, as in 4GiB [default: four full contexts, at most a quarter of available memory]
+    #[arg(long, env = "RUDDER_KV_MEMORY", value_name = "BYTES")]
+    pub kv_memory: Option<ByteSize>,
+    /// Most sequences that run at once [default: 64]
+    #[arg(long, env = "RUDDER_MAX_SEQUENCES", value_name = "N")]
+    pub max_sequences: Option<usize>,
+    /// Most tokens computed in one step [default: 512]
+    #[arg(long, env = "RUDDER_MAX_BATCH_TOKENS", value_name = "TOKENS")]
+    pub max_batch_tokens: Option<usize>,
+    /// Most requests that wait before new ones are turned away [default: 256]
+    #[arg(long, env = "RUDDER_MAX_WAITING", value_name = "N")]
+    pub max_waiting: Option<usize>,
+    /// Keep the KV of finished requests for later ones that begin alike (on, off) [default: on]
+    #[arg(long, env = "RUDDER_PREFIX_CACHE", value_name = "SWITCH", value_parser = BoolishValueParser::new())]
+    pub prefix_cache: Option<bool>,
+}
+
+/// How the server faces its clients.
+#[derive(Debug, Clone, Default, PartialEq, Args, Deserialize)]
+#[command(next_help_heading = "Server")]
+pub struct ServerSettings {
+    /// Address to listen on; 0.0.0.0 for all [default: 127.0.0.1]
+    #[arg(long, env = "RUDDER_HOST", value_name = "ADDRESS")]
+    pub host: Option<IpAddr>,
+    /// Port to listen on [default: 8000]
+    #[arg(long, env = "RUDDER_PORT", value_name = "PORT")]
+    pub port: Option<u16>,
+    /// Key that clients must send; may be repeated. Prefer the variable: others can read a command line
+    #[arg(long, env = "RUDDER_API_KEY", value_name = "KEY", value_delimiter = ',', hide_env_values = true)]
+    #[serde(default, deserialize_with = "one_or_many")]
+    pub api_key: Option<Vec<String>>,
+    /// Name that clients call the model by [default: the model's own]
+    #[arg(long, env = "RUDDER_SERVED_MODEL_NAME", value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    /// How long a shutdown waits for running requests, in seconds [default: 30]
+    #[arg(long, env = "RUDDER_DRAIN_SECONDS", value_name = "SECONDS")]
+    pub drain_seconds: Option<u64>,
+    /// Longest silence of a stream before a comment keeps it alive, in seconds [default: 5]
+    #[arg(long, env = "RUDDER_KEEP_ALIVE", value_name = "SECONDS")]
+    pub keep_alive: Option<f64>,
+    /// Largest request body, as in 8MiB [default: 32MiB]
+    #[arg(long, env = "RUDDER_MAX_BODY", value_name = "BYTES")]
+    pub max_body: Option<ByteSize>,
+}
+
+/// What a model runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// The best there is; the CPU, until there is another.
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+/// A number of bytes, written as `1073741824`, `1GiB` or `1.5GB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByteSize(pub u64);
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 1.0,
+            "k" | "kib" => 1024.0,
+            "m" | "mib" => 1024.0 * 1024.0,
+            "g" | "gib" => 1024.0 * 1024.0 * 1024.0,
+            "t" | "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+            "kb" => 1e3,
+            "mb" => 1e6,
+            "gb" => 1e9,
+            "tb" => 1e12,
+            _ => return Err(format!("`{unit}` is not a unit of bytes; write as in 512MiB or 4GiB")),
+        };
+        let number: f64 = number
+            .parse()
+            .map_err(|_| format!("`{text}` is not a number of bytes; write as in 512MiB or 4GiB"))?;
+        Ok(Self((number * factor) as u64))
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Number(u64),
+            Text(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Number(n) => Ok(Self(n)),
+            Written::Text(text) => text.parse().map_err(de::Error::custom),
+        }
+    }
+}
+
+fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(Some(match Written::deserialize(deserializer)? {
+        Written::One(key) => vec![key],
+        Written::Many(keys) => keys,
+    }))
+}
+
+impl ModelSettings {
+    /// Fills what is not set here from `file`.
+    fn or(self, file: Self) -> Self {
+        Self {
+            model: self.model.or(file.model),
+            cache: self.cache.or(file.cache),
+            device: self.device.or(file.device),
+            threads: self.threads.or(file.threads),
+            max_context: self.max_context.or(file.max_context),
+            kv_memory: self.kv_memory.or(file.kv_memory),
+            max_sequences: self.max_sequences.or(file.max_sequences),
+            max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
+            max_waiting: self.max_waiting.or(file.max_waiting),
+            prefix_cache: self.prefix_cache.or(file.prefix_cache),
+        }
+    }
+
+    /// These settings over those of the file.
+    ///
+    /// # Errors
+    /// If the file cannot be read or says something that cannot be; names the key.
+    pub fn over(self, config: Option<&Path>) -> Result<Self> {
+        let merged = match config {
+            Some(path) => self.or(read(path)?),
+            None => self,
+        };
+        for (name, value) in [
+            ("threads", merged.threads),
+            ("max_sequences", merged.max_sequences),
+            ("max_batch_tokens", merged.max_batch_tokens),
+            ("max_context", merged.max_context.map(|n| n.saturating_sub(1))),
+        ] {
+            if value == Some(0) {
+                let least = if name == "max_context" { 2 } else { 1 };
+                bail!("{name} must be at least {least}");
+            }
+        }
+        Ok(merged)
+    }
+}
+
+impl ServerSettings {
+    fn or(self, file: Self) -> Self {
+        Self {
+            host: self.host.or(file.host),
+            port: self.port.or(file.port),
+            api_key: self.api_key.or(file.api_key),
+            served_model_name: self.served_model_name.or(file.served_model_name),
+            drain_seconds: self.drain_seconds.or(file.drain_seconds),
+            keep_alive: self.keep_alive.or(file.keep_alive),
+            max_body: self.max_body.or(file.max_body),
+        }
+    }
+
+    /// These settings over those of the file.
+    ///
+    /// # Errors
+    /// As [`ModelSettings::over`].
+    pub fn over(self, config: Option<&Path>) -> Result<Self> {
+        let merged = match config {
+            Some(path) => self.or(read(path)?),
+            None => self,
+        };
+        // An empty key would let everybody in who sends an empty one.
+        if merged.api_key.iter().flatten().any(String::is_empty) {
+            bail!("api_key is empty; leave it out to ask for no key");
+        }
+        if merged.keep_alive.is_some_and(|s| !(0.01..=86_400.0).contains(&s)) {
+            bail!("keep_alive must be a number of seconds from 0.01 to 86400");
+        }
+        Ok(merged)
+    }
+}
+
+/// Reads one group of settings from a TOML file. The file may hold the other group's keys too;
+/// any other key is an error that names it and the nearest that exists.
+fn read<T: de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let at = || format!("in {}", path.display());
+    let table: toml::Table = toml::from_str(&text).with_context(at)?;
+    let known = keys();
+    if let Some(key) = table.keys().find(|k| !known.contains(k)) {
+        bail!("in {}: unknown key `{key}`{}", path.display(), did_you_mean(key, &known));
+    }
+    toml::from_str(&text).with_context(at)
+}
+
+/// Every key that a TOML file may hold.
+fn keys() -> Vec<String> {
+    let command = ServerSettings::augment_args(ModelSettings::augment_args(Command::new("")));
+    command.get_arguments().map(|a| a.get_id().to_string()).collect()
+}
+
+/// ` (did you mean ...?)` with the word of `known` that is most like `word`.
+pub fn did_you_mean(word: &str, known: &[String]) -> String {
+    let likeness = |k: &String| strsim::jaro_winkler(word, k);
+    match known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b))) {
+        Some(nearest) if likeness(nearest) > 0.7 => format!(" (did you mean `{nearest}`?)"),
+        _ => format!("; known are {}", known.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        file
+    }
+
+    fn server(text: &str) -> Result<ServerSettings> {
+        ServerSettings::default().over(Some(file(text).path()))
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file_key_by_key() {
+        let file =
+            file("port = 1\nhost = \"0.0.0.0\"\nthreads = 3\nkv_memory = \"2GiB\"\nprefix_cache = false");
+        let flags = ServerSettings { port: Some(2), ..ServerSettings::default() };
+        let merged = flags.over(Some(file.path())).unwrap();
+        assert_eq!(merged.port, Some(2));
+        assert_eq!(merged.host, Some("0.0.0.0".parse().unwrap()));
+        let flags = ModelSettings { kv_memory: Some(ByteSize(5)), ..ModelSettings::default() };
+        let merged = flags.over(Some(file.path())).unwrap();
+        assert_eq!(merged.kv_memory, Some(ByteSize(5)));
+        assert_eq!((merged.threads, merged.prefix_cache, merged.model), (Some(3), Some(false), None));
+    }
+
+    #[test]
+    fn every_key_of_the_file_is_taken_over() {
+        let text = r#"
+            model = "m"
+            cache = "/c"
+            device = "cpu"
+            threads = 1
+            max_context = 2
+            kv_memory = 3
+            max_sequences = 4
+            max_batch_tokens = 5
+            max_waiting = 6
+            prefix_cache = true
+            host = "::1"
+            port = 7
+            api_key = ["a", "b"]
+            served_model_name = "s"
+            drain_seconds = 8
+            keep_alive = 2.5
+            max_body = "9MB"
+        "#;
+        let file = file(text);
+        let model = ModelSettings::default().over(Some(file.path())).unwrap();
+        let server = ServerSettings::default().over(Some(file.path())).unwrap();
+        let missing = format!("{model:?}{server:?}").matches("None").count();
+        assert_eq!(missing, 0, "{model:?} {server:?}");
+        let table: toml::Table = toml::from_str(text).unwrap();
+        assert_eq!(table.len(), keys().len(), "the text above names every setting");
+        assert_eq!(server.max_body, Some(ByteSize(9_000_000)));
+        assert_eq!(server.api_key.unwrap(), ["a", "b"]);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_nearest() {
+        let message = server("max_contxt = 1").unwrap_err().to_string();
+        assert!(message.contains("unknown key `max_contxt` (did you mean `max_context`?)"), "{message}");
+        let message = server("[server]\nport = 1").unwrap_err().to_string();
+        assert!(message.contains("unknown key `server`"), "{message}");
+    }
+
+    #[test]
+    fn a_wrong_value_names_the_file_and_the_line() {
+        let message = format!("{:#}", server("port = 1\nport = 2").unwrap_err());
+        assert!(message.contains("duplicate key"), "{message}");
+        let message = format!("{:#}", server("host = \"localhorst\"").unwrap_err());
+        assert!(message.contains("host") && message.contains("line 1"), "{message}");
+        assert!(server("api_key = \"\"").is_err());
+        assert!(server("keep_alive = 0").is_err() && server("keep_alive = nan").is_err());
+        assert!(ModelSettings { threads: Some(0), ..ModelSettings::default() }.over(None).is_err());
+        assert!(ModelSettings { max_context: Some(1), ..ModelSettings::default() }.over(None).is_err());
+    }
+
+    #[test]
+    fn byte_sizes_read_as_people_write_them() {
+        for (text, bytes) in
+            [("17", 17), ("1GiB", 1 << 30), ("1.5 gib", 3 << 29), ("2GB", 2_000_000_000), ("4k", 4096)]
+        {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
+        }
+        for text in ["", "GiB", "1 apple", "-1", "1.2.3MB"] {
+            assert!(text.parse::<ByteSize>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! The command as a user meets it: help, the catalog and cache, settings that are wrong.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn rudder(cache: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rudder"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("RUDDER_") {
+            command.env_remove(name);
+        }
+    }
+    command.env("RUDDER_CACHE", cache).args(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The standard output of a command that must succeed.
+fn succeed(cache: &Path, args: &[&str]) -> String {
+    let output = rudder(cache, args);
+    assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// The standard error of a command that must fail.
+fn fail(cache: &Path, args: &[&str]) -> String {
+    let output = rudder(cache, args);
+    assert!(!output.status.success(), "{args:?}: {}", text(&output.stdout));
+    text(&output.stderr)
+}
+
+#[test]
+fn help_names_every_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let help = succeed(dir.path(), &["--help"]);
+    for command in ["serve", "chat", "pull", "models", "bench", "doctor", "--config"] {
+        assert!(help.contains(command), "{command} is missing:\n{help}");
+    }
+    let help = succeed(dir.path(), &["serve", "--help"]);
+    for flag in ["--model", "--kv-memory", "RUDDER_KV_MEMORY", "--port", "[default: 8000]", "--prefix-cache"]
+    {
+        assert!(help.contains(flag), "{flag} is missing:\n{help}");
+    }
+}
+
+#[test]
+fn an_api_key_in_the_environment_is_not_shown_in_help() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rudder"));
+    let output = command.env("RUDDER_API_KEY", "hunter2").args(["serve", "--help"]).output().unwrap();
+    assert!(text(&output.stdout).contains("RUDDER_API_KEY"));
+    assert!(!text(&output.stdout).contains("hunter2"));
+}
+
+#[test]
+fn models_are_listed_shown_and_removed() {
+    let cache = tempfile::tempdir().unwrap();
+    let row = |name: &str| {
+        let list = succeed(cache.path(), &["models", "list"]);
+        list.lines().find(|l| l.starts_with(name)).map(str::to_owned)
+    };
+    assert!(row("smollm2-135m").unwrap().ends_with("no"));
+    let show = succeed(cache.path(), &["models", "show", "smollm2-135m"]);
+    assert!(show.contains("Apache-2.0") && show.contains("b179c9523d0e6a0f"), "{show}");
+
+    let folder = cache.path().join("smollm2-135m");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("smollm2-135m-instruct-q4_1.gguf"), "12345").unwrap();
+    let repo = cache.path().join("org--tiny");
+    std::fs::create_dir_all(&repo).unwrap();
+    std::fs::write(repo.join("tiny.gguf"), "123").unwrap();
+    assert!(row("smollm2-135m").unwrap().ends_with("yes"));
+    assert!(row("org/tiny:tiny.gguf").unwrap().ends_with("yes"));
+
+    assert!(succeed(cache.path(), &["models", "remove", "smollm2-135m"]).contains("5 B"));
+    assert!(row("smollm2-135m").unwrap().ends_with("no"));
+    assert!(fail(cache.path(), &["models", "remove", "smollm2-135m"]).contains("not in the cache"));
+}
+
+#[test]
+fn an_unknown_model_is_answered_with_the_nearest() {
+    let cache = tempfile::tempdir().unwrap();
+    for args in [
+        ["pull", "qwen2.5-codr-0.5b"],
+        ["chat", "--model=qwen2.5-codr-0.5b"],
+        ["serve", "-mqwen2.5-codr-0.5b"],
+    ] {
+        let error = fail(cache.path(), &args);
+        assert!(error.contains("did you mean `qwen2.5-coder-0.5b`?"), "{error}");
+    }
+}
+
+#[test]
+fn an_unknown_key_of_the_config_file_is_an_error_that_names_it() {
+    let cache = tempfile::tempdir().unwrap();
+    let file = cache.path().join("c.toml");
+    std::fs::write(&file, "prot = 9000").unwrap();
+    let error = fail(cache.path(), &["serve", "--config", file.to_str().unwrap()]);
+    assert!(error.contains("unknown key `prot` (did you mean `port`?)"), "{error}");
+    let error = fail(cache.path(), &["serve", "--prot", "1"]);
+    assert!(error.contains("--port"), "{error}");
+    let output = Command::new(env!("CARGO_BIN_EXE_rudder"))
+        .args(["models", "list", "--cache", cache.path().to_str().unwrap()])
+        .env("RUDDER_PROT", "1")
+        .output()
+        .unwrap();
+    let warning = text(&output.stderr);
+    assert!(warning.contains("RUDDER_PROT") && warning.contains("RUDDER_PORT"), "{warning}");
+}
+
+#[test]
+fn the_example_configs_are_sound() {
+    let cache = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs")).unwrap() {
+        let file = file.unwrap().path();
+        if file.extension().is_some_and(|e| e == "toml") {
+            succeed(cache.path(), &["doctor", "--config", file.to_str().unwrap()]);
+        }
+    }
+}
+
+#[test]
+fn doctor_says_what_will_be_used() {
+    let cache = tempfile::tempdir().unwrap();
+    let report = succeed(cache.path(), &["doctor"]);
+    for part in [
+        "cpu",
+        "kernels",
+        "threads",
+        "memory",
+        "gpu",
+        "cache",
+        "not in the cache",
+        "CUDA backend is not built",
+    ] {
+        assert!(report.contains(part), "{part} is missing:\n{report}");
+    }
+}
