@@ -8,6 +8,7 @@
 mod isa;
 mod kernel;
 mod layout;
+mod memory;
 mod pack;
 mod quantize;
 #[cfg(test)]
@@ -21,7 +22,7 @@ use crate::{DType, OpError, RawTensor, Result};
 use isa::Isa;
 use kernel::{Input, Job};
 use layout::{BLOCK, LANES, Layout, tile_bytes};
-use memmap2::MmapMut;
+use memory::Memory;
 use quantize::Activations;
 use std::sync::OnceLock;
 
@@ -41,7 +42,7 @@ struct Part {
     dtype: DType,
     rows: usize,
     tile_bytes: usize,
-    tiles: MmapMut,
+    tiles: Memory,
 }
 
 /// A pointer to memory whose disjoint pieces are written by the pool's threads.
@@ -81,7 +82,7 @@ impl PackedMatrix {
 
     /// Bytes the packed weights take, which is what a one-row multiplication reads.
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.tiles.len()).sum()
+        self.parts.iter().map(|part| part.tiles.bytes().len()).sum()
     }
 }
 
@@ -99,10 +100,10 @@ impl Part {
         };
         let dtype = tensor.dtype;
         let tile_bytes = tile_bytes(dtype, width);
-        let mut tiles = allocate(rows.div_ceil(LANES) * tile_bytes)?;
+        let mut tiles = Memory::new(rows.div_ceil(LANES) * tile_bytes)?;
         let row_bytes = tensor.bytes().len() / rows;
         let tile_count = rows.div_ceil(LANES);
-        let to = Shared(tiles.as_mut_ptr());
+        let to = Shared(tiles.bytes_mut().as_mut_ptr());
         let pieces = tile_count.min(pool.threads() * PIECES);
         pool.run(pieces, |piece| {
             for tile in piece * tile_count / pieces..(piece + 1) * tile_count / pieces {
@@ -120,18 +121,6 @@ impl Part {
     fn tile_count(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
-}
-
-/// Zeroed memory, in huge pages where the system gives them: weights are streamed, and small pages
-/// cost a translation every 4 KiB.
-fn allocate(bytes: usize) -> Result<MmapMut> {
-    let map = MmapMut::map_anon(bytes)
-        .map_err(|e| OpError::Backend(format!("cannot allocate {bytes} bytes for packed weights: {e}")))?;
-    #[cfg(target_os = "linux")]
-    if let Err(error) = map.advise(memmap2::Advice::HugePage) {
-        tracing::debug!(%error, "no huge pages for packed weights");
-    }
-    Ok(map)
 }
 
 /// Buffers for quantised activations, reused by every multiplication.
@@ -220,7 +209,7 @@ fn matmul_on(
                 let row = part_row + from * LANES;
                 let outputs = part.rows.min(to * LANES) - from * LANES;
                 let job = Job {
-                    tiles: &part.tiles[from * part.tile_bytes..to * part.tile_bytes],
+                    tiles: &part.tiles.bytes()[from * part.tile_bytes..to * part.tile_bytes],
                     tile_bytes: part.tile_bytes,
                     width: w.width,
                     rows,
