@@ -28,10 +28,22 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e:#}");
+            eprintln!("error: {}", in_full(&e));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, each said once: some errors name theirs themselves.
+fn in_full(error: &anyhow::Error) -> String {
+    let mut message = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !message.contains(&cause) {
+            let colon = if message.is_empty() { "" } else { ": " };
+            message = format!("{message}{colon}{cause}");
+        }
+    }
+    message
 }
 
 fn run(cli: Cli) -> Result<()> {

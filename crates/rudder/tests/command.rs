@@ -92,11 +92,27 @@ fn an_unknown_model_is_answered_with_the_nearest() {
 }
 
 #[test]
+fn a_flag_wins_over_a_variable_and_a_variable_over_the_file() {
+    let cache = tempfile::tempdir().unwrap();
+    let file = cache.path().join("c.toml");
+    std::fs::write(&file, "model = \"of-the-file\"").unwrap();
+    let complaint = |flag: &[&str], variable: Option<&str>| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rudder"));
+        command.args(["serve", "--port=0", "--config"]).arg(&file).args(flag).env_remove("RUDDER_MODEL");
+        command.envs(variable.map(|v| ("RUDDER_MODEL", v)));
+        text(&command.output().unwrap().stderr)
+    };
+    assert!(complaint(&[], None).contains("`of-the-file`"));
+    assert!(complaint(&[], Some("of-the-variable")).contains("`of-the-variable`"));
+    assert!(complaint(&["--model=of-the-flag"], Some("of-the-variable")).contains("`of-the-flag`"));
+}
+
+#[test]
 fn an_unknown_key_of_the_config_file_is_an_error_that_names_it() {
     let cache = tempfile::tempdir().unwrap();
     let file = cache.path().join("c.toml");
     std::fs::write(&file, "prot = 9000").unwrap();
-    let error = fail(cache.path(), &["serve", "--config", file.to_str().unwrap()]);
+    let error = fail(cache.path(), &["serve", "--port=0", "--config", file.to_str().unwrap()]);
     assert!(error.contains("unknown key `prot` (did you mean `port`?)"), "{error}");
     let error = fail(cache.path(), &["serve", "--prot", "1"]);
     assert!(error.contains("--port"), "{error}");
@@ -107,6 +123,16 @@ fn an_unknown_key_of_the_config_file_is_an_error_that_names_it() {
         .unwrap();
     let warning = text(&output.stderr);
     assert!(warning.contains("RUDDER_PROT") && warning.contains("RUDDER_PORT"), "{warning}");
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_is_an_error_that_names_it_once() {
+    let cache = tempfile::tempdir().unwrap();
+    let file = cache.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let error = fail(&file, &["pull", "smollm2-135m"]);
+    assert!(error.contains(file.to_str().unwrap()), "{error}");
+    assert_eq!(error.matches("os error").count(), 1, "{error}");
 }
 
 #[test]
