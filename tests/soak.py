@@ -5,6 +5,9 @@
 Fails (exit 1) when afterwards anything runs or waits, a KV block is still held, free and cached blocks
 are not all blocks, memory grew between an early and a late quiet moment, any request ended in a way
 the client did not cause, or the server no longer answers a question as it did before.
+
+Start the server with a small KV cache (--kv-memory 64MiB --max-context 2048): blocks run out, so that
+preemption is soaked too, and every page of it is touched before memory is first looked at.
 """
 
 import argparse
@@ -151,6 +154,7 @@ async def main():
             if args.pid:
                 memory.append(rss_mb(args.pid))
         blocks = await kv_blocks(http)
+        preemptions = (await metrics(http))["rudder_num_preemptions_total"]
         if blocks["used"] != 0:
             faults.append(f"{blocks['used']} KV blocks are still held")
         if sum(blocks.values()) != all_blocks:
@@ -165,7 +169,7 @@ async def main():
         faults.append("the soak proved nothing: it needs streams that finish and streams that leave")
 
     print(f"{args.streams} streams, {args.seconds:.0f} s:", ", ".join(f"{n} {end}" for end, n in ends.items()))
-    print("memory, MB:", ", ".join(f"{m:.0f}" for m in memory) or "not watched", "- KV blocks:", blocks)
+    print("memory, MB:", ", ".join(f"{m:.0f}" for m in memory) or "not watched", f"- {preemptions:.0f} preemptions - KV blocks:", blocks)
     for fault in faults:
         print("FAULT:", fault)
     print("soak:", "failed" if faults else "passed")

@@ -73,8 +73,12 @@ def test_penalties_break_a_repetition(server):
     for penalty in ({"frequency_penalty": 2.0}, {"extra_body": {"repetition_penalty": 2.0}}):
         broken = server.complete(prompt, max_tokens=16, **penalty).choices[0].text
         assert broken.count(" a") < plain.count(" a"), penalty
-    once = server.complete(prompt, max_tokens=16, presence_penalty=2.0).choices[0].text
-    assert once != plain
+
+
+def test_a_presence_penalty_brings_other_words(server):
+    plain = server.chat(LONG, max_tokens=48).choices[0].message.content
+    other = server.chat(LONG, max_tokens=48, presence_penalty=2.0).choices[0].message.content
+    assert len(set(other.split())) > len(set(plain.split()))
 
 
 def test_stop_strings_cut_exactly_wherever_they_fall(server):
