@@ -80,7 +80,7 @@ impl<E: Events> Writer<E> {
             State::Ended => return None,
         }
         let silent_until = Instant::now() + self.keep_alive;
-        while self.buffer.is_empty() {
+        while self.buffer.is_empty() && self.state != State::Ended {
             tokio::select! {
                 biased;
                 news = self.running.advance() => self.write(news),
@@ -89,7 +89,8 @@ impl<E: Events> Writer<E> {
         }
         let bytes = Bytes::copy_from_slice(&self.buffer);
         self.buffer.clear();
-        Some(bytes)
+        // A dialect may have nothing to say after its last delta.
+        (!bytes.is_empty()).then_some(bytes)
     }
 
     fn write(&mut self, news: bool) {
