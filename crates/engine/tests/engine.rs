@@ -159,7 +159,8 @@ fn a_seeded_answer_is_bit_identical_alone_and_beside_others() {
     let seeded = || GenerateRequest { sampling: sampling.clone(), ..request(prompt(9, 50), 60) };
     let alone = ask(&start(CONFIG), seeded());
     let engine = start(CONFIG);
-    let others: Vec<_> = (0..7).map(|i| engine.submit(request(prompt(i, 20 + 9 * i as usize), 100)).unwrap()).collect();
+    let others: Vec<_> =
+        (0..7).map(|i| engine.submit(request(prompt(i, 20 + 9 * i as usize), 100)).unwrap()).collect();
     let beside = ask(&engine, seeded());
     assert_eq!(alone.tokens, beside.tokens);
     assert_eq!(alone.tokens.len(), 60);
@@ -229,7 +230,8 @@ fn prefill_is_reported_as_it_goes() {
 #[test]
 fn dropping_a_generation_frees_its_blocks() {
     let engine = start(CONFIG);
-    let mut generations: Vec<_> = (0..12).map(|i| engine.submit(request(prompt(i, 40), 200)).unwrap()).collect();
+    let mut generations: Vec<_> =
+        (0..12).map(|i| engine.submit(request(prompt(i, 40), 200)).unwrap()).collect();
     while !matches!(generations[0].next_blocking(), Some(Event::Token(_))) {}
     drop(generations);
     assert_whole(&engine);
@@ -254,7 +256,10 @@ fn a_full_queue_turns_requests_away_and_takes_them_again_later() {
 fn unusable_prompts_are_refused_with_the_reason() {
     let engine = start(CONFIG);
     assert_eq!(engine.submit(request([], 1)).err(), Some(SubmitError::EmptyPrompt));
-    assert_eq!(engine.submit(request([1, 128], 1)).err(), Some(SubmitError::BadToken { token: 128, vocab: 128 }));
+    assert_eq!(
+        engine.submit(request([1, 128], 1)).err(),
+        Some(SubmitError::BadToken { token: 128, vocab: 128 })
+    );
     let too_long = engine.submit(request(vec![1; 256], 1)).err();
     assert_eq!(too_long, Some(SubmitError::TooLong { tokens: 256, maximum: 256 }));
     assert!(engine.submit(request(vec![1; 255], 1)).is_ok());

@@ -67,7 +67,8 @@ impl Batch {
         self.tokens.extend_from_slice(tokens);
         for position in computed..context {
             self.positions.push(position as u32);
-            self.slots.push(blocks[position / BLOCK_SIZE] * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32);
+            self.slots
+                .push(blocks[position / BLOCK_SIZE] * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32);
         }
         self.block_tables.extend_from_slice(&blocks[..used]);
         self.spans.push(Span { start, len: tokens.len(), context, table });

@@ -7,13 +7,10 @@
 //!
 //! Shapes are row-major and written `[rows, width]`.
 
-
-
-
 mod batch;
-mod ggml;
 pub mod cpu;
 pub mod dequant;
+mod ggml;
 mod raw;
 pub mod reference;
 mod sampling;
@@ -21,8 +18,7 @@ mod sampling;
 pub use batch::{BLOCK_SIZE, Batch, Span};
 pub use raw::{DType, RawTensor, UnsupportedDType};
 pub use sampling::{
-    SamplerScratch, sample_row,
-    LogitBias, SampleRow, Sampled, SamplingParams, TokenCounts, TokenLogprob,
+    LogitBias, SampleRow, Sampled, SamplerScratch, SamplingParams, TokenCounts, TokenLogprob, sample_row,
 };
 
 /// What an op or a weight upload can fail with.
@@ -155,7 +151,12 @@ pub trait Backend: Send + Sized + 'static {
     fn load_vector(&mut self, parts: &[RawTensor]) -> Result<Self::Vector>;
     /// Uploads one layer's experts: `gate`, `up` `[intermediate, hidden]` and `down`
     /// `[hidden, intermediate]` for each expert in order.
-    fn load_experts(&mut self, gate: &[RawTensor], up: &[RawTensor], down: &[RawTensor]) -> Result<Self::Experts>;
+    fn load_experts(
+        &mut self,
+        gate: &[RawTensor],
+        up: &[RawTensor],
+        down: &[RawTensor],
+    ) -> Result<Self::Experts>;
     /// Allocates a workspace tensor.
     fn tensor(&mut self, max_rows: usize, width: usize) -> Result<Self::Tensor>;
     /// Allocates a KV cache of `blocks` blocks of [`BLOCK_SIZE`] tokens for `layers` layers.
@@ -226,10 +227,20 @@ pub trait Backend: Send + Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<()>;
     /// Copies the rows `batch.outputs` of `x` to `out`, adding the same rows of `delta` when given.
-    fn gather(&mut self, x: &Self::Tensor, delta: Option<&Self::Tensor>, out: &mut Self::Tensor) -> Result<()>;
+    fn gather(
+        &mut self,
+        x: &Self::Tensor,
+        delta: Option<&Self::Tensor>,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
     /// Draws one token from every row of `logits` as `rows` ask; writes one [`Sampled`] a row.
     /// A row whose logits are not finite reports [`Sampled::fault`] and harms no other row.
-    fn sample(&mut self, logits: &mut Self::Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()>;
+    fn sample(
+        &mut self,
+        logits: &mut Self::Tensor,
+        rows: &[SampleRow<'_>],
+        out: &mut Vec<Sampled>,
+    ) -> Result<()>;
     /// Copies a tensor's rows to the host; for tests and logit parity, not for the hot path.
     fn to_host(&mut self, x: &Self::Tensor) -> Result<Vec<f32>>;
 }

@@ -24,7 +24,9 @@ pub enum DType {
 
 /// A GGML type number that Rudder does not read.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
-#[error("GGML type {0} is not supported (supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K)")]
+#[error(
+    "GGML type {0} is not supported (supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K)"
+)]
 pub struct UnsupportedDType(pub u32);
 
 impl DType {
@@ -80,7 +82,9 @@ impl DType {
 
     /// Bytes of `elements` elements; `None` if they are no whole number of blocks or overflow.
     pub fn bytes(self, elements: usize) -> Option<usize> {
-        elements.is_multiple_of(self.block_len()).then(|| (elements / self.block_len()).checked_mul(self.block_bytes()))?
+        elements
+            .is_multiple_of(self.block_len())
+            .then(|| (elements / self.block_len()).checked_mul(self.block_bytes()))?
     }
 }
 
@@ -114,7 +118,14 @@ impl RawTensor {
         }
         let len = dtype.bytes(elements)?;
         let end = start.checked_add(len)?;
-        (end <= (*storage).as_ref().len()).then_some(Self { name: name.into(), shape, dtype, storage, start, len })
+        (end <= (*storage).as_ref().len()).then_some(Self {
+            name: name.into(),
+            shape,
+            dtype,
+            storage,
+            start,
+            len,
+        })
     }
 
     /// A tensor that owns f32 data; for tests and random weights.

@@ -138,7 +138,10 @@ pub struct SamplerScratch {
 /// Ties go to the lower token id.
 pub fn sample_row(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut SamplerScratch) -> Sampled {
     if logits.iter().any(|x| x.is_nan() || *x == f32::INFINITY) {
-        return Sampled { fault: Some("the model produced logits that are not finite"), ..Sampled::default() };
+        return Sampled {
+            fault: Some("the model produced logits that are not finite"),
+            ..Sampled::default()
+        };
     }
     let mut sampled = Sampled::default();
     let reported = match row.params.logprobs {
@@ -288,9 +291,9 @@ fn filter(weights: &[f32], params: &SamplingParams, candidates: &mut Vec<u32>) -
         floor = floor.max(((1.0 - params.top_p as f64) * total / vocab as f64) as f32);
     }
     candidates.clear();
-    candidates.extend((0..vocab as u32).filter(|&t| weights[t as usize] >= floor && weights[t as usize] > 0.0));
-    let descending =
-        |a: &u32, b: &u32| weights[*b as usize].total_cmp(&weights[*a as usize]).then(a.cmp(b));
+    candidates
+        .extend((0..vocab as u32).filter(|&t| weights[t as usize] >= floor && weights[t as usize] > 0.0));
+    let descending = |a: &u32, b: &u32| weights[*b as usize].total_cmp(&weights[*a as usize]).then(a.cmp(b));
     if candidates.len() > top_k {
         candidates.select_nth_unstable_by(top_k - 1, descending);
         candidates.truncate(top_k);
@@ -403,7 +406,12 @@ mod tests {
     fn filters_keep_exactly_the_tokens_they_name() {
         let logits = [4.0f32, 3.0, 2.0, 1.0, 0.0].map(|p: f32| (p / 10.0).ln()); // 0.4 0.3 0.2 0.1 0
         let kept = |params: SamplingParams| -> Vec<usize> {
-            frequencies(&logits, &params, 2_000).iter().enumerate().filter(|x| *x.1 > 0.0).map(|x| x.0).collect()
+            frequencies(&logits, &params, 2_000)
+                .iter()
+                .enumerate()
+                .filter(|x| *x.1 > 0.0)
+                .map(|x| x.0)
+                .collect()
         };
         assert_eq!(kept(SamplingParams { top_k: 2, ..Default::default() }), [0, 1]);
         assert_eq!(kept(SamplingParams { top_p: 0.65, ..Default::default() }), [0, 1]);
