@@ -6,7 +6,7 @@ Fails (exit 1) when afterwards anything runs or waits, a KV block is still held,
 are not all blocks, memory grew between an early and a late quiet moment, any request ended in a way
 the client did not cause, or the server no longer answers a question as it did before.
 
-Start the server with a small KV cache (--kv-memory 64MiB --max-context 2048): blocks run out, so that
+Start the server with a small KV cache (--kv-memory 32MiB --max-context 1024): blocks run out, so that
 preemption is soaked too, and every page of it is touched before memory is first looked at.
 """
 
@@ -83,11 +83,11 @@ async def answer(http, model):
 def request(dice, model):
     """A request of random shape: prompts that share a prefix or do not, short and long, streamed or not."""
     shared = "You are a careful engineer. " * dice.choice([0, 5, 20])
-    words = " ".join(str(dice.randrange(10**6)) for _ in range(dice.randrange(1, 60)))
+    words = " ".join(str(dice.randrange(10**6)) for _ in range(dice.choice([2, 5, 50])))
     return {
         "model": model,
         "messages": [{"role": "user", "content": f"{shared}Continue: {words}"}],
-        "max_tokens": dice.randrange(1, 80),
+        "max_tokens": dice.choice([dice.randrange(1, 40), dice.randrange(100, 400)]),
         "temperature": dice.choice([0, 0.7, 1.2]),
         "n": dice.choice([1, 1, 1, 2]),
         "logprobs": dice.random() < 0.2,
