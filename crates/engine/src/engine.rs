@@ -143,7 +143,10 @@ impl Engine {
 
     /// A snapshot of the engine's counters and gauges.
     pub fn stats(&self) -> Stats {
-        *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut stats = *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        // Counted from submission on, also while the step loop has not seen them yet.
+        stats.waiting = self.shared.in_flight.load(Ordering::Acquire).saturating_sub(stats.running);
+        stats
     }
 
     /// Takes nothing new, waits until everything running has ended or `grace` is over, then

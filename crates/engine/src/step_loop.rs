@@ -124,7 +124,7 @@ impl StepLoop {
             };
             match command {
                 Command::Submit(submission) => self.submit(*submission),
-                Command::Cancel(id) => self.end(id),
+                Command::Cancel(id) => drop(self.end(id)),
                 Command::Stop => return false,
             }
         }
@@ -299,36 +299,34 @@ impl StepLoop {
     }
 
     fn finish(&mut self, id: SequenceId, reason: FinishReason) {
-        if let Some(active) = self.active.get(&id) {
+        if let Some(active) = self.end(id) {
             let _ = active.submission.events.send(Event::Finished { reason, usage: active.usage() });
-            self.end(id);
         }
     }
 
     fn fail(&mut self, id: SequenceId, message: &str) {
-        if let Some(active) = self.active.get(&id) {
+        if let Some(active) = self.end(id) {
             let _ = active.submission.events.send(Event::Failed { message: message.into() });
-            self.end(id);
         }
     }
 
-    /// Forgets a sequence, however it ended; unknown ids are fine.
-    fn end(&mut self, id: SequenceId) {
+    /// Forgets a sequence, however it ended; unknown ids are fine. Its place and its blocks are
+    /// free before its client hears of the end, who may send the next request at once.
+    fn end(&mut self, id: SequenceId) -> Option<Active> {
         self.scheduler.remove(id);
-        if let Some(active) = self.active.remove(&id) {
-            let ms = active.submission.submitted.elapsed().as_millis() as u64;
-            let mean = self.shared.mean_request_ms.load(Ordering::Relaxed);
-            let mean = if mean == 0 { ms } else { (mean * 7 + ms) / 8 };
-            self.shared.mean_request_ms.store(mean, Ordering::Relaxed);
-            self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
-        }
+        let active = self.active.remove(&id)?;
+        let ms = active.submission.submitted.elapsed().as_millis() as u64;
+        let mean = self.shared.mean_request_ms.load(Ordering::Relaxed);
+        let mean = if mean == 0 { ms } else { (mean * 7 + ms) / 8 };
+        self.shared.mean_request_ms.store(mean, Ordering::Relaxed);
+        self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+        Some(active)
     }
 
     fn publish_stats(&mut self) {
         let (blocks, prefix) = (self.scheduler.counts(), self.scheduler.prefix_stats());
         let stats = &mut self.stats;
         stats.running = self.scheduler.running();
-        stats.waiting = self.scheduler.waiting();
         stats.kv_blocks = blocks.used + blocks.cached + blocks.free;
         stats.kv_blocks_used = blocks.used;
         stats.kv_blocks_cached = blocks.cached;

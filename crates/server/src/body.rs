@@ -65,7 +65,9 @@ mod tests {
 
     #[test]
     fn what_is_not_json_or_not_utf8_is_a_400() {
-        for body in [&b"{"[..], b"", b"{} x", b"\"\xff\"", b"{\"u\": \"\xff\"}", b"nul", b"{\"items\": 1e999}"] {
+        for body in
+            [&b"{"[..], b"", b"{} x", b"\"\xff\"", b"{\"u\": \"\xff\"}", b"nul", b"{\"items\": 1e999}"]
+        {
             assert_eq!(parse::<Outer>(body).unwrap_err().status, 400, "{body:?}");
         }
         assert!(parse::<Outer>(b" {} ").unwrap().items.is_empty());

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 use rudder_engine::{Stats, Usage};
 
@@ -33,8 +33,8 @@ const VLLM_SUCCESS: &str = "request_success_total";
 
 /// Bucket bounds in seconds: of waits before a first token or a whole answer, and of one step.
 const WAITS: [f64; 20] = [
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
-    640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0,
+    320.0, 640.0, 2560.0,
 ];
 const STEPS: [f64; 16] =
     [0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0, 40.0];
@@ -76,11 +76,13 @@ impl Metrics {
                 builder.opts("kv_blocks", "KV blocks by state; the sum is the pool."),
                 &["state"],
             )),
-            prefix_queries: builder.counter("prefix_cache_queries_total", "Tokens looked up in the prefix tree."),
+            prefix_queries: builder
+                .counter("prefix_cache_queries_total", "Tokens looked up in the prefix tree."),
             prefix_hits: builder.counter("prefix_cache_hits_total", "Of these, found."),
             prompt_tokens: builder.counter("prompt_tokens_total", "Prompt tokens of admitted requests."),
             generation_tokens: builder.counter("generation_tokens_total", "Tokens generated."),
-            preemptions: builder.counter("num_preemptions_total", "Sequences preempted for want of KV blocks."),
+            preemptions: builder
+                .counter("num_preemptions_total", "Sequences preempted for want of KV blocks."),
             steps: builder.counter("steps_total", "Engine steps run."),
             success: builder.add(IntCounterVec::new(
                 builder.opts(VLLM_SUCCESS, "Sequences ended, by reason."),
@@ -143,8 +145,11 @@ impl Metrics {
         self.running.set(stats.running as i64);
         self.waiting.set(stats.waiting as i64);
         self.kv_usage.set(stats.kv_blocks_used as f64 / stats.kv_blocks.max(1) as f64);
-        let states =
-            [("used", stats.kv_blocks_used), ("cached", stats.kv_blocks_cached), ("free", stats.kv_blocks_free)];
+        let states = [
+            ("used", stats.kv_blocks_used),
+            ("cached", stats.kv_blocks_cached),
+            ("free", stats.kv_blocks_free),
+        ];
         for (state, blocks) in states {
             self.kv_blocks.with_label_values(&[state]).set(blocks as i64);
         }

@@ -134,7 +134,12 @@ impl Literals {
     }
 
     /// Encodes rendered text: its markup is the template's own, that behind placeholders is text.
-    fn encode(&self, rendered: &str, text: &Text, markup: &Markup) -> Result<Vec<u32>, rudder_text::TextError> {
+    fn encode(
+        &self,
+        rendered: &str,
+        text: &Text,
+        markup: &Markup,
+    ) -> Result<Vec<u32>, rudder_text::TextError> {
         if self.hidden.is_empty() {
             return text.encode(rendered, true, false);
         }

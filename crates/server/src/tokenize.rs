@@ -82,7 +82,9 @@ pub(crate) async fn tokenize(
 fn encode(server: &Server, fields: TokenizeFields) -> Result<Vec<u32>, ApiError> {
     let text = server.generator.text();
     match (fields.prompt, fields.content, fields.messages) {
-        (Some(prompt), None, None) => Ok(text.encode(&prompt, true, fields.add_special_tokens.unwrap_or(true))?),
+        (Some(prompt), None, None) => {
+            Ok(text.encode(&prompt, true, fields.add_special_tokens.unwrap_or(true))?)
+        }
         (None, Some(content), None) => {
             let (markup, bos) = (fields.parse_special.unwrap_or(true), fields.add_special.unwrap_or(false));
             Ok(text.encode(&content, markup, bos)?)

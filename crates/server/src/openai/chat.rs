@@ -57,9 +57,8 @@ pub(crate) async fn create(
     let mut completion = completion(&server, &common, &chat, arrived)?;
     let prompt = chat_prompt(chat)?;
     let worker = server.clone();
-    let tokens = off_thread_if_large(body.len(), move || {
-        Ok(prompt.encode(worker.generator.text(), &worker.markup)?)
-    });
+    let tokens =
+        off_thread_if_large(body.len(), move || Ok(prompt.encode(worker.generator.text(), &worker.markup)?));
     completion.prompts = vec![tokens.await?.into()];
     let running = server.generator.start(&completion).map_err(|error| match ApiError::from(error) {
         // Chat's prompt is its messages.

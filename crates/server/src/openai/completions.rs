@@ -70,7 +70,10 @@ pub(crate) async fn create(
     let worker = server.clone();
     let prompts = off_thread_if_large(body.len(), move || {
         let text = worker.generator.text();
-        inputs.into_iter().map(|input| encode(text, input, suffix.as_deref(), echo)).collect::<Result<Vec<_>, _>>()
+        inputs
+            .into_iter()
+            .map(|input| encode(text, input, suffix.as_deref(), echo))
+            .collect::<Result<Vec<_>, _>>()
     });
     let (prompts, echoed): (Vec<Arc<[u32]>>, Vec<String>) =
         prompts.await?.into_iter().map(|Encoded { tokens, echoed }| (tokens.into(), echoed)).unzip();

@@ -106,7 +106,8 @@ impl ApiError {
 
     /// 503 while draining.
     pub fn shutting_down() -> Self {
-        let message = "The server is shutting down; send the request again, to another replica if there is one.";
+        let message =
+            "The server is shutting down; send the request again, to another replica if there is one.";
         let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message);
         Self { code: Some("shutting_down"), retry_after: Some(5), ..error }
     }
@@ -139,7 +140,9 @@ impl From<SubmitError> for ApiError {
                 Self { code: Some("rate_limit_exceeded"), retry_after: Some(seconds), ..busy }
             }
             SubmitError::ShuttingDown => Self::shutting_down(),
-            SubmitError::EmptyPrompt | SubmitError::BadToken { .. } => Self::param("prompt", error.to_string()),
+            SubmitError::EmptyPrompt | SubmitError::BadToken { .. } => {
+                Self::param("prompt", error.to_string())
+            }
         }
     }
 }

@@ -56,7 +56,10 @@ fn template_message(index: usize, message: Message) -> Result<Value, ApiError> {
         None if role == "assistant" => String::new(),
         None => {
             let param = format!("messages[{index}].content");
-            return Err(ApiError::param(param, format!("A message of role `{}` needs content.", message.role)));
+            return Err(ApiError::param(
+                param,
+                format!("A message of role `{}` needs content.", message.role),
+            ));
         }
     };
     let mut fields = Map::new();
@@ -104,7 +107,8 @@ fn flatten(index: usize, content: Content) -> Result<String, ApiError> {
 /// OpenAI sends arguments as JSON in a string; templates write them out as an object.
 fn parse_arguments(mut call: Map<String, Value>) -> Value {
     if let Some(arguments) = call.get_mut("function").and_then(|function| function.get_mut("arguments")) {
-        let parsed = arguments.as_str().and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
+        let parsed =
+            arguments.as_str().and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
         if let Some(parsed) = parsed {
             *arguments = Value::Object(parsed);
         }
@@ -142,7 +146,8 @@ mod tests {
     fn arguments_of_tool_calls_become_objects() {
         let call = |arguments: Value| json!({"id": "c", "function": {"name": "f", "arguments": arguments}});
         let assistant = |call: Value| json!({"role": "assistant", "content": null, "tool_calls": [call]});
-        let messages = check(json!([assistant(call(json!("{\"x\": 1}"))), assistant(call(json!("not json")))])).unwrap();
+        let messages =
+            check(json!([assistant(call(json!("{\"x\": 1}"))), assistant(call(json!("not json")))])).unwrap();
         assert_eq!(messages[0]["tool_calls"][0], call(json!({"x": 1})));
         assert_eq!(messages[0]["content"], "");
         assert_eq!(messages[1]["tool_calls"][0], call(json!("not json")));

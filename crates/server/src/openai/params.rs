@@ -78,7 +78,10 @@ impl CommonFields {
     fn repetition_penalty(&self) -> Result<f32, ApiError> {
         let penalty = number("repetition_penalty", self.repetition_penalty, 0.0..=100.0, 1.0)?;
         if penalty < 0.01 {
-            return Err(ApiError::param("repetition_penalty", "repetition_penalty must be from 0.01 to 100."));
+            return Err(ApiError::param(
+                "repetition_penalty",
+                "repetition_penalty must be from 0.01 to 100.",
+            ));
         }
         Ok(penalty)
     }

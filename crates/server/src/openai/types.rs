@@ -64,7 +64,12 @@ pub(crate) struct Envelope<'a, C> {
 
 impl<'a, C> Envelope<'a, C> {
     /// `usage`: `None` leaves the field out, `Some(None)` makes it null.
-    pub fn new(head: &'a Head, object: &'static str, choices: &'a [C], usage: Option<Option<UsageBody>>) -> Self {
+    pub fn new(
+        head: &'a Head,
+        object: &'static str,
+        choices: &'a [C],
+        usage: Option<Option<UsageBody>>,
+    ) -> Self {
         Self {
             id: &head.id,
             object,

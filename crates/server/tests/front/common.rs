@@ -1,0 +1,254 @@
+//! A server over a real engine and tokenizer, with a model that recites a text by heart.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{HeaderMap, Request, StatusCode};
+use http_body_util::BodyExt;
+use rudder_engine::{Engine, EngineConfig, Stats};
+use rudder_model::{Model, ModelConfig};
+use rudder_ops::{
+    AttentionShape, Batch, OpError, Rope, RopePairing, SampleRow, Sampled, SamplerScratch, sample_row,
+};
+use rudder_server::{Server, ServerConfig, router};
+use rudder_text::{Text, TextSource};
+use serde_json::Value;
+use tower::ServiceExt;
+
+pub const MODEL: &str = "tiny";
+/// What the model recites, a byte a token, from the prompt's length on, over and over.
+pub const SCRIPT: &str = "fn main() { println!(\"héllo, wörld\"); }\n// and so on\n";
+pub const CONTEXT: usize = 512;
+const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+                        {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+const SPECIALS: [&str; 6] =
+    ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"];
+
+/// Bytes' characters in GPT-2's byte-level alphabet, in byte order.
+fn byte_tokens() -> Vec<String> {
+    let printable = |b: u32| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    let mut next = 0x100;
+    let mut character = |byte: u32| {
+        if printable(byte) {
+            return byte;
+        }
+        next += 1;
+        next - 1
+    };
+    (0..256).map(|byte| char::from_u32(character(byte)).unwrap().to_string()).collect()
+}
+
+/// Token `b` is byte `b`; the specials follow.
+pub fn text(infill: bool) -> Text {
+    let mut tokens = byte_tokens();
+    let count = if infill { 6 } else { 3 };
+    tokens.extend(SPECIALS[..count].iter().map(|&token| token.to_owned()));
+    let token_types =
+        tokens.iter().map(|token| if token.chars().count() == 1 { 1 } else { 3 }).chain([1]).collect();
+    // A vocabulary needs a merge: that of two NULs, which no test sends.
+    let nul = tokens[0].clone();
+    tokens.push(nul.repeat(2));
+    let special = |index: u32| infill.then_some(256 + index);
+    Text::from_gguf(TextSource {
+        model: "gpt2".into(),
+        pre: Some("qwen2".into()),
+        tokens,
+        token_types,
+        merges: vec![format!("{nul} {nul}")],
+        eos: Some(258),
+        fim_prefix: special(3),
+        fim_suffix: special(4),
+        fim_middle: special(5),
+        chat_template: Some(TEMPLATE.into()),
+        ..TextSource::default()
+    })
+    .unwrap()
+}
+
+/// How the model behaves.
+#[derive(Clone, Default)]
+pub struct Manner {
+    /// Every step takes this long.
+    pub step: Duration,
+    /// While set, every step fails.
+    pub failing: Arc<AtomicBool>,
+    /// Ends the turn at this position.
+    pub end_at: Option<u64>,
+}
+
+struct Reciter {
+    config: ModelConfig,
+    manner: Manner,
+    scratch: SamplerScratch,
+}
+
+impl Reciter {
+    fn row_logits(&self, position: u64) -> Vec<f32> {
+        let mut logits = vec![0.0; self.config.vocab];
+        let script = SCRIPT.as_bytes();
+        let said = match self.manner.end_at {
+            Some(end) if position >= end => 258,
+            _ => usize::from(script[position as usize % script.len()]),
+        };
+        logits[said] = 9.0;
+        logits
+    }
+}
+
+impl Model for Reciter {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn forward(&mut self, _batch: &Batch) -> Result<(), OpError> {
+        std::thread::sleep(self.manner.step);
+        match self.manner.failing.load(Ordering::SeqCst) {
+            true => Err(OpError::Backend("a fault for the test".into())),
+            false => Ok(()),
+        }
+    }
+
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        for row in rows {
+            let mut logits = self.row_logits(row.position);
+            out.push(sample_row(&mut logits, row, &mut self.scratch));
+        }
+        Ok(())
+    }
+
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        Ok(Vec::new())
+    }
+}
+
+/// A server under test.
+pub struct Fixture {
+    pub router: Router,
+    pub server: Arc<Server>,
+    pub engine: Engine,
+    pub text: Text,
+}
+
+pub fn engine_config() -> EngineConfig {
+    EngineConfig {
+        kv_blocks: 512,
+        max_context: CONTEXT,
+        max_sequences: 16,
+        max_batch_tokens: 256,
+        max_waiting: 64,
+        prefix_cache: true,
+    }
+}
+
+pub fn start_with(config: ServerConfig, engine: EngineConfig, manner: Manner, infill: bool) -> Fixture {
+    let text = text(infill);
+    let model = Reciter {
+        config: ModelConfig {
+            architecture: "llama".into(),
+            hidden: 1,
+            intermediate: 1,
+            layers: 1,
+            attention: AttentionShape { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0 },
+            vocab: text.vocab_size(),
+            context_length: CONTEXT,
+            rms_eps: 1e-5,
+            rope: Rope { inv_freq: vec![1.0], pairing: RopePairing::Halves },
+            moe: None,
+        },
+        manner,
+        scratch: SamplerScratch::default(),
+    };
+    let engine = Engine::start(Box::new(model), engine);
+    let server = Server::new(config, text.clone(), engine.clone());
+    Fixture { router: router(server.clone()), server, engine, text }
+}
+
+pub fn start_in(manner: Manner) -> Fixture {
+    start_with(ServerConfig::new(MODEL), engine_config(), manner, true)
+}
+
+pub fn start() -> Fixture {
+    start_in(Manner::default())
+}
+
+/// A whole answer.
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body)
+            .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&self.body)))
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8(self.body.clone()).unwrap()
+    }
+
+    /// The JSON of every event, and whether `[DONE]` came last.
+    pub fn events(&self) -> (Vec<Value>, bool) {
+        assert_eq!(self.headers["content-type"], "text/event-stream");
+        let text = self.text();
+        assert!(text.ends_with("\n\n"), "{text:?}");
+        let mut data: Vec<&str> = text
+            .split_terminator("\n\n")
+            .filter(|event| !event.starts_with(':'))
+            .map(|event| event.strip_prefix("data: ").expect(event))
+            .collect();
+        let done = data.pop_if(|last| *last == "[DONE]").is_some();
+        (data.into_iter().map(|data| serde_json::from_str(data).expect(data)).collect(), done)
+    }
+
+    /// Status, `param` and `code` of an error in OpenAI's shape.
+    pub fn error(&self) -> (u16, String, String) {
+        let body = self.json();
+        let error = &body["error"];
+        assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{body}");
+        assert!(
+            error["type"].is_string() && error.get("param").is_some() && error.get("code").is_some(),
+            "{body}"
+        );
+        let word = |key: &str| error[key].as_str().unwrap_or_default().to_owned();
+        (self.status.as_u16(), word("param"), word("code"))
+    }
+}
+
+impl Fixture {
+    pub async fn send(&self, request: Request<Body>) -> Answer {
+        let response = self.router.clone().oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let body = body.collect().await.unwrap().to_bytes().to_vec();
+        Answer { status: parts.status, headers: parts.headers, body }
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        self.send(Request::get(path).body(Body::empty()).unwrap()).await
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.post_bytes(path, body.to_string().into_bytes()).await
+    }
+
+    pub async fn post_bytes(&self, path: &str, body: Vec<u8>) -> Answer {
+        self.send(Request::post(path).body(Body::from(body)).unwrap()).await
+    }
+
+    /// Waits until nothing runs and every KV block is accounted for.
+    pub async fn idle(&self) -> Stats {
+        for _ in 0..1000 {
+            let stats = self.engine.stats();
+            let whole = stats.kv_blocks_cached + stats.kv_blocks_free == stats.kv_blocks;
+            if stats.running + stats.waiting == 0 && whole {
+                return stats;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("the engine did not come to rest: {:?}", self.engine.stats());
+    }
+}

@@ -1,0 +1,157 @@
+//! Clients that wait, leave or come too late; what operators see of it.
+
+use std::time::Duration;
+
+use crate::common::{MODEL, Manner, engine_config, start, start_in, start_with};
+use axum::body::Body;
+use axum::http::Request;
+use http_body_util::BodyExt;
+use rudder_server::{ServerConfig, serve};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tower::ServiceExt;
+
+const CHAT: &str = "/v1/chat/completions";
+
+fn body(stream: bool) -> Value {
+    json!({"messages": [{"role": "user", "content": "x"}], "stream": stream, "ignore_eos": true, "max_tokens": 300})
+}
+
+fn slow(step: u64) -> Manner {
+    Manner { step: Duration::from_millis(step), ..Manner::default() }
+}
+
+#[tokio::test]
+async fn a_stream_that_is_dropped_is_cancelled() {
+    let fixture = start_in(slow(5));
+    let mut asked = body(true);
+    asked["n"] = json!(4);
+    let request = Request::post(CHAT).body(Body::from(asked.to_string())).unwrap();
+    let mut stream = fixture.router.clone().oneshot(request).await.unwrap().into_body();
+    for _ in 0..8 {
+        assert!(stream.frame().await.is_some());
+    }
+    assert_eq!(fixture.engine.stats().running, 4);
+    drop(stream);
+    let stats = fixture.idle().await;
+    assert!(stats.generation_tokens < 600, "{stats:?}");
+    let metrics = fixture.get("/metrics").await.text();
+    assert!(
+        metrics.contains(r#"vllm:request_success_total{finished_reason="abort",model_name="tiny"} 4"#),
+        "{metrics}"
+    );
+    assert!(metrics.contains(r#"vllm:num_requests_running{model_name="tiny"} 0"#));
+}
+
+#[tokio::test]
+async fn a_silent_prefill_is_bridged_by_comments() {
+    let config = ServerConfig { keep_alive: Duration::from_millis(20), ..ServerConfig::new(MODEL) };
+    let fixture = start_with(config, engine_config(), slow(120), true);
+    let mut asked = body(true);
+    asked["max_tokens"] = json!(1);
+    let answer = fixture.post(CHAT, &asked).await;
+    let text = answer.text();
+    let (before, _) = text.split_once("\"finish_reason\":\"length\"").unwrap();
+    assert!(before.matches(": keep-alive\n\n").count() >= 2, "{text}");
+    assert!(text.starts_with("data: {"), "the first chunk does not wait: {text}");
+    assert!(answer.events().1);
+}
+
+#[tokio::test]
+async fn metrics_count_what_was_done() {
+    let fixture = start();
+    let mut asked = body(false);
+    asked["max_tokens"] = json!(5);
+    let usage = fixture.post(CHAT, &asked).await.json()["usage"].clone();
+    fixture.idle().await;
+    let metrics = fixture.get("/metrics").await.text();
+    for line in [
+        format!("rudder_prompt_tokens_total{{model_name=\"tiny\"}} {}", usage["prompt_tokens"]),
+        "vllm:generation_tokens_total{model_name=\"tiny\"} 5".into(),
+        "vllm:time_to_first_token_seconds_count{model_name=\"tiny\"} 1".into(),
+        "vllm:inter_token_latency_seconds_count{model_name=\"tiny\"} 4".into(),
+        "vllm:e2e_request_latency_seconds_count{model_name=\"tiny\"} 1".into(),
+        "vllm:request_queue_time_seconds_count{model_name=\"tiny\"} 1".into(),
+        "vllm:request_success_total{finished_reason=\"length\",model_name=\"tiny\"} 1".into(),
+    ] {
+        assert!(metrics.contains(&line), "{line} is missing in\n{metrics}");
+    }
+}
+
+/// Sends a request over a connection of its own and returns the connection.
+async fn send(address: std::net::SocketAddr, method: &str, path: &str, body: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream
+}
+
+async fn read(mut stream: TcpStream) -> String {
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).await.unwrap();
+    String::from_utf8(bytes).unwrap()
+}
+
+#[tokio::test]
+async fn a_waiting_client_that_hangs_up_is_cancelled() {
+    let fixture = start_in(slow(5));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tokio::spawn(serve(listener, fixture.server.clone(), std::future::pending()));
+    let stream = send(address, "POST", CHAT, &body(false).to_string()).await;
+    while fixture.engine.stats().running == 0 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    drop(stream);
+    assert!(fixture.idle().await.generation_tokens < 200);
+    serving.abort();
+}
+
+#[tokio::test]
+async fn a_drain_finishes_what_runs_and_refuses_what_comes() {
+    let fixture = start_in(slow(3));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let shutdown = async move { stopped.await.unwrap() };
+    let serving = tokio::spawn(serve(listener, fixture.server.clone(), shutdown));
+    let running = send(address, "POST", CHAT, &body(true).to_string()).await;
+    while fixture.engine.stats().running == 0 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    stop.send(()).unwrap();
+    while !fixture.server.is_draining() {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let late = read(send(address, "POST", CHAT, &body(false).to_string()).await).await;
+    assert!(late.starts_with("HTTP/1.1 503") && late.contains("retry-after: "), "{late}");
+    assert!(read(send(address, "GET", "/ready", "").await).await.starts_with("HTTP/1.1 503"));
+    assert!(read(send(address, "GET", "/health", "").await).await.starts_with("HTTP/1.1 200"));
+    let answer = read(running).await;
+    assert!(answer.contains("\"finish_reason\":\"length\"") && answer.contains("data: [DONE]"), "{answer}");
+    assert!(serving.await.unwrap().unwrap(), "all ended by itself");
+    assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
+}
+
+#[tokio::test]
+async fn what_outlives_the_grace_is_told_so() {
+    let config = ServerConfig { grace: Duration::from_millis(60), ..ServerConfig::new(MODEL) };
+    let fixture = start_with(config, engine_config(), slow(10), true);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let engine = fixture.engine.clone();
+    let shutdown = async move {
+        while engine.stats().running == 0 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    let serving = tokio::spawn(serve(listener, fixture.server.clone(), shutdown));
+    let answer = read(send(address, "POST", CHAT, &body(true).to_string()).await).await;
+    assert!(answer.contains("\"error\":{"), "{answer}");
+    assert!(!serving.await.unwrap().unwrap());
+}

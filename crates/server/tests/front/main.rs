@@ -1,0 +1,6 @@
+//! The front over a real engine and tokenizer: requests in, HTTP answers out.
+
+mod common;
+mod connections;
+mod generation;
+mod refusals;
