@@ -157,8 +157,8 @@ pub fn sample_row(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut Sampler
         sampled.logprob = reported.map(|(norm, _)| raw(logits, token) - norm);
         return sampled;
     }
-    // The chosen token's raw logit is gone once biases are applied, so each change is remembered
-    // by redoing it: the raw value is kept only when it will be reported.
+    // Biases and penalties overwrite logits in place, but log-probabilities are reported of the
+    // raw ones: those that may change are kept, and only when they will be reported.
     let kept = reported.map(|_| RawLogits::keep(logits, row));
     adjust(logits, row);
     let (best, best_logit) = argmax(logits);
