@@ -6,10 +6,12 @@ mod gguf;
 mod infill;
 mod json;
 mod listed;
+mod output;
 mod pretokenizer;
 mod stop;
 mod template;
 mod tokenizer;
+mod tool;
 mod vocab;
 
 use std::sync::Arc;
@@ -17,7 +19,9 @@ use std::sync::Arc;
 pub use detokenizer::Decoder;
 pub use gguf::TextSource;
 pub use infill::{FimTokens, Infill};
+pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ToolFormat};
 pub use stop::StopMatcher;
+pub use tool::{Tool, ToolChoice, ToolInput};
 
 /// What text handling can fail with. Every message is fit for a client.
 #[derive(Debug, thiserror::Error)]
