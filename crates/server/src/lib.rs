@@ -10,6 +10,7 @@
 mod admission;
 mod body;
 mod choice;
+mod conversation;
 mod generate;
 mod health;
 mod infill;
@@ -33,6 +34,7 @@ use rudder_engine::Engine;
 use rudder_text::Text;
 use tower_http::cors::CorsLayer;
 
+pub use conversation::{AnswerFormat, Message, Piece, Role, ToolCall, Turn};
 pub use generate::{Completion, Delta, End, EndReason, Failed, Generator, Running, Totals};
 pub use openai::ApiError;
 pub use prompt::{ChatPrompt, Markup};

@@ -1,0 +1,168 @@
+//! A conversation and what is wanted of its next turn, in no dialect's terms.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use rudder_engine::SamplingParams;
+use rudder_text::{Tool, ToolChoice};
+use serde_json::{Map, Value};
+
+/// Who speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Rules for the conversation, from a `system` or `developer`; may stand anywhere.
+    System,
+    /// The person or the program that asks.
+    User,
+    /// The model.
+    Assistant,
+    /// The result of a tool call.
+    Tool,
+}
+
+impl Role {
+    /// The name that templates know.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+            Self::Tool => "tool",
+        }
+    }
+}
+
+/// One message. All that a model said in one go is one message: reasoning, text and calls.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    /// Who speaks.
+    pub role: Role,
+    /// What is said; a tool's result.
+    pub text: String,
+    /// An assistant's reasoning before it.
+    pub reasoning: Option<String>,
+    /// Tools that an assistant called after it.
+    pub calls: Vec<ToolCall>,
+    /// The call that a tool's result answers.
+    pub call_id: Option<String>,
+    /// The speaker's name, or the tool's.
+    pub name: Option<String>,
+}
+
+impl Message {
+    /// A message of text alone.
+    pub fn new(role: Role, text: impl Into<String>) -> Self {
+        Self { role, text: text.into(), reasoning: None, calls: Vec::new(), call_id: None, name: None }
+    }
+}
+
+/// A tool call that a model made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ToolCall {
+    /// Its id; those we give begin with `call_`.
+    pub id: String,
+    /// The tool.
+    pub name: String,
+    /// A JSON object's text as it was generated; a custom tool's text.
+    pub input: String,
+    /// Whether the tool is a custom one, which takes text.
+    pub custom: bool,
+}
+
+/// What is wanted: the next turn of a conversation.
+#[derive(Debug, Clone)]
+pub struct Turn {
+    /// What was said so far.
+    pub messages: Vec<Message>,
+    /// Tools that the model is told of.
+    pub tools: Vec<Tool>,
+    /// Whether it may, must or must not call them.
+    pub tool_choice: ToolChoice,
+    /// Of `tools`, those it may call in this turn; `None`: all.
+    pub allowed_tools: Option<Vec<String>>,
+    /// Whether it may make several calls.
+    pub parallel_tool_calls: bool,
+    /// What the answer's text is held to.
+    pub answer: AnswerFormat,
+    /// Further variables of the chat template.
+    pub template_args: Map<String, Value>,
+    /// Choices. Choice `i` draws with `sampling.seed + i`.
+    pub n: usize,
+    /// How to draw.
+    pub sampling: SamplingParams,
+    /// Most tokens of a choice; `None` is the rest of the context, 0 only reads the prompt.
+    pub max_tokens: Option<usize>,
+    /// Text is cut before the first of these, and its choice ends there.
+    pub stop: Arc<[String]>,
+    /// Tokens that end a choice, besides the model's own.
+    pub stop_tokens: Vec<u32>,
+    /// Go on past the model's own stop tokens.
+    pub ignore_eos: bool,
+    /// Report the ids of generated tokens.
+    pub token_ids: bool,
+    /// When the request came in; times are measured from here.
+    pub arrived: Instant,
+}
+
+impl Turn {
+    /// The next turn of a conversation, without tools, with default sampling.
+    pub fn new(messages: Vec<Message>) -> Self {
+        Self {
+            messages,
+            tools: Vec::new(),
+            tool_choice: ToolChoice::Auto,
+            allowed_tools: None,
+            parallel_tool_calls: true,
+            answer: AnswerFormat::Text,
+            template_args: Map::new(),
+            n: 1,
+            sampling: SamplingParams::default(),
+            max_tokens: None,
+            stop: Arc::from([]),
+            stop_tokens: Vec::new(),
+            ignore_eos: false,
+            token_ids: false,
+            arrived: Instant::now(),
+        }
+    }
+}
+
+/// What an answer's text is held to while it is generated.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum AnswerFormat {
+    /// Nothing.
+    #[default]
+    Text,
+    /// A JSON object.
+    JsonObject,
+    /// A value of this JSON schema.
+    JsonSchema(Value),
+    /// A regular expression, as a whole.
+    Regex(String),
+    /// A grammar in Lark's syntax.
+    Lark(String),
+    /// One of these texts.
+    Choice(Vec<String>),
+}
+
+/// A piece of an answer, as it comes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// More of the reasoning.
+    Reasoning(String),
+    /// More of the text.
+    Text(String),
+    /// A call begins; pieces up to [`Piece::CallEnd`] are its.
+    CallBegin {
+        /// Its id.
+        id: String,
+        /// The tool.
+        name: String,
+        /// Whether the tool is a custom one.
+        custom: bool,
+    },
+    /// More of the call's input: JSON text, or a custom tool's text.
+    CallInput(String),
+    /// The call is whole. A call whose answer was cut short lacks this.
+    CallEnd,
+}
