@@ -187,6 +187,11 @@ impl Gguf {
         info.and_then(|i| RawTensor::new(name, i.shape.clone(), i.dtype, self.map.clone(), i.start))
             .ok_or_else(|| LoadError::invalid(&self.path, format!("tensor {name} is missing")))
     }
+
+    /// Gives back the pages of a tensor of this file.
+    pub(crate) fn release(&self, tensor: &RawTensor) {
+        mapped::release(&self.map, tensor);
+    }
 }
 
 impl<'a> Value<'a> {

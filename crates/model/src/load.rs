@@ -133,7 +133,7 @@ impl ModelSource {
     /// If a tensor is missing or has another shape than the configuration says, the backend cannot take
     /// it, or the options do not fit the model.
     pub fn load<B: Backend>(
-        self,
+        &self,
         mut backend: B,
         options: LoadOptions,
         progress: impl FnMut(u64, u64),
@@ -141,7 +141,7 @@ impl ModelSource {
         let limits = self.limits(&backend, options)?;
         let kv_bytes = self.kv_block_bytes(&backend).saturating_mul(limits.kv_blocks as u64);
         let weight_bytes = self.weight_bytes();
-        let mut loader = Loader { source: &self, backend: &mut backend, done: 0, progress };
+        let mut loader = Loader { source: self, backend: &mut backend, done: 0, progress };
         let embedding = loader.embedding()?;
         let layers = (0..self.config.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
         let (output_norm, output) = (loader.output_norm()?, loader.output()?);
@@ -150,7 +150,7 @@ impl ModelSource {
         backend.load_rope(&self.config.rope, limits.context)?;
         let cache = backend.kv_cache(self.config.layers, &self.config.attention, limits.kv_blocks)?;
         let workspace = Workspace::new(&mut backend, &self.config, &limits)?;
-        let config = self.config;
+        let config = self.config.clone();
         let decoder =
             Decoder { backend, config, limits, embedding, layers, output_norm, output, cache, workspace };
         Ok(Loaded { model: Box::new(decoder), kv_blocks: limits.kv_blocks, kv_bytes, weight_bytes })
@@ -192,7 +192,9 @@ struct Loader<'a, B: Backend, P: FnMut(u64, u64)> {
 }
 
 impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
-    fn count(&mut self, parts: &[RawTensor]) {
+    /// Counts tensors that were uploaded, and lets go of their pages.
+    fn uploaded(&mut self, parts: &[RawTensor]) {
+        parts.iter().for_each(|part| self.source.weights.release(part));
         self.done += parts.iter().map(|part| part.bytes().len() as u64).sum::<u64>();
         // A tied embedding table is uploaded twice, some tensors never.
         let total = self.source.weight_bytes();
@@ -201,13 +203,13 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
 
     fn matrix(&mut self, parts: &[RawTensor]) -> Result<B::Matrix, LoadError> {
         let matrix = self.backend.load_matrix(parts)?;
-        self.count(parts);
+        self.uploaded(parts);
         Ok(matrix)
     }
 
     fn vector(&mut self, parts: &[RawTensor]) -> Result<B::Vector, LoadError> {
         let vector = self.backend.load_vector(parts)?;
-        self.count(parts);
+        self.uploaded(parts);
         Ok(vector)
     }
 
@@ -215,7 +217,7 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
         let ModelConfig { vocab, hidden, .. } = self.source.config;
         let table = self.source.weights.embedding([vocab, hidden])?;
         let embedding = self.backend.load_embedding(&table)?;
-        self.count(&[table]);
+        self.uploaded(&[table]);
         Ok(embedding)
     }
 
@@ -283,7 +285,7 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
         let down = weights.experts(layer, "down", count, [hidden, width])?;
         let experts = self.backend.load_experts(&gate, &up, &down)?;
         for parts in [gate, up, down] {
-            self.count(&parts);
+            self.uploaded(&parts);
         }
         Ok(Mlp::Moe { router, experts })
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use rudder_ops::RawTensor;
 
 use crate::LoadError;
 
@@ -23,3 +24,18 @@ pub(crate) fn map(path: &Path) -> Result<Arc<Mmap>, LoadError> {
     let map = unsafe { Mmap::map(&file) }.map_err(|e| LoadError::io(path, e))?;
     Ok(Arc::new(map))
 }
+
+/// Gives back the pages of a tensor that lies in `map`. They stay in the system's cache, where a later
+/// read finds them, and no longer count as this process's memory.
+#[cfg(unix)]
+pub(crate) fn release(map: &Mmap, tensor: &RawTensor) {
+    let bytes = tensor.bytes();
+    let offset = bytes.as_ptr() as usize - map.as_ptr() as usize;
+    // SAFETY: the mapping is read-only and of a file, so its pages can be read again at any time.
+    let given = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, bytes.len()) };
+    drop(given); // where the system declines, the pages stay, which harms nothing
+}
+
+/// Other systems are not told.
+#[cfg(not(unix))]
+pub(crate) fn release(_map: &Mmap, _tensor: &RawTensor) {}

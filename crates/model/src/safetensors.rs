@@ -115,6 +115,13 @@ impl Checkpoint {
         RawTensor::new(name, entry.shape.clone(), dtype, entry.map.clone(), entry.start)
             .ok_or_else(|| invalid("reaches beyond its file".to_owned()))
     }
+
+    /// Gives back the pages of a tensor of this checkpoint.
+    pub(crate) fn release(&self, tensor: &RawTensor) {
+        if let Some(entry) = self.tensors.get(&tensor.name) {
+            mapped::release(&entry.map, tensor);
+        }
+    }
 }
 
 /// Where a file's data begins, and its header. `Metadata` checks that the tensors lie end to end and have

@@ -119,6 +119,15 @@ impl Weights {
         }
     }
 
+    /// Gives back the pages of a tensor that was uploaded: what a backend keeps of it, it has copied or
+    /// will read again.
+    pub(crate) fn release(&self, tensor: &RawTensor) {
+        match &self.format {
+            Format::Gguf(gguf) => gguf.release(tensor),
+            Format::HuggingFace(checkpoint) => checkpoint.release(tensor),
+        }
+    }
+
     fn pick<'a>(&self, gguf: &'a str, hugging_face: &'a str) -> &'a str {
         match self.format {
             Format::Gguf(_) => gguf,

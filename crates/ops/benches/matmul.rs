@@ -38,6 +38,11 @@ fn bench(c: &mut Criterion) {
         for &dtype in dtypes {
             let raw = weights(dtype, outputs, inputs);
             let pack = || PackedMatrix::pack(&pool, std::slice::from_ref(&raw)).expect("packs");
+            let mut group = c.benchmark_group(format!("pack {dtype:?} {outputs}x{inputs}"));
+            group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_secs(1));
+            group.throughput(Throughput::Bytes(raw.bytes().len() as u64));
+            group.bench_function("pack", |b| b.iter(pack));
+            group.finish();
             let first = pack();
             let copies = (WORKING_SET / first.bytes()).clamp(1, 400);
             let matrices: Vec<PackedMatrix> =

@@ -24,11 +24,13 @@ pub(crate) struct Block {
 
 impl Block {
     /// A block of zeros.
-    pub fn zero() -> Self {
+    pub const fn zero() -> Self {
         Self { quants: [0; 256], d: f16::ZERO, min: f16::ZERO, scales: [1; 16], mins: [1; 16] }
     }
 
-    /// Reads one block of a quantised format from exactly its bytes.
+    /// Reads one block of a quantised format from exactly its bytes. Inlined, as all below it, so that
+    /// callers compiled for wide vectors get them.
+    #[inline(always)]
     pub fn read(&mut self, dtype: DType, bytes: &[u8]) {
         match dtype {
             DType::F32 | DType::F16 | DType::BF16 => unreachable!("{dtype:?} is not quantised"),
@@ -76,6 +78,7 @@ impl Block {
     }
 
     /// Scale and minimum of each 16 elements in a nibble each; two bits an element.
+    #[inline(always)]
     fn read_q2_k(&mut self, bytes: &[u8]) {
         (self.d, self.min) = (half_at(bytes, 80), -half_at(bytes, 82));
         for (i, &byte) in bytes[..16].iter().enumerate() {
@@ -86,6 +89,7 @@ impl Block {
     }
 
     /// Two bits of each element, and a third from a mask; six-bit scales in twelve bytes.
+    #[inline(always)]
     fn read_q3_k(&mut self, bytes: &[u8]) {
         self.d = half_at(bytes, 108);
         two_bits(&bytes[32..96], &mut self.quants);
@@ -103,6 +107,7 @@ impl Block {
     }
 
     /// Four low bits and two high bits of each element; eight-bit scales.
+    #[inline(always)]
     fn read_q6_k(&mut self, bytes: &[u8]) {
         self.d = half_at(bytes, 208);
         for (scale, &byte) in self.scales.iter_mut().zip(&bytes[192..208]) {
@@ -120,6 +125,7 @@ impl Block {
     }
 
     /// The head of Q4_K and Q5_K: two halves and eight six-bit scales and minimums in twelve bytes.
+    #[inline(always)]
     fn read_k_scales(&mut self, bytes: &[u8]) {
         (self.d, self.min) = (half_at(bytes, 0), -half_at(bytes, 2));
         let packed = &bytes[4..16];
@@ -147,11 +153,13 @@ pub(crate) const fn offset(dtype: DType) -> i32 {
     }
 }
 
+#[inline(always)]
 fn half_at(bytes: &[u8], at: usize) -> f16 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
 /// 32 elements: the low nibbles, then the high ones.
+#[inline(always)]
 fn nibbles(bytes: &[u8], quants: &mut [u8; 256]) {
     for (i, byte) in bytes.iter().enumerate() {
         quants[i] = byte & 15;
@@ -159,6 +167,7 @@ fn nibbles(bytes: &[u8], quants: &mut [u8; 256]) {
     }
 }
 
+#[inline(always)]
 fn fifth_bits(bytes: &[u8], quants: &mut [u8; 256]) {
     let bits = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
     for (i, quant) in quants[..32].iter_mut().enumerate() {
@@ -167,6 +176,7 @@ fn fifth_bits(bytes: &[u8], quants: &mut [u8; 256]) {
 }
 
 /// 256 elements: for each 32 bytes, 32 low nibbles, then the 32 high ones.
+#[inline(always)]
 fn k_nibbles(bytes: &[u8], quants: &mut [u8; 256]) {
     for (bytes, quants) in bytes.chunks_exact(32).zip(quants.chunks_exact_mut(64)) {
         let (low, high) = quants.split_at_mut(32);
@@ -178,6 +188,7 @@ fn k_nibbles(bytes: &[u8], quants: &mut [u8; 256]) {
 }
 
 /// 256 elements: for each 32 bytes, their lowest bit pairs, then the next ones.
+#[inline(always)]
 fn two_bits(bytes: &[u8], quants: &mut [u8; 256]) {
     for (bytes, quants) in bytes.chunks_exact(32).zip(quants.chunks_exact_mut(128)) {
         for (pair, quants) in quants.chunks_exact_mut(32).enumerate() {

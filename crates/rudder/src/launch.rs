@@ -63,7 +63,6 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
     let path = models::cache(settings.cache.clone()).pull(&reference, &models::sources())?;
     let began = Instant::now();
     let source = ModelSource::open(&path)?;
-    let text = text(&source, &path)?;
     let threads = settings.threads.unwrap_or_else(machine::default_threads);
     let backend = Cpu::new(threads, KvDType::F16);
     let config = source.config().clone();
@@ -95,8 +94,14 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
         max_context: plan.max_context,
     };
     let mut progress = Progress::new("loading", weight_bytes);
-    let loaded = source.load(backend, options, |done, _| progress.set(done))?;
+    // The tokenizer takes a thread as long as the weights take it: build both at the same time.
+    let (text, loaded) = std::thread::scope(|scope| {
+        let text = scope.spawn(|| text(&source, &path));
+        let loaded = source.load(backend, options, |done, _| progress.set(done));
+        (text.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), loaded)
+    });
     drop(progress);
+    let (text, loaded) = (text?, loaded?);
 
     let engine = Engine::start(
         loaded.model,

@@ -1,9 +1,8 @@
 //! A tokenizer from a GGUF file's `tokenizer.*` metadata.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use tokenizers::models::bpe::BPE;
+use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 
 use crate::infill::FimTokens;
 use crate::pretokenizer::{PreTokenizer, takes_whole_words};
@@ -159,7 +158,7 @@ impl TextSource {
     }
 
     /// The tokens that merging may yield: never a special one, whatever the text.
-    fn mergeable(&self, vocab: &Vocab) -> HashMap<String, u32> {
+    fn mergeable(&self, vocab: &Vocab) -> BpeVocab {
         (0u32..)
             .zip(&self.tokens)
             .filter(|&(id, _)| matches!(vocab.kind(id), Some(Kind::Normal | Kind::Byte)))
@@ -192,12 +191,16 @@ impl TextSource {
         &self,
         merges: &[(String, String)],
         vocab: &Vocab,
-        mergeable: &mut HashMap<String, u32>,
+        mergeable: &mut BpeVocab,
     ) {
+        let mut whole = String::new();
         for (left, right) in merges {
-            for part in [left.clone(), right.clone(), format!("{left}{right}")] {
-                if let (false, Some(id)) = (mergeable.contains_key(&part), vocab.special(&part)) {
-                    mergeable.insert(part, id);
+            whole.clear();
+            whole.push_str(left);
+            whole.push_str(right);
+            for part in [left, right, &whole] {
+                if let Some(id) = vocab.special(part) {
+                    mergeable.entry(part.clone()).or_insert(id);
                 }
             }
         }
@@ -266,7 +269,7 @@ impl TextSource {
 
 /// Builds the merging model, after checking that every merge stays within the vocabulary.
 fn bpe(
-    vocab: HashMap<String, u32>,
+    vocab: BpeVocab,
     merges: Vec<(String, String)>,
     whole_words: bool,
     byte_fallback: bool,
@@ -275,7 +278,7 @@ fn bpe(
         vocab.contains_key(token)
     })?;
     BPE::builder()
-        .vocab_and_merges(vocab.into_iter().collect::<tokenizers::models::bpe::Vocab>(), merges)
+        .vocab_and_merges(vocab, merges)
         .ignore_merges(whole_words)
         .byte_fallback(byte_fallback)
         .build()

@@ -1,27 +1,52 @@
 //! Repacking of weights at load: from rows as they lie in the file to tiles.
 
 use super::layout::{BLOCK, LANES, Layout, Quants, Scales};
+use super::unit::VECTOR;
 use crate::DType;
 use crate::ggml::Block;
 
 /// Packs the rows of one tile, `rows` of at most [`LANES`] (the missing ones become zeros), into
 /// `tile`, zeroed bytes of [`super::layout::tile_bytes`].
 pub(super) fn pack_tile(dtype: DType, rows: &[&[u8]], tile: &mut [u8]) {
-    match Layout::of(dtype) {
-        Some(layout) => pack_quantised(dtype, layout, rows, tile),
-        None => {
-            let size = dtype.block_bytes();
-            for (lane, row) in rows.iter().enumerate() {
-                for (element, column) in row.chunks_exact(size).zip(tile.chunks_exact_mut(size * LANES)) {
-                    column[lane * size..][..size].copy_from_slice(element);
-                }
-            }
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the feature was just detected.
+        unsafe { pack_tile_avx2(dtype, rows, tile) };
+        return;
+    }
+    pack(dtype, rows, tile);
+}
+
+/// The same code, compiled for AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn pack_tile_avx2(dtype: DType, rows: &[&[u8]], tile: &mut [u8]) {
+    pack(dtype, rows, tile);
+}
+
+#[inline(always)]
+fn pack(dtype: DType, rows: &[&[u8]], tile: &mut [u8]) {
+    match (Layout::of(dtype), dtype.block_bytes()) {
+        (Some(layout), _) => pack_quantised(dtype, layout, rows, tile),
+        (None, 2) => pack_plain::<2>(rows, tile),
+        (None, _) => pack_plain::<4>(rows, tile),
+    }
+}
+
+/// Elements of `SIZE` bytes.
+#[inline(always)]
+fn pack_plain<const SIZE: usize>(rows: &[&[u8]], tile: &mut [u8]) {
+    let (columns, _) = tile.as_chunks_mut::<SIZE>();
+    for (lane, row) in rows.iter().enumerate() {
+        for (element, column) in row.as_chunks::<SIZE>().0.iter().zip(columns.chunks_exact_mut(LANES)) {
+            column[lane] = *element;
         }
     }
 }
 
+#[inline(always)]
 fn pack_quantised(dtype: DType, layout: Layout, rows: &[&[u8]], tile: &mut [u8]) {
-    let mut lanes = vec![Block::zero(); LANES];
+    let mut lanes = [const { Block::zero() }; LANES];
     for (index, record) in tile.chunks_exact_mut(layout.record_bytes()).enumerate() {
         for (lane, row) in lanes.iter_mut().zip(rows) {
             let size = dtype.block_bytes();
@@ -42,7 +67,8 @@ fn pack_quantised(dtype: DType, layout: Layout, rows: &[&[u8]], tile: &mut [u8])
 }
 
 /// The blocks' scales and, where there is room, minimums, as f16.
-fn pack_halves(lanes: &[Block], out: &mut [u8]) {
+#[inline(always)]
+fn pack_halves(lanes: &[Block; LANES], out: &mut [u8]) {
     for (i, bytes) in out.chunks_exact_mut(2).enumerate() {
         let lane = &lanes[i % LANES];
         bytes.copy_from_slice(&if i < LANES { lane.d } else { lane.min }.to_le_bytes());
@@ -50,7 +76,8 @@ fn pack_halves(lanes: &[Block], out: &mut [u8]) {
 }
 
 /// Scales and minimums of the 16 inputs `group` and the 16 after.
-fn pack_byte_scales(scales: Scales, lanes: &[Block], group: usize, out: &mut [u8]) {
+#[inline(always)]
+fn pack_byte_scales(scales: Scales, lanes: &[Block; LANES], group: usize, out: &mut [u8]) {
     for (i, lane) in lanes.iter().enumerate() {
         out[i] = lane.scales[group] as u8;
         match scales {
@@ -64,29 +91,60 @@ fn pack_byte_scales(scales: Scales, lanes: &[Block], group: usize, out: &mut [u8
     }
 }
 
-fn pack_quants(quants: Quants, lanes: &[Block], block: usize, out: &mut [u8]) {
-    let mut vectors = [[0u8; 4 * LANES]; 8];
-    for (i, lane) in lanes.iter().enumerate() {
-        let inputs = &lane.quants[block * BLOCK..][..BLOCK];
-        for (vector, four) in vectors.iter_mut().zip(inputs.chunks_exact(4)) {
-            vector[4 * i..4 * i + 4].copy_from_slice(four);
-        }
-    }
-    for (v, vector) in vectors.iter().enumerate() {
-        for (i, &quant) in vector.iter().enumerate() {
-            match quants {
-                Quants::Two => out[v / 4 * 64 + i] |= quant << (2 * (v % 4)),
-                Quants::Eight => out[v * 64 + i] = quant,
-                Quants::Four => out[v % 4 * 64 + i] |= (quant & 15) << (4 * (v / 4)),
-                Quants::Five => {
-                    out[v % 4 * 64 + i] |= (quant & 15) << (4 * (v / 4));
-                    out[256 + i] |= (quant >> 4) << v;
-                }
-                Quants::Six => {
-                    out[v % 4 * 64 + i] |= (quant & 15) << (4 * (v / 4));
-                    out[256 + v / 4 * 64 + i] |= (quant >> 4) << (2 * (v % 4));
+#[inline(always)]
+fn pack_quants(quants: Quants, lanes: &[Block; LANES], block: usize, out: &mut [u8]) {
+    let vectors = transpose(lanes, block);
+    let (out, _) = out.as_chunks_mut::<VECTOR>();
+    match quants {
+        Quants::Eight => out.copy_from_slice(&vectors),
+        Quants::Two => {
+            for (out, four) in out.iter_mut().zip(vectors.chunks_exact(4)) {
+                for i in 0..VECTOR {
+                    out[i] = four[0][i] | four[1][i] << 2 | four[2][i] << 4 | four[3][i] << 6;
                 }
             }
+        }
+        Quants::Four => pack_nibbles(&vectors, out),
+        Quants::Five => {
+            pack_nibbles(&vectors, out);
+            for (v, vector) in vectors.iter().enumerate() {
+                for i in 0..VECTOR {
+                    out[4][i] |= (vector[i] >> 4) << v;
+                }
+            }
+        }
+        Quants::Six => {
+            pack_nibbles(&vectors, out);
+            for (out, four) in out[4..].iter_mut().zip(vectors.chunks_exact(4)) {
+                for i in 0..VECTOR {
+                    let high = four[0][i] >> 4 | four[1][i] >> 4 << 2;
+                    out[i] = high | four[2][i] >> 4 << 4 | four[3][i] >> 4 << 6;
+                }
+            }
+        }
+    }
+}
+
+/// The eight vectors of a block: four inputs of each lane, then the next four.
+#[inline(always)]
+fn transpose(lanes: &[Block; LANES], block: usize) -> [[u8; VECTOR]; 8] {
+    let mut vectors = [[0; VECTOR]; 8];
+    for (i, lane) in lanes.iter().enumerate() {
+        let (fours, _) = lane.quants[block * BLOCK..][..BLOCK].as_chunks::<4>();
+        for (vector, four) in vectors.iter_mut().zip(fours) {
+            vector.as_chunks_mut::<4>().0[i] = *four;
+        }
+    }
+    vectors
+}
+
+/// The low nibbles: vector `v` in the low half of bytes, `v + 4` in the high one.
+#[inline(always)]
+fn pack_nibbles(vectors: &[[u8; VECTOR]; 8], out: &mut [[u8; VECTOR]]) {
+    let (low, high) = vectors.split_at(4);
+    for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+        for i in 0..VECTOR {
+            out[i] = low[i] & 15 | high[i] << 4;
         }
     }
 }
