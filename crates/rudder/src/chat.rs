@@ -1,12 +1,12 @@
 //! `rudder chat`: a conversation in the terminal, with the model in this process.
 
 use std::io::{BufRead, IsTerminal, Write};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 use rudder_engine::SamplingParams;
-use rudder_server::{ChatPrompt, Completion, EndReason, Generator, Markup};
-use serde_json::{Value, json};
+use rudder_server::{EndReason, Message, Piece, Role, Server, ServerConfig, Turn};
 use tokio::signal::ctrl_c;
 use tokio::sync::mpsc::{Receiver, channel};
 
@@ -26,10 +26,8 @@ pub fn run(settings: &ModelSettings, system: Option<String>, temperature: f32) -
         bail!("{name} has no chat template, so it is no chat model; choose an instruct model");
     }
     let chat = Chat {
-        markup: Markup::of(&text),
-        generator: Generator::new(&name, text, engine),
-        system,
-        messages: Vec::new(),
+        server: Server::new(ServerConfig::new(&name), text, engine),
+        messages: system.into_iter().map(|text| Message::new(Role::System, text)).collect(),
         temperature,
     };
     println!("{name}. /clear begins anew, /exit leaves, Ctrl-C interrupts an answer.");
@@ -38,11 +36,9 @@ pub fn run(settings: &ModelSettings, system: Option<String>, temperature: f32) -
 
 /// A conversation and who answers in it.
 struct Chat {
-    generator: Generator,
-    markup: Markup,
-    system: Option<String>,
-    /// What was said so far, in OpenAI's shape, without the system message.
-    messages: Vec<Value>,
+    server: Arc<Server>,
+    /// What was said so far.
+    messages: Vec<Message>,
     temperature: f32,
 }
 
@@ -58,7 +54,7 @@ impl Chat {
             match line.as_deref().map(str::trim) {
                 None | Some("/exit" | "/quit") => return Ok(()),
                 Some("") => {}
-                Some("/clear") => self.messages.clear(),
+                Some("/clear") => self.messages.retain(|message| message.role == Role::System),
                 Some(command) if command.starts_with('/') => println!("known commands: /clear, /exit"),
                 Some(said) => self.turn(said).await?,
             }
@@ -67,9 +63,9 @@ impl Chat {
 
     /// One question and its answer. A question that cannot be answered is taken back.
     async fn turn(&mut self, said: &str) -> Result<()> {
-        self.messages.push(json!({"role": "user", "content": said}));
+        self.messages.push(Message::new(Role::User, said));
         match self.answer().await {
-            Ok(answer) => self.messages.push(json!({"role": "assistant", "content": answer})),
+            Ok(answer) => self.messages.push(answer),
             Err(problem) => {
                 self.messages.pop();
                 println!("{problem:#}");
@@ -79,22 +75,31 @@ impl Chat {
     }
 
     /// Prints the answer as it comes and returns it, or what there was of it at an interruption.
-    async fn answer(&self) -> Result<String> {
-        let completion = self.completion()?;
-        let mut running = self.generator.start(&completion).context("/clear begins a new conversation")?;
-        let mut answer = String::new();
+    async fn answer(&self) -> Result<Message> {
+        let started = self.server.start_turn(self.next_turn()).await;
+        let mut running = match started {
+            Ok(running) => running,
+            Err(error) => bail!("{} (/clear begins a new conversation)", error.message),
+        };
         loop {
             let more = tokio::select! {
                 more = running.advance() => more,
-                _ = ctrl_c() => false,
+                _ = ctrl_c() => {
+                    running.stop();
+                    true
+                }
             };
             if !more {
                 println!();
-                return Ok(answer);
+                let answer = running.answers().next();
+                return answer.cloned().context("the model gave no answer");
             }
             for delta in running.deltas() {
-                print!("{}", delta.text);
-                answer.push_str(&delta.text);
+                for piece in &delta.pieces {
+                    if let Piece::Text(text) | Piece::Reasoning(text) = piece {
+                        print!("{text}");
+                    }
+                }
                 match delta.end.as_ref().map(|end| &end.reason) {
                     Some(EndReason::Failed(message)) => bail!("{message}"),
                     Some(EndReason::Length) => {
@@ -107,18 +112,14 @@ impl Chat {
         }
     }
 
-    fn completion(&self) -> Result<Completion> {
-        let system = self.system.iter().map(|text| json!({"role": "system", "content": text}));
-        let messages = system.chain(self.messages.iter().cloned()).collect();
-        let text = self.generator.text();
-        let prompt = ChatPrompt { messages, ..ChatPrompt::default() }.encode(text, &self.markup)?;
+    fn next_turn(&self) -> Turn {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let sampling = SamplingParams {
             temperature: self.temperature,
             seed: now.subsec_nanos().into(),
             ..SamplingParams::default()
         };
-        Ok(Completion { prompts: vec![prompt.into()], sampling, ..Completion::new(text) })
+        Turn { sampling, ..Turn::new(self.messages.clone()) }
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::Instant;
 use rudder_engine::{Event, FinishReason, Generation, Token, Usage};
 use rudder_text::{Decoder, StopMatcher};
 
+use crate::answer::{AnswerReader, Reading};
 use crate::generate::{Completion, Delta, End, EndReason};
 use crate::metrics::Metrics;
 
@@ -23,6 +24,13 @@ pub(crate) struct Choice {
     /// log-probabilities are asked for.
     held: Option<VecDeque<(usize, Token)>>,
     scratch: String,
+    /// Reads the text as an answer.
+    reader: Option<AnswerReader>,
+    /// What was generated, to be remembered; only kept with a reader.
+    generated: Vec<u32>,
+    reading: Option<Arc<Reading>>,
+    /// Ended from outside since the last `collect`.
+    stopped: bool,
     /// Bytes decoded, and bytes handed out.
     decoded: usize,
     released: usize,
@@ -54,8 +62,12 @@ impl Choice {
             generation: Some(generation),
             decoder,
             stops: (!completion.stop.is_empty()).then(|| StopMatcher::new(completion.stop.clone())),
-            held: completion.sampling.logprobs.map(|_| VecDeque::new()),
+            held: (completion.sampling.logprobs.is_some() || completion.token_ids).then(VecDeque::new),
             scratch: String::new(),
+            reader: completion.reading.as_deref().map(AnswerReader::new),
+            generated: Vec::new(),
+            reading: completion.reading.clone(),
+            stopped: false,
             decoded: 0,
             released: 0,
             usage: Usage { prompt_tokens, ..Usage::default() },
@@ -83,6 +95,16 @@ impl Choice {
         &mut self.delta
     }
 
+    /// What it has said so far, where that is read as an answer.
+    pub fn reader(&self) -> Option<&AnswerReader> {
+        self.reader.as_ref()
+    }
+
+    /// Ends it, if it runs; the next `collect` hands out the rest.
+    pub fn stop(&mut self) {
+        self.stopped |= self.is_running();
+    }
+
     /// Counts so far.
     pub fn usage(&self) -> &Usage {
         &self.usage
@@ -101,6 +123,10 @@ impl Choice {
                     self.end(EndReason::Failed("the engine ended without finishing this request".into()));
                 }
             }
+        }
+        if std::mem::take(&mut self.stopped) && self.is_running() {
+            self.note_usage();
+            self.finish_text(EndReason::Stopped);
         }
         !self.delta.is_empty()
     }
@@ -126,6 +152,7 @@ impl Choice {
     fn token(&mut self, token: Token, now: Instant) {
         self.note_time(now);
         self.usage.completion_tokens += 1;
+        let id = token.id;
         self.scratch.clear();
         self.decoder.push(token.id, &mut self.scratch);
         let begin = self.decoded;
@@ -133,13 +160,29 @@ impl Choice {
         if let Some(held) = &mut self.held {
             held.push_back((begin, token));
         }
+        if self.reader.is_some() {
+            self.generated.push(id);
+        }
         if let Some(stop) = self.release_scratch() {
-            self.stopped(stop);
+            self.note_usage();
+            return self.end(EndReason::StopString(stop));
+        }
+        if self.read_text() {
+            self.note_usage();
+            self.end(EndReason::StopToken);
         }
     }
 
-    /// A stop string came up: the generation is dropped before the engine could report on it.
-    fn stopped(&mut self, stop: usize) {
+    /// Reads what was released as an answer; returns whether that is over.
+    fn read_text(&mut self) -> bool {
+        let Some(reader) = &mut self.reader else { return false };
+        let over = reader.token(&self.delta.text, &mut self.delta.pieces);
+        self.delta.text.clear();
+        over
+    }
+
+    /// Counts and times of a generation that is dropped before the engine reports on it.
+    fn note_usage(&mut self) {
         let Clock { submitted, started, first_token, .. } = self.clock;
         let end = Instant::now();
         let started = started.unwrap_or(end);
@@ -147,7 +190,6 @@ impl Choice {
         self.usage.queue = started - submitted;
         self.usage.prefill = first.saturating_duration_since(started);
         self.usage.decode = end - first;
-        self.end(EndReason::StopString(stop));
     }
 
     /// Moves what is certainly outside every stop string from the scratch text to the delta.
@@ -193,8 +235,21 @@ impl Choice {
 
     fn end(&mut self, reason: EndReason) {
         self.generation = None;
+        if let Some(reader) = &mut self.reader {
+            reader.finish(&self.delta.text, &mut self.delta.pieces);
+            self.delta.text.clear();
+            self.remember(&reason);
+        }
         self.metrics.ended(&reason, &self.usage, self.clock.arrived.elapsed());
         self.delta.end = Some(End { reason, usage: self.usage });
+    }
+
+    /// Keeps what was said for the turns to come. Text that a stop string cut is not what the tokens say.
+    fn remember(&mut self, reason: &EndReason) {
+        let (Some(reading), Some(reader)) = (&self.reading, &self.reader) else { return };
+        if matches!(reason, EndReason::StopToken | EndReason::Length | EndReason::Stopped) {
+            reading.remember(reader.answer(), std::mem::take(&mut self.generated));
+        }
     }
 
     fn note_time(&mut self, now: Instant) {

@@ -12,7 +12,9 @@ use std::time::Instant;
 use rudder_engine::{Engine, GenerateRequest, SamplingParams, SubmitError, Token, Usage};
 use rudder_text::Text;
 
+use crate::answer::{AnswerReader, Reading};
 use crate::choice::Choice;
+use crate::conversation::{Message, Piece};
 use crate::metrics::Metrics;
 
 /// What is to be generated, in no dialect's terms.
@@ -32,6 +34,10 @@ pub struct Completion {
     pub stop_tokens: Vec<u32>,
     /// Report the prompts' own log-probabilities.
     pub prompt_logprobs: bool,
+    /// Report the ids of generated tokens.
+    pub token_ids: bool,
+    /// Read the text as an answer: reasoning, text and calls.
+    pub(crate) reading: Option<Arc<Reading>>,
     /// When the request came in; times are measured from here.
     pub arrived: Instant,
 }
@@ -47,6 +53,8 @@ impl Completion {
             stop: Arc::from([]),
             stop_tokens: text.stop_tokens().to_vec(),
             prompt_logprobs: false,
+            token_ids: false,
+            reading: None,
             arrived: Instant::now(),
         }
     }
@@ -57,9 +65,11 @@ impl Completion {
 pub struct Delta {
     /// Choice: prompt index times `n` plus the choice of that prompt.
     pub index: usize,
-    /// Text to append.
+    /// Text to append; empty where it is read as an answer.
     pub text: String,
-    /// With log-probabilities asked for, the tokens that `text` is made of.
+    /// Pieces of the answer to append.
+    pub pieces: Vec<Piece>,
+    /// With log-probabilities or token ids asked for, the tokens that the text is made of.
     pub tokens: Vec<Token>,
     /// With prompt log-probabilities asked for, the prompt's tokens; comes once, first.
     pub prompt: Vec<Token>,
@@ -69,11 +79,16 @@ pub struct Delta {
 
 impl Delta {
     pub(crate) fn is_empty(&self) -> bool {
-        self.text.is_empty() && self.tokens.is_empty() && self.prompt.is_empty() && self.end.is_none()
+        self.text.is_empty()
+            && self.pieces.is_empty()
+            && self.tokens.is_empty()
+            && self.prompt.is_empty()
+            && self.end.is_none()
     }
 
     pub(crate) fn clear(&mut self) {
         self.text.clear();
+        self.pieces.clear();
         self.tokens.clear();
         self.prompt.clear();
         self.end = None;
@@ -98,6 +113,8 @@ pub enum EndReason {
     StopString(usize),
     /// The token limit or the context's end was reached.
     Length,
+    /// It was ended from here, by [`Running::stop`].
+    Stopped,
     /// The engine failed; the message is fit for the client.
     Failed(String),
 }
@@ -106,7 +123,7 @@ impl EndReason {
     /// OpenAI's word for it.
     pub fn as_str(&self) -> &'static str {
         match self {
-            Self::StopToken | Self::StopString(_) => "stop",
+            Self::StopToken | Self::StopString(_) | Self::Stopped => "stop",
             Self::Length => "length",
             Self::Failed(_) => "error",
         }
@@ -127,6 +144,8 @@ pub struct Totals {
     pub cached_tokens: usize,
     /// Tokens generated.
     pub completion_tokens: usize,
+    /// Of these, spent on reasoning.
+    pub reasoning_tokens: usize,
 }
 
 /// Starts completions. Cheap to clone.
@@ -178,7 +197,7 @@ impl Generator {
                 ));
             }
         }
-        Ok(Running { choices, n: completion.n })
+        Ok(Running { choices, n: completion.n, prompts: completion.prompts.clone() })
     }
 }
 
@@ -192,6 +211,7 @@ fn engine_request(completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -
         stop_tokens: completion.stop_tokens.clone(),
         ignore_eos: completion.stop_tokens.is_empty(),
         prompt_logprobs: completion.prompt_logprobs,
+        grammar: None,
     }
 }
 
@@ -199,6 +219,7 @@ fn engine_request(completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -
 pub struct Running {
     choices: Vec<Choice>,
     n: usize,
+    prompts: Vec<Arc<[u32]>>,
 }
 
 impl Running {
@@ -226,16 +247,43 @@ impl Running {
         self.choices.iter().map(Choice::delta).filter(|delta| !delta.is_empty())
     }
 
+    /// A prompt's tokens.
+    ///
+    /// # Panics
+    /// If there is no such prompt.
+    pub fn prompt(&self, index: usize) -> &[u32] {
+        &self.prompts[index]
+    }
+
     /// Number of choices, over all prompts.
     pub fn choices(&self) -> usize {
         self.choices.len()
+    }
+
+    /// What each choice has said so far, where it is read as an answer.
+    pub fn answers(&self) -> impl Iterator<Item = &Message> {
+        self.choices.iter().filter_map(Choice::reader).map(AnswerReader::answer)
+    }
+
+    /// Whether a choice's text ends within a call: stopped there, the call would be cut short.
+    pub fn in_call(&self) -> bool {
+        self.choices.iter().filter_map(Choice::reader).any(AnswerReader::in_call)
+    }
+
+    /// Ends every choice that still runs, at once. The next [`Running::advance`] finds what was held
+    /// back, and their ends. What was said is remembered, so that a turn that goes on from it finds it
+    /// in the prefix cache.
+    pub fn stop(&mut self) {
+        self.choices.iter_mut().for_each(Choice::stop);
     }
 
     /// Counts over all choices. A prompt's cached tokens are those of its first choice, as the
     /// others find what that one has just computed.
     pub fn totals(&self) -> Totals {
         let mut totals = Totals::default();
-        for (index, usage) in self.choices.iter().map(Choice::usage).enumerate() {
+        for (index, choice) in self.choices.iter().enumerate() {
+            let usage = choice.usage();
+            totals.reasoning_tokens += choice.reader().map_or(0, AnswerReader::reasoning_tokens);
             totals.completion_tokens += usage.completion_tokens;
             if index % self.n == 0 {
                 totals.prompt_tokens += usage.prompt_tokens;
@@ -256,6 +304,7 @@ impl Running {
             for (choice, sum) in self.choices.iter_mut().zip(&mut whole) {
                 let delta = choice.delta_mut();
                 sum.text.push_str(&delta.text);
+                sum.pieces.append(&mut delta.pieces);
                 sum.tokens.append(&mut delta.tokens);
                 sum.prompt.append(&mut delta.prompt);
                 sum.end = delta.end.take().or(sum.end.take());

@@ -202,7 +202,7 @@ impl Writer {
 }
 
 impl Events for Writer {
-    fn begin(&mut self, _out: &mut Vec<u8>) {}
+    fn begin(&mut self, _running: &Running, _out: &mut Vec<u8>) {}
 
     fn delta(&mut self, delta: &Delta, out: &mut Vec<u8>) {
         self.has_new_line |= delta.text.contains('\n');

@@ -8,6 +8,7 @@
 //! [`Generator`] and its terms know no dialect: the terminal conversation uses them too.
 
 mod admission;
+mod answer;
 mod body;
 mod choice;
 mod conversation;
@@ -20,6 +21,8 @@ mod prompt;
 mod serve;
 mod sse;
 mod tokenize;
+mod turn;
+mod verbatim;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,13 +34,12 @@ use axum::http::{Method, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 use rudder_engine::Engine;
-use rudder_text::Text;
+use rudder_text::{OutputFormat, Text};
 use tower_http::cors::CorsLayer;
 
 pub use conversation::{AnswerFormat, Message, Piece, Role, ToolCall, Turn};
 pub use generate::{Completion, Delta, End, EndReason, Failed, Generator, Running, Totals};
 pub use openai::ApiError;
-pub use prompt::{ChatPrompt, Markup};
 pub use serve::{serve, terminated};
 
 /// How the front is set up.
@@ -87,6 +89,10 @@ pub struct Server {
     pub(crate) config: ServerConfig,
     pub(crate) generator: Generator,
     pub(crate) markup: prompt::Markup,
+    /// How the model's answers are read.
+    pub(crate) format: OutputFormat,
+    /// What the model said, for the turns to come.
+    pub(crate) verbatim: Arc<verbatim::Verbatim>,
     draining: AtomicBool,
     /// Unix time of the start.
     pub(crate) created: u64,
@@ -96,8 +102,15 @@ impl Server {
     /// Serves a model's text and the engine that runs it.
     pub fn new(config: ServerConfig, text: Text, engine: Engine) -> Arc<Self> {
         let markup = prompt::Markup::of(&text);
-        let generator = Generator::new(&config.model, text, engine);
-        Arc::new(Self { config, generator, markup, draining: AtomicBool::new(false), created: unix_now() })
+        Arc::new(Self {
+            generator: Generator::new(&config.model, text, engine),
+            config,
+            markup,
+            format: OutputFormat::default(),
+            verbatim: Arc::new(verbatim::Verbatim::new()),
+            draining: AtomicBool::new(false),
+            created: unix_now(),
+        })
     }
 
     /// Whether a signal to end has come.

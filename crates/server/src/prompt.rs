@@ -4,14 +4,20 @@
 //! `<|im_start|>` is text. So markup in messages is replaced by placeholders before the template
 //! is rendered, and stretches that hold one are encoded as plain text afterwards.
 
-use aho_corasick::{AhoCorasick, MatchKind};
-use rudder_text::Text;
-use serde_json::{Map, Value};
+use std::sync::Arc;
 
+use aho_corasick::{AhoCorasick, MatchKind};
+use rudder_text::{Text, TextError, Tool, ToolInput};
+use serde_json::{Map, Value, json};
+
+use crate::conversation::{Message, Role, ToolCall};
 use crate::openai::ApiError;
+use crate::verbatim::{Prefix, Verbatim};
 
 /// Texts longer than this are tokenized off the async threads.
 const INLINE_BYTES: usize = 8 * 1024;
+/// How much of a rendered prompt's end is kept for the reader of its answer.
+const TAIL_CHARS: usize = 128;
 /// Opens and closes a placeholder's number. Noncharacters: Unicode keeps them for such use.
 const OPEN: char = '\u{fdd0}';
 const CLOSE: char = '\u{fdd1}';
@@ -30,7 +36,7 @@ pub(crate) async fn off_thread_if_large<T: Send + 'static>(
 
 /// A model's markup: every token that is found in text by its spelling.
 #[derive(Clone)]
-pub struct Markup {
+pub(crate) struct Markup {
     /// `None` if the model has none.
     finder: Option<AhoCorasick>,
 }
@@ -55,45 +61,174 @@ impl Markup {
 }
 
 /// A conversation to be rendered by the model's template.
-#[derive(Debug, Clone, Default)]
-pub struct ChatPrompt {
-    /// Messages as the template wants them: objects with `role` and `content`, text only.
-    pub messages: Value,
-    /// Tools in OpenAI's shape, if there are any.
-    pub tools: Option<Value>,
+pub(crate) struct ChatPrompt<'a> {
+    pub messages: &'a [Message],
+    pub tools: &'a [Tool],
     /// Further variables of the template.
-    pub extra: Map<String, Value>,
+    pub extra: &'a Map<String, Value>,
 }
 
-impl ChatPrompt {
-    /// Renders and encodes, up to where the assistant begins to speak.
+/// A rendered and tokenized conversation, up to where the assistant begins to speak.
+pub(crate) struct EncodedPrompt {
+    pub tokens: Vec<u32>,
+    /// The end of the rendered text: what the assistant's answer continues.
+    pub tail: String,
+}
+
+impl ChatPrompt<'_> {
+    /// Renders and encodes; answers that `memory` holds go in as the tokens they were.
     ///
     /// # Errors
     /// If the model has no template or its template refuses the messages.
-    pub fn encode(mut self, text: &Text, markup: &Markup) -> Result<Vec<u32>, rudder_text::TextError> {
-        let mut literals = Literals::default();
-        for message in self.messages.as_array_mut().into_iter().flatten() {
-            for (key, value) in message.as_object_mut().into_iter().flatten() {
-                if key != "role" {
-                    literals.hide(value, markup);
-                }
+    pub fn encode(
+        &self,
+        text: &Text,
+        markup: &Markup,
+        memory: &Verbatim,
+    ) -> Result<EncodedPrompt, TextError> {
+        let answers = self.remembered(memory);
+        if answers.iter().any(Option::is_some) {
+            match self.encode_with(&answers, text, markup) {
+                // A template may want to see the calls that a result answers.
+                Ok(None) | Err(TextError::Template(_)) => {}
+                Ok(Some(encoded)) => return Ok(encoded),
+                Err(error) => return Err(error),
             }
         }
-        if let Some(tools) = &mut self.tools {
-            literals.hide(tools, markup);
+        let plain = self.encode_with(&[], text, markup)?;
+        plain.ok_or_else(|| TextError::Model("a prompt without answers could not be encoded".into()))
+    }
+
+    /// For each message, the tokens that it was generated as.
+    fn remembered(&self, memory: &Verbatim) -> Vec<Option<Arc<[u32]>>> {
+        let mut prefix = Prefix::default();
+        let answers = self.messages.iter().map(|message| {
+            prefix = memory.after(prefix, message);
+            (message.role == Role::Assistant).then(|| memory.find(prefix)).flatten()
+        });
+        answers.collect()
+    }
+
+    /// `None` if the template does not place an answer where a generated one stands.
+    fn encode_with(
+        &self,
+        answers: &[Option<Arc<[u32]>>],
+        text: &Text,
+        markup: &Markup,
+    ) -> Result<Option<EncodedPrompt>, TextError> {
+        let mut literals = Literals::default();
+        let messages = self.messages.iter().enumerate().map(|(index, message)| {
+            match answers.get(index).and_then(Option::as_ref) {
+                Some(tokens) => literals.verbatim(tokens.clone()),
+                None => literals.message(message, markup),
+            }
+        });
+        let messages = Value::Array(messages.collect());
+        let tools = (!self.tools.is_empty()).then(|| {
+            let mut tools = self.tools.iter().map(template_tool).collect();
+            literals.hide(&mut tools, markup);
+            tools
+        });
+        let mut rendered = text.render_chat(&messages, tools.as_ref(), true, self.extra)?;
+        if answers.iter().any(Option::is_some) {
+            let opening = self.opening(text)?;
+            match literals.open_answers(&rendered, &opening) {
+                Some(opened) => rendered = opened,
+                None => return Ok(None),
+            }
         }
-        let rendered = text.render_chat(&self.messages, self.tools.as_ref(), true, &self.extra)?;
-        literals.encode(&rendered, text, markup)
+        let tokens = literals.encode(&rendered, text, markup)?;
+        let tail = rendered.char_indices().rev().nth(TAIL_CHARS).map_or(0, |(at, _)| at);
+        Ok(Some(EncodedPrompt { tokens, tail: rendered.split_off(tail) }))
+    }
+
+    /// What the template writes before an answer that is to be generated.
+    fn opening(&self, text: &Text) -> Result<String, TextError> {
+        let messages = json!([{"role": "user", "content": "x"}]);
+        let open = text.render_chat(&messages, None, true, self.extra)?;
+        let closed = text.render_chat(&messages, None, false, self.extra)?;
+        Ok(open.strip_prefix(&closed).unwrap_or_default().to_owned())
     }
 }
 
-/// The markup that clients wrote, each by its number.
+/// A tool in the shape that templates expect, OpenAI's.
+fn template_tool(tool: &Tool) -> Value {
+    let (description, parameters) = match &tool.input {
+        ToolInput::Json { schema, .. } => (tool.description.clone(), schema.clone()),
+        ToolInput::Text => (custom_description(tool, ""), json!({"type": "object", "properties": {}})),
+        ToolInput::Lark(grammar) | ToolInput::Regex(grammar) => {
+            let grammar = format!(" TEXT must match this grammar:\n{grammar}");
+            (custom_description(tool, &grammar), json!({"type": "object", "properties": {}}))
+        }
+    };
+    let function = json!({"name": tool.name, "description": description, "parameters": parameters});
+    json!({"type": "function", "function": function})
+}
+
+/// How a model is told of a custom tool, for which no template has words.
+fn custom_description(tool: &Tool, grammar: &str) -> String {
+    format!(
+        "{}\nThis tool takes plain text, not JSON. Call it by writing exactly:\n\
+         <custom_tool_call name=\"{}\">\nTEXT\n</custom_tool_call>{grammar}",
+        tool.description, tool.name
+    )
+}
+
+/// What a placeholder stands for.
+enum Literal {
+    /// Markup that a client wrote, which is text.
+    Text(String),
+    /// A whole answer, as it was generated.
+    Answer(Arc<[u32]>),
+}
+
+/// What placeholders stand for, each by its number.
 #[derive(Default)]
 struct Literals {
-    hidden: Vec<String>,
+    hidden: Vec<Literal>,
 }
 
 impl Literals {
+    /// A message in the shape that templates expect: content as one string, arguments as objects.
+    fn message(&mut self, message: &Message, markup: &Markup) -> Value {
+        let mut fields = Map::new();
+        let mut content = message.text.clone();
+        let (custom, calls): (Vec<_>, Vec<_>) = message.calls.iter().partition(|call| call.custom);
+        for ToolCall { name, input, .. } in custom {
+            let gap = if content.is_empty() { "" } else { "\n" };
+            content
+                .push_str(&format!("{gap}<custom_tool_call name=\"{name}\">\n{input}\n</custom_tool_call>"));
+        }
+        fields.insert("content".into(), content.into());
+        for (key, value) in [
+            ("name", &message.name),
+            ("reasoning_content", &message.reasoning),
+            ("tool_call_id", &message.call_id),
+        ] {
+            if let Some(value) = value {
+                fields.insert(key.into(), value.as_str().into());
+            }
+        }
+        if !calls.is_empty() {
+            fields.insert("tool_calls".into(), calls.into_iter().map(template_call).collect());
+        }
+        let mut message_value = Value::Object(fields);
+        self.hide(&mut message_value, markup);
+        message_value["role"] = message.role.as_str().into();
+        message_value
+    }
+
+    /// An answer as it was generated: the template sees a placeholder where the text would be.
+    fn verbatim(&mut self, tokens: Arc<[u32]>) -> Value {
+        let content = self.placeholder(Literal::Answer(tokens));
+        json!({"role": "assistant", "content": content})
+    }
+
+    fn placeholder(&mut self, literal: Literal) -> String {
+        self.hidden.push(literal);
+        format!("{OPEN}{}{CLOSE}", self.hidden.len() - 1)
+    }
+
     /// Replaces markup in every string of `value` by placeholders. A string that holds the
     /// placeholder's own character has that replaced too, so a client cannot name one.
     fn hide(&mut self, value: &mut Value, markup: &Markup) {
@@ -123,23 +258,44 @@ impl Literals {
                 continue;
             }
             out.push_str(&string[end..span.start]);
-            out.push(OPEN);
-            out.push_str(&self.hidden.len().to_string());
-            out.push(CLOSE);
-            self.hidden.push(string[span.clone()].to_owned());
+            out.push_str(&self.placeholder(Literal::Text(string[span.clone()].to_owned())));
             end = span.end;
         }
         out.push_str(&string[end..]);
         Some(out)
     }
 
+    /// Puts before every answer exactly what stood before it when it was generated: a template may
+    /// open the answer to come otherwise than past ones (with a mark for reasoning, say). `None` if
+    /// an answer is not found where `opening` begins a message.
+    fn open_answers(&self, rendered: &str, opening: &str) -> Option<String> {
+        // A message begins with the first line of its opening, whatever follows.
+        let begin = &opening[..opening.find('\n').map_or(opening.len(), |at| at + 1)];
+        let (mut out, mut done) = (String::with_capacity(rendered.len()), 0);
+        let mut found = 0;
+        for (at, _) in rendered.match_indices(OPEN) {
+            let Some((number, _)) = rendered[at + OPEN.len_utf8()..].split_once(CLOSE) else { continue };
+            let literal = number.parse::<usize>().ok().and_then(|number| self.hidden.get(number));
+            if !matches!(literal, Some(Literal::Answer(_))) {
+                continue;
+            }
+            let begin_at = done + rendered[done..at].rfind(begin)?;
+            let between = &rendered[begin_at + begin.len()..at];
+            if !between.replace("<think>", "").replace("</think>", "").trim().is_empty() {
+                return None;
+            }
+            out.push_str(&rendered[done..begin_at]);
+            out.push_str(opening);
+            done = at;
+            found += 1;
+        }
+        out.push_str(&rendered[done..]);
+        let wanted = self.hidden.iter().filter(|literal| matches!(literal, Literal::Answer(_))).count();
+        (found == wanted && !begin.is_empty()).then_some(out)
+    }
+
     /// Encodes rendered text: its markup is the template's own, that behind placeholders is text.
-    fn encode(
-        &self,
-        rendered: &str,
-        text: &Text,
-        markup: &Markup,
-    ) -> Result<Vec<u32>, rudder_text::TextError> {
+    fn encode(&self, rendered: &str, text: &Text, markup: &Markup) -> Result<Vec<u32>, TextError> {
         if self.hidden.is_empty() {
             return text.encode(rendered, true, false);
         }
@@ -154,7 +310,7 @@ impl Literals {
                 if done < begin {
                     tokens.extend(text.encode(&rendered[done..begin], true, false)?);
                 }
-                tokens.extend(text.encode(&self.restore(stretch), false, false)?);
+                self.encode_stretch(stretch, &mut tokens, |plain| text.encode(plain, false, false))?;
                 done = cut.start;
             }
             begin = cut.end;
@@ -165,33 +321,57 @@ impl Literals {
         Ok(tokens)
     }
 
-    /// Puts the literals back.
-    fn restore(&self, stretch: &str) -> String {
-        let mut out = String::with_capacity(stretch.len());
+    /// Encodes a stretch without markup, with what its placeholders stand for.
+    fn encode_stretch(
+        &self,
+        stretch: &str,
+        tokens: &mut Vec<u32>,
+        mut encode: impl FnMut(&str) -> Result<Vec<u32>, TextError>,
+    ) -> Result<(), TextError> {
+        let mut plain = String::with_capacity(stretch.len());
         let mut parts = stretch.split(OPEN);
-        out.push_str(parts.next().unwrap_or_default());
+        plain.push_str(parts.next().unwrap_or_default());
         for part in parts {
             let literal = part.split_once(CLOSE).and_then(|(number, rest)| {
                 let literal = number.parse::<usize>().ok().and_then(|number| self.hidden.get(number))?;
                 Some((literal, rest))
             });
             match literal {
-                Some((literal, rest)) => {
-                    out.push_str(literal);
-                    out.push_str(rest);
+                Some((Literal::Text(literal), rest)) => {
+                    plain.push_str(literal);
+                    plain.push_str(rest);
+                }
+                Some((Literal::Answer(answer), rest)) => {
+                    if !plain.is_empty() {
+                        tokens.extend(encode(&plain)?);
+                        plain.clear();
+                    }
+                    tokens.extend_from_slice(answer);
+                    plain.push_str(rest);
                 }
                 // The template took the placeholder apart: what is left of it is text.
-                None => out.push_str(part),
+                None => plain.push_str(part),
             }
         }
-        out
+        if !plain.is_empty() {
+            tokens.extend(encode(&plain)?);
+        }
+        Ok(())
     }
+}
+
+/// A call in the shape that templates expect: arguments as an object where they are one.
+fn template_call(call: &ToolCall) -> Value {
+    let arguments = match serde_json::from_str::<Map<String, Value>>(&call.input) {
+        Ok(arguments) => Value::Object(arguments),
+        Err(_) => call.input.as_str().into(),
+    };
+    json!({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn markup() -> Markup {
         let finder = AhoCorasick::builder()
@@ -211,13 +391,24 @@ mod tests {
         assert!(literals.hidden.is_empty());
     }
 
+    /// A stretch's text, with `#N#` for answer tokens.
+    fn restored(literals: &Literals, stretch: &str) -> String {
+        let mut tokens = Vec::new();
+        let encode = |plain: &str| Ok(plain.chars().map(u32::from).collect());
+        literals.encode_stretch(stretch, &mut tokens, encode).unwrap();
+        let text = |token| char::from_u32(token).map_or_else(|| format!("#{token}#"), String::from);
+        tokens.into_iter().map(text).collect()
+    }
+
+    const ANSWER: u32 = u32::MAX;
+
     #[test]
     fn hiding_and_restoring_gives_the_text_back() {
         for text in ["<s>", "x<|a|>b<|a|>c<s><s>", "\u{fdd0}0\u{fdd1}", "\u{fdd0}<s>\u{fdd0}", "a<s>7"] {
             let mut literals = Literals::default();
             let hidden = literals.hide_in(text, &markup()).expect(text);
             assert!(markup().spans(&hidden).next().is_none(), "{text}: {hidden:?}");
-            assert_eq!(literals.restore(&hidden), text);
+            assert_eq!(restored(&literals, &hidden), text);
         }
     }
 
@@ -227,6 +418,35 @@ mod tests {
         let mut value = json!([{"function": {"arguments": {"text": "<s>"}}}]);
         literals.hide(&mut value, &markup());
         assert!(!value.to_string().contains("<s>"));
-        assert_eq!(literals.hidden, ["<s>"]);
+        assert!(matches!(&literals.hidden[..], [Literal::Text(text)] if text == "<s>"));
+    }
+
+    #[test]
+    fn an_answer_follows_what_opened_it_when_it_was_generated() {
+        let mut literals = Literals::default();
+        let answer = literals.verbatim(Arc::from([ANSWER]));
+        let answer = answer["content"].as_str().unwrap();
+        let opening = "<s>assistant\n<think>\n";
+        for between in ["", "<think>\n\n</think>\n\n", "<think>\n"] {
+            let rendered = format!("<s>user\nhi\n<s>assistant\n{between}{answer}\n");
+            let opened = literals.open_answers(&rendered, opening).expect(between);
+            assert_eq!(restored(&literals, &opened), format!("<s>user\nhi\n{opening}#{ANSWER}#\n"));
+        }
+        for elsewhere in ["<s>user\n", "<s>assistant\nhi<s>user\n", ""] {
+            assert!(literals.open_answers(&format!("{elsewhere}{answer}"), opening).is_none());
+        }
+        assert!(literals.open_answers("<s>assistant\n", opening).is_none(), "the template left it out");
+    }
+
+    #[test]
+    fn custom_calls_stand_in_the_text_as_they_are_written() {
+        let call =
+            |custom, input: &str| ToolCall { id: "c".into(), name: "f".into(), input: input.into(), custom };
+        let calls = vec![call(true, "a\nb"), call(false, r#"{"x":1}"#), call(false, "no json")];
+        let message = Message { calls, ..Message::new(Role::Assistant, "so:") };
+        let value = Literals::default().message(&message, &markup());
+        assert_eq!(value["content"], "so:\n<custom_tool_call name=\"f\">\na\nb\n</custom_tool_call>");
+        assert_eq!(value["tool_calls"][0]["function"]["arguments"], json!({"x": 1}));
+        assert_eq!(value["tool_calls"][1]["function"]["arguments"], "no json");
     }
 }

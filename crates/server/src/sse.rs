@@ -19,7 +19,7 @@ pub(crate) const DONE: &[u8] = b"data: [DONE]\n\n";
 /// How a dialect words its events.
 pub(crate) trait Events: Send + 'static {
     /// What is sent before anything is generated.
-    fn begin(&mut self, out: &mut Vec<u8>);
+    fn begin(&mut self, running: &Running, out: &mut Vec<u8>);
     /// News of one choice. It has not failed.
     fn delta(&mut self, delta: &Delta, out: &mut Vec<u8>);
     /// What is sent after the last choice has ended.
@@ -74,7 +74,7 @@ impl<E: Events> Writer<E> {
         match self.state {
             State::Begin => {
                 self.state = State::Running;
-                self.events.begin(&mut self.buffer);
+                self.events.begin(&self.running, &mut self.buffer);
             }
             State::Running => {}
             State::Ended => return None,

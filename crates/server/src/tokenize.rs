@@ -9,10 +9,12 @@ use axum::extract::rejection::BytesRejection;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::conversation::Turn;
 use crate::openai::ApiError;
-use crate::openai::messages::{Message, template_messages};
+use crate::openai::messages::{ChatMessage, conversation};
 use crate::openai::params;
-use crate::prompt::{ChatPrompt, off_thread_if_large};
+use crate::openai::tools::{self, ChatTool};
+use crate::prompt::off_thread_if_large;
 use crate::{Server, body};
 
 /// vLLM sends `prompt` or `messages`, llama.cpp `content`.
@@ -22,8 +24,8 @@ struct TokenizeFields {
     model: Option<String>,
     prompt: Option<String>,
     add_special_tokens: Option<bool>,
-    messages: Option<Vec<Message>>,
-    tools: Option<Vec<Value>>,
+    messages: Option<Vec<ChatMessage>>,
+    tools: Option<Vec<ChatTool>>,
     chat_template_kwargs: Option<Map<String, Value>>,
     content: Option<String>,
     add_special: Option<bool>,
@@ -90,12 +92,10 @@ fn encode(server: &Server, fields: TokenizeFields) -> Result<Vec<u32>, ApiError>
             Ok(text.encode(&content, markup, bos)?)
         }
         (None, None, Some(messages)) => {
-            let prompt = ChatPrompt {
-                messages: template_messages(messages)?,
-                tools: fields.tools.filter(|tools| !tools.is_empty()).map(Value::Array),
-                extra: fields.chat_template_kwargs.unwrap_or_default(),
-            };
-            Ok(prompt.encode(text, &server.markup)?)
+            let mut turn = Turn::new(conversation(messages)?);
+            turn.tools = tools::tools(fields.tools.unwrap_or_default())?;
+            turn.template_args = fields.chat_template_kwargs.unwrap_or_default();
+            Ok(server.encode_prompt(&turn)?.tokens)
         }
         _ => Err(ApiError::param("prompt", "Send one of prompt, messages or content.")),
     }

@@ -220,7 +220,7 @@ impl Writer {
 }
 
 impl Events for Writer {
-    fn begin(&mut self, out: &mut Vec<u8>) {
+    fn begin(&mut self, _running: &Running, out: &mut Vec<u8>) {
         for index in 0..self.choices.len() {
             let state = &self.choices[index];
             if state.echo.is_some() && !state.echo_columns {

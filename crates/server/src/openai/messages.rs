@@ -1,18 +1,20 @@
-//! Chat messages: checked, and put as templates expect them.
+//! Chat messages, from OpenAI's shape.
 
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::error::ApiError;
+use crate::conversation::{Message, Role, ToolCall};
 
 /// A message as clients write it.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Message {
+pub(crate) struct ChatMessage {
     role: String,
     content: Option<Content>,
     name: Option<String>,
+    #[serde(alias = "reasoning")]
     reasoning_content: Option<String>,
-    tool_calls: Option<Vec<Map<String, Value>>>,
+    tool_calls: Option<Vec<Call>>,
     tool_call_id: Option<String>,
 }
 
@@ -27,22 +29,45 @@ enum Content {
 struct Part {
     r#type: String,
     text: Option<String>,
+    refusal: Option<String>,
 }
 
-/// The messages as a template's `messages`: roles that templates know, content as one string,
-/// arguments of tool calls as objects.
-pub(crate) fn template_messages(messages: Vec<Message>) -> Result<Value, ApiError> {
+#[derive(Debug, Deserialize)]
+struct Call {
+    #[serde(default)]
+    id: String,
+    function: Option<FunctionCall>,
+    custom: Option<CustomCall>,
+}
+
+#[derive(Debug, Deserialize)]
+struct FunctionCall {
+    name: String,
+    /// JSON in a string; some clients send the object itself.
+    #[serde(default)]
+    arguments: Value,
+}
+
+#[derive(Debug, Deserialize)]
+struct CustomCall {
+    name: String,
+    input: String,
+}
+
+/// Checks messages and puts them in no dialect's terms.
+pub(crate) fn conversation(messages: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
     if messages.is_empty() {
         return Err(ApiError::param("messages", "messages is empty; send at least one."));
     }
-    let messages = messages.into_iter().enumerate();
-    messages.map(|(index, message)| template_message(index, message)).collect()
+    messages.into_iter().enumerate().map(|(index, message)| neutral(index, message)).collect()
 }
 
-fn template_message(index: usize, message: Message) -> Result<Value, ApiError> {
+fn neutral(index: usize, message: ChatMessage) -> Result<Message, ApiError> {
     let role = match message.role.as_str() {
-        "developer" => "system",
-        role @ ("system" | "user" | "assistant" | "tool") => role,
+        "system" | "developer" => Role::System,
+        "user" => Role::User,
+        "assistant" => Role::Assistant,
+        "tool" | "function" => Role::Tool,
         other => {
             return Err(ApiError::param(
                 format!("messages[{index}].role"),
@@ -50,10 +75,10 @@ fn template_message(index: usize, message: Message) -> Result<Value, ApiError> {
             ));
         }
     };
-    let content = match message.content {
+    let text = match message.content {
         Some(content) => flatten(index, content)?,
         // An assistant may have called tools and said nothing.
-        None if role == "assistant" => String::new(),
+        None if role == Role::Assistant => String::new(),
         None => {
             let param = format!("messages[{index}].content");
             return Err(ApiError::param(
@@ -62,22 +87,17 @@ fn template_message(index: usize, message: Message) -> Result<Value, ApiError> {
             ));
         }
     };
-    let mut fields = Map::new();
-    fields.insert("role".into(), role.into());
-    fields.insert("content".into(), content.into());
-    for (key, value) in [
-        ("name", message.name),
-        ("reasoning_content", message.reasoning_content),
-        ("tool_call_id", message.tool_call_id),
-    ] {
-        if let Some(value) = value {
-            fields.insert(key.into(), value.into());
-        }
-    }
-    if let Some(calls) = message.tool_calls.filter(|calls| !calls.is_empty()) {
-        fields.insert("tool_calls".into(), calls.into_iter().map(parse_arguments).collect());
-    }
-    Ok(Value::Object(fields))
+    let calls = message.tool_calls.unwrap_or_default().into_iter().enumerate();
+    Ok(Message {
+        role,
+        text,
+        reasoning: message.reasoning_content.filter(|reasoning| !reasoning.is_empty()),
+        calls: calls
+            .map(|(call_index, call)| tool_call(index, call_index, call))
+            .collect::<Result<_, _>>()?,
+        call_id: message.tool_call_id,
+        name: message.name,
+    })
 }
 
 fn flatten(index: usize, content: Content) -> Result<String, ApiError> {
@@ -86,10 +106,10 @@ fn flatten(index: usize, content: Content) -> Result<String, ApiError> {
         Content::Parts(parts) => parts,
     };
     let mut text = String::new();
-    for (part, Part { r#type, text: part_text }) in parts.into_iter().enumerate() {
-        match (r#type.as_str(), part_text) {
-            ("text" | "input_text" | "output_text", Some(part_text)) => text.push_str(&part_text),
-            ("text" | "input_text" | "output_text", None) => {
+    for (part, Part { r#type, text: part_text, refusal }) in parts.into_iter().enumerate() {
+        match (r#type.as_str(), part_text.or(refusal)) {
+            ("text" | "input_text" | "output_text" | "refusal", Some(part_text)) => text.push_str(&part_text),
+            ("text" | "input_text" | "output_text" | "refusal", None) => {
                 let param = format!("messages[{index}].content[{part}].text");
                 return Err(ApiError::param(param, "A text part needs `text`."));
             }
@@ -104,16 +124,22 @@ fn flatten(index: usize, content: Content) -> Result<String, ApiError> {
     Ok(text)
 }
 
-/// OpenAI sends arguments as JSON in a string; templates write them out as an object.
-fn parse_arguments(mut call: Map<String, Value>) -> Value {
-    if let Some(arguments) = call.get_mut("function").and_then(|function| function.get_mut("arguments")) {
-        let parsed =
-            arguments.as_str().and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
-        if let Some(parsed) = parsed {
-            *arguments = Value::Object(parsed);
+fn tool_call(index: usize, call_index: usize, call: Call) -> Result<ToolCall, ApiError> {
+    match (call.function, call.custom) {
+        (Some(FunctionCall { name, arguments }), _) => {
+            let input = match arguments {
+                Value::String(text) => text,
+                Value::Null => "{}".into(),
+                other => other.to_string(),
+            };
+            Ok(ToolCall { id: call.id, name, input, custom: false })
         }
+        (None, Some(CustomCall { name, input })) => Ok(ToolCall { id: call.id, name, input, custom: true }),
+        (None, None) => Err(ApiError::param(
+            format!("messages[{index}].tool_calls[{call_index}]"),
+            "A tool call needs `function` with name and arguments, or `custom` with name and input.",
+        )),
     }
-    Value::Object(call)
 }
 
 #[cfg(test)]
@@ -122,8 +148,8 @@ mod tests {
     use crate::body;
     use serde_json::json;
 
-    fn check(messages: Value) -> Result<Value, ApiError> {
-        template_messages(body::parse(messages.to_string().as_bytes())?)
+    fn check(messages: Value) -> Result<Vec<Message>, ApiError> {
+        conversation(body::parse(messages.to_string().as_bytes())?)
     }
 
     fn refused(messages: Value) -> String {
@@ -138,19 +164,21 @@ mod tests {
             {"role": "developer", "content": "be brief"},
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         ]));
-        let expected = json!([{"role": "system", "content": "be brief"}, {"role": "user", "content": "ab"}]);
+        let expected = [Message::new(Role::System, "be brief"), Message::new(Role::User, "ab")];
         assert_eq!(messages.unwrap(), expected);
     }
 
     #[test]
-    fn arguments_of_tool_calls_become_objects() {
+    fn calls_keep_the_spelling_of_their_arguments() {
         let call = |arguments: Value| json!({"id": "c", "function": {"name": "f", "arguments": arguments}});
-        let assistant = |call: Value| json!({"role": "assistant", "content": null, "tool_calls": [call]});
-        let messages =
-            check(json!([assistant(call(json!("{\"x\": 1}"))), assistant(call(json!("not json")))])).unwrap();
-        assert_eq!(messages[0]["tool_calls"][0], call(json!({"x": 1})));
-        assert_eq!(messages[0]["content"], "");
-        assert_eq!(messages[1]["tool_calls"][0], call(json!("not json")));
+        let custom = json!({"id": "d", "type": "custom", "custom": {"name": "p", "input": "x"}});
+        let said = json!([{"role": "assistant", "content": null, "reasoning_content": "hm",
+            "tool_calls": [call(json!("{\"x\":  1}")), call(json!({"x": 1})), custom]}]);
+        let [message] = &check(said).unwrap()[..] else { panic!() };
+        let inputs: Vec<&str> = message.calls.iter().map(|call| &call.input[..]).collect();
+        assert_eq!(inputs, ["{\"x\":  1}", "{\"x\":1}", "x"]);
+        assert!(message.calls[2].custom && message.text.is_empty());
+        assert_eq!(message.reasoning.as_deref(), Some("hm"));
     }
 
     #[test]
@@ -165,5 +193,7 @@ mod tests {
             refused(json!([{"role": "user", "content": [{"type": "text"}]}])),
             "messages[0].content[0].text"
         );
+        let empty = json!([{"role": "assistant", "tool_calls": [{"id": "c"}]}]);
+        assert_eq!(refused(empty), "messages[0].tool_calls[0]");
     }
 }

@@ -1,12 +1,15 @@
 //! OpenAI's dialect: chat completions, completions, models, and the error shape all dialects use.
 
 pub(crate) mod chat;
+mod chat_answer;
 pub(crate) mod completions;
 mod error;
+pub(crate) mod format;
 mod logprobs;
 pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod params;
+pub(crate) mod tools;
 pub(crate) mod types;
 
 pub use error::ApiError;

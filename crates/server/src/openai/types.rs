@@ -30,11 +30,17 @@ pub(crate) struct UsageBody {
     completion_tokens: usize,
     total_tokens: usize,
     prompt_tokens_details: PromptDetails,
+    completion_tokens_details: CompletionDetails,
 }
 
 #[derive(Debug, Serialize)]
 struct PromptDetails {
     cached_tokens: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct CompletionDetails {
+    reasoning_tokens: usize,
 }
 
 impl From<Totals> for UsageBody {
@@ -44,6 +50,7 @@ impl From<Totals> for UsageBody {
             completion_tokens: totals.completion_tokens,
             total_tokens: totals.prompt_tokens + totals.completion_tokens,
             prompt_tokens_details: PromptDetails { cached_tokens: totals.cached_tokens },
+            completion_tokens_details: CompletionDetails { reasoning_tokens: totals.reasoning_tokens },
         }
     }
 }
@@ -60,6 +67,9 @@ pub(crate) struct Envelope<'a, C> {
     /// Left out, or null in the chunks before the one that has it.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<UsageBody>>,
+    /// The prompt's tokens, where asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [u32]>,
 }
 
 impl<'a, C> Envelope<'a, C> {
@@ -78,6 +88,13 @@ impl<'a, C> Envelope<'a, C> {
             system_fingerprint: FINGERPRINT,
             choices,
             usage,
+            prompt_token_ids: None,
         }
+    }
+
+    /// The same with the prompt's tokens.
+    #[must_use]
+    pub fn with_prompt(self, prompt_token_ids: Option<&'a [u32]>) -> Self {
+        Self { prompt_token_ids, ..self }
     }
 }
