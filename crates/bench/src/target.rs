@@ -142,6 +142,7 @@ async fn ask_engine(
         stop_tokens: Vec::new(),
         ignore_eos: true,
         prompt_logprobs: false,
+        grammar: None,
     };
     let sent = Instant::now();
     let mut record =

@@ -7,12 +7,17 @@
 //! [`Engine`] is the handle that servers hold; [`GenerateRequest`] and [`Event`] are its whole
 //! language. The loop owns the model and the scheduler, runs on a thread of its own and never
 //! waits on a client: events go into unbounded channels, whose length `max_tokens` bounds.
+//! A request may carry a [`Grammar`]: then its tokens are drawn under masks that worker threads
+//! compute while the model runs.
 
 mod engine;
+mod grammar;
+mod mask_workers;
 mod request;
 mod step_loop;
 
 pub use engine::{Engine, EngineConfig, Generation, Stats};
+pub use grammar::{Constraint, Grammar, Next};
 pub use request::{
     Event, FinishReason, GenerateRequest, LogitBias, SamplingParams, SubmitError, Token, TokenLogprob, Usage,
 };

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::grammar::Grammar;
+
 pub use rudder_ops::{LogitBias, SamplingParams, TokenLogprob};
 
 /// One sequence to generate. A client's `n` choices are `n` of these with the same prompt.
@@ -22,6 +24,10 @@ pub struct GenerateRequest {
     /// Report log-probabilities of the prompt's own tokens too (`echo` with `logprobs`). Such a
     /// prompt is computed afresh, without the prefix cache.
     pub prompt_logprobs: bool,
+    /// What the generated tokens must match. Where it can only end, the sequence ends as with a stop
+    /// token; where it leaves one way only and no log-probabilities are asked for, the tokens of
+    /// that way come without a draw.
+    pub grammar: Option<Arc<dyn Grammar>>,
 }
 
 /// A generated (or, with `prompt_logprobs`, scored) token.
@@ -38,7 +44,7 @@ pub struct Token {
 /// Why a generation ended by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// A stop token was drawn.
+    /// A stop token was drawn, or the grammar has come to its end.
     Stop,
     /// `max_tokens` or the context length was reached.
     Length,

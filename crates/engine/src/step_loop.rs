@@ -4,15 +4,21 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rudder_model::Model;
-use rudder_ops::{Batch, SampleRow, Sampled, TokenCounts};
+use rudder_ops::{Batch, OpError, SampleRow, Sampled, TokenCounts};
 use rudder_scheduler::{Chunk, Scheduler, SchedulerConfig, Sequence, SequenceId, StepPlan};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::engine::{EngineConfig, Shared, Stats};
+use crate::grammar::Next;
+use crate::mask_workers::{MaskJob, MaskWorkers};
 use crate::request::{Event, FinishReason, GenerateRequest, Token, Usage};
+
+/// How long a step waits for grammars before it is planned. Most answer within it, and what they
+/// force then goes through the model together with the token drawn last.
+const GRAMMAR_PATIENCE: Duration = Duration::from_micros(200);
 
 const _: () = assert!(rudder_ops::BLOCK_SIZE == rudder_scheduler::BLOCK_SIZE);
 
@@ -37,12 +43,21 @@ pub(crate) struct Submission {
 struct Active {
     submission: Submission,
     counts: Option<TokenCounts>,
+    grammar: Option<Held>,
     /// Prompt tokens scored so far, when asked for.
     scores: Vec<Token>,
     generated: usize,
     cached: Option<usize>,
     planned: Option<Instant>,
     first_token: Option<Instant>,
+}
+
+/// Where a sequence's state in its grammar is.
+enum Held {
+    /// Here, its answer about the next token ready.
+    Here(Box<MaskJob>),
+    /// With a worker.
+    Away,
 }
 
 /// See the module.
@@ -52,6 +67,7 @@ pub(crate) struct StepLoop {
     commands: mpsc::Receiver<Command>,
     shared: Arc<Shared>,
     active: HashMap<SequenceId, Active>,
+    masks: MaskWorkers,
     stats: Stats,
     // Reused from step to step, so that a step allocates nothing of its own.
     plan: StepPlan,
@@ -79,6 +95,7 @@ impl StepLoop {
             commands,
             shared,
             active: HashMap::new(),
+            masks: MaskWorkers::start(),
             stats: Stats::default(),
             plan: StepPlan::default(),
             batch: Batch::default(),
@@ -144,9 +161,15 @@ impl StepLoop {
         self.scheduler.add(submission.id, request.prompt.to_vec(), request.prompt_logprobs);
         let counts = request.sampling.needs_counts().then(|| TokenCounts::of_prompt(&request.prompt));
         let id = submission.id;
+        let grammar = request.grammar.clone().filter(|_| submission.max_tokens > 0).map(|grammar| {
+            let jump = request.sampling.logprobs.is_none();
+            self.masks.send(Box::new(MaskJob::new(id, grammar, jump, self.model.config().vocab)));
+            Held::Away
+        });
         let active = Active {
             submission,
             counts,
+            grammar,
             scores: Vec::new(),
             generated: 0,
             cached: None,
@@ -157,14 +180,22 @@ impl StepLoop {
     }
 
     fn step(&mut self) {
+        self.follow_grammars();
         let mut plan = std::mem::take(&mut self.plan);
         self.scheduler.plan(&mut plan);
-        self.note_admissions(&plan);
-        self.fill_batch(&plan);
-        match self.compute(&plan) {
+        if !plan.chunks.is_empty() {
+            self.run_plan(&plan);
+        }
+        self.plan = plan;
+    }
+
+    fn run_plan(&mut self, plan: &StepPlan) {
+        self.note_admissions(plan);
+        self.fill_batch(plan);
+        match self.compute(plan) {
             Ok(()) => {
-                self.scheduler.commit(&plan);
-                self.deliver(&plan);
+                self.scheduler.commit(plan);
+                self.deliver(plan);
             }
             Err(message) => {
                 tracing::error!(message, sequences = plan.chunks.len(), "a step failed");
@@ -174,7 +205,6 @@ impl StepLoop {
             }
         }
         self.stats.steps += 1;
-        self.plan = plan;
     }
 
     fn note_admissions(&mut self, plan: &StepPlan) {
@@ -200,6 +230,9 @@ impl StepLoop {
 
     /// Runs the model and the sampler over the batch; a panic in either is this step's fault only.
     fn compute(&mut self, plan: &StepPlan) -> Result<(), String> {
+        let (model, batch) = (&mut self.model, &self.batch);
+        guarded(|| model.forward(batch))?;
+        self.await_masks(plan);
         let mut rows = recycle(std::mem::take(&mut self.rows));
         for chunk in plan.chunks.iter().filter(|c| c.outputs > 0) {
             let (Some(sequence), Some(active)) =
@@ -210,19 +243,13 @@ impl StepLoop {
             let end = chunk.start + chunk.len;
             rows.extend((end - chunk.outputs..end).map(|at| sample_row(sequence, active, at + 1)));
         }
-        let (model, batch, sampled) = (&mut self.model, &self.batch, &mut self.sampled);
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            sampled.clear();
-            model.forward(batch)?;
-            if rows.is_empty() { Ok(()) } else { model.sample(&rows, sampled) }
-        }));
-        let wanted = rows.len();
+        let (model, sampled, wanted) = (&mut self.model, &mut self.sampled, rows.len());
+        sampled.clear();
+        let outcome = if rows.is_empty() { Ok(()) } else { guarded(|| model.sample(&rows, sampled)) };
         self.rows = recycle(rows);
         match outcome {
-            Ok(Ok(())) if self.sampled.len() == wanted => Ok(()),
-            Ok(Ok(())) => Err("the sampler did not answer every row".into()),
-            Ok(Err(error)) => Err(format!("the model failed: {error}")),
-            Err(_) => Err("the model failed unexpectedly".into()),
+            Ok(()) if self.sampled.len() != wanted => Err("the sampler did not answer every row".into()),
+            outcome => outcome,
         }
     }
 
@@ -275,12 +302,15 @@ impl StepLoop {
         if active.submission.max_tokens == 0 {
             return self.finish(id, FinishReason::Length);
         }
-        self.take_token(id, token);
+        let token_id = token.id;
+        if self.follow_grammar(id) && self.take_token(id, token) {
+            self.send_to_grammar(id, token_id);
+        }
     }
 
-    /// A token was drawn for a sequence: it grows, or ends.
-    fn take_token(&mut self, id: SequenceId, token: Token) {
-        let Some(active) = self.active.get_mut(&id) else { return };
+    /// A token was drawn or forced for a sequence: it grows, or ends. Returns whether it goes on.
+    fn take_token(&mut self, id: SequenceId, token: Token) -> bool {
+        let Some(active) = self.active.get_mut(&id) else { return false };
         self.stats.generation_tokens += 1;
         active.generated += 1;
         if let Some(counts) = &mut active.counts {
@@ -288,14 +318,85 @@ impl StepLoop {
         }
         let request = &active.submission.request;
         if !request.ignore_eos && request.stop_tokens.contains(&token.id) {
-            return self.finish(id, FinishReason::Stop);
+            self.finish(id, FinishReason::Stop);
+            return false;
         }
         let token_id = token.id;
         let _ = active.submission.events.send(Event::Token(token));
         if active.generated >= active.submission.max_tokens {
-            return self.finish(id, FinishReason::Length);
+            self.finish(id, FinishReason::Length);
+            return false;
         }
         self.scheduler.append(id, token_id);
+        true
+    }
+
+    /// Before a step is planned: hears the grammars that have an answer by now, so that forced
+    /// tokens are part of this step and sequences at their end are not.
+    fn follow_grammars(&mut self) {
+        let deadline = Instant::now() + GRAMMAR_PATIENCE;
+        while let Some(job) = self.masks.take(Some(deadline)) {
+            let id = job.id;
+            let started = self.put_back(job);
+            if started {
+                self.follow_grammar(id);
+            }
+        }
+    }
+
+    /// Before the sampler: waits for the masks of all rows.
+    fn await_masks(&mut self, plan: &StepPlan) {
+        for chunk in plan.chunks.iter().filter(|c| c.outputs > 0) {
+            while matches!(self.active.get(&chunk.id), Some(Active { grammar: Some(Held::Away), .. })) {
+                let Some(job) = self.masks.take(None) else { break };
+                self.put_back(job);
+            }
+        }
+    }
+
+    /// Takes a job back to its sequence, if that is still there. Returns whether the sequence has
+    /// begun to generate.
+    fn put_back(&mut self, job: Box<MaskJob>) -> bool {
+        let Some(active) = self.active.get_mut(&job.id) else { return false };
+        active.grammar = Some(Held::Here(job));
+        active.first_token.is_some()
+    }
+
+    /// Does what a sequence's grammar asks for without a draw: forced tokens, the end, or failure.
+    /// Returns whether a token drawn now is wanted.
+    fn follow_grammar(&mut self, id: SequenceId) -> bool {
+        let Some(Active { grammar: Some(Held::Here(job)), .. }) = self.active.get_mut(&id) else {
+            return true;
+        };
+        let next = std::mem::replace(&mut job.next, Ok(Next::Draw));
+        let mut forced = std::mem::take(&mut job.forced);
+        let jumped = !forced.is_empty();
+        let goes_on = next.is_err()
+            || forced
+                .drain(..)
+                .all(|id_| self.take_token(id, Token { id: id_, logprob: None, top: Vec::new() }));
+        match next {
+            _ if !goes_on => return false,
+            Err(message) => self.fail(id, &message),
+            Ok(Next::End) => self.finish(id, FinishReason::Stop),
+            Ok(Next::Draw) => {
+                if let Some(Active { grammar: Some(Held::Here(job)), .. }) = self.active.get_mut(&id) {
+                    job.forced = forced; // keeps its memory
+                }
+                return !jumped;
+            }
+        }
+        false
+    }
+
+    /// Sends a sequence's grammar on its way past a drawn token.
+    fn send_to_grammar(&mut self, id: SequenceId, token: u32) {
+        let Some(active) = self.active.get_mut(&id) else { return };
+        if let Some(Held::Here(mut job)) = active.grammar.take_if(|held| matches!(held, Held::Here(_))) {
+            job.token = Some(token);
+            active.grammar = Some(Held::Away);
+            self.masks.send(job);
+        }
     }
 
     fn finish(&mut self, id: SequenceId, reason: FinishReason) {
@@ -343,6 +444,14 @@ impl Active {
         self.submission.request.prompt_logprobs && self.first_token.is_none()
     }
 
+    /// The mask for a token drawn now. None where the grammar does without a draw.
+    fn mask(&self) -> Option<&[u32]> {
+        match &self.grammar {
+            Some(Held::Here(job)) if job.next == Ok(Next::Draw) && job.forced.is_empty() => Some(&job.mask),
+            _ => None,
+        }
+    }
+
     fn usage(&self) -> Usage {
         let submitted = self.submission.submitted;
         let planned = self.planned.unwrap_or(submitted);
@@ -364,8 +473,16 @@ fn sample_row<'a>(sequence: &'a Sequence, active: &'a Active, position: usize) -
         params: &active.submission.request.sampling,
         counts: active.counts.as_ref(),
         position: position as u64,
-        mask: None,
+        mask: active.mask(),
         forced: if active.is_scoring() { sequence.tokens.get(position).copied() } else { None },
+    }
+}
+
+/// Runs the model, which may fail or panic; the message is fit for the client.
+fn guarded(work: impl FnOnce() -> Result<(), OpError>) -> Result<(), String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(outcome) => outcome.map_err(|error| format!("the model failed: {error}")),
+        Err(_) => Err("the model failed unexpectedly".into()),
     }
 }
 

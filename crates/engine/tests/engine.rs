@@ -44,6 +44,7 @@ fn request(prompt: impl Into<Vec<u32>>, max_tokens: usize) -> GenerateRequest {
         stop_tokens: Vec::new(),
         ignore_eos: false,
         prompt_logprobs: false,
+        grammar: None,
     }
 }
 

@@ -6,8 +6,10 @@
 //! - A decode that finds no block preempts the youngest running sequence. The oldest is never
 //!   preempted by another, so it always advances and nobody starves. A preempted sequence keeps
 //!   its tokens, waits in its old place, and finds most of its blocks again in the prefix tree.
-//! - A waiting sequence whose next block a running one is just computing (forks of one prompt)
-//!   lets it finish and then shares, rather than compute the same twice.
+//! - A decode is one token, or several where some were appended without a draw. Each sequence gets
+//!   one; for the others decodes may take half of what is then left, so prefill never stands still.
+//! - A waiting sequence whose next block an older, running one is just computing (forks of one
+//!   prompt) lets it finish and then shares, rather than compute the same twice.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -154,16 +156,9 @@ impl Scheduler {
     pub fn plan(&mut self, plan: &mut StepPlan) {
         plan.clear();
         let mut budget = Budget { tokens: self.config.max_batch_tokens, outputs: self.config.max_sequences };
+        self.reserve_blocks(plan);
         self.plan_decodes(plan, &mut budget);
-        for index in 0..self.running.len() {
-            let id = self.running[index];
-            if !self.sequences[&id].is_decoding() {
-                self.plan_prefill(id, plan, &mut budget);
-            }
-        }
-        if plan.preempted.is_empty() {
-            self.admit(plan, &mut budget);
-        }
+        self.plan_prefills(plan, &mut budget);
     }
 
     /// Advances the planned sequences by what was computed and makes their full blocks findable.
@@ -183,34 +178,40 @@ impl Scheduler {
         }
     }
 
-    /// Adds a generated token to a sequence.
+    /// Adds a generated token to a sequence, running or waiting. Several may be added between two steps.
     pub fn append(&mut self, id: SequenceId, token: u32) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.tokens.push(token);
         }
     }
 
-    /// Decodes, oldest first. Whoever finds no block takes those of the youngest running sequence,
-    /// which is not planned yet because it is younger.
-    fn plan_decodes(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
+    /// Gives running sequences blocks for all their known tokens, the oldest first. Whoever finds
+    /// none takes those of the youngest running sequence.
+    fn reserve_blocks(&mut self, plan: &mut StepPlan) {
         let mut index = 0;
         while index < self.running.len() {
             let id = self.running[index];
             index += 1;
-            if !self.sequences[&id].is_decoding() {
-                continue;
-            }
             while self.needs_block(id) {
                 match self.pool.allocate() {
                     Some(block) => self.sequences.get_mut(&id).expect("it runs").blocks.push(block),
                     None => self.preempt_youngest(plan),
                 }
             }
-            if index <= self.running.len() {
-                let start = self.sequences[&id].computed;
-                budget.take(1, 1);
-                plan.chunks.push(Chunk { id, start, len: 1, outputs: 1 });
-            }
+        }
+    }
+
+    /// Decodes, oldest first.
+    fn plan_decodes(&self, plan: &mut StepPlan, budget: &mut Budget) {
+        let decoding = || self.running.iter().filter(|id| self.sequences[id].is_decoding());
+        let mut more = (budget.tokens - decoding().count()) / 2;
+        for &id in decoding() {
+            let sequence = &self.sequences[&id];
+            let len = sequence.pending().min(1 + more);
+            let outputs = usize::from(len == sequence.pending());
+            more -= len - 1;
+            budget.take(len, outputs);
+            plan.chunks.push(Chunk { id, start: sequence.computed, len, outputs });
         }
     }
 
@@ -245,27 +246,36 @@ impl Scheduler {
         }
     }
 
-    /// Admits waiting sequences in order while blocks and budget last.
-    fn admit(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
-        let mut after = None;
-        while budget.tokens > 0 && self.running.len() < self.config.max_sequences {
-            let next = match after {
-                None => self.waiting.first().copied(),
-                Some(id) => self.waiting.range(id + 1..).next().copied(),
-            };
-            let Some(id) = next else { return };
-            after = Some(id);
-            let path = self.cached_path(&self.sequences[&id]);
-            if self.is_being_computed(&self.sequences[&id], path.len()) {
-                continue;
+    /// Prefill in order of arrival while the budget lasts: running sequences go on, waiting ones are
+    /// admitted while there are blocks and places.
+    fn plan_prefills(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
+        let mut admits = plan.preempted.is_empty();
+        let mut from = 0;
+        while budget.tokens > 0 {
+            let first_running = self.running.partition_point(|&id| id < from);
+            let running = self.running[first_running..].iter().find(|id| !self.sequences[id].is_decoding());
+            let waiting = self.waiting.range(from..).next().filter(|_| admits);
+            let Some(&id) = running.into_iter().chain(waiting).min() else { return };
+            from = id + 1;
+            if running != Some(&id) {
+                let Some(cached) = self.admit(id) else {
+                    admits = false; // nor any that came later, lest they keep it waiting
+                    continue;
+                };
+                plan.admitted.push((id, cached));
             }
-            if !self.fits(&self.sequences[&id], &path) {
-                return;
-            }
-            let cached = self.start(id, &path);
-            plan.admitted.push((id, cached));
             self.plan_prefill(id, plan, budget);
         }
+    }
+
+    /// Starts a waiting sequence if it may and can; returns how many of its tokens are cached.
+    fn admit(&mut self, id: SequenceId) -> Option<usize> {
+        if self.running.len() == self.config.max_sequences {
+            return None;
+        }
+        let path = self.cached_path(&self.sequences[&id]);
+        let starts = !self.is_being_computed(id, path.len()) && self.fits(&self.sequences[&id], &path);
+        starts.then(|| self.start(id, &path))
     }
 
     /// The cached blocks that a sequence can begin with. At least its last token is left to
@@ -283,13 +293,15 @@ impl Scheduler {
         path
     }
 
-    /// Whether a running sequence is about to compute the block after the `cached` first ones.
-    fn is_being_computed(&self, sequence: &Sequence, cached: usize) -> bool {
+    /// Whether an older running sequence is about to compute the block after the `cached` first ones.
+    fn is_being_computed(&self, id: SequenceId, cached: usize) -> bool {
+        let sequence = &self.sequences[&id];
+        let older = self.running.iter().take_while(|&&other| other < id);
         let end = (cached + 1) * BLOCK_SIZE;
         self.config.prefix_cache
             && !sequence.is_scoring()
             && end < sequence.tokens.len()
-            && self.running.iter().map(|id| &self.sequences[id]).any(|other| {
+            && older.map(|id| &self.sequences[id]).any(|other| {
                 // The block itself first: it differs for nearly all, and is cheap to compare.
                 other.computed < end
                     && other.tokens.len() >= end

@@ -33,9 +33,9 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
-    /// Whether it is past its prompt and computes one token a step.
+    /// Whether it is past its prompt: what it computes are generated tokens.
     pub(crate) fn is_decoding(&self) -> bool {
-        self.pending() == 1 && self.tokens.len() > self.prompt_len
+        self.computed >= self.prompt_len && self.pending() > 0
     }
 
     /// Whether logits of prompt rows are still wanted.

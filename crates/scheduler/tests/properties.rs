@@ -18,6 +18,8 @@ struct World {
     next_id: SequenceId,
     plan: StepPlan,
     waited: HashMap<SequenceId, usize>,
+    /// Whether answers force tokens now and then.
+    forcing: bool,
 }
 
 fn extend(hash: u64, token: u32) -> u64 {
@@ -35,6 +37,7 @@ impl World {
             next_id: 0,
             plan: StepPlan::default(),
             waited: HashMap::new(),
+            forcing: true,
         }
     }
 
@@ -102,12 +105,30 @@ impl World {
         }
     }
 
-    /// The next token is a function of the tokens before it, as a greedy model's is.
+    /// The next token is a function of the tokens before it, as a greedy model's is. Now and then
+    /// one forces more after it, up to a few blocks of them.
     fn answer(&mut self, id: SequenceId) {
         let hash = self.scheduler.sequence(id).unwrap().tokens.iter().fold(0, |h, &t| extend(h, t));
-        self.scheduler.append(id, (hash >> 60) as u32 % 3);
+        let forced = if self.forcing && hash % 11 == 0 { (hash >> 32) as usize % 40 } else { 0 };
+        self.append(id, hash, 1 + forced);
+    }
+
+    /// Forces tokens on a sequence that answers, whatever it is doing: running, waiting or restarting.
+    fn force(&mut self, index: usize, more: usize) {
+        let answering =
+            |&id: &SequenceId| self.scheduler.sequence(id).is_some_and(|s| s.tokens.len() > s.prompt_len);
+        let ids: Vec<_> = self.remaining.keys().copied().filter(answering).collect();
+        if let Some(&id) = ids.get(index % ids.len().max(1)) {
+            self.append(id, index as u64, more);
+        }
+    }
+
+    fn append(&mut self, id: SequenceId, hash: u64, tokens: usize) {
         let remaining = self.remaining.get_mut(&id).unwrap();
-        *remaining -= 1;
+        for token in 0..tokens.min(*remaining) as u32 {
+            self.scheduler.append(id, ((hash >> 60) as u32 + token) % 3);
+            *remaining -= 1;
+        }
         if *remaining == 0 {
             self.end(id);
         }
@@ -147,6 +168,7 @@ enum Act {
     Arrive { prefix: u32, shared: usize, own: Vec<u32>, answer: usize, score: bool },
     Cancel(usize),
     Steps(usize),
+    Force { index: usize, tokens: usize },
     Fault,
 }
 
@@ -156,6 +178,7 @@ fn act() -> impl Strategy<Value = Act> {
             .prop_map(|(prefix, shared, own, answer, score)| Act::Arrive { prefix, shared, own, answer, score }),
         1 => any::<usize>().prop_map(Act::Cancel),
         4 => (1usize..20).prop_map(Act::Steps),
+        1 => (any::<usize>(), 1usize..50).prop_map(|(index, tokens)| Act::Force { index, tokens }),
         1 => Just(Act::Fault),
     ]
 }
@@ -188,6 +211,7 @@ proptest! {
                 }
                 Act::Cancel(index) => world.cancel(index),
                 Act::Steps(n) => (0..n).for_each(|_| world.step(false)),
+                Act::Force { index, tokens } => world.force(index, tokens),
                 Act::Fault => world.step(true),
             }
         }
@@ -278,6 +302,7 @@ fn forks_that_arrive_together_compute_their_prefix_once() {
 #[test]
 fn decodes_run_in_every_step_beside_a_long_prefill() {
     let mut world = World::new(SchedulerConfig { max_batch_tokens: 16, ..ROOMY });
+    world.forcing = false;
     world.arrive(vec![1; 10], 60, false);
     world.step(false);
     world.arrive(vec![2; 600], 1, false);
@@ -286,6 +311,27 @@ fn decodes_run_in_every_step_beside_a_long_prefill() {
         assert!(world.plan.chunks.iter().any(|c| c.id == 0 && c.len == 1));
         assert_eq!(world.plan.chunks.iter().map(|c| c.len).sum::<usize>(), 16);
     }
+}
+
+#[test]
+fn forced_tokens_run_in_chunks_beside_decodes_and_prefill() {
+    let mut world = World::new(SchedulerConfig { max_batch_tokens: 24, ..ROOMY });
+    world.forcing = false;
+    for i in 0..2 {
+        world.arrive(vec![i; 10], 100, false);
+    }
+    world.step(false);
+    world.arrive(vec![2; 600], 1, false);
+    world.force(0, 25);
+    let planned = |world: &mut World| {
+        world.step(false);
+        world.plan.chunks.iter().map(|c| (c.id, c.len, c.outputs)).collect::<Vec<_>>()
+    };
+    // Each decode has one token; of the 22 left, forced ones may take half.
+    assert_eq!(planned(&mut world), [(0, 12, 0), (1, 1, 1), (2, 11, 0)]);
+    assert_eq!(planned(&mut world), [(0, 12, 0), (1, 1, 1), (2, 11, 0)]);
+    assert_eq!(planned(&mut world), [(0, 2, 1), (1, 1, 1), (2, 21, 0)]);
+    assert_eq!(planned(&mut world), [(0, 1, 1), (1, 1, 1), (2, 22, 0)]);
 }
 
 #[test]
