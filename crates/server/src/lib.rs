@@ -18,6 +18,7 @@ mod infill;
 mod metrics;
 mod openai;
 mod prompt;
+mod responses;
 mod serve;
 mod sse;
 mod tokenize;
@@ -93,6 +94,7 @@ pub struct Server {
     pub(crate) format: OutputFormat,
     /// What the model said, for the turns to come.
     pub(crate) verbatim: Arc<verbatim::Verbatim>,
+    pub(crate) responses: responses::Responses,
     draining: AtomicBool,
     /// Unix time of the start.
     pub(crate) created: u64,
@@ -108,6 +110,7 @@ impl Server {
             markup,
             format: OutputFormat::default(),
             verbatim: Arc::new(verbatim::Verbatim::new()),
+            responses: responses::Responses::new(),
             draining: AtomicBool::new(false),
             created: unix_now(),
         })

@@ -1,0 +1,293 @@
+//! A response while it runs: its events so far, those who read them, and what is wanted of it.
+//!
+//! The task in `run.rs` writes; any number of [`Reader`]s follow from any sequence number: the stream of
+//! the POST, a GET with `starting_after`, a WebSocket. Whoever holds a [`Tether`] ends the response by
+//! letting go of it.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, watch};
+
+use super::events::{Event, Recorder};
+use super::request::Ask;
+use super::steer::{Queue, Steer};
+use super::types::{Link, Record, Response};
+
+/// Of ended responses that may still be asked for, the most kept in memory: number and bytes.
+const MAX_ENDED: usize = 1024;
+const MAX_ENDED_BYTES: usize = 64 << 20;
+
+/// A response that runs, or has run lately.
+pub(crate) struct Live {
+    /// Its id.
+    pub id: String,
+    /// What it was asked.
+    pub ask: Arc<Ask>,
+    state: Mutex<State>,
+    news: watch::Sender<()>,
+    wake: Notify,
+}
+
+/// What changes while a response runs.
+pub(crate) struct State {
+    /// Its events and the response they make.
+    pub recorder: Recorder,
+    /// Set by those who want it ended; the task looks.
+    pub wish: Option<Wish>,
+    /// User messages that are to steer it.
+    pub steers: Queue,
+    /// The response that goes on from it by itself.
+    pub successor: Option<Arc<Live>>,
+    /// What it adds to the conversation; set at its end.
+    pub link: Option<Arc<Link>>,
+    /// Nothing more will be written.
+    closed: bool,
+}
+
+/// How a response is to be ended from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// For good, its successors too.
+    Cancel,
+    /// Its unfinished items are dropped; the conversation goes on from it.
+    Interrupt,
+}
+
+impl Live {
+    /// A response of which nothing is written yet.
+    pub fn new(ask: Arc<Ask>, recorder: Recorder) -> Arc<Self> {
+        let id = recorder.response().id.clone();
+        let state = State {
+            recorder,
+            wish: None,
+            steers: Queue::default(),
+            successor: None,
+            link: None,
+            closed: false,
+        };
+        Arc::new(Self {
+            id,
+            ask,
+            state: Mutex::new(state),
+            news: watch::Sender::new(()),
+            wake: Notify::new(),
+        })
+    }
+
+    /// Looks at the state.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the state and tells the readers.
+    pub fn write<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = change(&mut self.state());
+        self.news.send_replace(());
+        result
+    }
+
+    /// Changes what is wanted of it and wakes its task.
+    pub fn want<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = self.write(change);
+        self.wake.notify_one();
+        result
+    }
+
+    /// Waits until something is wanted of it. May return without reason.
+    pub async fn wanted(&self) {
+        self.wake.notified().await;
+    }
+
+    /// The response as it stands.
+    pub fn response(&self) -> Response {
+        self.state().recorder.response().clone()
+    }
+
+    /// What of it outlives its run.
+    pub fn record(&self) -> Result<Record, serde_json::Error> {
+        let response = serde_json::to_value(self.state().recorder.response())?;
+        Ok(Record { response, input: self.ask.input.clone() })
+    }
+
+    /// What it adds to the conversation, once it has ended.
+    pub fn link(&self) -> Option<Arc<Link>> {
+        self.state().link.clone()
+    }
+
+    /// The response that goes on from it by itself; final once the readers have come to the end.
+    pub fn successor(&self) -> Option<Arc<Self>> {
+        self.state().successor.clone()
+    }
+
+    /// Queues a user's correction; the task applies it at the next safe boundary.
+    ///
+    /// # Errors
+    /// Why the response cannot be steered, or not so.
+    pub fn steer(&self, steer: Steer) -> Result<(), super::steer::Refusal> {
+        self.want(|state| state.accept(&self.ask, steer))
+    }
+
+    /// Ends it, if it still runs, and whatever goes on from it by itself.
+    pub fn cancel(&self) {
+        let mut next = self.want(|state| {
+            state.wish = Some(Wish::Cancel);
+            state.successor.clone()
+        });
+        while let Some(live) = next {
+            next = live.want(|state| {
+                state.wish = Some(Wish::Cancel);
+                state.successor.clone()
+            });
+        }
+    }
+
+    /// Ends it and drops its unfinished items. Returns false if it has ended already.
+    pub fn interrupt(&self) -> bool {
+        self.want(|state| {
+            let running = !state.recorder.response().status.is_final();
+            if running {
+                state.wish.get_or_insert(Wish::Interrupt);
+            }
+            running
+        })
+    }
+
+    /// Nothing more will be written.
+    pub fn close(&self) {
+        self.write(|state| state.closed = true);
+    }
+
+    /// Follows its events from this sequence number on.
+    pub fn read_from(self: &Arc<Self>, sequence: usize) -> Reader {
+        Reader { live: self.clone(), next: sequence, news: self.news.subscribe() }
+    }
+
+    /// About the bytes it takes.
+    fn weight(&self) -> usize {
+        let state = self.state();
+        state.recorder.events().iter().map(|event| event.json.len()).sum()
+    }
+}
+
+/// Follows a response's events.
+pub(crate) struct Reader {
+    live: Arc<Live>,
+    next: usize,
+    news: watch::Receiver<()>,
+}
+
+impl Reader {
+    /// The response that is followed.
+    pub fn live(&self) -> &Arc<Live> {
+        &self.live
+    }
+
+    /// Waits for events and appends all that are there. Returns false when the response is closed and
+    /// all was read. Cancel-safe.
+    pub async fn read(&mut self, out: &mut Vec<Event>) -> bool {
+        loop {
+            self.news.borrow_and_update();
+            let closed = {
+                let state = self.live.state();
+                let events = state.recorder.events();
+                out.extend_from_slice(events.get(self.next..).unwrap_or_default());
+                self.next = self.next.max(events.len());
+                state.closed
+            };
+            if !out.is_empty() {
+                return true;
+            }
+            // The sender lives as long as the response, which this reader holds.
+            if closed || self.news.changed().await.is_err() {
+                return false;
+            }
+        }
+    }
+}
+
+/// Cancels a response when dropped, unless it was let go of.
+pub(crate) struct Tether(Option<Arc<Live>>);
+
+impl Tether {
+    /// Binds the response to whoever holds this.
+    pub fn new(live: Arc<Live>) -> Self {
+        Self(Some(live))
+    }
+
+    /// Lets it run on by itself.
+    pub fn let_go(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Tether {
+    fn drop(&mut self) {
+        if let Some(live) = &self.0 {
+            live.cancel();
+        }
+    }
+}
+
+/// Responses that run or ended lately, by id.
+#[derive(Default)]
+pub(crate) struct Registry {
+    known: Mutex<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    lives: HashMap<String, Arc<Live>>,
+    /// Ended ones, oldest first, with their bytes.
+    ended: VecDeque<(String, usize)>,
+    bytes: usize,
+}
+
+impl Registry {
+    /// Finds a response.
+    pub fn get(&self, id: &str) -> Option<Arc<Live>> {
+        self.known().lives.get(id).cloned()
+    }
+
+    /// Makes a response known while it runs.
+    pub fn add(&self, live: Arc<Live>) {
+        self.known().lives.insert(live.id.clone(), live);
+    }
+
+    /// It has ended. `keep`: it may still be asked for; else it is forgotten at once.
+    pub fn ended(&self, live: &Live, keep: bool) {
+        let weight = live.weight();
+        let mut known = self.known();
+        if !keep {
+            known.lives.remove(&live.id);
+            return;
+        }
+        known.ended.push_back((live.id.clone(), weight));
+        known.bytes += weight;
+        while known.ended.len() > MAX_ENDED || known.bytes > MAX_ENDED_BYTES {
+            let Some((oldest, weight)) = known.ended.pop_front() else { break };
+            known.bytes -= weight;
+            known.lives.remove(&oldest);
+        }
+    }
+
+    /// Forgets a response, as when it is deleted.
+    pub fn forget(&self, id: &str) {
+        let mut known = self.known();
+        known.lives.remove(id);
+        if let Some(at) = known.ended.iter().position(|(ended, _)| ended == id) {
+            known.bytes -= known.ended.remove(at).map_or(0, |(_, weight)| weight);
+        }
+    }
+
+    /// Those that have not ended.
+    pub fn running(&self) -> Vec<Arc<Live>> {
+        let known = self.known();
+        let running = |live: &&Arc<Live>| !live.state().recorder.response().status.is_final();
+        known.lives.values().filter(running).cloned().collect()
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,325 @@
+//! Tools as the Responses API names them, and the names that the model knows them by.
+
+use std::collections::{HashMap, HashSet};
+
+use rudder_text::{Tool, ToolChoice, ToolInput};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::openai::ApiError;
+
+/// Longest tool name.
+const MAX_NAME: usize = 128;
+
+/// The tools of a request: what the model is offered.
+#[derive(Debug, Default)]
+pub(crate) struct Toolbox {
+    /// Those that the client runs. What a server would have to run is not among them.
+    pub offered: Vec<Tool>,
+    /// Their names outside.
+    pub names: CallNames,
+    /// Whether there are tools that nobody here runs.
+    pub hosted: bool,
+}
+
+/// Names and namespaces of tools by the name that the model calls them by.
+#[derive(Debug, Default)]
+pub(crate) struct CallNames {
+    outward: HashMap<String, (String, Option<String>)>,
+}
+
+impl CallNames {
+    /// Name and namespace, as the client knows the tool.
+    pub fn outward<'a>(&'a self, name: &'a str) -> (&'a str, Option<&'a str>) {
+        match self.outward.get(name) {
+            Some((name, namespace)) => (name, namespace.as_deref()),
+            None => (name, None),
+        }
+    }
+
+    /// The name that the model knows a tool by.
+    pub fn inward(&self, name: &str, namespace: Option<&str>) -> String {
+        let same = |(known, within): &(String, Option<String>)| {
+            known == name && (namespace.is_none() || within.as_deref() == namespace)
+        };
+        let plain = self.outward.get(name).is_some_and(same);
+        let found = (!plain).then(|| self.outward.iter().find(|(_, outward)| same(outward))).flatten();
+        match (found, namespace) {
+            (Some((inward, _)), _) => inward.clone(),
+            (None, Some(namespace)) if !plain => flat(namespace, name),
+            (None, _) => name.to_owned(),
+        }
+    }
+}
+
+/// One name for a tool in a namespace, of characters that every model's tool syntax can hold.
+fn flat(namespace: &str, name: &str) -> String {
+    let joined = format!("{}__{name}", namespace.trim_end_matches('_'));
+    let fit = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '_' | '-') { c } else { '_' };
+    joined.chars().map(fit).collect()
+}
+
+#[derive(Deserialize)]
+struct Definition {
+    r#type: String,
+    name: Option<String>,
+    description: Option<String>,
+    parameters: Option<Value>,
+    strict: Option<bool>,
+    format: Option<Format>,
+    tools: Option<Vec<Value>>,
+}
+
+#[derive(Deserialize)]
+struct Format {
+    r#type: String,
+    syntax: Option<String>,
+    definition: Option<String>,
+}
+
+impl Toolbox {
+    /// Adds the tools of a list. `path` names it in errors.
+    pub fn add(&mut self, tools: &[Value], path: &str) -> Result<(), ApiError> {
+        let mut taken: HashSet<String> = self.offered.iter().map(|tool| tool.name.clone()).collect();
+        for (index, tool) in tools.iter().enumerate() {
+            self.add_one(tool, None, &format!("{path}[{index}]"), &mut taken)?;
+        }
+        Ok(())
+    }
+
+    fn add_one(
+        &mut self,
+        tool: &Value,
+        namespace: Option<&Definition>,
+        path: &str,
+        taken: &mut HashSet<String>,
+    ) -> Result<(), ApiError> {
+        let definition = Definition::deserialize(tool)
+            .map_err(|error| ApiError::param(path, format!("{path} is not a tool: {error}.")))?;
+        match (definition.r#type.as_str(), namespace) {
+            ("function" | "custom", _) => self.offer(definition, namespace, path, taken),
+            ("namespace", None) => {
+                definition.checked_name(path)?;
+                for (index, inner) in definition.tools.iter().flatten().enumerate() {
+                    self.add_one(inner, Some(&definition), &format!("{path}.tools[{index}]"), taken)?;
+                }
+                Ok(())
+            }
+            _ => {
+                self.hosted = true;
+                Ok(())
+            }
+        }
+    }
+
+    fn offer(
+        &mut self,
+        definition: Definition,
+        namespace: Option<&Definition>,
+        path: &str,
+        taken: &mut HashSet<String>,
+    ) -> Result<(), ApiError> {
+        let name = definition.checked_name(path)?.to_owned();
+        let within = namespace.and_then(|namespace| namespace.name.clone());
+        let mut inward = within.as_deref().map_or_else(|| name.clone(), |within| flat(within, &name));
+        if within.is_some() {
+            // Two namespaces may flatten to one name.
+            while taken.contains(&inward) {
+                inward.push('_');
+            }
+        }
+        if !taken.insert(inward.clone()) {
+            // A list given again, as by `additional_tools` in every turn, changes nothing.
+            return Ok(());
+        }
+        let about = namespace.and_then(|namespace| namespace.description.as_deref());
+        let own = definition.description.as_deref();
+        let description = [about, own].into_iter().flatten().filter(|text| !text.is_empty());
+        let description = description.collect::<Vec<_>>().join("\n");
+        let input = definition.input(path)?;
+        self.names.outward.insert(inward.clone(), (name, within));
+        self.offered.push(Tool { name: inward, description, input });
+        Ok(())
+    }
+
+    /// What `tool_choice` allows, and which tools, if not all.
+    pub fn choose(&self, choice: Option<&Value>) -> Result<(ToolChoice, Option<Vec<String>>), ApiError> {
+        let word = |word: &str| match word {
+            "auto" => Ok(ToolChoice::Auto),
+            "none" => Ok(ToolChoice::None),
+            "required" if !self.offered.is_empty() => Ok(ToolChoice::Required),
+            // Only tools that nobody here runs: none can be called.
+            "required" if self.hosted => Ok(ToolChoice::Auto),
+            "required" => Err(ApiError::param("tool_choice", "tool_choice `required` needs tools.")),
+            other => Err(ApiError::param(
+                "tool_choice",
+                format!("tool_choice `{other}` is unknown; use auto, none, required or an object."),
+            )),
+        };
+        let fields = match choice {
+            None | Some(Value::Null) => return Ok((ToolChoice::Auto, None)),
+            Some(Value::String(text)) => return Ok((word(text)?, None)),
+            Some(Value::Object(fields)) => fields,
+            Some(_) => {
+                return Err(ApiError::param("tool_choice", "tool_choice must be a string or an object."));
+            }
+        };
+        let text = |key: &str| fields.get(key).and_then(Value::as_str);
+        match (text("type"), text("name")) {
+            (Some("function" | "custom"), Some(name)) => {
+                let inward = self.names.inward(name, text("namespace"));
+                match self.offered.iter().any(|tool| tool.name == inward) {
+                    true => Ok((ToolChoice::Named(inward), None)),
+                    false => Err(ApiError::param(
+                        "tool_choice",
+                        format!("tool_choice: there is no tool `{name}` in `tools`."),
+                    )),
+                }
+            }
+            (Some("allowed_tools"), _) => {
+                let listed = fields.get("tools").and_then(Value::as_array).into_iter().flatten();
+                let allowed = listed.filter_map(|tool| {
+                    let name = tool.get("name")?.as_str()?;
+                    Some(self.names.inward(name, tool.get("namespace").and_then(Value::as_str)))
+                });
+                let allowed: Vec<String> =
+                    allowed.filter(|name| self.offered.iter().any(|tool| tool.name == *name)).collect();
+                let mode = match text("mode").unwrap_or("auto") {
+                    "required" if allowed.is_empty() => "auto",
+                    mode => mode,
+                };
+                Ok((word(mode)?, Some(allowed)))
+            }
+            (Some("function" | "custom"), None) | (None, _) => {
+                Err(ApiError::param("tool_choice", "tool_choice must name a `type` and, for a tool, its `name`."))
+            }
+            // A tool that a server would have to run.
+            (Some(_), _) => Ok((ToolChoice::Auto, None)),
+        }
+    }
+}
+
+impl Definition {
+    fn checked_name(&self, path: &str) -> Result<&str, ApiError> {
+        let name = self.name.as_deref().unwrap_or_default();
+        if name.is_empty() || name.len() > MAX_NAME {
+            let message = format!("{path}.name must have from 1 to {MAX_NAME} bytes.");
+            return Err(ApiError::param(format!("{path}.name"), message));
+        }
+        Ok(name)
+    }
+
+    fn input(self, path: &str) -> Result<ToolInput, ApiError> {
+        if self.r#type == "function" {
+            let schema = match self.parameters {
+                None | Some(Value::Null) => json!({"type": "object", "properties": {}}),
+                Some(schema @ Value::Object(_)) => schema,
+                Some(_) => {
+                    let param = format!("{path}.parameters");
+                    return Err(ApiError::param(param, "A function's parameters must be a JSON schema."));
+                }
+            };
+            return Ok(ToolInput::Json { schema, strict: self.strict.unwrap_or(false) });
+        }
+        let Some(format) = self.format.filter(|format| format.r#type != "text") else {
+            return Ok(ToolInput::Text);
+        };
+        let refuse = |message: &str| Err(ApiError::param(format!("{path}.format"), message));
+        match (format.r#type.as_str(), format.syntax.as_deref(), format.definition) {
+            ("grammar", Some("lark"), Some(definition)) => Ok(ToolInput::Lark(definition)),
+            ("grammar", Some("regex"), Some(definition)) => Ok(ToolInput::Regex(definition)),
+            ("grammar", _, None) => refuse("A grammar needs its `definition`."),
+            ("grammar", _, _) => refuse("A grammar's syntax must be `lark` or `regex`."),
+            _ => refuse("A custom tool's format must be `text` or `grammar`."),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn toolbox(tools: Value) -> Toolbox {
+        let mut toolbox = Toolbox::default();
+        toolbox.add(tools.as_array().unwrap(), "tools").unwrap();
+        toolbox
+    }
+
+    #[test]
+    fn namespaces_are_flattened_and_found_back() {
+        let toolbox = toolbox(json!([
+            {"type": "function", "name": "list"},
+            {"type": "namespace", "name": "crm.v2", "description": "Customers", "tools": [
+                {"type": "function", "name": "list", "description": "All", "parameters": {"type": "object"}},
+                {"type": "custom", "name": "query"},
+            ]},
+            {"type": "namespace", "name": "crm_v2", "tools": [{"type": "function", "name": "list"}]},
+        ]));
+        let names: Vec<&str> = toolbox.offered.iter().map(|tool| tool.name.as_str()).collect();
+        assert_eq!(names, ["list", "crm_v2__list", "crm_v2__query", "crm_v2__list_"]);
+        assert_eq!(toolbox.offered[1].description, "Customers\nAll");
+        assert_eq!(toolbox.names.outward("crm_v2__list"), ("list", Some("crm.v2")));
+        assert_eq!(toolbox.names.outward("list"), ("list", None));
+        assert_eq!(toolbox.names.inward("list", None), "list");
+        assert_eq!(toolbox.names.inward("list", Some("crm.v2")), "crm_v2__list");
+        assert_eq!(toolbox.names.inward("list", Some("crm_v2")), "crm_v2__list_");
+        assert_eq!(toolbox.names.inward("query", None), "crm_v2__query");
+        assert_eq!(toolbox.names.inward("gone", Some("crm")), "crm__gone");
+    }
+
+    #[test]
+    fn tools_that_a_server_would_run_are_tolerated_and_not_offered() {
+        let toolbox = toolbox(json!([
+            {"type": "web_search", "external_web_access": true}, {"type": "tool_search", "execution": "client"},
+            {"type": "mcp", "server_label": "x"}, {"type": "never_heard_of"},
+        ]));
+        assert!(toolbox.offered.is_empty() && toolbox.hosted);
+        assert_eq!(toolbox.choose(Some(&json!("required"))).unwrap().0, ToolChoice::Auto);
+        assert_eq!(toolbox.choose(Some(&json!({"type": "web_search"}))).unwrap().0, ToolChoice::Auto);
+    }
+
+    #[test]
+    fn grammars_and_schemas_are_taken_over() {
+        let toolbox = toolbox(json!([
+            {"type": "custom", "name": "a", "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"}},
+            {"type": "custom", "name": "b", "format": {"type": "grammar", "syntax": "regex", "definition": "x+"}},
+            {"type": "custom", "name": "c", "format": {"type": "text"}},
+            {"type": "function", "name": "d", "strict": true, "parameters": {"type": "object"}},
+            {"type": "function", "name": "e", "parameters": null},
+        ]));
+        let inputs: Vec<&ToolInput> = toolbox.offered.iter().map(|tool| &tool.input).collect();
+        assert_eq!(inputs[0], &ToolInput::Lark("start: X".into()));
+        assert_eq!(inputs[1], &ToolInput::Regex("x+".into()));
+        assert_eq!(inputs[2], &ToolInput::Text);
+        assert_eq!(inputs[3], &ToolInput::Json { schema: json!({"type": "object"}), strict: true });
+        assert!(matches!(inputs[4], ToolInput::Json { strict: false, .. }));
+    }
+
+    #[test]
+    fn a_bad_tool_is_named() {
+        for (tool, param) in [
+            (json!({"name": "x"}), "tools[0]"),
+            (json!({"type": "function"}), "tools[0].name"),
+            (json!({"type": "function", "name": "x", "parameters": 3}), "tools[0].parameters"),
+            (json!({"type": "custom", "name": "x", "format": {"type": "grammar"}}), "tools[0].format"),
+            (json!({"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}), "tools[0].tools[0].name"),
+        ] {
+            let error = Toolbox::default().add(&[tool], "tools").unwrap_err();
+            assert_eq!(error.param.as_deref(), Some(param));
+        }
+    }
+
+    #[test]
+    fn tool_choice_names_what_there_is() {
+        let toolbox = toolbox(json!([{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}]));
+        let choose = |choice: Value| toolbox.choose(Some(&choice));
+        assert_eq!(choose(json!({"type": "function", "name": "f"})).unwrap().0, ToolChoice::Named("f".into()));
+        assert_eq!(choose(json!({"type": "custom", "name": "g"})).unwrap().0, ToolChoice::Named("g".into()));
+        let allowed = json!({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]});
+        assert_eq!(choose(allowed).unwrap(), (ToolChoice::Required, Some(vec!["f".into()])));
+        for bad in [json!({"type": "function", "name": "h"}), json!("maybe"), json!(3), json!({"type": "function"})] {
+            assert_eq!(choose(bad).unwrap_err().param.as_deref(), Some("tool_choice"));
+        }
+        assert!(Toolbox::default().choose(Some(&json!("required"))).is_err());
+    }
+}
