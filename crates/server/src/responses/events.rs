@@ -260,8 +260,7 @@ impl Recorder {
             &Item { output_index, item: &item },
         );
         if let Some(part) = open.part("") {
-            let at =
-                At { item_id: &open.id, output_index, content_index: Some(0), fields: Part { part } };
+            let at = At { item_id: &open.id, output_index, content_index: Some(0), fields: Part { part } };
             emit(&mut self.events, &self.dressing, "response.content_part.added", &at);
         }
         self.open = Some(open);
@@ -320,7 +319,8 @@ impl Open {
         let begun = status != "in_progress";
         let content = || Value::Array(self.part(&self.text).filter(|_| begun).into_iter().collect());
         let call = |kind: &str, call_id: &str, name: &str, namespace: &Option<String>, key: &str| {
-            let mut item = json!({"type": kind, "id": self.id, "status": status, "call_id": call_id, "name": name});
+            let mut item =
+                json!({"type": kind, "id": self.id, "status": status, "call_id": call_id, "name": name});
             item[key] = self.text.as_str().into();
             if let Some(namespace) = namespace {
                 item["namespace"] = namespace.as_str().into();

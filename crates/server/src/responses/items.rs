@@ -109,8 +109,7 @@ impl Reading<'_> {
                 let custom = text("type") == Some("custom_tool_call");
                 let key = if custom { "input" } else { "arguments" };
                 let name = self.names.inward(need("name")?, text("namespace"));
-                let call =
-                    ToolCall { id: need("call_id")?.into(), name, input: need(key)?.into(), custom };
+                let call = ToolCall { id: need("call_id")?.into(), name, input: need(key)?.into(), custom };
                 // One that was cut short was never made.
                 if text("status") != Some("incomplete") {
                     conversation.call(call);
@@ -250,7 +249,8 @@ fn message(item: &Value, path: &str, conversation: &mut Conversation) -> Result<
         Some("assistant") => Role::Assistant,
         Some("system" | "developer") => Role::System,
         Some(other) => {
-            let message = format!("{path}: role `{other}` is unknown; use user, assistant, system or developer.");
+            let message =
+                format!("{path}: role `{other}` is unknown; use user, assistant, system or developer.");
             return Err(ApiError::param(format!("{path}.role"), message));
         }
         None => return Err(ApiError::param(path, format!("{path} has neither a type nor a role."))),
@@ -280,7 +280,16 @@ fn content(content: &Value, path: &str) -> Result<String, ApiError> {
                 text.push_str(said);
             }
             (Some("encrypted_content"), _) => {}
-            (Some(kind @ ("input_image" | "input_file" | "input_audio" | "image_url" | "computer_screenshot")), _) => {
+            (
+                Some(
+                    kind @ ("input_image"
+                    | "input_file"
+                    | "input_audio"
+                    | "image_url"
+                    | "computer_screenshot"),
+                ),
+                _,
+            ) => {
                 return Err(ApiError::param(
                     format!("{path}[{index}]"),
                     format!("Content of type `{kind}` is not supported: this model reads text only."),
@@ -336,7 +345,10 @@ mod tests {
         assert_eq!(messages.len(), 4);
         let said = &messages[1];
         assert_eq!((said.text.as_str(), said.reasoning.as_deref()), ("First, then", Some("hm")));
-        assert_eq!(said.calls[0], ToolCall { id: "a".into(), name: "f".into(), input: "{}".into(), custom: false });
+        assert_eq!(
+            said.calls[0],
+            ToolCall { id: "a".into(), name: "f".into(), input: "{}".into(), custom: false }
+        );
         assert_eq!(said.calls[1].input, "*** x");
         assert!(said.calls[1].custom);
         assert_eq!((messages[2].clone(), messages[3].text.as_str()), (tool("a"), "ok"));

@@ -198,7 +198,10 @@ fn items(input: &Value) -> Result<Vec<Value>, String> {
         Value::Array(list) if !list.is_empty() => list,
         _ => return Err("input must be a text or a list of messages, and not empty.".into()),
     };
-    list.iter().enumerate().map(|(index, item)| message(item).map_err(|why| format!("input[{index}]{why}"))).collect()
+    list.iter()
+        .enumerate()
+        .map(|(index, item)| message(item).map_err(|why| format!("input[{index}]{why}")))
+        .collect()
 }
 
 fn message(item: &Value) -> Result<Value, String> {

@@ -190,9 +190,10 @@ impl Toolbox {
                 };
                 Ok((word(mode)?, Some(allowed)))
             }
-            (Some("function" | "custom"), None) | (None, _) => {
-                Err(ApiError::param("tool_choice", "tool_choice must name a `type` and, for a tool, its `name`."))
-            }
+            (Some("function" | "custom"), None) | (None, _) => Err(ApiError::param(
+                "tool_choice",
+                "tool_choice must name a `type` and, for a tool, its `name`.",
+            )),
             // A tool that a server would have to run.
             (Some(_), _) => Ok((ToolChoice::Auto, None)),
         }
@@ -302,7 +303,10 @@ mod tests {
             (json!({"type": "function"}), "tools[0].name"),
             (json!({"type": "function", "name": "x", "parameters": 3}), "tools[0].parameters"),
             (json!({"type": "custom", "name": "x", "format": {"type": "grammar"}}), "tools[0].format"),
-            (json!({"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}), "tools[0].tools[0].name"),
+            (
+                json!({"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}),
+                "tools[0].tools[0].name",
+            ),
         ] {
             let error = Toolbox::default().add(&[tool], "tools").unwrap_err();
             assert_eq!(error.param.as_deref(), Some(param));
@@ -313,11 +317,16 @@ mod tests {
     fn tool_choice_names_what_there_is() {
         let toolbox = toolbox(json!([{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}]));
         let choose = |choice: Value| toolbox.choose(Some(&choice));
-        assert_eq!(choose(json!({"type": "function", "name": "f"})).unwrap().0, ToolChoice::Named("f".into()));
+        assert_eq!(
+            choose(json!({"type": "function", "name": "f"})).unwrap().0,
+            ToolChoice::Named("f".into())
+        );
         assert_eq!(choose(json!({"type": "custom", "name": "g"})).unwrap().0, ToolChoice::Named("g".into()));
         let allowed = json!({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]});
         assert_eq!(choose(allowed).unwrap(), (ToolChoice::Required, Some(vec!["f".into()])));
-        for bad in [json!({"type": "function", "name": "h"}), json!("maybe"), json!(3), json!({"type": "function"})] {
+        for bad in
+            [json!({"type": "function", "name": "h"}), json!("maybe"), json!(3), json!({"type": "function"})]
+        {
             assert_eq!(choose(bad).unwrap_err().param.as_deref(), Some("tool_choice"));
         }
         assert!(Toolbox::default().choose(Some(&json!("required"))).is_err());
