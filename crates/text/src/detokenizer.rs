@@ -5,19 +5,21 @@ use crate::Text;
 /// Turns one sequence's tokens into text as they come, never splitting a UTF-8 character.
 pub struct Decoder {
     text: Text,
+    /// Control tokens that are text all the same.
+    kept: Vec<u32>,
     /// The beginning of a character that is not whole yet: at most three bytes after each push.
     pending: Vec<u8>,
 }
 
 impl Decoder {
-    pub(crate) fn new(text: Text) -> Self {
-        Self { text, pending: Vec::new() }
+    pub(crate) fn new(text: Text, kept: Vec<u32>) -> Self {
+        Self { text, kept, pending: Vec::new() }
     }
 
     /// Adds a token; appends to `out` whatever text is now certain.
     pub fn push(&mut self, token: u32, out: &mut String) {
         let vocab = &self.text.parts.vocab;
-        if vocab.is_control(token) {
+        if vocab.is_control(token) && !self.kept.contains(&token) {
             return;
         }
         let bytes = vocab.bytes(token);

@@ -3,6 +3,7 @@
 mod detokenizer;
 mod folder;
 mod gguf;
+mod grammar;
 mod infill;
 mod json;
 mod listed;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 pub use detokenizer::Decoder;
 pub use gguf::TextSource;
+pub use grammar::{CompiledGrammar, GrammarError, GrammarSpec, GrammarState};
 pub use infill::{FimTokens, Infill};
 pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ToolFormat};
 pub use stop::StopMatcher;
@@ -46,7 +48,8 @@ pub struct Text {
 /// What a model file was read into, whatever its format.
 struct Parts {
     vocab: vocab::Vocab,
-    tokenizer: tokenizer::Tokenizer,
+    tokenizer: Arc<tokenizer::Tokenizer>,
+    grammars: grammar::Grammars,
     /// The begin token, and whether the model wants it before a text.
     bos: Option<u32>,
     add_bos: bool,
@@ -129,6 +132,11 @@ impl Text {
         self.parts.template.is_some()
     }
 
+    /// How the model marks tool calls and reasoning, going by its chat template.
+    pub fn output_format(&self) -> OutputFormat {
+        self.parts.template.as_ref().map(template::Template::output_format).unwrap_or_default()
+    }
+
     /// Tokens of a fill-in-the-middle prompt. The texts are taken literally: markup in them is text.
     ///
     /// # Errors
@@ -168,6 +176,13 @@ impl Text {
     /// A detokenizer for one sequence. It leaves out control tokens, and keeps a leading space: what
     /// it is given continues a text.
     pub fn decoder(&self) -> Decoder {
-        Decoder::new(self.clone())
+        Decoder::new(self.clone(), Vec::new())
+    }
+
+    /// A detokenizer for an answer that an [`OutputParser`] reads: as [`Text::decoder`], but it keeps
+    /// those control tokens that the format needs ([`OutputFormat::markers`]).
+    pub fn decoder_for(&self, format: OutputFormat) -> Decoder {
+        let kept = format.markers().into_iter().filter_map(|marker| self.special_token(marker));
+        Decoder::new(self.clone(), kept.collect())
     }
 }

@@ -8,7 +8,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use regex::Regex;
 use serde_json::Map;
 
-use crate::TextError;
+use crate::{OutputFormat, TextError};
 
 /// Instructions that one rendering may run. A long conversation takes some hundred thousand; this
 /// many take a few seconds at most.
@@ -23,6 +23,7 @@ pub(crate) struct Template {
     has_tool_use: bool,
     /// `bos_token` and the like, as the template sees them.
     tokens: BTreeMap<String, Value>,
+    output: OutputFormat,
 }
 
 /// What a model file says about its templates.
@@ -55,7 +56,13 @@ impl Template {
             env,
             has_tool_use: source.tool_use.is_some(),
             tokens: tokens.filter_map(|(name, token)| Some((name.to_owned(), token?.into()))).collect(),
+            output: OutputFormat::of_templates([source.chat].into_iter().chain(source.tool_use)),
         })
+    }
+
+    /// How the model writes its answers, going by the markup that the templates show it.
+    pub(crate) fn output_format(&self) -> OutputFormat {
+        self.output
     }
 
     pub(crate) fn render(

@@ -13,7 +13,25 @@
 //! </custom_tool_call>
 //! ```
 
+mod answer;
+mod call_object;
+mod custom;
+mod detect;
+mod json;
+mod json_calls;
+mod json_input;
+mod markdown;
+mod reader;
+mod sink;
+mod syntax;
+mod tools;
+
+use std::sync::Arc;
+
 use crate::Tool;
+use answer::Answer;
+use sink::Sink;
+use tools::Offered;
 
 /// How a model marks tool calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,6 +59,8 @@ pub enum ToolFormat {
 pub enum ReasoningFormat {
     /// `<think>..</think>`; the opening mark may stand in the prompt already.
     Think,
+    /// `[THINK]..[/THINK]`: Mistral's Magistral and its successors.
+    Mistral,
     /// Harmony's `analysis` channel.
     Harmony,
 }
@@ -68,13 +88,17 @@ pub enum OutputEvent {
     },
     /// More of the call's input: a piece of a JSON object's text, or of a custom tool's text.
     CallInput(String),
-    /// The call is whole; a JSON input has parsed as an object.
+    /// The call is whole. A JSON input is what the model wrote: it may not parse, or not be what the
+    /// tool's schema asks for.
     CallEnd,
 }
 
 /// Reads one answer. See the module.
+///
+/// However the text is cut into pieces, the events say the same: only how many pieces the texts come
+/// in differs.
 pub struct OutputParser {
-    _format: OutputFormat,
+    answer: Answer,
 }
 
 impl OutputParser {
@@ -82,22 +106,26 @@ impl OutputParser {
     /// types of arguments in formats that carry text); without any, nothing is read as a call.
     /// `prompt`: the end of the rendered prompt, in which reasoning may have been opened.
     pub fn new(format: OutputFormat, tools: &[Tool], prompt: &str) -> Self {
-        let _ = (tools, prompt);
-        Self { _format: format }
+        let tools = Arc::new(Offered::new(tools));
+        let reasoning = format.reasoning.and_then(ReasoningFormat::marks);
+        let open = reasoning.filter(|(opening, _)| prompt.trim_end().ends_with(opening));
+        Self { answer: Answer::new(syntax::marks(format, !tools.is_empty()), tools, open) }
     }
 
     /// Adds text; appends what is certain by now to `out`.
     pub fn push(&mut self, text: &str, out: &mut Vec<OutputEvent>) {
-        out.push(OutputEvent::Text(text.to_owned()));
+        self.answer.push(text, &mut Sink::new(out));
     }
 
-    /// The end of the text: appends what was held back. A call cut short becomes text.
+    /// The end of the text: appends what was held back. Nothing may be pushed after it. A call cut
+    /// short becomes text if no [`OutputEvent::CallBegin`] was given out, else it stays without its
+    /// [`OutputEvent::CallEnd`].
     pub fn finish(&mut self, out: &mut Vec<OutputEvent>) {
-        let _ = out;
+        self.answer.finish(&mut Sink::new(out));
     }
 
-    /// Whether the text so far ends within a tool call.
+    /// Whether the text so far ends within a tool call, or within what may become one.
     pub fn in_call(&self) -> bool {
-        false
+        self.answer.in_call()
     }
 }

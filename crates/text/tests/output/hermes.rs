@@ -1,0 +1,256 @@
+//! Hermes's JSON in `<tool_call>`, custom calls, and what small models make of them.
+
+use rudder_text::{OutputEvent, OutputParser, ToolFormat};
+
+use crate::support::*;
+
+fn hermes() -> rudder_text::OutputFormat {
+    format(ToolFormat::Hermes)
+}
+
+const WEATHER: &str = "{\"city\": \"Zürich\", \"days\": 2}";
+
+fn weather() -> String {
+    format!("<tool_call>\n{{\"name\": \"get_weather\", \"arguments\": {WEATHER}}}\n</tool_call>")
+}
+
+#[test]
+fn a_call_is_read_with_its_arguments_as_written() {
+    assert_reads(hermes(), &weather(), &[call("get_weather", WEATHER)]);
+    assert_reads(
+        hermes(),
+        "<tool_call>{\"name\":\"write_file\",\"arguments\":  {\"path\" :\"a\",\n \"content\": \"\\u00e9\\n\"} } </tool_call>\n",
+        &[call("write_file", "{\"path\" :\"a\",\n \"content\": \"\\u00e9\\n\"}")],
+    );
+}
+
+#[test]
+fn calls_follow_text_and_each_other() {
+    assert_reads(
+        hermes(),
+        &format!("I will look.\n\n{}\n{}\n\nDone.\n", weather(), weather()),
+        &[text("I will look."), call("get_weather", WEATHER), call("get_weather", WEATHER), text("Done.\n")],
+    );
+    assert_reads(
+        hermes(),
+        "<tool_call>[{\"name\": \"now\", \"arguments\": {}},\n{\"name\": \"now\", \"arguments\": {}}]</tool_call>",
+        &[call("now", "{}"), call("now", "{}")],
+    );
+}
+
+#[test]
+fn the_name_may_come_last() {
+    assert_reads(
+        hermes(),
+        "<tool_call>\n{\"arguments\": {\"city\": \"a}\"}, \"name\": \"get_weather\"}\n</tool_call>",
+        &[call("get_weather", "{\"city\": \"a}\"}")],
+    );
+    assert_reads(
+        hermes(),
+        "<tool_call>\n{\"id\": [1, {}], \"arguments\": null, \"type\": \"function\", \"name\": \"now\"}\n</tool_call>",
+        &[call("now", "{}")],
+    );
+}
+
+#[test]
+fn arguments_stream_as_they_arise() {
+    let mut parser = OutputParser::new(hermes(), &tools(), "");
+    let mut events = Vec::new();
+    parser.push("<tool_call>\n{\"name\": \"write_file\", \"arguments\":", &mut events);
+    assert_eq!(events, []);
+    assert!(parser.in_call());
+    parser.push(" {\"path\": \"a", &mut events);
+    let begin = OutputEvent::CallBegin { name: "write_file".into() };
+    assert_eq!(events, [begin, OutputEvent::CallInput("{\"path\": \"a".into())]);
+    events.clear();
+    parser.push("/b\"", &mut events);
+    assert_eq!(events, [OutputEvent::CallInput("/b\"".into())]);
+    assert!(parser.in_call());
+    parser.push("}}", &mut events);
+    assert_eq!(events[1..], [OutputEvent::CallInput("}".into()), OutputEvent::CallEnd]);
+    assert!(!parser.in_call());
+}
+
+#[test]
+fn markup_in_arguments_is_theirs() {
+    let code = "{\"content\": \"x = '</tool_call>'\\n<tool_call>{\\\"name\\\": 1} ```\\n```\"}";
+    assert_reads(
+        hermes(),
+        &format!("<tool_call>\n{{\"name\": \"write_file\", \"arguments\": {code}}}\n</tool_call>"),
+        &[call("write_file", code)],
+    );
+}
+
+#[test]
+fn markup_in_code_and_prose_is_text() {
+    for answer in [
+        "Use the `<tool_call>` tag: <tool_call> opens it.",
+        "A model writes `<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call>` to call.",
+        &format!("Like this:\n\n```xml\n{}\n```\nSee?", weather()),
+        &format!("~~~\n{}\n~~~", weather()),
+        "a <b && <tool_c",
+        "text\n\n",
+        " \n text",
+        "<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call>",
+        "<tool_call></tool_call>",
+        "<tool_call>\n{\"name\": \"get_weather\", \"arg",
+        "<tool_call>\n{\"name\": \"get_weather\", \"arguments\":",
+        "<tool_call>\n{\"arguments\": {\"city\": 1}, \"name\": \"get_w",
+        "<tool_call>{\"name\": \"\", \"arguments\": {}}</tool_call>",
+        "<tool_call>not json</tool_call>",
+    ] {
+        assert_text(hermes(), answer);
+    }
+}
+
+#[test]
+fn a_call_after_code_or_a_stray_backtick_is_a_call() {
+    let calls = weather();
+    assert_reads(
+        hermes(),
+        &format!("Run `ls`:\n```sh\nls\n```\nit`s so:\n<tool_call> no, <{calls}"),
+        &[text("Run `ls`:\n```sh\nls\n```\nit`s so:\n<tool_call> no, <"), call("get_weather", WEATHER)],
+    );
+    assert_reads(
+        hermes(),
+        &format!("<tool_call>{calls}"),
+        &[text("<tool_call>"), call("get_weather", WEATHER)],
+    );
+}
+
+#[test]
+fn without_tools_nothing_is_a_call() {
+    assert_eq!(read_after(hermes(), &[], "", &weather()), [text(&weather())]);
+}
+
+#[test]
+fn cut_short_a_call_stays_without_its_end() {
+    let begun = "<tool_call>\n{\"name\": \"write_file\", \"arguments\": {\"path\": \"a";
+    assert_reads(hermes(), &format!("Hi.\n{begun}"), &[text("Hi."), cut("write_file", "{\"path\": \"a")]);
+    // Nothing is missing but the closing.
+    for closing in ["\"}", "\"}}", "\"}}\n</tool_", "\"}\n</tool_call>"] {
+        assert_reads(hermes(), &format!("{begun}{closing}"), &[call("write_file", "{\"path\": \"a\"}")]);
+    }
+}
+
+#[test]
+fn slips_in_arguments_are_passed_on() {
+    for (arguments, rest) in [
+        ("{\"a\": tru, b: 'c'}", ""),
+        ("{\"a\": [1, 2}}", ""),
+        ("{\"a\": \"line\nbreak\"}", "}"),
+        ("{\"a\": 1", ""),
+        ("{\"a\": 1 < 2}", "}"),
+        ("[1]", "}"),
+        ("17", "}"),
+        ("\"text\"", "}"),
+    ] {
+        assert_reads(
+            hermes(),
+            &format!("<tool_call>{{\"name\": \"f\", \"arguments\": {arguments}{rest}</tool_call>ok"),
+            &[call("f", arguments), text("ok")],
+        );
+    }
+}
+
+#[test]
+fn known_quirks_are_forgiven() {
+    for call_text in [
+        "<tool_call>{{\"name\": \"now\", \"arguments\": {}}}</tool_call>",
+        "<tool_call>{\"name\": \"now\", \"arguments\": {}}}\n</tool_call>",
+        "<tool_call>{\"name\": \"now\", \"arguments\": \"{}\"}</tool_call>",
+        "<tool_call>{\"name\": \"now\", \"parameters\": {}}</tool_call>",
+        "<tool_call>{\"name\": \"now\"}</tool_call>",
+        "<tools>\n{\"name\": \"now\", \"arguments\": {}}\n</tools>",
+        "{\"name\": \"now\", \"arguments\": {}}",
+        "{\n  \"name\": \"now\",\n  \"arguments\": {}\n}\n",
+        "```json\n{\n  \"name\": \"now\",\n  \"arguments\": {}\n}\n```",
+        "\n```\n[{\"name\": \"now\", \"arguments\": {}}]\n```\n",
+    ] {
+        assert_reads(hermes(), call_text, &[call("now", "{}")]);
+    }
+    assert_reads(
+        hermes(),
+        "{\"name\": \"now\", \"arguments\": {}}\n{\"name\": \"now\", \"arguments\": {}}\nDone",
+        &[call("now", "{}"), call("now", "{}"), text("Done")],
+    );
+    assert_reads(
+        hermes(),
+        "<tool_call>{\"name\": \"f\", \"arguments\": \"{\\\"a\\\": \\\"b\\\\n\\\"}\"}</tool_call>",
+        &[call("f", "{\"a\": \"b\\n\"}")],
+    );
+}
+
+#[test]
+fn bare_json_of_another_kind_is_text() {
+    for answer in [
+        "{\"name\": \"Bob\", \"age\": 3}",
+        "{\"name\": \"unknown\", \"arguments\": {}}",
+        "{\"name\": \"now\"}",
+        "{\"result\": {\"name\": \"now\", \"arguments\": {}}}",
+        "[1, 2]",
+        "{",
+        "Call: {\"name\": \"now\", \"arguments\": {}}",
+        "```json\n{\"a\": 1}\n```",
+        "```rust\nfn main() {}\n```\n",
+        "```json\n{\"name\": \"now\", \"argu",
+    ] {
+        assert_text(hermes(), answer);
+    }
+}
+
+#[test]
+fn custom_calls_carry_their_text_raw() {
+    let patch = "*** Begin Patch\n+a \"b\" \\n <tool_call>\n+ </custom_tool_call> x\n\n*** End Patch";
+    assert_reads(
+        hermes(),
+        &format!("Patching.\n<custom_tool_call name=\"apply_patch\">\n{patch}\n</custom_tool_call>\nDone"),
+        &[text("Patching."), call("apply_patch", patch), text("Done")],
+    );
+    assert_reads(
+        hermes(),
+        "<custom_tool_call name=\"apply_patch\">x</custom_tool_call>\n",
+        &[call("apply_patch", "x")],
+    );
+    assert_reads(
+        hermes(),
+        "<custom_tool_call name=\"apply_patch\">\n</custom_tool_call>",
+        &[call("apply_patch", "")],
+    );
+    assert_reads(
+        hermes(),
+        "<custom_tool_call name=\"apply_patch\">\nx</custom_tool_call>\ny",
+        &[cut("apply_patch", "x</custom_tool_call>\ny")],
+    );
+    assert_text(hermes(), "<custom_tool_call name=\"now\">\nx\n</custom_tool_call>");
+    assert_text(hermes(), "<custom_tool_call name=\"apply_patch\"");
+}
+
+#[test]
+fn custom_tools_may_be_called_in_json() {
+    for arguments in
+        ["{\"input\": \"a\\n\\\"b\\\"\"}", "{ \"input\" : \"a\\n\\\"b\\\"\", \"x\": 1}", "\"a\\n\\\"b\\\"\""]
+    {
+        assert_reads(
+            hermes(),
+            &format!("<tool_call>{{\"name\": \"apply_patch\", \"arguments\": {arguments}}}</tool_call>"),
+            &[call("apply_patch", "a\n\"b\"")],
+        );
+    }
+    assert_reads(
+        hermes(),
+        "<tool_call>{\"name\": \"apply_patch\", \"arguments\": {\"in\": 1}}</tool_call>",
+        &[call("apply_patch", "{\"in\": 1}")],
+    );
+}
+
+#[test]
+fn a_missing_closing_mark_hides_no_call() {
+    let open = weather().replace("</tool_call>", "");
+    assert_reads(
+        hermes(),
+        &format!("{open}{}", weather()),
+        &[call("get_weather", WEATHER), call("get_weather", WEATHER)],
+    );
+    assert_reads(hermes(), &format!("{open}Done <b>"), &[call("get_weather", WEATHER), text("Done <b>")]);
+}
