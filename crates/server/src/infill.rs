@@ -185,7 +185,7 @@ impl Writer {
             EndReason::StopToken => ("eos", ""),
             EndReason::StopString(index) => ("word", self.stop.get(*index).map_or("", String::as_str)),
             EndReason::Length => ("limit", ""),
-            EndReason::Failed(_) => ("none", ""),
+            EndReason::Stopped | EndReason::Failed(_) => ("none", ""),
         };
         Final {
             chunk: self.chunk(content, true),
