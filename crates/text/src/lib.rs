@@ -3,7 +3,6 @@
 mod detokenizer;
 mod folder;
 mod gguf;
-mod grammar;
 mod infill;
 mod json;
 mod listed;
@@ -19,7 +18,6 @@ use std::sync::Arc;
 
 pub use detokenizer::Decoder;
 pub use gguf::TextSource;
-pub use grammar::{CompiledGrammar, GrammarError, GrammarSpec, GrammarState};
 pub use infill::{FimTokens, Infill};
 pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ToolFormat};
 pub use stop::StopMatcher;
@@ -48,8 +46,7 @@ pub struct Text {
 /// What a model file was read into, whatever its format.
 struct Parts {
     vocab: vocab::Vocab,
-    tokenizer: Arc<tokenizer::Tokenizer>,
-    grammars: grammar::Grammars,
+    tokenizer: tokenizer::Tokenizer,
     /// The begin token, and whether the model wants it before a text.
     bos: Option<u32>,
     add_bos: bool,
