@@ -10,6 +10,7 @@ use tokenizers::models::bpe::BPE;
 use tokenizers::{NormalizerWrapper, PreTokenizerWrapper};
 
 use crate::gguf::check_merges;
+use crate::grammar::Grammars;
 use crate::infill::FimTokens;
 use crate::listed::Listed;
 use crate::pretokenizer::PreTokenizer;
@@ -131,11 +132,12 @@ impl Text {
                 leading_space: spelling == Spelling::SentencePiece && file.strips_leading_space(),
                 bos,
                 add_bos,
-                tokenizer: Tokenizer {
+                tokenizer: Arc::new(Tokenizer {
                     bpe,
                     pipeline: file.pipeline()?,
                     markup: Markup::new(file.markers())?,
-                },
+                }),
+                grammars: Grammars::default(),
                 vocab,
             }),
         })

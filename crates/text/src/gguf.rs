@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 
+use crate::grammar::Grammars;
 use crate::infill::FimTokens;
 use crate::pretokenizer::{PreTokenizer, takes_whole_words};
 use crate::template::{Template, TemplateSource};
@@ -110,7 +111,8 @@ impl Text {
                 leading_space: matches!(pipeline, Pipeline::SentencePiece { leading_space: true }),
                 bos: source.bos,
                 add_bos: source.add_bos.unwrap_or(add_bos),
-                tokenizer: Tokenizer { bpe, pipeline, markup },
+                tokenizer: Arc::new(Tokenizer { bpe, pipeline, markup }),
+                grammars: Grammars::default(),
                 vocab,
             }),
         })

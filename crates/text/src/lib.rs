@@ -3,6 +3,7 @@
 mod detokenizer;
 mod folder;
 mod gguf;
+mod grammar;
 mod infill;
 mod json;
 mod listed;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 pub use detokenizer::Decoder;
 pub use gguf::TextSource;
+pub use grammar::{CompiledGrammar, GrammarError, GrammarSpec, GrammarState};
 pub use infill::{FimTokens, Infill};
 pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ToolFormat};
 pub use stop::StopMatcher;
@@ -46,7 +48,8 @@ pub struct Text {
 /// What a model file was read into, whatever its format.
 struct Parts {
     vocab: vocab::Vocab,
-    tokenizer: tokenizer::Tokenizer,
+    tokenizer: Arc<tokenizer::Tokenizer>,
+    grammars: grammar::Grammars,
     /// The begin token, and whether the model wants it before a text.
     bos: Option<u32>,
     add_bos: bool,

@@ -1,0 +1,36 @@
+//! The compiled grammars used last, by what they were compiled from.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{CompiledGrammar, GrammarSpec};
+
+/// Agents come with the same few tool sets, turn after turn.
+const CAPACITY: usize = 64;
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Cache {
+    /// The last used first.
+    entries: Mutex<VecDeque<(GrammarSpec, Arc<CompiledGrammar>)>>,
+}
+
+impl Cache {
+    pub(super) fn find(&self, spec: &GrammarSpec) -> Option<Arc<CompiledGrammar>> {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = entries.iter().position(|(known, _)| known == spec)?;
+        let entry = entries.remove(index)?;
+        if entry.1.is_broken() {
+            return None;
+        }
+        let found = entry.1.clone();
+        entries.push_front(entry);
+        Some(found)
+    }
+
+    pub(super) fn insert(&self, spec: GrammarSpec, grammar: Arc<CompiledGrammar>) {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.push_front((spec, grammar));
+        entries.truncate(CAPACITY);
+    }
+}
