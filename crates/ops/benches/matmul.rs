@@ -13,9 +13,9 @@ use std::time::Duration;
 
 /// Outputs, inputs, formats.
 const SHAPES: [(usize, usize, &[DType]); 5] = [
-    (896, 896, &[DType::Q5_0, DType::Q8_0]),
+    (896, 896, &[DType::Q5_0, DType::Q8_0, DType::BF16]),
     (4864, 896, &[DType::Q5_0, DType::BF16]),
-    (896, 4864, &[DType::Q4_K, DType::Q6_K, DType::Q5_0]),
+    (896, 4864, &[DType::Q4_K, DType::Q6_K, DType::Q5_0, DType::BF16]),
     (151_936, 896, &[DType::Q8_0]),
     (8960, 1536, &[DType::Q4_K, DType::Q6_K, DType::Q4_0]),
 ];
@@ -39,7 +39,10 @@ fn bench(c: &mut Criterion) {
             let raw = weights(dtype, outputs, inputs);
             let pack = || PackedMatrix::pack(&pool, std::slice::from_ref(&raw)).expect("packs");
             let mut group = c.benchmark_group(format!("pack {dtype:?} {outputs}x{inputs}"));
-            group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_secs(1));
+            group
+                .sample_size(10)
+                .warm_up_time(Duration::from_millis(200))
+                .measurement_time(Duration::from_secs(1));
             group.throughput(Throughput::Bytes(raw.bytes().len() as u64));
             group.bench_function("pack", |b| b.iter(pack));
             group.finish();

@@ -176,9 +176,9 @@ fn embed_and_load_vector_widen_every_plain_format_and_blocks() -> Result<()> {
 fn linear_agrees_for_stacked_parts_of_several_formats() -> Result<()> {
     let mut random = Random(4);
     // Quantised weights meet activations rounded to eight bits, so there the bound is theirs:
-    // 96 products, each off by at most 1/254 of a value below 1.
+    // 96 products, each off by at most 1/254 of a value below 1; bf16 activations by 1/256.
     for (dtype, tolerance) in
-        [(DType::F32, 1e-5), (DType::F16, 1e-5), (DType::BF16, 1e-5), (DType::Q8_0, 0.1)]
+        [(DType::F32, 1e-5), (DType::F16, 1e-5), (DType::BF16, 0.05), (DType::Q8_0, 0.1)]
     {
         for rows in [1, 5, 40] {
             let parts =

@@ -1,6 +1,6 @@
 //! Which unit this processor has, and the kernels compiled for it.
 
-use super::kernel::{Format, Job, Kernel, plain, quantized};
+use super::kernel::{Format, Job, Kernel, bf16, plain, quantized};
 use super::unit::Portable;
 use crate::DType;
 
@@ -17,6 +17,8 @@ pub(super) enum Isa {
     AvxVnni,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
 }
 
 impl Isa {
@@ -36,6 +38,7 @@ impl Isa {
                 (avx2, Isa::Avx2),
                 (avx2 && is_x86_feature_detected!("avxvnni"), Isa::AvxVnni),
                 (avx2 && avx512, Isa::Avx512),
+                (avx2 && avx512 && is_x86_feature_detected!("avx512bf16"), Isa::Avx512Bf16),
             ];
             units.extend(found.into_iter().filter_map(|(has, isa)| has.then_some(isa)));
         }
@@ -52,6 +55,8 @@ impl Isa {
             Isa::AvxVnni => avx_vnni::kernel(dtype),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512::kernel(dtype),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => avx512_bf16::kernel(dtype),
         }
     }
 }
@@ -67,7 +72,7 @@ macro_rules! formats {
         )*
     };
 }
-formats!(F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K);
+formats!(F32 F16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K);
 
 /// Compiles all kernels for a unit, with its features.
 macro_rules! unit {
@@ -91,11 +96,19 @@ macro_rules! unit {
                 unsafe { plain::<$unit, F>(job) }
             }
 
+            /// # Safety
+            /// See [`Kernel`].
+            $(#[$features])?
+            unsafe fn run_bf16(job: &Job<'_>) {
+                // SAFETY: as the caller promises.
+                unsafe { bf16::<$unit>(job) }
+            }
+
             pub(super) fn kernel(dtype: DType) -> Kernel {
                 match dtype {
                     DType::F32 => run_plain::<F32>,
                     DType::F16 => run_plain::<F16>,
-                    DType::BF16 => run_plain::<BF16>,
+                    DType::BF16 => run_bf16,
                     DType::Q4_0 => run_quantized::<Q4_0>,
                     DType::Q4_1 => run_quantized::<Q4_1>,
                     DType::Q5_0 => run_quantized::<Q5_0>,
@@ -118,4 +131,10 @@ unit!(avx2, Avx2<false>, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
 unit!(avx_vnni, Avx2<true>, #[target_feature(enable = "avx2,fma,f16c,avxvnni")]);
 #[cfg(target_arch = "x86_64")]
-unit!(avx512, Avx512, #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vnni")]);
+unit!(avx512, Avx512<false>, #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vnni")]);
+#[cfg(target_arch = "x86_64")]
+unit!(
+    avx512_bf16,
+    Avx512<true>,
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vnni,avx512bf16")]
+);

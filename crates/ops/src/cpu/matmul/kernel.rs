@@ -21,8 +21,10 @@ const AHEAD: usize = 4096;
 /// Activations of a job.
 #[derive(Clone, Copy)]
 pub(super) enum Input<'a> {
-    /// `[rows, width]`, for weights that are not quantised.
+    /// `[rows, width]`, for F32 and F16 weights.
     Plain(&'a [f32]),
+    /// `[rows, width / 2]` rounded up, for BF16 weights.
+    Pairs(&'a [u32]),
     /// `[rows, width / 32]`.
     Quantized(&'a [Activations]),
 }
@@ -409,6 +411,69 @@ unsafe fn plain_rows<U: Unit, F: Format, const R: usize>(
     }
 }
 
+/// The loop over a job with BF16 weights.
+///
+/// # Safety
+/// See [`Kernel`].
+#[inline(always)]
+pub(super) unsafe fn bf16<U: Unit>(job: &Job<'_>) {
+    let Input::Pairs(x) = job.input else { unreachable!("bf16 weights take bf16 rows") };
+    let pairs = job.width.div_ceil(2);
+    for (tile, row, count) in passes(job) {
+        let weights = job.tiles[tile * job.tile_bytes..][..job.tile_bytes].as_ptr();
+        let ahead = if row % ROW_BLOCK == 0 { AHEAD } else { 0 };
+        let x = x[row * pairs..][..count * pairs].as_ptr();
+        // SAFETY: `weights` and `x` hold a tile and `count` rows of `pairs` pairs; the rest as promised.
+        unsafe {
+            match count {
+                8 => store::<U, 8>(job, tile, row, bf16_rows::<U, 8>(weights, x, pairs, ahead)),
+                4 => store::<U, 4>(job, tile, row, bf16_rows::<U, 4>(weights, x, pairs, ahead)),
+                3 => store::<U, 3>(job, tile, row, bf16_rows::<U, 3>(weights, x, pairs, ahead)),
+                2 => store::<U, 2>(job, tile, row, bf16_rows::<U, 2>(weights, x, pairs, ahead)),
+                _ => store::<U, 1>(job, tile, row, bf16_rows::<U, 1>(weights, x, pairs, ahead)),
+            }
+        }
+    }
+}
+
+/// `R` rows times one tile of bf16: even and odd pairs of inputs in an accumulator each, then their sum.
+///
+/// # Safety
+/// `weights` holds a tile of `pairs` pairs; `x` holds `R` rows of them.
+#[inline(always)]
+unsafe fn bf16_rows<U: Unit, const R: usize>(
+    weights: *const u8,
+    x: *const u32,
+    pairs: usize,
+    ahead: usize,
+) -> [U::Floats; R] {
+    // SAFETY: `at` stays below `pairs`.
+    unsafe {
+        let mut even = [U::splat(0.0); R];
+        let mut odd = [U::splat(0.0); R];
+        for at in (0..pairs / 2).map(|two| 2 * two) {
+            let from = weights.add(at * VECTOR);
+            prefetch(from.wrapping_add(ahead), 2 * VECTOR);
+            let (a, b) = (U::load_bytes(from), U::load_bytes(from.add(VECTOR)));
+            for r in 0..R {
+                let x = x.add(r * pairs + at);
+                even[r] = U::dot_bf16(even[r], a, *x);
+                odd[r] = U::dot_bf16(odd[r], b, *x.add(1));
+            }
+        }
+        if pairs % 2 == 1 {
+            let a = U::load_bytes(weights.add((pairs - 1) * VECTOR));
+            for (r, even) in even.iter_mut().enumerate() {
+                *even = U::dot_bf16(*even, a, *x.add(r * pairs + pairs - 1));
+            }
+        }
+        for (even, odd) in even.iter_mut().zip(odd) {
+            *even = U::add(*even, odd);
+        }
+        even
+    }
+}
+
 /// Weights of input `at` for all lanes.
 #[inline(always)]
 unsafe fn load<U: Unit, F: Format>(weights: *const u8, at: usize) -> U::Floats {
@@ -418,7 +483,6 @@ unsafe fn load<U: Unit, F: Format>(weights: *const u8, at: usize) -> U::Floats {
         match F::DTYPE {
             DType::F32 => U::load_f32(from),
             DType::F16 => U::load_f16(from),
-            DType::BF16 => U::load_bf16(from),
             _ => unreachable!(),
         }
     }

@@ -4,7 +4,8 @@
 //! inputs, read once from front to back: an optional header for 256 inputs, then for each 32
 //! inputs the scales and the quants of all 16 outputs. Quants stay as narrow as in the file. After
 //! widening, a block of 32 inputs is eight 64-byte vectors, vector `v` holding inputs
-//! `4v .. 4v + 4` of output 0, then of output 1 and so on: what one `vpdpbusd` eats.
+//! `4v .. 4v + 4` of output 0, then of output 1 and so on: what one `vpdpbusd` eats. A BF16 tile is such
+//! vectors of two inputs an output, for `vdpbf16ps`; F32 and F16 tiles go input by input.
 
 use crate::{DType, ggml};
 
@@ -121,6 +122,8 @@ impl Layout {
 pub(super) fn tile_bytes(dtype: DType, width: usize) -> usize {
     match Layout::of(dtype) {
         Some(layout) => width / (BLOCK * layout.scales.blocks()) * layout.record_bytes(),
+        // BF16 inputs come in pairs.
+        None if dtype == DType::BF16 => width.next_multiple_of(2) * LANES * dtype.block_bytes(),
         None => width * LANES * dtype.block_bytes(),
     }
 }

@@ -1,8 +1,8 @@
 //! Multiplication of activations with packed weights, `x * w^T`.
 //!
 //! Quantised weights meet activations quantised to int8 in blocks of 32, so a block's dot product
-//! is exact in integers and only its scaling is floating point; plain weights (F32, F16, BF16) are
-//! multiplied in f32. An output depends bit for bit on its own row of `x` and its own row of
+//! is exact in integers and only its scaling is floating point; BF16 weights meet activations rounded to
+//! bf16, F32 and F16 weights are multiplied in f32. An output depends bit for bit on its own row of `x` and its own row of
 //! weights alone: not on the batch, the threads, or how the work was split.
 
 mod isa;
@@ -123,36 +123,65 @@ impl Part {
     }
 }
 
-/// Buffers for quantised activations, reused by every multiplication.
+/// Buffers for converted activations, reused by every multiplication.
 pub struct Scratch {
-    activations: Vec<Activations>,
+    quantized: Vec<Activations>,
+    /// Pairs of bf16.
+    pairs: Vec<u32>,
 }
 
 impl Scratch {
     /// Buffers for up to `max_rows` rows of up to `max_width` inputs.
     pub fn new(max_rows: usize, max_width: usize) -> Self {
-        Self { activations: vec![Activations::ZERO; max_rows * max_width.div_ceil(BLOCK)] }
+        Self {
+            quantized: vec![Activations::ZERO; max_rows * max_width.div_ceil(BLOCK)],
+            pairs: vec![0; max_rows * max_width.div_ceil(2)],
+        }
     }
 
-    /// Quantises `rows` rows of `x`.
-    fn quantize(&mut self, pool: &Pool, x: &[f32], rows: usize) -> &[Activations] {
-        let (blocks, count) = (x.len() / rows / BLOCK, x.len() / BLOCK);
-        if self.activations.len() < count {
-            self.activations.resize(count, Activations::ZERO);
+    /// Converts `rows` rows of `x` to what the parts of `w` want.
+    fn convert(&mut self, pool: &Pool, x: &[f32], rows: usize, w: &PackedMatrix) {
+        let width = w.width;
+        if w.parts.iter().any(|part| Layout::of(part.dtype).is_some()) {
+            convert_rows(pool, x, rows, width / BLOCK, &mut self.quantized, quantize::quantize);
         }
-        let out = &mut self.activations[..count];
-        let to = Shared(out.as_mut_ptr());
-        // Few rows take less time than handing them over.
-        let pieces = if rows < 8 { 1 } else { rows.min(pool.threads() * PIECES) };
-        pool.run(pieces, |piece| {
-            let (first, last) = (piece * rows / pieces, (piece + 1) * rows / pieces);
-            // SAFETY: these rows lie inside `out` and are written by this piece alone.
-            let out =
-                unsafe { std::slice::from_raw_parts_mut(to.at(first * blocks), (last - first) * blocks) };
-            quantize::quantize(&x[first * blocks * BLOCK..last * blocks * BLOCK], out);
-        });
-        out
+        if w.parts.iter().any(|part| part.dtype == DType::BF16) {
+            let to_bf16 = |x: &[f32], out: &mut [u32]| quantize::to_bf16(x, width, out);
+            convert_rows(pool, x, rows, width.div_ceil(2), &mut self.pairs, to_bf16);
+        }
     }
+
+    /// What [`Scratch::convert`] made of `x` for weights stored as `dtype`.
+    fn input<'a>(&'a self, dtype: DType, x: &'a [f32], rows: usize, width: usize) -> Input<'a> {
+        match dtype {
+            DType::F32 | DType::F16 => Input::Plain(x),
+            DType::BF16 => Input::Pairs(&self.pairs[..rows * width.div_ceil(2)]),
+            _ => Input::Quantized(&self.quantized[..rows * width / BLOCK]),
+        }
+    }
+}
+
+/// Converts `rows` rows of `x` to `units` values each, with growing `out` where it is too short.
+fn convert_rows<T: Clone + Default + Send>(
+    pool: &Pool,
+    x: &[f32],
+    rows: usize,
+    units: usize,
+    out: &mut Vec<T>,
+    convert: impl Fn(&[f32], &mut [T]) + Sync,
+) {
+    if out.len() < rows * units {
+        out.resize(rows * units, T::default());
+    }
+    let (to, width) = (Shared(out.as_mut_ptr()), x.len() / rows);
+    // Few rows take less time than handing them over.
+    let pieces = if rows < 8 { 1 } else { rows.min(pool.threads() * PIECES) };
+    pool.run(pieces, |piece| {
+        let (first, last) = (piece * rows / pieces, (piece + 1) * rows / pieces);
+        // SAFETY: these rows lie inside `out` and are written by this piece alone.
+        let out = unsafe { std::slice::from_raw_parts_mut(to.at(first * units), (last - first) * units) };
+        convert(&x[first * width..last * width], out);
+    });
 }
 
 /// `out[r] = x[r] * w^T + bias`: `x` is `[rows, w.width()]`, `out` `[rows, w.rows()]`, both dense
@@ -192,10 +221,8 @@ fn matmul_on(
     if rows == 0 {
         return;
     }
-    let quantized: &[Activations] = match w.parts.iter().any(|part| Layout::of(part.dtype).is_some()) {
-        true => scratch.quantize(pool, x, rows),
-        false => &[],
-    };
+    scratch.convert(pool, x, rows, w);
+    let scratch = &*scratch;
     let out = Shared(out.as_mut_ptr());
     let tiles: usize = w.parts.iter().map(Part::tile_count).sum();
     let pieces = tiles.min(pool.threads() * PIECES);
@@ -213,10 +240,7 @@ fn matmul_on(
                     tile_bytes: part.tile_bytes,
                     width: w.width,
                     rows,
-                    input: match Layout::of(part.dtype) {
-                        Some(_) => Input::Quantized(quantized),
-                        None => Input::Plain(x),
-                    },
+                    input: scratch.input(part.dtype, x, rows, w.width),
                     bias: bias.map(|bias| &bias[row..row + outputs]),
                     outputs,
                     out: out.at(row),

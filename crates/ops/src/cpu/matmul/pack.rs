@@ -1,6 +1,7 @@
 //! Repacking of weights at load: from rows as they lie in the file to tiles.
 
 use super::layout::{BLOCK, LANES, Layout, Quants, Scales};
+use super::quantize::flush_bf16;
 use super::unit::VECTOR;
 use crate::DType;
 use crate::ggml::Block;
@@ -26,10 +27,11 @@ fn pack_tile_avx2(dtype: DType, rows: &[&[u8]], tile: &mut [u8]) {
 
 #[inline(always)]
 fn pack(dtype: DType, rows: &[&[u8]], tile: &mut [u8]) {
-    match (Layout::of(dtype), dtype.block_bytes()) {
+    match (Layout::of(dtype), dtype) {
         (Some(layout), _) => pack_quantised(dtype, layout, rows, tile),
-        (None, 2) => pack_plain::<2>(rows, tile),
-        (None, _) => pack_plain::<4>(rows, tile),
+        (None, DType::F32) => pack_plain::<4>(rows, tile),
+        (None, DType::F16) => pack_plain::<2>(rows, tile),
+        (None, _) => pack_bf16(rows, tile),
     }
 }
 
@@ -40,6 +42,26 @@ fn pack_plain<const SIZE: usize>(rows: &[&[u8]], tile: &mut [u8]) {
     for (lane, row) in rows.iter().enumerate() {
         for (element, column) in row.as_chunks::<SIZE>().0.iter().zip(columns.chunks_exact_mut(LANES)) {
             column[lane] = *element;
+        }
+    }
+}
+
+/// Pairs of inputs; the last one's second half stays zero where the width is odd. Subnormals become zeros, as
+/// `vdpbf16ps` takes them.
+#[inline(always)]
+fn pack_bf16(rows: &[&[u8]], tile: &mut [u8]) {
+    let (columns, _) = tile.as_chunks_mut::<4>();
+    let normal = |half: [u8; 2]| flush_bf16(u16::from_le_bytes(half)).to_le_bytes();
+    for (lane, row) in rows.iter().enumerate() {
+        let (pairs, last) = row.as_chunks::<4>();
+        let mut columns = columns.chunks_exact_mut(LANES);
+        for (&[a, b, c, d], column) in pairs.iter().zip(&mut columns) {
+            let ([a, b], [c, d]) = (normal([a, b]), normal([c, d]));
+            column[lane] = [a, b, c, d];
+        }
+        if let (&[a, b], Some(column)) = (last, columns.next()) {
+            let [a, b] = normal([a, b]);
+            column[lane] = [a, b, 0, 0];
         }
     }
 }

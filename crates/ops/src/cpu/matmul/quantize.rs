@@ -1,9 +1,10 @@
-//! Quantisation of activations: one f32 scale and int8 values for each 32 inputs of a row.
+//! Activations as the weights' formats want them: for quantised weights one f32 scale and int8 values for each
+//! 32 inputs of a row, for BF16 weights rounded to pairs of bf16.
 
 use super::layout::BLOCK;
 
 /// 32 inputs of one row. One cache line.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
 pub(super) struct Activations {
     /// `round(x / scale)`, in `-127 ..= 127`.
@@ -90,6 +91,53 @@ fn quantize_block(x: &[f32; BLOCK], out: &mut Activations) {
     };
 }
 
+/// Rounds rows of `width` inputs to pairs of bf16, the first in the low half; a row of odd width ends with a
+/// zero.
+pub(super) fn to_bf16(x: &[f32], width: usize, out: &mut [u32]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the feature was just detected.
+        unsafe { to_bf16_avx2(x, width, out) };
+        return;
+    }
+    to_bf16_pairs(x, width, out);
+}
+
+/// The same code, compiled for AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn to_bf16_avx2(x: &[f32], width: usize, out: &mut [u32]) {
+    to_bf16_pairs(x, width, out);
+}
+
+#[inline(always)]
+fn to_bf16_pairs(x: &[f32], width: usize, out: &mut [u32]) {
+    for (row, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width.div_ceil(2))) {
+        let (pairs, last) = row.as_chunks::<2>();
+        for (out, &[a, b]) in out.iter_mut().zip(pairs) {
+            *out = u32::from(round_bf16(a)) | u32::from(round_bf16(b)) << 16;
+        }
+        if let (&[a], Some(out)) = (last, out.last_mut()) {
+            *out = u32::from(round_bf16(a));
+        }
+    }
+}
+
+/// The nearest bf16, ties to even, as bits; NaN stays NaN.
+#[inline(always)]
+fn round_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+    let quiet = (bits >> 16 | 0x40) as u16;
+    flush_bf16(if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded })
+}
+
+/// A bf16 with subnormals flushed to zero.
+#[inline(always)]
+pub(super) fn flush_bf16(bits: u16) -> u16 {
+    if bits & 0x7f80 == 0 { bits & 0x8000 } else { bits }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,6 +155,22 @@ mod tests {
         assert_eq!(block.sums[0], block.quants[..16].iter().map(|&q| i32::from(q)).sum::<i32>());
         assert_eq!(block.sum, block.quants.iter().map(|&q| i32::from(q)).sum::<i32>());
         assert_eq!(block.scaled_sum, block.scale * block.sum as f32);
+    }
+
+    #[test]
+    fn bf16_is_the_nearest_with_subnormals_as_zeros() {
+        let mut x: Vec<f32> = (0..300u32).map(|i| f32::from_bits(0x3f7f_8000 + 0x80 * i)).collect();
+        x.extend([0.0, -0.0, 1e-39, -1e-39, f32::MAX, f32::INFINITY, f32::NEG_INFINITY]);
+        let mut out = vec![0; 2 * x.len()];
+        let rows: Vec<f32> = x.iter().flat_map(|&v| [v, 1.0, v]).collect();
+        to_bf16(&rows, 3, &mut out);
+        for (&x, pairs) in x.iter().zip(out.chunks_exact(2)) {
+            let nearest =
+                half::bf16::from_f32(if x.abs() < f32::MIN_POSITIVE { 0.0 * x } else { x }).to_bits();
+            assert_eq!(pairs, [u32::from(nearest) | 0x3f80 << 16, u32::from(nearest)], "{x}");
+        }
+        to_bf16(&[f32::NAN, f32::from_bits(0xff80_0001)], 2, &mut out);
+        assert!([out[0], out[0] >> 16].iter().all(|&half| f32::from_bits(half << 16).is_nan()));
     }
 
     #[test]

@@ -108,11 +108,12 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 /// Checks every output against a sum in f64. Quantised activations are off by at most half a step,
-/// `absmax / 254` of their block of 32; on top of it f32 summation, here 1e-5 of the magnitudes.
+/// `absmax / 254` of their block of 32, bf16 ones by 2^-8 of themselves; on top of it f32 summation, here 1e-5
+/// of the magnitudes.
 fn check(w: &RawTensor, x: &[f32], bias: &[f32], out: &[f32]) {
     let [outputs, width] = w.shape[..] else { panic!() };
     let weights = widen(w);
-    let quantised = w.dtype.block_len() > 1;
+    let w_dtype = w.dtype;
     for (row, out) in x.chunks_exact(width).zip(out.chunks_exact(outputs)) {
         for (o, y) in out.iter().enumerate() {
             let (mut sum, mut slack) = (f64::from(bias[o]), 1e-6);
@@ -122,7 +123,11 @@ fn check(w: &RawTensor, x: &[f32], bias: &[f32], out: &[f32]) {
                 for (w, x) in weights.iter().zip(x) {
                     sum += f64::from(w * x);
                     slack += 1e-5 * f64::from(largest * x.abs());
-                    slack += if quantised { 1.001 * f64::from(step * w.abs()) } else { 0.0 };
+                    slack += match w_dtype {
+                        DType::F32 | DType::F16 => 0.0,
+                        DType::BF16 => f64::from((w * x).abs()) / 256.0,
+                        _ => 1.001 * f64::from(step * w.abs()),
+                    };
                 }
             }
             let error = (f64::from(*y) - sum).abs();

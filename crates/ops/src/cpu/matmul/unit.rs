@@ -38,7 +38,9 @@ pub(super) trait Unit {
     unsafe fn fused(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
     unsafe fn load_f32(from: *const u8) -> Self::Floats;
     unsafe fn load_f16(from: *const u8) -> Self::Floats;
-    unsafe fn load_bf16(from: *const u8) -> Self::Floats;
+    /// Adds to each lane the products of its two bf16 weights with the two of `x` (the first in the low
+    /// half): the second product, then the first, each fused. That is what `vdpbf16ps` does.
+    unsafe fn dot_bf16(sum: Self::Floats, weights: Self::Bytes, x: u32) -> Self::Floats;
     unsafe fn load_i8(from: *const u8) -> Self::Floats;
     unsafe fn load_u8(from: *const u8) -> Self::Floats;
     unsafe fn store(values: Self::Floats, to: *mut f32);
@@ -113,9 +115,14 @@ impl Unit for Portable {
         unsafe { load::<u16>(from) }.map(|bits| half::f16::from_bits(u16::from_le(bits)).to_f32())
     }
     #[inline(always)]
-    unsafe fn load_bf16(from: *const u8) -> [f32; LANES] {
-        // SAFETY: as the trait demands.
-        unsafe { load::<u16>(from) }.map(|bits| f32::from_bits(u32::from(u16::from_le(bits)) << 16))
+    unsafe fn dot_bf16(sum: [f32; LANES], weights: [u8; VECTOR], x: u32) -> [f32; LANES] {
+        let halves = |pair: u32| (f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000));
+        let (x0, x1) = halves(x);
+        std::array::from_fn(|lane| {
+            let pair = std::array::from_fn(|i| weights[4 * lane + i]);
+            let (w0, w1) = halves(u32::from_le_bytes(pair));
+            w0.mul_add(x0, w1.mul_add(x1, sum[lane]))
+        })
     }
     #[inline(always)]
     unsafe fn load_i8(from: *const u8) -> [f32; LANES] {

@@ -1,14 +1,15 @@
-//! The kernels' vector operations on x86-64: AVX-512 with VNNI, and AVX2 with or without VNNI.
+//! The kernels' vector operations on x86-64: AVX-512 with VNNI, with or without BF16, and AVX2 with or without
+//! VNNI.
 
 #![allow(clippy::undocumented_unsafe_blocks)] // every block rests on the safety section of `Unit`
 
 use super::unit::Unit;
 use std::arch::x86_64::*;
 
-/// AVX-512 F, BW and VNNI: one register is one vector.
-pub(super) struct Avx512;
+/// AVX-512 F, BW and VNNI: one register is one vector. `BF16` adds AVX-512 BF16.
+pub(super) struct Avx512<const BF16: bool>;
 
-impl Unit for Avx512 {
+impl<const BF16: bool> Unit for Avx512<BF16> {
     type Ints = __m512i;
     type Floats = __m512;
     type Bytes = __m512i;
@@ -77,10 +78,18 @@ impl Unit for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }
     #[inline(always)]
-    unsafe fn load_bf16(from: *const u8) -> __m512 {
+    unsafe fn dot_bf16(sum: __m512, weights: __m512i, x: u32) -> __m512 {
         unsafe {
-            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            let x = _mm512_set1_epi32(x as i32);
+            if BF16 {
+                let as_bf16 = std::mem::transmute::<__m512i, __m512bh>;
+                return _mm512_dpbf16_ps(sum, as_bf16(weights), as_bf16(x));
+            }
+            let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            let second = |pair| _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+            let first = |pair| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pair));
+            let sum = _mm512_fmadd_ps(second(weights), second(x), sum);
+            _mm512_fmadd_ps(first(weights), first(x), sum)
         }
     }
     #[inline(always)]
@@ -148,10 +157,14 @@ unsafe fn half(from: *const u8) -> __m256 {
 }
 
 #[inline(always)]
-unsafe fn bf16(from: *const u8) -> __m256 {
+unsafe fn dot_bf16(sum: __m256, weights: __m256i, x: u32) -> __m256 {
     unsafe {
-        let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
-        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        let (second, first) =
+            (_mm256_set1_epi32((x & 0xffff_0000) as i32), _mm256_set1_epi32((x << 16) as i32));
+        let high = _mm256_and_si256(weights, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+        let low = _mm256_slli_epi32::<16>(weights);
+        let sum = _mm256_fmadd_ps(_mm256_castsi256_ps(high), _mm256_castsi256_ps(second), sum);
+        _mm256_fmadd_ps(_mm256_castsi256_ps(low), _mm256_castsi256_ps(first), sum)
     }
 }
 
@@ -219,8 +232,8 @@ impl<const VNNI: bool> Unit for Avx2<VNNI> {
         unsafe { [half(from), half(from.add(16))] }
     }
     #[inline(always)]
-    unsafe fn load_bf16(from: *const u8) -> [__m256; 2] {
-        unsafe { [bf16(from), bf16(from.add(16))] }
+    unsafe fn dot_bf16(sum: [__m256; 2], weights: [__m256i; 2], x: u32) -> [__m256; 2] {
+        unsafe { [dot_bf16(sum[0], weights[0], x), dot_bf16(sum[1], weights[1], x)] }
     }
     #[inline(always)]
     unsafe fn load_i8(from: *const u8) -> [__m256; 2] {
