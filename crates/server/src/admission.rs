@@ -10,9 +10,9 @@ use axum::response::{IntoResponse, Response};
 use crate::Server;
 use crate::openai::ApiError;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Asked by probes and scrapers, which hold no key and want an answer during a drain.
-const OPEN: [&str; 4] = ["/health", "/ready", "/version", "/metrics"];
+const OPEN: [&str; 5] = ["/health", "/ready", "/version", "/metrics", "/api/hello"];
 
 /// Lets a request through if it shows a key and the server is not draining.
 pub(crate) async fn admit(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
@@ -28,9 +28,12 @@ pub(crate) async fn admit(State(server): State<Arc<Server>>, request: Request, n
 }
 
 /// Echoes the client's request id, or gives the request one.
-pub(crate) async fn request_id(request: Request, next: Next) -> Response {
+pub(crate) async fn request_id(mut request: Request, next: Next) -> Response {
     let id = request.headers().get(&REQUEST_ID).cloned();
     let id = id.or_else(|| HeaderValue::try_from(random_id("req-")).ok());
+    if let Some(id) = &id {
+        request.headers_mut().insert(REQUEST_ID, id.clone());
+    }
     let mut response = next.run(request).await;
     if let Some(id) = id {
         response.headers_mut().insert(REQUEST_ID, id);

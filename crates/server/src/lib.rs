@@ -9,6 +9,7 @@
 
 mod admission;
 mod answer;
+mod anthropic;
 mod body;
 mod choice;
 mod conversation;
@@ -48,7 +49,7 @@ pub use serve::{serve, terminated};
 pub struct ServerConfig {
     /// The name under which the model is served.
     pub model: String,
-    /// Further names that clients may use for it.
+    /// Further names that clients may use for it; one that ends with `*` stands for all that begin so.
     pub aliases: Vec<String>,
     /// Keys of which a client must show one; none means that everyone is let in.
     pub api_keys: Vec<String>,
@@ -79,9 +80,16 @@ impl ServerConfig {
         }
     }
 
-    /// All names of the model, its own first.
+    /// All names of the model, its own first; those that stand for many are left out.
     pub fn model_names(&self) -> impl Iterator<Item = &str> {
-        std::iter::once(&self.model).chain(&self.aliases).map(String::as_str)
+        let names = std::iter::once(&self.model).chain(&self.aliases).map(String::as_str);
+        names.filter(|name| !name.ends_with('*'))
+    }
+
+    /// Whether the model is also called `name`.
+    fn is_model(&self, name: &str) -> bool {
+        let begins = |alias: &String| alias.strip_suffix('*').is_some_and(|begin| name.starts_with(begin));
+        self.model_names().any(|own| own == name) || self.aliases.iter().any(begins)
     }
 }
 
@@ -130,7 +138,7 @@ impl Server {
     pub(crate) fn model_name(&self, asked: Option<&str>) -> Result<String, ApiError> {
         match asked {
             None => Ok(self.config.model.clone()),
-            Some(asked) if self.config.model_names().any(|name| name == asked) => Ok(asked.to_owned()),
+            Some(asked) if self.config.is_model(asked) => Ok(asked.to_owned()),
             Some(asked) => Err(ApiError::unknown_model(asked, &self.config.model)),
         }
     }
@@ -147,6 +155,9 @@ pub fn router(server: Arc<Server>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(openai::chat::create))
         .route("/v1/completions", post(openai::completions::create))
+        .route("/v1/messages", post(anthropic::messages::create))
+        .route("/v1/messages/count_tokens", post(anthropic::messages::count_tokens))
+        .route("/api/hello", get(anthropic::messages::hello))
         .route("/v1/models", get(openai::models::list))
         .route("/v1/models/{*model}", get(openai::models::retrieve))
         .route("/infill", post(infill::create))
@@ -162,6 +173,7 @@ pub fn router(server: Arc<Server>) -> Router {
         })
         .layer(DefaultBodyLimit::max(limit))
         .layer(from_fn_with_state(server.clone(), admission::admit))
+        .layer(from_fn(anthropic::reword))
         .layer(CorsLayer::permissive())
         .layer(from_fn(admission::request_id))
         .with_state(server)

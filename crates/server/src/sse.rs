@@ -24,6 +24,20 @@ pub(crate) trait Events: Send + 'static {
     fn delta(&mut self, delta: &Delta, out: &mut Vec<u8>);
     /// What is sent after the last choice has ended.
     fn end(&mut self, running: &Running, out: &mut Vec<u8>);
+    /// What is sent where nothing has been for too long.
+    fn keep_alive(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b": keep-alive\n\n");
+    }
+    /// What is sent last if the engine fails.
+    fn failed(&mut self, message: &str, out: &mut Vec<u8>) {
+        event(&ApiError::internal(message).body(), out);
+    }
+}
+
+/// Appends one event that has a name.
+pub(crate) fn named_event(name: &str, payload: &impl Serialize, out: &mut Vec<u8>) {
+    out.extend_from_slice(format!("event: {name}\n").as_bytes());
+    event(payload, out);
 }
 
 /// Appends one event.
@@ -84,7 +98,7 @@ impl<E: Events> Writer<E> {
             tokio::select! {
                 biased;
                 news = self.running.advance() => self.write(news),
-                () = sleep_until(silent_until) => self.buffer.extend_from_slice(b": keep-alive\n\n"),
+                () = sleep_until(silent_until) => self.events.keep_alive(&mut self.buffer),
             }
         }
         let bytes = Bytes::copy_from_slice(&self.buffer);
@@ -101,7 +115,7 @@ impl<E: Events> Writer<E> {
         }
         for delta in self.running.deltas() {
             if let Some(EndReason::Failed(message)) = delta.end.as_ref().map(|end| &end.reason) {
-                event(&ApiError::internal(message.as_str()).body(), &mut self.buffer);
+                self.events.failed(message, &mut self.buffer);
                 self.state = State::Ended;
                 return;
             }

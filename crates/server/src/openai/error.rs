@@ -80,7 +80,10 @@ impl ApiError {
 
     /// 404 for a model.
     pub fn unknown_model(model: &str, served: &str) -> Self {
-        let message = format!("The model `{model}` does not exist here; this server serves `{served}`.");
+        let message = format!(
+            "The model `{model}` does not exist here; this server serves `{served}`. To have it answer to this \
+             name too, start it with `--alias {model}`."
+        );
         let error = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message);
         Self { param: Some("model".into()), code: Some("model_not_found"), ..error }
     }
@@ -165,10 +168,20 @@ impl From<TextError> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(self.body())).into_response();
+        let body = Json(self.body()).into_response();
+        self.respond_with(body)
+    }
+}
+
+impl ApiError {
+    /// A response of this error's status and headers around a body. It carries the error along, for
+    /// those further out who word it otherwise.
+    pub(crate) fn respond_with(self, body: Response) -> Response {
+        let mut response = (self.status, body).into_response();
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
+        response.extensions_mut().insert(self);
         response
     }
 }

@@ -1,0 +1,300 @@
+//! From a request of the Messages dialect to a [`Turn`].
+
+use std::time::Instant;
+
+use serde_json::{Map, Value};
+
+use super::tools::{self, ToolChange};
+use super::types::{Block, Content, InputMessage, MessagesFields, OutputFormatField, nested};
+use crate::Server;
+use crate::conversation::{AnswerFormat, Message, Role, ToolCall, Turn};
+use crate::openai::ApiError;
+use crate::openai::params::{self, CommonFields, Stop};
+use crate::responses::seal::Seal;
+
+/// Claude Code's first system line, which varies from request to request: left in, no prompt would
+/// begin like the one before.
+const BILLING_HEADER: &str = "x-anthropic-billing-header:";
+
+/// What is asked for.
+pub(super) fn turn(
+    server: &Server,
+    mut common: CommonFields,
+    fields: MessagesFields,
+    arrived: Instant,
+) -> Result<Turn, ApiError> {
+    let text = server.generator.text();
+    let mut conversation = Conversation::new(&server.responses.seal);
+    if let Some(system) = fields.system {
+        conversation.system(system)?;
+    }
+    for (index, message) in fields.messages.unwrap_or_default().into_iter().enumerate() {
+        conversation.message(index, message)?;
+    }
+    let (messages, changes) = conversation.finish()?;
+    let offered = tools::offered(fields.tools.unwrap_or_default(), changes)?;
+    let (tool_choice, parallel_tool_calls) = tools::choice(fields.tool_choice.as_ref(), &offered)?;
+    let output = fields.output_config.unwrap_or_default();
+    common.stop = fields.stop_sequences.map(Stop::Many);
+    let vocab = server.generator.engine().vocab_size();
+    let stop = common.stops(&server.config);
+    Ok(Turn {
+        tools: offered,
+        tool_choice,
+        parallel_tool_calls,
+        answer: answer_format(output.format.or(fields.output_format))?,
+        template_args: template_args(fields.thinking.map(|thinking| thinking.r#type), output.effort)?,
+        sampling: common.sampling(vocab)?,
+        max_tokens: params::count("max_tokens", common.max_tokens, 1)?,
+        stop: stop.map_err(|error| error.at("stop_sequences"))?,
+        stop_tokens: common.all_stop_tokens(text.stop_tokens(), vocab)?,
+        ignore_eos: common.ignore_eos.unwrap_or(false),
+        arrived,
+        ..Turn::new(messages)
+    })
+}
+
+/// Reasoning is off unless asked for, as the clients of this dialect expect.
+fn template_args(thinking: Option<String>, effort: Option<String>) -> Result<Map<String, Value>, ApiError> {
+    let thinks = match thinking.as_deref() {
+        None | Some("disabled") => false,
+        Some("enabled" | "adaptive" | "between_tools") => true,
+        Some(other) => {
+            let message = format!("Unknown thinking type `{other}`; use enabled, adaptive or disabled.");
+            return Err(ApiError::param("thinking.type", message));
+        }
+    };
+    let mut args = Map::new();
+    args.insert("enable_thinking".into(), thinks.into());
+    // Templates that know efforts know these three.
+    let effort = match effort.as_deref() {
+        Some(effort @ ("low" | "medium" | "high")) => Some(effort),
+        Some("xhigh" | "max") => Some("high"),
+        _ => None,
+    };
+    if let Some(effort) = effort {
+        args.insert("reasoning_effort".into(), effort.into());
+    }
+    Ok(args)
+}
+
+fn answer_format(format: Option<OutputFormatField>) -> Result<AnswerFormat, ApiError> {
+    match format {
+        None => Ok(AnswerFormat::Text),
+        Some(OutputFormatField { r#type, schema: Some(schema) }) if r#type == "json_schema" => {
+            Ok(AnswerFormat::JsonSchema(schema))
+        }
+        Some(OutputFormatField { r#type, .. }) => {
+            let message =
+                format!("A format of type `{type}` is not known; use `json_schema` with a `schema`.");
+            Err(ApiError::param("output_config.format", message))
+        }
+    }
+}
+
+/// A conversation as it is put together, message by message.
+struct Conversation<'a> {
+    seal: &'a Seal,
+    messages: Vec<Message>,
+    changes: Vec<ToolChange>,
+}
+
+impl<'a> Conversation<'a> {
+    fn new(seal: &'a Seal) -> Self {
+        Self { seal, messages: Vec::new(), changes: Vec::new() }
+    }
+
+    fn finish(self) -> Result<(Vec<Message>, Vec<ToolChange>), ApiError> {
+        match self.messages.last().map(|message| message.role) {
+            Some(Role::User | Role::Tool) => Ok((self.messages, self.changes)),
+            // Claude Code puts its system messages after the user's.
+            Some(Role::System) if self.messages.iter().any(|message| message.role == Role::User) => {
+                Ok((self.messages, self.changes))
+            }
+            Some(Role::Assistant) => {
+                let message = "The conversation must end with a user message: this server does not continue \
+                               an assistant's message.";
+                Err(ApiError::param("messages", message))
+            }
+            _ => Err(ApiError::param("messages", "messages is empty; send at least one user message.")),
+        }
+    }
+
+    fn system(&mut self, system: Content) -> Result<(), ApiError> {
+        let mut texts = Vec::new();
+        for (index, block) in system.into_blocks().iter().enumerate() {
+            let text = without_billing_header(block.required("text", &format!("system[{index}]"))?);
+            texts.push(text.to_owned());
+        }
+        self.say(Role::System, joined(texts));
+        Ok(())
+    }
+
+    fn message(&mut self, index: usize, message: InputMessage) -> Result<(), ApiError> {
+        let at = |block: usize| format!("messages[{index}].content[{block}]");
+        let blocks = message.content.into_blocks();
+        let blocks = blocks.iter().enumerate().map(|(block, fields)| (at(block), fields));
+        match message.role.as_str() {
+            "user" => self.user(blocks),
+            "assistant" => self.assistant(blocks),
+            "system" | "developer" => self.system_message(blocks),
+            other => {
+                let message = format!("Unknown role `{other}`; use user, assistant or system.");
+                Err(ApiError::param(format!("messages[{index}].role"), message))
+            }
+        }
+    }
+
+    /// A system message in the midst of the others; it may also change the tools.
+    fn system_message<'b>(
+        &mut self,
+        blocks: impl Iterator<Item = (String, &'b Block)>,
+    ) -> Result<(), ApiError> {
+        let mut texts = Vec::new();
+        for (at, block) in blocks {
+            match ToolChange::of(block) {
+                Some(change) => self.changes.push(change),
+                None => texts.push(text_of(block, &at)?),
+            }
+        }
+        self.say(Role::System, joined(texts));
+        Ok(())
+    }
+
+    /// What a user says, and what tools gave back: each result is a message of its own.
+    fn user<'b>(&mut self, blocks: impl Iterator<Item = (String, &'b Block)>) -> Result<(), ApiError> {
+        let mut texts = Vec::new();
+        for (at, block) in blocks {
+            if block.kind() != "tool_result" {
+                texts.push(text_of(block, &at)?);
+                continue;
+            }
+            self.say(Role::User, joined(std::mem::take(&mut texts)));
+            let result = self.tool_result(block, &at)?;
+            self.messages.push(result);
+        }
+        self.say(Role::User, joined(texts));
+        Ok(())
+    }
+
+    fn tool_result(&mut self, block: &Block, at: &str) -> Result<Message, ApiError> {
+        let id = block.required("tool_use_id", at)?;
+        let mut texts = Vec::new();
+        for (index, block) in block.nested(at)?.iter().enumerate() {
+            if let Some(change) = ToolChange::of(block) {
+                texts
+                    .extend(block.str("tool_name").map(|name| format!("The tool {name} can be called now.")));
+                self.changes.push(change);
+                continue;
+            }
+            match block.kind() {
+                // An agent that has looked at a picture must be able to go on.
+                kind @ ("image" | "document") if plain_document(block).is_none() => {
+                    texts.push(format!("[{kind} left out: this model reads text only]"));
+                }
+                "browser_state" => {}
+                _ => texts.push(text_of(block, &format!("{at}.content[{index}]"))?),
+            }
+        }
+        let mut text = joined(texts);
+        if block.fields.get("is_error") == Some(&Value::Bool(true)) && !text.to_lowercase().contains("error")
+        {
+            text.insert_str(0, "Error: ");
+        }
+        let mut calls = self.messages.iter().rev().flat_map(|message| &message.calls);
+        let name = calls.find(|call| call.id == id).map(|call| call.name.clone());
+        Ok(Message { call_id: Some(id.to_owned()), name, ..Message::new(Role::Tool, text) })
+    }
+
+    /// What the model said. Blocks of tools that Anthropic's servers ran are passed over.
+    fn assistant<'b>(&mut self, blocks: impl Iterator<Item = (String, &'b Block)>) -> Result<(), ApiError> {
+        let follows = self.messages.last().is_some_and(|last| last.role == Role::Assistant);
+        let mut message = match follows {
+            true => self.messages.pop().unwrap_or_else(|| Message::new(Role::Assistant, "")),
+            false => Message::new(Role::Assistant, ""),
+        };
+        for (at, block) in blocks {
+            match block.kind() {
+                "text" => message.text.push_str(block.required("text", &at)?),
+                "thinking" => {
+                    if let Some(thinking) = self.genuine(block) {
+                        message.reasoning.get_or_insert_default().push_str(&thinking);
+                    }
+                }
+                "tool_use" => message.calls.push(ToolCall {
+                    id: block.required("id", &at)?.to_owned(),
+                    name: block.required("name", &at)?.to_owned(),
+                    input: block.fields.get("input").map_or_else(|| "{}".into(), Value::to_string),
+                    custom: false,
+                }),
+                _ => {}
+            }
+        }
+        self.messages.push(message);
+        Ok(())
+    }
+
+    /// A thinking block's text, if the model thought it: its signature holds it, word for word.
+    fn genuine(&self, block: &Block) -> Option<String> {
+        let sealed = self.seal.open(block.str("signature")?)?;
+        let shown = block.str("thinking").unwrap_or_default();
+        (shown.is_empty() || shown == sealed).then_some(sealed)
+    }
+
+    /// Adds what someone says, to their last message if they go on speaking.
+    fn say(&mut self, role: Role, text: String) {
+        match self.messages.last_mut() {
+            _ if text.is_empty() => {}
+            Some(last) if last.role == role => last.text = joined(vec![std::mem::take(&mut last.text), text]),
+            _ => self.messages.push(Message::new(role, text)),
+        }
+    }
+}
+
+/// The text of a block that a user, a system or a tool may send.
+fn text_of(block: &Block, at: &str) -> Result<String, ApiError> {
+    match block.kind() {
+        "text" => Ok(block.required("text", at)?.to_owned()),
+        "document" | "search_result" => plain_document(block).ok_or_else(|| {
+            let message = "This document is not plain text, and this model reads text only.";
+            ApiError::param(format!("{at}.source"), message)
+        }),
+        other => {
+            let message = format!("Content of type `{other}` is not supported: this model reads text only.");
+            Err(ApiError::param(format!("{at}.type"), message))
+        }
+    }
+}
+
+/// A document or a search result as text, if it holds nothing else.
+fn plain_document(block: &Block) -> Option<String> {
+    let source = block.fields.get("source");
+    let inner = |key| source.and_then(|source| source.get(key));
+    let body = match inner("type").and_then(Value::as_str) {
+        Some("text") => inner("data")?.as_str()?.to_owned(),
+        Some("content") => texts_only(inner("content"))?,
+        _ if block.kind() == "search_result" => texts_only(block.fields.get("content"))?,
+        _ => return None,
+    };
+    let head = [block.str("title"), block.str("source"), block.str("context")];
+    Some(joined(head.into_iter().flatten().map(str::to_owned).chain([body]).collect()))
+}
+
+fn texts_only(content: Option<&Value>) -> Option<String> {
+    let blocks = nested(content, "").ok()?;
+    let texts = blocks.iter().map(|block| block.str("text").filter(|_| block.kind() == "text"));
+    Some(joined(texts.map(|text| text.map(str::to_owned)).collect::<Option<_>>()?))
+}
+
+/// Blocks are paragraphs.
+fn joined(mut texts: Vec<String>) -> String {
+    texts.retain(|text| !text.is_empty());
+    texts.join("\n\n")
+}
+
+fn without_billing_header(text: &str) -> &str {
+    match text.starts_with(BILLING_HEADER) {
+        true => text.split_once('\n').map_or("", |(_, rest)| rest.trim_start()),
+        false => text,
+    }
+}
