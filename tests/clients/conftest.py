@@ -73,7 +73,7 @@ class Client:
 def read_clients():
     """The clients by name."""
     lines = [line.split() for line in (HERE / "clients.txt").read_text().splitlines() if not line.startswith("#")]
-    return {name: Client(name, package, version, CLIENTS / name) for name, _, package, version in lines}
+    return {line[0]: Client(line[0], line[2], line[3], CLIENTS / line[0]) for line in lines}
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def client():
     return find
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """How a client ended."""
 
@@ -97,7 +97,7 @@ class Result:
     out: str
     err: str
 
-    def __str__(self):
+    def __repr__(self):
         return f"exit {self.code}\n--- stdout\n{self.out[-4000:]}\n--- stderr\n{self.err[-4000:]}"
 
 
