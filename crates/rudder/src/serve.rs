@@ -47,7 +47,10 @@ async fn bind(address: SocketAddr) -> Result<TcpListener> {
 
 fn config(settings: ServerSettings, name: String) -> ServerConfig {
     let served = settings.served_model_name.unwrap_or_else(|| name.clone());
-    let aliases = if served == name { Vec::new() } else { vec![name] };
+    let mut aliases = settings.alias.unwrap_or_default();
+    if served != name {
+        aliases.insert(0, name);
+    }
     let defaults = ServerConfig::new(served);
     ServerConfig {
         aliases,

@@ -64,6 +64,10 @@ pub struct ServerSettings {
     /// Name that clients call the model by [default: the model's own]
     #[arg(long, env = "RUDDER_SERVED_MODEL_NAME", value_name = "NAME")]
     pub served_model_name: Option<String>,
+    /// Further name that the model answers to; may be repeated, and claude-* stands for all that begin so
+    #[arg(long, env = "RUDDER_ALIAS", value_name = "NAME", value_delimiter = ',')]
+    #[serde(default, deserialize_with = "one_or_many")]
+    pub alias: Option<Vec<String>>,
     /// How long a shutdown waits for running requests, in seconds [default: 30]
     #[arg(long, env = "RUDDER_DRAIN_SECONDS", value_name = "SECONDS")]
     pub drain_seconds: Option<u64>,
@@ -138,8 +142,8 @@ fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<
         Many(Vec<String>),
     }
     Ok(Some(match Written::deserialize(deserializer)? {
-        Written::One(key) => vec![key],
-        Written::Many(keys) => keys,
+        Written::One(one) => vec![one],
+        Written::Many(many) => many,
     }))
 }
 
@@ -191,6 +195,7 @@ impl ServerSettings {
             port: self.port.or(file.port),
             api_key: self.api_key.or(file.api_key),
             served_model_name: self.served_model_name.or(file.served_model_name),
+            alias: self.alias.or(file.alias),
             drain_seconds: self.drain_seconds.or(file.drain_seconds),
             keep_alive: self.keep_alive.or(file.keep_alive),
             max_body: self.max_body.or(file.max_body),
@@ -290,6 +295,7 @@ mod tests {
             port = 7
             api_key = ["a", "b"]
             served_model_name = "s"
+            alias = "claude-*"
             drain_seconds = 8
             keep_alive = 2.5
             max_body = "9MB"

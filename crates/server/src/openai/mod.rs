@@ -1,5 +1,6 @@
 //! OpenAI's dialect: chat completions, completions, models, and the error shape all dialects use.
 
+mod catalog;
 pub(crate) mod chat;
 mod chat_answer;
 pub(crate) mod completions;
