@@ -46,7 +46,8 @@ pub(crate) enum Mlp<B: Backend> {
     Moe { router: B::Matrix, experts: B::Experts },
 }
 
-/// Activations of a step, allocated once. Rows: tokens of the batch; outputs in the last three.
+/// Activations of a step, allocated once. Rows: tokens of the batch, or its outputs where the name says so and
+/// in the last half layer.
 pub(crate) struct Workspace<B: Backend> {
     /// The residual stream.
     residual: B::Tensor,
@@ -59,6 +60,8 @@ pub(crate) struct Workspace<B: Backend> {
     /// What the last half layer adds to the residual stream.
     delta: B::Tensor,
     mlp: MlpWorkspace<B>,
+    output_heads: B::Tensor,
+    /// The residual stream of the outputs.
     output: B::Tensor,
     output_normed: B::Tensor,
     logits: B::Tensor,
@@ -87,6 +90,7 @@ impl<B: Backend> Workspace<B> {
             heads: backend.tensor(tokens, config.attention.out_width())?,
             delta: backend.tensor(tokens, hidden)?,
             mlp,
+            output_heads: backend.tensor(outputs, config.attention.out_width())?,
             output: backend.tensor(outputs, hidden)?,
             output_normed: backend.tensor(outputs, hidden)?,
             logits: backend.tensor(outputs, config.vocab)?,
@@ -95,9 +99,8 @@ impl<B: Backend> Workspace<B> {
 }
 
 impl<B: Backend> Layer<B> {
-    /// `delta = mlp(norm(residual + delta + attention(norm(residual + delta))))`, the sums left in
-    /// the residual stream.
-    fn forward(
+    /// Projects to queries, keys and values, and puts keys and values into the cache.
+    fn project(
         &self,
         index: usize,
         backend: &mut B,
@@ -105,26 +108,36 @@ impl<B: Backend> Layer<B> {
         cache: &mut B::KvCache,
         w: &mut Workspace<B>,
     ) -> Result<(), OpError> {
-        let (shape, eps) = (&config.attention, config.rms_eps);
+        let eps = config.rms_eps;
         // The embedding is the whole residual stream as the first layer finds it.
         let delta = (index > 0).then_some(&w.delta);
         backend.rms_norm(&mut w.residual, delta, &self.attn_norm, eps, &mut w.normed)?;
         backend.linear(&w.normed, &self.qkv, self.qkv_bias.as_ref(), &mut w.qkv)?;
         let norm = self.qk_norm.as_ref().map(|(q, k)| QkNorm { q, k, eps });
-        backend.rope_and_cache(&mut w.qkv, shape, norm, index, cache)?;
-        backend.attention(&w.qkv, shape, index, cache, &mut w.heads)?;
-        backend.linear(&w.heads, &self.attn_output, None, &mut w.delta)?;
+        backend.rope_and_cache(&mut w.qkv, &config.attention, norm, index, cache)
+    }
 
-        backend.rms_norm(&mut w.residual, Some(&w.delta), &self.ffn_norm, eps, &mut w.normed)?;
-        match (&self.mlp, &mut w.mlp, &config.moe) {
+    /// From attention's `heads` and the residual stream to what this layer's MLP adds to it:
+    /// `residual += heads * o; delta = mlp(norm(residual))`.
+    fn finish(
+        &self,
+        backend: &mut B,
+        config: &ModelConfig,
+        heads: &B::Tensor,
+        residual: &mut B::Tensor,
+        (normed, delta, mlp): (&mut B::Tensor, &mut B::Tensor, &mut MlpWorkspace<B>),
+    ) -> Result<(), OpError> {
+        backend.linear(heads, &self.attn_output, None, delta)?;
+        backend.rms_norm(residual, Some(delta), &self.ffn_norm, config.rms_eps, normed)?;
+        match (&self.mlp, mlp, &config.moe) {
             (Mlp::Dense { gate_up, down }, MlpWorkspace::Dense { gate_up: both, activated }, _) => {
-                backend.linear(&w.normed, gate_up, None, both)?;
+                backend.linear(normed, gate_up, None, both)?;
                 backend.silu_mul(both, activated)?;
-                backend.linear(activated, down, None, &mut w.delta)
+                backend.linear(activated, down, None, delta)
             }
             (Mlp::Moe { router, experts }, MlpWorkspace::Moe { router_logits }, Some(moe)) => {
-                backend.linear(&w.normed, router, None, router_logits)?;
-                backend.moe(&w.normed, router_logits, experts, moe.top_k, moe.renormalise, &mut w.delta)
+                backend.linear(normed, router, None, router_logits)?;
+                backend.moe(normed, router_logits, experts, moe.top_k, moe.renormalise, delta)
             }
             _ => unreachable!("layers and workspace are made from one configuration"),
         }
@@ -163,17 +176,26 @@ impl<B: Backend> Model for Decoder<B> {
         let (backend, w) = (&mut self.backend, &mut self.workspace);
         backend.begin(batch)?;
         backend.embed(&self.embedding, &mut w.residual)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            layer.forward(index, backend, &self.config, &mut self.cache, w)?;
+        let (config, cache) = (&self.config, &mut self.cache);
+        let Some((last, layers)) = self.layers.split_last() else { unreachable!("a model has layers") };
+        for (index, layer) in layers.iter().enumerate() {
+            layer.project(index, backend, config, cache, w)?;
+            backend.attention(&w.qkv, &config.attention, index, cache, &mut w.heads)?;
+            let buffers = (&mut w.normed, &mut w.delta, &mut w.mlp);
+            layer.finish(backend, config, &w.heads, &mut w.residual, buffers)?;
         }
-        backend.gather(&w.residual, Some(&w.delta), &mut w.output)?;
-        backend.rms_norm(
-            &mut w.output,
-            None,
-            &self.output_norm,
-            self.config.rms_eps,
-            &mut w.output_normed,
-        )?;
+        // Of the last layer the other rows' keys and values are all that is ever read.
+        last.project(layers.len(), backend, config, cache, w)?;
+        backend.gather(&w.residual, None, &mut w.output)?;
+        let wanted = !batch.outputs.is_empty();
+        if wanted {
+            backend.attention(&w.qkv, &config.attention, layers.len(), cache, &mut w.heads)?;
+            backend.gather(&w.heads, None, &mut w.output_heads)?;
+            let buffers = (&mut w.output_normed, &mut w.delta, &mut w.mlp);
+            last.finish(backend, config, &w.output_heads, &mut w.output, buffers)?;
+        }
+        let delta = wanted.then_some(&w.delta);
+        backend.rms_norm(&mut w.output, delta, &self.output_norm, config.rms_eps, &mut w.output_normed)?;
         backend.linear(&w.output_normed, &self.output, None, &mut w.logits)
     }
 

@@ -32,7 +32,8 @@ pub(crate) fn release(map: &Mmap, tensor: &RawTensor) {
     let bytes = tensor.bytes();
     let offset = bytes.as_ptr() as usize - map.as_ptr() as usize;
     // SAFETY: the mapping is read-only and of a file, so its pages can be read again at any time.
-    let given = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, bytes.len()) };
+    let given =
+        unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, bytes.len()) };
     drop(given); // where the system declines, the pages stay, which harms nothing
 }
 
