@@ -187,10 +187,14 @@ impl Generator {
             for choice in 0..completion.n {
                 let request = engine_request(completion, prompt, choice);
                 let generation = self.engine.submit(request)?;
+                let decoder = match &completion.reading {
+                    Some(reading) => self.text.decoder_for(reading.format),
+                    None => self.text.decoder(),
+                };
                 choices.push(Choice::new(
                     choices.len(),
                     generation,
-                    self.text.decoder(),
+                    decoder,
                     completion,
                     prompt.len(),
                     self.metrics.clone(),

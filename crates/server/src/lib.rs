@@ -112,11 +112,12 @@ impl Server {
     /// Serves a model's text and the engine that runs it.
     pub fn new(config: ServerConfig, text: Text, engine: Engine) -> Arc<Self> {
         let markup = prompt::Markup::of(&text);
+        let format = text.output_format();
         Arc::new(Self {
             generator: Generator::new(&config.model, text, engine),
             config,
             markup,
-            format: OutputFormat::default(),
+            format,
             verbatim: Arc::new(verbatim::Verbatim::new()),
             responses: responses::Responses::new(),
             draining: AtomicBool::new(false),

@@ -24,6 +24,12 @@ pub const SCRIPT: &str = "fn main() { println!(\"héllo, wörld\"); }\n// and so
 pub const CONTEXT: usize = 512;
 const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
                         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+/// The same for a model that calls tools in Hermes' markup and reasons in `<think>`.
+const AGENT_TEMPLATE: &str = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}\
+    {% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\
+    {% for c in m.tool_calls or [] %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}\
+    <|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}\
+    {# <think> </think> #}";
 const SPECIALS: [&str; 6] =
     ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"];
 
@@ -43,6 +49,10 @@ fn byte_tokens() -> Vec<String> {
 
 /// Token `b` is byte `b`; the specials follow.
 pub fn text(infill: bool) -> Text {
+    text_with(infill, TEMPLATE)
+}
+
+fn text_with(infill: bool, template: &str) -> Text {
     let mut tokens = byte_tokens();
     let count = if infill { 6 } else { 3 };
     tokens.extend(SPECIALS[..count].iter().map(|&token| token.to_owned()));
@@ -62,7 +72,7 @@ pub fn text(infill: bool) -> Text {
         fim_prefix: special(3),
         fim_suffix: special(4),
         fim_middle: special(5),
-        chat_template: Some(TEMPLATE.into()),
+        chat_template: Some(template.into()),
         ..TextSource::default()
     })
     .unwrap()
@@ -77,17 +87,37 @@ pub struct Manner {
     pub failing: Arc<AtomicBool>,
     /// Ends the turn at this position.
     pub end_at: Option<u64>,
+    /// Says these instead, one after the other, each to its end of turn; for one sequence at a time.
+    pub answers: Vec<String>,
 }
 
 struct Reciter {
     config: ModelConfig,
     manner: Manner,
     scratch: SamplerScratch,
+    /// Of the answer being given: its number, where it began, and where the last row was.
+    answer: Option<(usize, u64, u64)>,
 }
 
 impl Reciter {
-    fn row_logits(&self, position: u64) -> Vec<f32> {
+    /// The byte of an answer at a position, or the end of the turn. A gap begins the next answer.
+    fn answer_token(&mut self, position: u64) -> usize {
+        let (number, begin) = match self.answer {
+            Some((number, begin, last)) if position == last + 1 => (number, begin),
+            Some((number, ..)) => (number + 1, position),
+            None => (0, position),
+        };
+        self.answer = Some((number, begin, position));
+        let answer = &self.manner.answers[number % self.manner.answers.len()];
+        answer.as_bytes().get((position - begin) as usize).map_or(258, |&byte| byte.into())
+    }
+
+    fn row_logits(&mut self, position: u64) -> Vec<f32> {
         let mut logits = vec![0.0; self.config.vocab];
+        if !self.manner.answers.is_empty() {
+            logits[self.answer_token(position)] = 9.0;
+            return logits;
+        }
         let script = SCRIPT.as_bytes();
         let said = match self.manner.end_at {
             Some(end) if position >= end => 258,
@@ -144,7 +174,18 @@ pub fn engine_config() -> EngineConfig {
 }
 
 pub fn start_with(config: ServerConfig, engine: EngineConfig, manner: Manner, infill: bool) -> Fixture {
-    let text = text(infill);
+    start_text(config, engine, manner, text(infill))
+}
+
+/// A server whose model gives these answers, one after the other, and may reason and call tools.
+pub fn start_agent(answers: &[&str]) -> Fixture {
+    let answers = answers.iter().map(|&answer| answer.to_owned()).collect();
+    let manner = Manner { answers, ..Manner::default() };
+    let engine = EngineConfig { max_context: 4096, ..engine_config() };
+    start_text(ServerConfig::new(MODEL), engine, manner, text_with(true, AGENT_TEMPLATE))
+}
+
+fn start_text(config: ServerConfig, engine: EngineConfig, manner: Manner, text: Text) -> Fixture {
     let model = Reciter {
         config: ModelConfig {
             architecture: "llama".into(),
@@ -153,13 +194,14 @@ pub fn start_with(config: ServerConfig, engine: EngineConfig, manner: Manner, in
             layers: 1,
             attention: AttentionShape { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0 },
             vocab: text.vocab_size(),
-            context_length: CONTEXT,
+            context_length: engine.max_context,
             rms_eps: 1e-5,
             rope: Rope { inv_freq: vec![1.0], pairing: RopePairing::Halves },
             moe: None,
         },
         manner,
         scratch: SamplerScratch::default(),
+        answer: None,
     };
     let engine = Engine::start(Box::new(model), engine);
     let server = Server::new(config, text.clone(), engine.clone());

@@ -4,3 +4,4 @@ mod common;
 mod connections;
 mod generation;
 mod refusals;
+mod tools;
