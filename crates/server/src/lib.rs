@@ -159,6 +159,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/v1/messages", post(anthropic::messages::create))
         .route("/v1/messages/count_tokens", post(anthropic::messages::count_tokens))
         .route("/api/hello", get(anthropic::messages::hello))
+        .route("/v1/responses", post(responses::create::create))
         .route("/v1/models", get(openai::models::list))
         .route("/v1/models/{*model}", get(openai::models::retrieve))
         .route("/infill", post(infill::create))

@@ -58,7 +58,12 @@ pub(crate) fn respond(running: Running, events: impl Events, keep_alive: Duratio
         let chunk = writer.next().await?;
         Some((Ok::<_, Infallible>(chunk), writer))
     });
-    let mut response = Response::new(Body::from_stream(chunks));
+    headed(Body::from_stream(chunks))
+}
+
+/// A response whose body is server-sent events.
+pub(crate) fn headed(body: Body) -> Response {
+    let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));

@@ -6,7 +6,7 @@ mod chat_answer;
 pub(crate) mod completions;
 mod error;
 pub(crate) mod format;
-mod logprobs;
+pub(crate) mod logprobs;
 pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod params;

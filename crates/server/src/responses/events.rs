@@ -62,6 +62,8 @@ pub(crate) struct Recorder {
     dressing: Dressing,
     events: Vec<Event>,
     open: Option<Open>,
+    /// White space that may begin a message; alone it makes none.
+    blank: String,
 }
 
 /// The item that is being said.
@@ -143,7 +145,7 @@ struct Done<'a> {
 impl Recorder {
     /// A recorder of `response`, of which nothing has been said.
     pub fn new(response: Response, dressing: Dressing) -> Self {
-        Self { response, dressing, events: Vec::new(), open: None }
+        Self { response, dressing, events: Vec::new(), open: None, blank: String::new() }
     }
 
     /// The response so far; an open item is not in it yet.
@@ -188,12 +190,7 @@ impl Recorder {
                 }
                 self.more("response.reasoning_text.delta", text, None);
             }
-            Piece::Text(text) => {
-                if !matches!(&self.open, Some(Open { kind: Kind::Message, .. })) {
-                    self.open("msg_", Kind::Message);
-                }
-                self.more("response.output_text.delta", text, Some(logprobs));
-            }
+            Piece::Text(text) => self.text(text, logprobs),
             Piece::CallBegin { id, name, custom } => self.open_call(id, name, *custom),
             Piece::CallInput(text) => match &self.open {
                 Some(Open { kind: Kind::Function { .. }, .. }) => {
@@ -223,6 +220,10 @@ impl Recorder {
             }
         };
         match ending {
+            // A call that is still open was cut short.
+            Ending::Completed if matches!(&self.open, Some(open) if open.part("").is_none()) => {
+                self.close("incomplete");
+            }
             Ending::Completed => self.close("completed"),
             Ending::Incomplete(_) => self.close("incomplete"),
             Ending::Interrupted | Ending::Cancelled | Ending::Failed(_) => self.open = None,
@@ -239,6 +240,29 @@ impl Recorder {
         emit(&mut self.events, &self.dressing, kind, &Whole { response: &self.response });
     }
 
+    /// A response that completes with nothing said has an empty message.
+    pub fn answer_at_least_nothing(&mut self) {
+        if self.open.is_none() && self.response.output.is_empty() {
+            self.open("msg_", Kind::Message);
+            let blank = std::mem::take(&mut self.blank);
+            if !blank.is_empty() {
+                self.more("response.output_text.delta", &blank, Some(&[]));
+            }
+        }
+    }
+
+    fn text(&mut self, text: &str, logprobs: &[Value]) {
+        if matches!(&self.open, Some(Open { kind: Kind::Message, .. })) {
+            return self.more("response.output_text.delta", text, Some(logprobs));
+        }
+        self.blank.push_str(text);
+        if !text.trim().is_empty() {
+            let text = std::mem::take(&mut self.blank);
+            self.open("msg_", Kind::Message);
+            self.more("response.output_text.delta", &text, Some(logprobs));
+        }
+    }
+
     fn open_call(&mut self, call_id: &str, name: &str, custom: bool) {
         let (name, namespace) = self.dressing.names.outward(name);
         let (call_id, name, namespace) = (call_id.to_owned(), name.to_owned(), namespace.map(str::to_owned));
@@ -250,6 +274,7 @@ impl Recorder {
 
     fn open(&mut self, prefix: &str, kind: Kind) {
         self.close("completed");
+        self.blank.clear();
         let open = Open { id: random_id(prefix), kind, text: String::new(), logprobs: Vec::new() };
         let output_index = self.response.output.len();
         let item = open.item("in_progress", None);

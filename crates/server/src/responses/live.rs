@@ -7,11 +7,12 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde_json::Value;
 use tokio::sync::{Notify, watch};
 
 use super::events::{Event, Recorder};
 use super::request::Ask;
-use super::steer::{Queue, Steer};
+use super::steer::{Accepted, Queue, Refusal, Steer};
 use super::types::{Link, Record, Response};
 
 /// Of ended responses that may still be asked for, the most kept in memory: number and bytes.
@@ -48,7 +49,7 @@ pub(crate) struct State {
 /// How a response is to be ended from outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wish {
-    /// For good, its successors too.
+    /// For good.
     Cancel,
     /// Its unfinished items are dropped; the conversation goes on from it.
     Interrupt,
@@ -124,21 +125,30 @@ impl Live {
     ///
     /// # Errors
     /// Why the response cannot be steered, or not so.
-    pub fn steer(&self, steer: Steer) -> Result<(), super::steer::Refusal> {
+    pub fn steer(&self, steer: Steer) -> Result<Accepted, Refusal> {
         self.want(|state| state.accept(&self.ask, steer))
     }
 
-    /// Ends it, if it still runs, and whatever goes on from it by itself.
+    /// Ends it for good, if it still runs.
     pub fn cancel(&self) {
-        let mut next = self.want(|state| {
-            state.wish = Some(Wish::Cancel);
-            state.successor.clone()
+        self.want(|state| {
+            if !state.recorder.response().status.is_final() {
+                state.wish = Some(Wish::Cancel);
+            }
         });
-        while let Some(live) = next {
-            next = live.want(|state| {
+    }
+
+    /// Ends it for good, and whatever goes on from it by itself.
+    pub fn abandon(&self) {
+        let end = |live: &Self| {
+            live.want(|state| {
                 state.wish = Some(Wish::Cancel);
                 state.successor.clone()
-            });
+            })
+        };
+        let mut next = end(self);
+        while let Some(live) = next {
+            next = end(&live);
         }
     }
 
@@ -156,6 +166,18 @@ impl Live {
     /// Nothing more will be written.
     pub fn close(&self) {
         self.write(|state| state.closed = true);
+    }
+
+    /// Waits until nothing more will be written.
+    pub async fn ended(&self) {
+        let mut news = self.news.subscribe();
+        loop {
+            news.borrow_and_update();
+            // The sender lives as long as the response.
+            if self.state().closed || news.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Follows its events from this sequence number on.
@@ -278,6 +300,14 @@ impl Registry {
         if let Some(at) = known.ended.iter().position(|(ended, _)| ended == id) {
             known.bytes -= known.ended.remove(at).map_or(0, |(_, weight)| weight);
         }
+    }
+
+    /// Finds a kept output item.
+    pub fn item(&self, id: &str) -> Option<Value> {
+        let known = self.known();
+        let links = known.lives.values().filter_map(|live| live.link());
+        let is_it = |item: &&Value| item.get("id").is_some_and(|known| known == id);
+        links.into_iter().find_map(|link| link.input.iter().chain(&link.output).find(is_it).cloned())
     }
 
     /// Those that have not ended.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::live::State;
-use super::request::Ask;
+use super::request::{Ask, response_id};
 use super::types::Status;
 use crate::admission::random_id;
 
@@ -61,6 +61,17 @@ pub(crate) struct Queue {
     bytes: usize,
     /// Items that the client owes before the waiting ones can be applied; set when the response has ended.
     pub owed: Vec<Value>,
+    /// The id that the successor will have, given with the first correction.
+    pub successor_id: Option<String>,
+}
+
+/// A correction was taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Accepted {
+    /// The sequence number of the event that says so.
+    pub sequence: usize,
+    /// The successor's id, should there be one.
+    pub successor_id: String,
 }
 
 impl Queue {
@@ -77,8 +88,12 @@ impl Queue {
     /// Takes all that wait.
     pub fn take(&mut self) -> Vec<Steer> {
         self.bytes = 0;
-        self.owed.clear();
         std::mem::take(&mut self.waiting)
+    }
+
+    /// They could not be applied yet after all.
+    pub fn put_back(&mut self, steers: Vec<Steer>) {
+        self.waiting.splice(0..0, steers);
     }
 }
 
@@ -159,7 +174,7 @@ impl Refusal {
 
 impl State {
     /// Takes a correction, or says why not.
-    pub fn accept(&mut self, ask: &Ask, steer: Steer) -> Result<(), Refusal> {
+    pub fn accept(&mut self, ask: &Ask, steer: Steer) -> Result<Accepted, Refusal> {
         let bytes = steer.input.to_string().len();
         let status = self.recorder.response().status;
         let refused = if status == Status::Completed {
@@ -179,10 +194,12 @@ impl State {
         if let Some((code, message)) = refused {
             return Err(steer.refuse(code, message));
         }
+        let sequence = self.recorder.events().len();
         self.recorder.note("response.steer.accepted", &steer.accepted());
         self.steers.bytes += bytes;
         self.steers.waiting.push(steer);
-        Ok(())
+        let successor_id = self.steers.successor_id.get_or_insert_with(response_id).clone();
+        Ok(Accepted { sequence, successor_id })
     }
 }
 

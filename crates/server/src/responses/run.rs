@@ -1,0 +1,312 @@
+//! A response's task: runs the turn, writes its events, ends it where it is told to, and starts the
+//! successor that a correction asks for.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rudder_text::Text;
+use serde_json::Value;
+
+use super::events::{Dressing, Ending, Recorder};
+use super::live::{Live, Wish};
+use super::request::{Ask, Prepared, response_id};
+use super::steer::{self, Code, Steer};
+use super::types::{Failure, Link, Reason, Response, Status, Usage};
+use crate::Server;
+use crate::conversation::{Message, Piece, Role, Turn};
+use crate::generate::{Delta, EndReason, Running};
+use crate::openai::ApiError;
+use crate::openai::logprobs::ChatLogprobs;
+use crate::unix_now;
+
+/// Room for an answer that truncation leaves, if the request does not limit it.
+const ROOM: usize = 1024;
+
+/// How a response is started.
+#[derive(Default)]
+pub(crate) struct Start {
+    /// Its id, if it was given one before.
+    pub id: Option<String>,
+    /// Its client reads events: a conversation that does not fit is told by them.
+    pub streams: bool,
+}
+
+/// Starts a response and its task.
+///
+/// # Errors
+/// What is wrong with the request; a full or ending server. Then there is no response.
+pub(crate) async fn start(server: &Arc<Server>, ask: Ask, how: Start) -> Result<Arc<Live>, ApiError> {
+    let Prepared { turn, names } = ask.prepare(&server.responses.seal)?;
+    let seal = ask.settings.sealed.then(|| server.responses.seal.clone());
+    let dressing = Dressing { stream_id: ask.stream_id.clone(), names, seal };
+    let response = response(how.id.unwrap_or_else(response_id), &ask);
+    let live = Live::new(Arc::new(ask), Recorder::new(response, dressing));
+    if live.ask.settings.echo.background {
+        live.write(|state| state.recorder.queued());
+        server.responses.started(&live);
+        tokio::spawn(drive_queued(server.clone(), live.clone(), turn));
+        return Ok(live);
+    }
+    match start_turn(server, turn, &live.ask).await {
+        Ok(running) => {
+            live.write(|state| state.recorder.begin());
+            server.responses.started(&live);
+            tokio::spawn(drive(server.clone(), live.clone(), running));
+        }
+        Err(error) if how.streams && error.code == Some("context_length_exceeded") => {
+            live.write(|state| state.recorder.begin());
+            server.responses.started(&live);
+            end(server, &live, Ending::Failed(failure(&error)), None);
+            live.close();
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(live)
+}
+
+fn response(id: String, ask: &Ask) -> Response {
+    Response {
+        id,
+        object: "response",
+        created_at: unix_now(),
+        completed_at: None,
+        status: Status::InProgress,
+        incomplete_details: None,
+        error: None,
+        previous_response_id: ask.previous_response_id.clone(),
+        output: Vec::new(),
+        usage: None,
+        echo: ask.settings.echo.clone(),
+    }
+}
+
+fn failure(error: &ApiError) -> Failure {
+    Failure { code: error.code.unwrap_or("server_error").into(), message: error.message.clone() }
+}
+
+/// Queues the turn; drops the oldest turns of the conversation if it is too long and may be cut.
+async fn start_turn(server: &Arc<Server>, turn: Turn, ask: &Ask) -> Result<Running, ApiError> {
+    let spare = ask.settings.truncate.then(|| turn.clone());
+    match (server.start_turn(turn).await, spare) {
+        (Err(error), Some(turn)) if error.code == Some("context_length_exceeded") => {
+            let shorter = truncate(server, turn).await?.ok_or(error)?;
+            server.start_turn(shorter).await
+        }
+        (started, _) => started.map_err(|error| match error.param.as_deref() {
+            Some("messages" | "prompt") => error.at("input"),
+            _ => error,
+        }),
+    }
+}
+
+/// The turn without as many of its oldest exchanges as it takes to fit; `None` if the last alone does not.
+async fn truncate(server: &Arc<Server>, turn: Turn) -> Result<Option<Turn>, ApiError> {
+    let maximum = server.generator.engine().max_context();
+    let room = turn.max_tokens.unwrap_or(ROOM).clamp(1, maximum / 2);
+    let begin = turn.messages.iter().take_while(|message| message.role == Role::System).count();
+    let is_cut =
+        |(index, message): (usize, &Message)| (index > begin && message.role == Role::User).then_some(index);
+    let cuts: Vec<usize> = turn.messages.iter().enumerate().filter_map(is_cut).collect();
+    let without = |cut: usize| {
+        let mut shorter = turn.clone();
+        shorter.messages.drain(begin..cut);
+        shorter
+    };
+    // The first cut that fits; every later one does too.
+    let (mut low, mut high) = (0, cuts.len());
+    while low < high {
+        let middle = (low + high) / 2;
+        match server.count_tokens(without(cuts[middle])).await? + room <= maximum {
+            true => high = middle,
+            false => low = middle + 1,
+        }
+    }
+    Ok(cuts.get(low).or(cuts.last()).map(|&cut| without(cut)))
+}
+
+/// Runs a background response from its place in the queue.
+async fn drive_queued(server: Arc<Server>, live: Arc<Live>, turn: Turn) {
+    match start_turn(&server, turn, &live.ask).await {
+        Ok(running) => {
+            live.write(|state| state.recorder.begin());
+            drive(server, live, running).await;
+        }
+        Err(error) => {
+            end(&server, &live, Ending::Failed(failure(&error)), None);
+            live.close();
+        }
+    }
+}
+
+/// Runs a response to its end, and starts what follows it.
+fn drive(
+    server: Arc<Server>,
+    live: Arc<Live>,
+    mut running: Running,
+) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    // Boxed, as its successor's task is of the same type.
+    Box::pin(async move {
+        let ending = follow(&server, &live, &mut running).await;
+        let usage = Usage::from(running.totals());
+        // What still runs is cancelled before anybody hears of the end.
+        drop(running);
+        let steers = end(&server, &live, ending, Some(usage));
+        if !steers.is_empty() {
+            succeed(&server, &live, steers).await;
+        }
+        live.close();
+    })
+}
+
+/// Writes events until the turn ends or is ended.
+async fn follow(server: &Server, live: &Live, running: &mut Running) -> Ending {
+    let mut logprobs = Logprobs::of(server, live);
+    loop {
+        let (wish, steered) = {
+            let state = live.state();
+            (state.wish, !state.steers.is_empty())
+        };
+        match wish {
+            Some(Wish::Cancel) => return Ending::Cancelled,
+            Some(Wish::Interrupt) => return Ending::Interrupted,
+            None if steered && !running.in_call() => running.stop(),
+            None => {}
+        }
+        let news = tokio::select! {
+            biased;
+            news = running.advance() => news,
+            () = live.wanted() => continue,
+        };
+        let Some(delta) = running.deltas().next().filter(|_| news) else {
+            return Ending::Completed;
+        };
+        write(live, delta, &mut logprobs);
+        if let Some(end) = &delta.end {
+            return match &end.reason {
+                EndReason::StopToken | EndReason::StopString(_) => Ending::Completed,
+                EndReason::Length if !live.ask.settings.generate => Ending::Completed,
+                EndReason::Length => Ending::Incomplete(Reason::MaxOutputTokens),
+                // With calls made, it waits for their results as any other response does.
+                EndReason::Stopped if calls_tools(live) => Ending::Completed,
+                EndReason::Stopped => Ending::Incomplete(Reason::Steered),
+                EndReason::Failed(message) => {
+                    Ending::Failed(Failure { code: "server_error".into(), message: message.clone() })
+                }
+            };
+        }
+    }
+}
+
+fn calls_tools(live: &Live) -> bool {
+    !steer::owed(&live.state().recorder.response().output).is_empty()
+}
+
+fn write(live: &Live, delta: &Delta, logprobs: &mut Logprobs) {
+    logprobs.hear(delta);
+    live.write(|state| {
+        for piece in &delta.pieces {
+            state.recorder.piece(piece, &logprobs.of_piece(piece));
+        }
+    });
+}
+
+/// Log-probabilities on their way to the text they belong to.
+struct Logprobs {
+    /// Absent if nobody asked for them.
+    text: Option<Text>,
+    waiting: Vec<Value>,
+}
+
+impl Logprobs {
+    fn of(server: &Server, live: &Live) -> Self {
+        let text = live.ask.settings.logprobs.then(|| server.generator.text().clone());
+        Self { text, waiting: Vec::new() }
+    }
+
+    fn hear(&mut self, delta: &Delta) {
+        if let Some(text) = &self.text {
+            match serde_json::to_value(ChatLogprobs::new(text, &delta.tokens)) {
+                Ok(Value::Object(mut fields)) => {
+                    let tokens = fields.get_mut("content").and_then(Value::as_array_mut);
+                    self.waiting.extend(tokens.into_iter().flat_map(std::mem::take));
+                }
+                _ => tracing::error!("log-probabilities could not be serialised"),
+            }
+        }
+    }
+
+    /// Those of the text; tokens of reasoning and of calls are not reported.
+    fn of_piece(&mut self, piece: &Piece) -> Vec<Value> {
+        let waiting = std::mem::take(&mut self.waiting);
+        if matches!(piece, Piece::Text(_)) { waiting } else { Vec::new() }
+    }
+}
+
+/// Ends the response. Returns corrections for a successor to take up.
+fn end(server: &Server, live: &Arc<Live>, ending: Ending, usage: Option<Usage>) -> Vec<Steer> {
+    let continues = matches!(ending, Ending::Completed | Ending::Incomplete(_));
+    let failed = matches!(ending, Ending::Failed(_));
+    let steers = live.write(|state| {
+        if ending == Ending::Completed && live.ask.settings.generate {
+            state.recorder.answer_at_least_nothing();
+        }
+        state.recorder.end(ending, usage);
+        let output = state.recorder.response().output.clone();
+        let owed = steer::owed(&output);
+        if !failed {
+            let Ask { previous, input, .. } = &*live.ask;
+            let link = Link::new(live.id.clone(), previous.clone(), input.clone(), output);
+            state.link = Some(Arc::new(link));
+        }
+        if continues && !owed.is_empty() {
+            for steer in state.steers.waiting() {
+                state.recorder.note("response.steer.pending", &steer.pending(&owed));
+            }
+            state.steers.owed = owed;
+            return Vec::new();
+        }
+        let steers = state.steers.take();
+        if continues {
+            return steers;
+        }
+        for steer in steers {
+            let refusal =
+                steer.fail(Code::ResponseNotActive, "The response ended before this could be applied.");
+            state.recorder.note("response.steer.failed", &refusal.fields());
+        }
+        Vec::new()
+    });
+    server.responses.ended(live);
+    steers
+}
+
+/// Starts the successor that takes up the corrections, or gives them back.
+async fn succeed(server: &Arc<Server>, live: &Arc<Live>, steers: Vec<Steer>) {
+    let ask = Ask {
+        settings: live.ask.settings.clone(),
+        previous_response_id: Some(live.id.clone()),
+        previous: live.link(),
+        input: steers.iter().flat_map(|steer| steer.items.iter().cloned()).collect(),
+        stream_id: live.ask.stream_id.clone(),
+        arrived: Instant::now(),
+    };
+    let id = live.state().steers.successor_id.clone();
+    match start(server, ask, Start { id, streams: false }).await {
+        Ok(successor) => {
+            let cancelled = live.write(|state| {
+                state.successor = Some(successor.clone());
+                state.wish == Some(Wish::Cancel)
+            });
+            if cancelled {
+                successor.abandon();
+            }
+        }
+        Err(error) => live.write(|state| {
+            for steer in steers {
+                let refusal = steer.fail(Code::SuccessorCreationFailed, error.message.as_str());
+                state.recorder.note("response.steer.failed", &refusal.fields());
+            }
+        }),
+    }
+}

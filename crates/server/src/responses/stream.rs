@@ -1,0 +1,59 @@
+//! A response's events as server-sent events.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::response::Response;
+use futures_util::stream;
+use tokio::time::timeout;
+
+use super::events::Event;
+use super::live::{Reader, Tether};
+use crate::sse;
+
+/// Streams what a reader finds, with comments where that is silent. The response is cancelled with the
+/// client's connection if a tether is given.
+pub(crate) fn respond(reader: Reader, tether: Option<Tether>, keep_alive: Duration) -> Response {
+    let writer = Writer { reader, tether, keep_alive, events: Vec::new() };
+    let chunks = stream::unfold(writer, async |mut writer| {
+        let chunk = writer.next().await?;
+        Some((Ok::<_, Infallible>(chunk), writer))
+    });
+    sse::headed(Body::from_stream(chunks))
+}
+
+struct Writer {
+    reader: Reader,
+    tether: Option<Tether>,
+    keep_alive: Duration,
+    events: Vec<Event>,
+}
+
+impl Writer {
+    /// The next write: everything that is ready at once.
+    async fn next(&mut self) -> Option<Bytes> {
+        match timeout(self.keep_alive, self.reader.read(&mut self.events)).await {
+            Err(_) => return Some(Bytes::from_static(b": keep-alive\n\n")),
+            Ok(true) => {}
+            Ok(false) => {
+                if let Some(tether) = self.tether.take() {
+                    tether.let_go();
+                }
+                return None;
+            }
+        }
+        let mut chunk = Vec::new();
+        for event in self.events.drain(..) {
+            frame(&event, &mut chunk);
+        }
+        Some(chunk.into())
+    }
+}
+
+/// Appends one event as it goes over the wire.
+pub(crate) fn frame(event: &Event, out: &mut Vec<u8>) {
+    for part in [b"event: ", event.kind.as_bytes(), b"\ndata: ", &event.json, b"\n\n"] {
+        out.extend_from_slice(part);
+    }
+}
