@@ -207,9 +207,15 @@ fn adjust(logits: &mut [f32], row: &SampleRow<'_>) {
         }
     }
     if let Some(mask) = row.mask {
-        for (token, x) in logits.iter_mut().enumerate() {
-            if mask.get(token / 32).is_none_or(|word| word >> (token % 32) & 1 == 0) {
-                *x = f32::NEG_INFINITY;
+        for (word, logits) in logits.chunks_mut(32).enumerate() {
+            match mask.get(word).copied().unwrap_or(0) {
+                u32::MAX => {}
+                0 => logits.fill(f32::NEG_INFINITY),
+                bits => {
+                    for (bit, x) in logits.iter_mut().enumerate() {
+                        *x = if bits >> bit & 1 == 1 { *x } else { f32::NEG_INFINITY };
+                    }
+                }
             }
         }
     }
@@ -484,6 +490,16 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_mask_is_the_same_as_logits_of_minus_infinity(logits in prop::collection::vec(-9f32..9.0, 1..200), words in prop::collection::vec(prop_oneof![Just(0u32), Just(u32::MAX), any::<u32>()], 1..6)) {
+            let params = SamplingParams { temperature: 0.0, ..Default::default() };
+            let allowed = |token: usize| words.get(token / 32).is_some_and(|word| word >> (token % 32) & 1 == 1);
+            let masked: Vec<f32> =
+                logits.iter().enumerate().map(|(t, &x)| if allowed(t) { x } else { f32::NEG_INFINITY }).collect();
+            let drawn = sample(&logits, SampleRow { mask: Some(&words), ..row(&params, 0) });
+            prop_assert_eq!(drawn, sample(&masked, row(&params, 0)));
+        }
+
         #[test]
         fn a_draw_is_a_function_of_seed_and_position(seed: u64, position: u64, logits in prop::collection::vec(-9f32..9.0, 1..300)) {
             let params = SamplingParams { seed, top_p: 0.9, ..Default::default() };
