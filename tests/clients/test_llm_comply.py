@@ -5,25 +5,23 @@ import json
 import pytest
 
 # These want an answer to an image. A model of text must refuse it clearly: test_an_image_is_refused_by_name.
-IMAGES = {"chat-image-input", "image-input", "anth-image-input"}
-# llm-comply itself leaves these out for models that are not named like certain reasoning ones.
-REASONING = {"chat-reasoning-summary", "reasoning-summary", "anth-thinking-display"}
+IMAGES = {"openai-chat": "chat-image-input", "open-responses": "image-input", "anthropic": "anth-image-input"}
 COUNTS = {"openai-chat": 9, "open-responses": 13, "anthropic": 9}
+# It asks for reasoning only where the name tells of it.
+NAME = "gpt-5-claude-opus"
 
 
 @pytest.mark.parametrize("dialect", COUNTS)
-def test_every_case_passes(client, work, server, dialect):
+def test_every_case_passes_but_the_image(client, work, start, dialect):
     comply = client("llm-comply").file("bin/llm-comply")
-    command = [comply, "--base-url", server.url + "/v1", "--api-key", "none", "--model", server.model, "--format", dialect]
+    server = start([], "--served-model-name", NAME)
+    command = [comply, "--base-url", server.url + "/v1", "--api-key", "none", "--model", NAME, "--format", dialect]
     result = work.run([*command, "--timeout", "300", "--json"], seconds=900)
-    results = json.loads(result.out)["results"]
-    assert len(results) == COUNTS[dialect]
-    by_status = {status: {case["id"] for case in results if case["status"] == status} for status in ("passed", "failed", "skipped")}
-    wrong = [case for case in results if case["status"] == "failed" and case["id"] not in IMAGES]
-    assert not wrong, json.dumps(wrong, indent=1)
-    assert by_status["failed"] == IMAGES & {case["id"] for case in results}
-    assert by_status["skipped"] == REASONING & {case["id"] for case in results}
-    print(f"{dialect}: {len(by_status['passed'])} passed; refused for its image: {by_status['failed']}; left out: {by_status['skipped']}")
+    cases = json.loads(result.out)["results"]
+    assert len(cases) == COUNTS[dialect]
+    wrong = [case for case in cases if case["status"] != "passed"]
+    assert [case["id"] for case in wrong] == [IMAGES[dialect]], json.dumps(wrong, indent=1)
+    print(f"{dialect}: {len(cases) - 1} passed, refused for its image: {IMAGES[dialect]}")
 
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABh6FO1AAAAABJRU5ErkJggg=="

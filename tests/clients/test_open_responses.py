@@ -9,6 +9,8 @@ import re
 import jsonschema
 import pytest
 import websockets.sync.client
+from referencing import Registry
+from referencing.jsonschema import DRAFT202012
 
 TOOL = {
     "type": "function",
@@ -36,13 +38,13 @@ class Schemas:
 
     def __init__(self, path):
         with open(path, encoding="utf-8") as file:
-            self._document = json.load(file)
+            document = DRAFT202012.create_resource(json.load(file))
+        self._registry = Registry().with_resource("urn:open-responses", document)
 
     def check(self, value, name):
         """Fails with every way in which the value departs from the schema."""
-        resolver = jsonschema.RefResolver("", self._document)
-        schema = self._document["components"]["schemas"][name]
-        errors = jsonschema.Draft202012Validator(schema, resolver=resolver).iter_errors(value)
+        schema = {"$ref": f"urn:open-responses#/components/schemas/{name}"}
+        errors = jsonschema.Draft202012Validator(schema, registry=self._registry).iter_errors(value)
         wrong = [f"{'.'.join(map(str, error.absolute_path))}: {error.message[:300]}" for error in errors]
         assert not wrong, f"{name}: {wrong}"
 

@@ -1,16 +1,25 @@
-"""Codex steered in mid-turn through its app-server: the correction is applied at once, and it alone is prefilled."""
+"""Steering over WebSocket: by Codex through its app-server, by OpenAI's SDK, and under load.
 
+The correction is applied in mid-turn, in the order that is specified, and it alone is prefilled.
+"""
+
+import asyncio
 import json
 import queue
+import random
 import subprocess
 import threading
 import time
 
+import openai
+import pytest
 import test_codex
+import websockets
 
 BLOCK = 16
 TASK = "Write the numbers from one to five hundred as words, one on each line. Use no tool."
 CORRECTION = "Stop counting. Say good night instead, in one short sentence."
+SESSIONS, STEERS = 16, 200
 
 
 class AppServer:
@@ -71,7 +80,12 @@ def prefilled(response):
     return usage["input_tokens"] - usage["input_tokens_details"]["cached_tokens"]
 
 
-def test_a_steered_turn_prefills_the_correction_alone(client, work, start, tap):
+def correction_length(server):
+    """Tokens of the correction as the template wraps it."""
+    return len(server.tokenize(f"<|im_start|>user\n{CORRECTION}<|im_end|>\n<|im_start|>assistant\n"))
+
+
+def test_codex_interrupts_its_turn_and_the_correction_alone_is_prefilled(client, work, start, tap):
     server = start([])
     line = tap(server)
     test_codex.configure(work, line.url, server.model, websockets=True)
@@ -106,11 +120,145 @@ def test_a_steered_turn_prefills_the_correction_alone(client, work, start, tap):
     gap = received[received.index(("response.incomplete", interrupted["id"])) + 1 :]
     assert gap[0] == ("response.created", corrected["id"])
 
-    template = f"<|im_start|>user\n{CORRECTION}<|im_end|>\n<|im_start|>assistant\n"
-    length = len(server.tokenize(template))
+    length = correction_length(server)
     assert prefilled(corrected) < length + BLOCK, f"{prefilled(corrected)} of {corrected['usage']}"
     after = server.wait_idle()
     counted = lambda name: after[name] - before[name]  # noqa: E731
     alone = counted("rudder_prompt_tokens_total") - counted("rudder_prefix_cache_hits_total")
     assert alone == prefilled(corrected)
     print(f"steered: {prefilled(corrected)} tokens prefilled for a correction of {length}, {time.monotonic() - steered:.1f} s to the end")
+
+
+@pytest.mark.parametrize("way", ["websocket", "http"])
+def test_the_sdk_steers_a_running_response(server, way):
+    sdk = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=300)
+    with sdk.responses.connect() as connection:
+        connection.response.create(model=server.model, input=TASK, temperature=0, max_output_tokens=2000)
+        events, deltas, steered = [], 0, False
+        for event in connection:
+            events.append(event)
+            deltas += event.type == "response.output_text.delta"
+            if deltas == 5 and not steered:
+                steered, first = True, events[0].response.id
+                if way == "websocket":
+                    connection.response.steer(previous_response_id=first, input=CORRECTION)
+                else:
+                    posted = server.http.post(f"/v1/responses/{first}/steer", json={"input": CORRECTION})
+                    assert posted.status_code == 200, posted.text
+            if event.type in ("response.completed", "error"):
+                break
+    kinds = [event.type for event in events]
+    assert kinds[-1] == "response.completed", events[-1]
+    ends = [event.response for event in events if event.type in ("response.incomplete", "response.completed")]
+    assert [(end.status, end.incomplete_details and end.incomplete_details.reason) for end in ends] == [
+        ("incomplete", "steered"),
+        ("completed", None),
+    ]
+    created = [index for index, kind in enumerate(kinds) if kind == "response.created"]
+    assert kinds[created[1] - 1] == "response.incomplete"
+    if way == "websocket":
+        accepted = events[kinds.index("response.steer.accepted")]
+        assert accepted.steer.previous_response_id == first
+        assert kinds.index("response.steer.accepted") < kinds.index("response.incomplete")
+    interrupted, successor = ends
+    assert successor.previous_response_id == interrupted.id
+    assert interrupted.output[0].content[0].text
+    said = {item.id for item in interrupted.output}
+    assert not [event for event in events[created[1] :] if getattr(event, "item_id", None) in said]
+    usage = successor.usage
+    fresh = usage.input_tokens - usage.input_tokens_details.cached_tokens
+    assert fresh < correction_length(server) + BLOCK, usage
+    print(f"steered: {fresh} tokens prefilled for a correction of {correction_length(server)}")
+
+
+class Session:
+    """One connection whose response is steered again and again; every event must be legal where it comes."""
+
+    def __init__(self, socket, chance, model):
+        self._socket, self._chance, self._model = socket, chance, model
+        self._items, self._response, self._pending = set(), None, 0
+        self.steered = self.ended = 0
+
+    async def run(self, steers):
+        """Steers so many times, starting anew whenever a response ended on its own."""
+        while self.steered < steers:
+            await self._send({"type": "response.create", "model": self._model, "input": TASK, "store": False, "max_output_tokens": 120})
+            await self._follow(steers)
+
+    async def _follow(self, steers):
+        """One response and its successors."""
+        wait = self._chance.uniform(0, 3)
+        begun = time.monotonic()
+        while True:
+            try:
+                remaining = max(0.01, begun + wait - time.monotonic()) if self.steered < steers else 300
+                event = json.loads(await asyncio.wait_for(self._socket.recv(), remaining))
+            except TimeoutError:
+                assert time.monotonic() - begun < 290, "silence"
+                if self._response and not self._pending:
+                    self._pending = 1
+                    message = {"type": "response.steer", "previous_response_id": self._response, "input": CORRECTION}
+                    await self._send(message)
+                wait = time.monotonic() - begun + self._chance.uniform(0.1, 3)
+                continue
+            if self._take(event) and not self._pending:
+                return
+
+    def _take(self, event):
+        """Checks one event; true where a response ended and none follows by itself."""
+        kind, response = event["type"], event.get("response", {})
+        if kind == "response.created":
+            assert self._response is None, "a successor before its predecessor's end"
+            self._response, self._items = response["id"], set()
+        elif kind in ("response.completed", "response.incomplete"):
+            assert response["id"] == self._response
+            self._response, self.ended = None, self.ended + 1
+            steered = (response["incomplete_details"] or {}).get("reason") == "steered"
+            assert not steered or self._pending, "ended for a steer that was not sent"
+            if steered:
+                self.steered, self._pending = self.steered + 1, 0
+                return False
+            return True
+        elif kind == "response.steer.accepted":
+            assert self._pending == 1
+            self._pending = 2
+        elif kind == "response.steer.failed":
+            # It ended on its own while the correction was under way: the correction comes back.
+            assert event["error"]["code"] in ("response_already_completed", "response_not_active"), event
+            assert event["steer"]["input"] == CORRECTION
+            self._pending = 0
+            return self._response is None
+        elif kind == "response.output_item.added":
+            self._items.add(event["item"]["id"])
+        elif "item_id" in event:
+            assert event["item_id"] in self._items, "an event of the old answer after created"
+        else:
+            assert kind in ("response.in_progress", "response.output_item.done"), event
+        return False
+
+    async def _send(self, message):
+        await self._socket.send(json.dumps(message))
+
+
+def test_steering_under_load_keeps_order_and_blocks(start):
+    server = start([])
+    before = server.wait_idle()
+    address = server.url.replace("http", "ws", 1) + "/v1/responses"
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+
+    async def session(number):
+        async with websockets.connect(address, max_size=None) as socket:
+            each = Session(socket, random.Random(seed + number), server.model)
+            await each.run(-(-STEERS // SESSIONS))
+            return each
+
+    async def all_sessions():
+        return await asyncio.gather(*(session(number) for number in range(SESSIONS)))
+
+    sessions = asyncio.run(all_sessions())
+    assert sum(each.steered for each in sessions) >= STEERS
+    after = server.wait_idle()
+    # The sum is of used, cached and free blocks; none may be in use, and none lost.
+    assert after["rudder_kv_blocks"] == before["rudder_kv_blocks"]
+    assert 'state="used"} 0' in server.http.get("/metrics").text
