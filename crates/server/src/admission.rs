@@ -6,6 +6,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use sha2::{Digest, Sha256};
 
 use crate::Server;
 use crate::openai::ApiError;
@@ -14,15 +15,33 @@ pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 /// Asked by probes and scrapers, which hold no key and want an answer during a drain.
 const OPEN: [&str; 5] = ["/health", "/ready", "/version", "/metrics", "/api/hello"];
 
+/// Who asks, told by the key: what one stores, nobody else gets to see. Handlers find it among a
+/// request's extensions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub(crate) struct Owner([u8; 32]);
+
+impl Owner {
+    /// Who shows this key.
+    pub fn of_key(key: &[u8]) -> Self {
+        Self(Sha256::digest(key).into())
+    }
+
+    /// SHA-256 of the key; zeros where the server asks for none.
+    pub fn digest(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
 /// Lets a request through if it shows a key and the server is not draining.
-pub(crate) async fn admit(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
+pub(crate) async fn admit(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
     if !OPEN.contains(&request.uri().path()) {
         if server.is_draining() {
             return ApiError::shutting_down().into_response();
         }
-        if let Err(error) = check_key(&server.config.api_keys, request.headers()) {
-            return error.into_response();
-        }
+        match check_key(&server.config.api_keys, request.headers()) {
+            Ok(owner) => request.extensions_mut().insert(owner),
+            Err(error) => return error.into_response(),
+        };
     }
     next.run(request).await
 }
@@ -46,9 +65,9 @@ pub(crate) fn random_id(prefix: &str) -> String {
     format!("{prefix}{:032x}", fastrand::u128(..))
 }
 
-fn check_key(keys: &[String], headers: &HeaderMap) -> Result<(), ApiError> {
+fn check_key(keys: &[String], headers: &HeaderMap) -> Result<Owner, ApiError> {
     if keys.is_empty() {
-        return Ok(());
+        return Ok(Owner::default());
     }
     let shown = match headers.get(header::AUTHORIZATION) {
         Some(value) => bearer(value.as_bytes()),
@@ -59,7 +78,9 @@ fn check_key(keys: &[String], headers: &HeaderMap) -> Result<(), ApiError> {
             "This server wants an API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
         )),
         // No early end: how long it takes tells nothing of which key was nearly right.
-        Some(shown) if keys.iter().fold(false, |found, key| found | same(key.as_bytes(), shown)) => Ok(()),
+        Some(shown) if keys.iter().fold(false, |found, key| found | same(key.as_bytes(), shown)) => {
+            Ok(Owner::of_key(shown))
+        }
         Some(_) => Err(ApiError::unauthorized("The API key is not one of this server's.")),
     }
 }
@@ -82,7 +103,7 @@ mod tests {
         let keys: Vec<String> = keys.iter().map(|&key| key.into()).collect();
         let headers = header.map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
         match check_key(&keys, &headers.into_iter().collect()) {
-            Ok(()) => 200,
+            Ok(_) => 200,
             Err(error) => error.status.as_u16(),
         }
     }

@@ -12,6 +12,7 @@ pub(crate) mod request;
 pub(crate) mod run;
 pub(crate) mod seal;
 pub(crate) mod steer;
+pub(crate) mod store;
 pub(crate) mod stream;
 pub(crate) mod tools;
 pub(crate) mod types;

@@ -193,7 +193,7 @@ impl Drop for Link {
 }
 
 /// About a value's size in memory, in bytes.
-fn weight(value: &Value) -> usize {
+pub(crate) fn weight(value: &Value) -> usize {
     const NODE: usize = 32;
     match value {
         Value::String(text) => NODE + text.len(),
