@@ -74,3 +74,36 @@ fn message(error: &ApiError) -> String {
         _ => error.message.clone(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::Router;
+    use axum::body::Body;
+    use axum::middleware::from_fn;
+    use http_body_util::BodyExt;
+    use serde_json::{Value, json};
+    use tower::ServiceExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_ends_is_overloaded_and_says_when_to_try_again() {
+        let router = Router::new().fallback(async || ApiError::shutting_down()).layer(from_fn(reword));
+        let request = Request::post("/v1/messages/count_tokens").header(REQUEST_ID, "r1").body(Body::empty());
+        let response = router.oneshot(request.unwrap()).await.unwrap();
+        assert_eq!(response.status(), 503);
+        assert_eq!((&response.headers()["retry-after"], &response.headers()["request-id"]), (&"5", &"r1"));
+        let body: Value =
+            serde_json::from_slice(&response.into_body().collect().await.unwrap().to_bytes()).unwrap();
+        let message = ApiError::shutting_down().message;
+        let error = json!({"type": "overloaded_error", "message": message});
+        assert_eq!(body, json!({"type": "error", "error": error, "request_id": "r1"}));
+    }
+
+    #[test]
+    fn the_field_at_fault_is_named_once() {
+        assert_eq!(message(&ApiError::param("top_p", "top_p is too large.")), "top_p is too large.");
+        assert_eq!(message(&ApiError::param("a[1].b", "Too large.")), "a[1].b: Too large.");
+        assert_eq!(message(&ApiError::invalid("Too large.")), "Too large.");
+    }
+}

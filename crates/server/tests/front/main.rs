@@ -3,5 +3,7 @@
 mod common;
 mod connections;
 mod generation;
+mod messages;
+mod models;
 mod refusals;
 mod tools;

@@ -97,7 +97,6 @@ async fn models_are_listed_with_their_context_length() {
     let config = ServerConfig { aliases: vec!["org/alias".into()], ..ServerConfig::new(MODEL) };
     let fixture = start_with(config, engine_config(), Manner::default(), true);
     let list = fixture.get("/v1/models?limit=1000").await.json();
-    assert_eq!(list["data"], list["models"]);
     assert_eq!(list["data"][0]["id"], MODEL);
     assert_eq!(list["data"][1]["max_model_len"], 512);
     let one = fixture.get("/v1/models/org/alias").await.json();
