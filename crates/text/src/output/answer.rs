@@ -11,6 +11,9 @@ use super::reader::{Reader, Start, Step};
 use super::sink::Sink;
 use super::tools::Offered;
 
+/// No tag is longer, in bytes.
+const MAX_TAG: usize = 48;
+
 /// What opens something.
 pub(super) struct Mark {
     pub(super) text: &'static str,
@@ -113,6 +116,11 @@ impl Answer {
         }
     }
 
+    /// Whether the end came within a call.
+    pub(super) fn is_cut(&self) -> bool {
+        self.in_call
+    }
+
     pub(super) fn finish(&mut self, out: &mut Sink<'_>) {
         match std::mem::replace(&mut self.state, State::Text) {
             State::Text => {}
@@ -124,8 +132,8 @@ impl Answer {
                 }
                 self.space.clear();
             }
-            State::Block { mut reader, .. } => {
-                let closing = self.read(|out| reader.finish(out), out);
+            State::Block { mut reader, called } => {
+                let closing = self.read(|out| reader.finish(out), out) && called;
                 if !closing && !self.in_call {
                     self.release(out);
                 }
@@ -234,18 +242,25 @@ impl Answer {
                 self.held.push(c);
                 self.release(out);
             }
-            // After a call little was held, and a mark may be in it.
-            Step::Out if called => {
-                for held in std::mem::take(&mut self.held).chars() {
-                    self.push_char(held, out);
-                }
+            Step::Out => {
+                self.give_back(called, out);
                 self.push_char(c, out);
             }
-            Step::Out => {
-                self.release(out);
-                self.text(c, out);
-            }
         }
+    }
+
+    /// What a block has taken was none of its own. A mark may begin in it: after a call, anywhere, since
+    /// little was held; else at its end, where the reader looked for a tag.
+    fn give_back(&mut self, called: bool, out: &mut Sink<'_>) {
+        let held = std::mem::take(&mut self.held);
+        let at = match (called, held.rfind(['<', '['])) {
+            (true, _) => 0,
+            (false, Some(at)) if at > 0 && held.len() - at < MAX_TAG => at,
+            _ => held.len(),
+        };
+        let (text, again) = held.split_at(at);
+        text.chars().for_each(|c| self.plain(c, out));
+        again.chars().for_each(|c| self.push_char(c, out));
     }
 
     /// Has a reader read, and notes what it gave out.

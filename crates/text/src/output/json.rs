@@ -131,6 +131,19 @@ impl Unescape {
     }
 }
 
+/// Appends a character of a JSON string, escaped where it must be.
+pub(super) fn escape_into(c: char, out: &mut String) {
+    match c {
+        '"' => out.push_str("\\\""),
+        '\\' => out.push_str("\\\\"),
+        '\n' => out.push_str("\\n"),
+        '\r' => out.push_str("\\r"),
+        '\t' => out.push_str("\\t"),
+        c if (c as u32) < 0x20 => out.push_str(&format!("\\u{:04x}", c as u32)),
+        c => out.push(c),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -155,6 +168,11 @@ mod tests {
     proptest! {
         #[test]
         fn a_string_survives_escaping(text in "(?s).*") {
+            let mut json = String::new();
+            text.chars().for_each(|c| escape_into(c, &mut json));
+            let quoted = format!("\"{json}\"");
+            prop_assert_eq!(serde_json::from_str::<String>(&quoted).unwrap(), text.as_str());
+            prop_assert_eq!(unescape(&quoted[1..]), text.as_str());
             let whole = serde_json::to_string(&text).unwrap();
             prop_assert_eq!(unescape(&whole[1..]), text);
         }

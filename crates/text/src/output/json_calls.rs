@@ -45,8 +45,8 @@ impl JsonCalls {
             match c {
                 c if c.is_whitespace() => return Step::More,
                 '{' => {
-                    let object = CallObject::new(self.tools.clone(), self.strict, self.mark);
-                    return self.object(object, c, out);
+                    self.object = Some(CallObject::new(self.tools.clone(), self.strict, self.mark));
+                    return self.push(c, out);
                 }
                 '[' if !self.any && !self.in_array => {
                     self.in_array = true;
@@ -68,28 +68,22 @@ impl JsonCalls {
         self.marked += c.len_utf8();
         if self.marked == self.mark.len() { Step::Done } else { Step::More }
     }
-
-    fn object(&mut self, mut object: CallObject, c: char, out: &mut Sink<'_>) -> Step {
-        match object.push(c, out) {
-            Take::More => self.object = Some(object),
-            Take::Whole => self.any = true,
-            Take::Mark => return Step::Done,
-            Take::Past if object.begun => {
-                self.any = true;
-                return Step::Again;
-            }
-            Take::Past => return Step::Out,
-        }
-        Step::More
-    }
 }
 
 impl Reader for JsonCalls {
     fn push(&mut self, c: char, out: &mut Sink<'_>) -> Step {
-        match self.object.take() {
-            Some(object) => self.object(object, c, out),
-            None => self.between(c, out),
+        let Some(object) = &mut self.object else { return self.between(c, out) };
+        let take = object.push(c, out);
+        let begun = object.begun;
+        match take {
+            Take::More => return Step::More,
+            Take::Mark => return Step::Done,
+            Take::Past if !begun => return Step::Out,
+            Take::Past | Take::Whole => {}
         }
+        self.object = None;
+        self.any = true;
+        if take == Take::Past { Step::Again } else { Step::More }
     }
 
     fn finish(&mut self, out: &mut Sink<'_>) -> bool {

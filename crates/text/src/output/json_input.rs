@@ -82,6 +82,15 @@ impl JsonInput {
         }
     }
 
+    /// Whether the value so far ends in a string.
+    pub(super) fn in_string(&self) -> bool {
+        match self.state {
+            State::Text { .. } => true,
+            State::Raw | State::Rest => self.scanner.in_string,
+            State::Start | State::Literal | State::Quote | State::Head => false,
+        }
+    }
+
     fn start(&mut self, c: char, out: &mut Sink<'_>) -> Take {
         match c {
             c if c.is_whitespace() => {}

@@ -14,22 +14,33 @@
 //! ```
 
 mod answer;
+mod arguments;
 mod call_object;
 mod custom;
+mod deepseek;
 mod detect;
+mod harmony;
 mod json;
 mod json_calls;
 mod json_input;
 mod markdown;
+mod mistral;
+mod python_value;
+mod pythonic;
 mod reader;
 mod sink;
 mod syntax;
+mod tagged_calls;
+mod tagged_value;
+mod tags;
+mod tool_call;
 mod tools;
 
 use std::sync::Arc;
 
 use crate::Tool;
 use answer::Answer;
+use harmony::Harmony;
 use sink::Sink;
 use tools::Offered;
 
@@ -98,7 +109,12 @@ pub enum OutputEvent {
 /// However the text is cut into pieces, the events say the same: only how many pieces the texts come
 /// in differs.
 pub struct OutputParser {
-    answer: Answer,
+    reader: Reading,
+}
+
+enum Reading {
+    Answer(Box<Answer>),
+    Harmony(Box<Harmony>),
 }
 
 impl OutputParser {
@@ -107,25 +123,38 @@ impl OutputParser {
     /// `prompt`: the end of the rendered prompt, in which reasoning may have been opened.
     pub fn new(format: OutputFormat, tools: &[Tool], prompt: &str) -> Self {
         let tools = Arc::new(Offered::new(tools));
+        if format.is_harmony() {
+            return Self { reader: Reading::Harmony(Box::new(Harmony::new(format, tools, prompt))) };
+        }
         let reasoning = format.reasoning.and_then(ReasoningFormat::marks);
         let open = reasoning.filter(|(opening, _)| prompt.trim_end().ends_with(opening));
-        Self { answer: Answer::new(syntax::marks(format, !tools.is_empty()), tools, open) }
+        let answer = Answer::new(syntax::marks(format, !tools.is_empty()), tools, open);
+        Self { reader: Reading::Answer(Box::new(answer)) }
     }
 
     /// Adds text; appends what is certain by now to `out`.
     pub fn push(&mut self, text: &str, out: &mut Vec<OutputEvent>) {
-        self.answer.push(text, &mut Sink::new(out));
+        match &mut self.reader {
+            Reading::Answer(answer) => answer.push(text, &mut Sink::new(out)),
+            Reading::Harmony(harmony) => harmony.push(text, &mut Sink::new(out)),
+        }
     }
 
     /// The end of the text: appends what was held back. Nothing may be pushed after it. A call cut
     /// short becomes text if no [`OutputEvent::CallBegin`] was given out, else it stays without its
     /// [`OutputEvent::CallEnd`].
     pub fn finish(&mut self, out: &mut Vec<OutputEvent>) {
-        self.answer.finish(&mut Sink::new(out));
+        match &mut self.reader {
+            Reading::Answer(answer) => answer.finish(&mut Sink::new(out)),
+            Reading::Harmony(harmony) => harmony.finish(&mut Sink::new(out)),
+        }
     }
 
     /// Whether the text so far ends within a tool call, or within what may become one.
     pub fn in_call(&self) -> bool {
-        self.answer.in_call()
+        match &self.reader {
+            Reading::Answer(answer) => answer.in_call(),
+            Reading::Harmony(harmony) => harmony.in_call(),
+        }
     }
 }

@@ -20,6 +20,10 @@ impl<'o> Sink<'o> {
         self.out[self.first..].last_mut()
     }
 
+    pub(super) fn extend(&mut self, events: Vec<OutputEvent>) {
+        self.out.extend(events);
+    }
+
     /// Whether the last event ended a call.
     pub(super) fn ended(&self) -> bool {
         matches!(self.out.last(), Some(OutputEvent::CallEnd))

@@ -2,7 +2,14 @@
 
 use super::answer::{Mark, Opens};
 use super::custom::{self, CustomCall};
+use super::deepseek::{self, DeepSeekCalls};
+use super::harmony;
 use super::json_calls::{FencedCalls, JsonCalls};
+use super::mistral::MistralCalls;
+use super::pythonic::PythonicCalls;
+use super::reader::Start;
+use super::tagged_calls::{QWEN, TaggedCall};
+use super::tool_call::ToolCall;
 use super::{OutputFormat, ReasoningFormat, ToolFormat};
 
 impl ReasoningFormat {
@@ -17,15 +24,33 @@ impl ReasoningFormat {
 }
 
 impl OutputFormat {
+    /// Whether the answer comes in harmony's messages.
+    pub(super) fn is_harmony(self) -> bool {
+        self.tools == Some(ToolFormat::Harmony) || self.reasoning == Some(ReasoningFormat::Harmony)
+    }
+
     /// The marks that may be control tokens in a vocabulary, which a decoder must keep for the parser
     /// to see them ([`crate::Text::decoder_for`]).
+    ///
+    /// None of them may end a generation but harmony's `<|call|>` and `<|return|>`, which must: after
+    /// `<|end|>` a further message follows. Tokens that end a generation need not reach the parser.
     pub fn markers(self) -> Vec<&'static str> {
         let mut markers = match self.tools {
             None => Vec::new(),
-            Some(ToolFormat::Hermes) => vec!["<tool_call>", "</tool_call>"],
+            Some(ToolFormat::Pythonic) => vec!["<|python_start|>", "<|python_end|>"],
+            Some(ToolFormat::Hermes | ToolFormat::QwenXml) => vec!["<tool_call>", "</tool_call>"],
             Some(ToolFormat::LlamaJson) => vec!["<|python_tag|>"],
-            _ => Vec::new(),
+            Some(ToolFormat::Mistral) => vec!["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"],
+            Some(ToolFormat::DeepSeek) => deepseek::MARKS.to_vec(),
+            Some(ToolFormat::Glm) => {
+                let arguments = ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"];
+                [&["<tool_call>", "</tool_call>"], &arguments[..]].concat()
+            }
+            Some(ToolFormat::Harmony) => harmony::MARKS.to_vec(),
         };
+        if self.is_harmony() && self.tools != Some(ToolFormat::Harmony) {
+            markers.extend(harmony::MARKS);
+        }
         if let Some((opening, closing)) = self.reasoning.and_then(ReasoningFormat::marks) {
             markers.extend([opening, closing]);
         }
@@ -46,24 +71,52 @@ pub(super) fn marks(format: OutputFormat, with_tools: bool) -> Vec<Mark> {
     marks
 }
 
-fn calls(text: &'static str, reader: super::reader::Start) -> Mark {
+/// A mark after which calls stand.
+fn calls(text: &'static str, reader: Start) -> Mark {
     Mark { text, leading: false, opens: Opens::Calls(reader) }
 }
 
 fn tool_marks(format: ToolFormat, marks: &mut Vec<Mark>) {
     match format {
-        ToolFormat::Hermes => {
-            marks.push(calls("<tool_call>", |tools| Box::new(JsonCalls::closed_by("</tool_call>", tools))));
-            // The tag in which the prompt lists the tools: small models call in it as well.
-            marks.push(calls("<tools>", |tools| Box::new(JsonCalls::unmarked("</tools>", tools))));
+        ToolFormat::Hermes | ToolFormat::QwenXml => {
+            marks.push(calls("<tool_call>", |tools| Box::new(ToolCall::new(false, tools))));
         }
+        ToolFormat::Glm => marks.push(calls("<tool_call>", |tools| Box::new(ToolCall::new(true, tools)))),
         ToolFormat::LlamaJson => {
             marks.push(calls("<|python_tag|>", |tools| Box::new(JsonCalls::announced(tools))));
         }
-        _ => {}
+        ToolFormat::Pythonic => {
+            marks.push(calls("<|python_start|>", |tools| Box::new(PythonicCalls::marked(tools))));
+            marks.push(leading("[", |tools| Box::new(PythonicCalls::new(tools))));
+        }
+        ToolFormat::Mistral => {
+            marks.push(calls("[TOOL_CALLS]", |tools| Box::new(MistralCalls::new(tools))));
+        }
+        ToolFormat::DeepSeek => {
+            marks.push(calls(deepseek::ALL_BEGIN, |tools| Box::new(DeepSeekCalls::all(tools))));
+            marks.push(calls(deepseek::BEGIN, |tools| Box::new(DeepSeekCalls::one(tools))));
+        }
+        // Its envelopes are read before its text.
+        ToolFormat::Harmony => return,
+    }
+    if format == ToolFormat::QwenXml {
+        // The outer tag is often forgotten.
+        let opens = Opens::CallsFromMark(|tools| Box::new(TaggedCall::new(&QWEN, tools)));
+        marks.push(Mark { text: "<function=", leading: false, opens });
+    }
+    if format == ToolFormat::Hermes {
+        // The tag in which the prompt lists the tools: small models call in it as well.
+        marks.push(calls("<tools>", |tools| Box::new(JsonCalls::unmarked("</tools>", tools))));
     }
     // Small models often leave the marks out.
-    let leading = |text, opens| Mark { text, leading: true, opens };
-    marks.push(leading("{", Opens::CallsFromMark(|tools| Box::new(JsonCalls::unmarked("", tools)))));
-    marks.push(leading("```", Opens::CallsFromMark(|tools| Box::new(FencedCalls::new(tools)))));
+    marks.push(leading("{", |tools| Box::new(JsonCalls::unmarked("", tools))));
+    marks.push(leading("```", |tools| Box::new(FencedCalls::new(tools))));
+    if format != ToolFormat::Pythonic {
+        marks.push(leading("[{", |tools| Box::new(JsonCalls::unmarked("", tools))));
+    }
+}
+
+/// A mark that is itself part of the calls, and opens them at the start alone.
+fn leading(text: &'static str, reader: Start) -> Mark {
+    Mark { text, leading: true, opens: Opens::CallsFromMark(reader) }
 }

@@ -1,0 +1,114 @@
+//! gpt-oss's messages.
+
+use rudder_text::{OutputFormat, ReasoningFormat, ToolFormat};
+
+use crate::support::*;
+
+fn harmony() -> OutputFormat {
+    OutputFormat { tools: Some(ToolFormat::Harmony), reasoning: Some(ReasoningFormat::Harmony) }
+}
+
+const ANALYSIS: &str = "<|channel|>analysis<|message|>";
+const FINAL: &str = "<|start|>assistant<|channel|>final<|message|>";
+
+#[test]
+fn channels_part_reasoning_and_answer() {
+    assert_reads(
+        harmony(),
+        &format!("{ANALYSIS}Hm: 2 < 3.<|end|>{FINAL}Yes.\n\n```\n<|end|> is a mark\n```\n<|return|>"),
+        &[reasoning("Hm: 2 < 3."), text("Yes.\n\n```\n<|end|> is a mark\n```\n")],
+    );
+    assert_reads(
+        harmony(),
+        &format!("{ANALYSIS}a<|end|><|start|>assistant{ANALYSIS}b<|end|>{FINAL}c<|end|>"),
+        &[reasoning("a\n\nb"), text("c")],
+    );
+}
+
+#[test]
+fn recipients_are_called() {
+    for header in [
+        "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>",
+        "<|channel|>commentary to=functions.get_weather<|message|>",
+        " to=functions.get_weather<|channel|>commentary json<|message|>",
+        "<|channel|>analysis to=get_weather code<|message|>",
+    ] {
+        for end in ["<|call|>", "", "<|end|>", "\n"] {
+            assert_reads(
+                harmony(),
+                &format!("{header}{{\"city\": \"<|call|>\"}}{end}"),
+                &[call("get_weather", "{\"city\": \"<|call|>\"}")],
+            );
+        }
+    }
+}
+
+#[test]
+fn a_preamble_and_several_calls() {
+    let call_text =
+        "<|start|>assistant<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>";
+    assert_reads(
+        harmony(),
+        &format!(
+            "{ANALYSIS}Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>{call_text}{call_text}"
+        ),
+        &[reasoning("Hm."), text("I look."), call("now", "{}"), call("now", "{}")],
+    );
+}
+
+#[test]
+fn custom_tools_take_text_or_an_object() {
+    let header = "<|channel|>commentary to=functions.apply_patch<|message|>";
+    for input in
+        ["*** Begin\n+ {\"a\"}\n", "\n*** Begin\n+ {\"a\"}", "{\"input\": \"*** Begin\\n+ {\\\"a\\\"}\"}"]
+    {
+        assert_reads(
+            harmony(),
+            &format!("{header}{input}<|call|>"),
+            &[call("apply_patch", "*** Begin\n+ {\"a\"}")],
+        );
+    }
+    assert_reads(
+        harmony(),
+        &format!(
+            "{ANALYSIS}a<|end|>{FINAL}b\n<custom_tool_call name=\"apply_patch\">\nx\n</custom_tool_call>"
+        ),
+        &[reasoning("a"), text("b"), call("apply_patch", "x")],
+    );
+}
+
+#[test]
+fn the_prompt_may_have_begun_the_message() {
+    let read = |prompt: &str, answer: &str| read_after(harmony(), &tools(), prompt, answer);
+    assert_eq!(read("<|start|>assistant", "<|channel|>final<|message|>a"), [text("a")]);
+    assert_eq!(read("<|start|>assistant<|channel|>final<|message|>", "a"), [text("a")]);
+    assert_eq!(read("<|start|>assistant<|channel|>analysis", "<|message|>a"), [reasoning("a")]);
+    let call_text = "<|start|>assistant<|channel|>commentary to=functions.now<|message|>";
+    assert_eq!(read(call_text, "{}"), [call("now", "{}")]);
+}
+
+#[test]
+fn what_is_no_message_is_text() {
+    for answer in ["Hello <|message|> there", "total", "to", "assistant says", "<|chan", "{\"a\": 1}"] {
+        assert_text(harmony(), answer);
+    }
+    let endless = format!("<|channel|>{}", "x".repeat(600));
+    assert_text(harmony(), &endless);
+}
+
+#[test]
+fn without_tools_a_call_is_text() {
+    let answer =
+        format!("{ANALYSIS}a<|end|><|start|>assistant<|channel|>commentary to=functions.now<|message|>{{}}");
+    assert_eq!(read_after(harmony(), &[], "", &answer), [reasoning("a"), text("{}")]);
+    let only_tools = format(ToolFormat::Harmony);
+    assert_reads(only_tools, &format!("{ANALYSIS}a<|end|>{FINAL}b"), &[text("a\n\nb")]);
+}
+
+#[test]
+fn cut_short_a_call_stays_without_its_end() {
+    let header = "<|channel|>commentary to=functions.now<|message|>";
+    assert_reads(harmony(), &format!("{header}{{\"a\": \""), &[cut("now", "{\"a\": \"")]);
+    assert_reads(harmony(), header, &[cut("now", "")]);
+    assert_reads(harmony(), "<|channel|>commentary to=functions.now", &[]);
+}
