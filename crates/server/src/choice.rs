@@ -113,6 +113,11 @@ impl Choice {
     /// Takes every event that is ready into the delta; returns whether that holds anything.
     pub fn collect(&mut self, cx: &mut Context<'_>) -> bool {
         self.delta.clear();
+        // What has come since is not read: it might begin a call, which the end would cut short.
+        if std::mem::take(&mut self.stopped) && self.is_running() {
+            self.note_usage();
+            self.finish_text(EndReason::Stopped);
+        }
         while let Some(generation) = &mut self.generation {
             let event = pin!(generation.next()).poll(cx);
             match event {
@@ -123,10 +128,6 @@ impl Choice {
                     self.end(EndReason::Failed("the engine ended without finishing this request".into()));
                 }
             }
-        }
-        if std::mem::take(&mut self.stopped) && self.is_running() {
-            self.note_usage();
-            self.finish_text(EndReason::Stopped);
         }
         !self.delta.is_empty()
     }

@@ -107,7 +107,7 @@ pub(crate) fn assemble(
         settings: Arc::new(settings),
         previous_response_id: fields.previous_response_id,
         previous: previous.link,
-        input,
+        input: input.into(),
         stream_id: fields.stream_id,
         arrived,
     };

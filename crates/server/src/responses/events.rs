@@ -56,11 +56,26 @@ pub(crate) struct Dressing {
     pub seal: Option<Arc<Seal>>,
 }
 
-/// Records an answer as events. An event's sequence number is its index.
+/// Events in order.
+#[derive(Default)]
+struct Log {
+    list: Vec<Event>,
+    /// The sequence number of the first in the list.
+    first: usize,
+}
+
+impl Log {
+    /// The sequence number of the next one.
+    fn count(&self) -> usize {
+        self.first + self.list.len()
+    }
+}
+
+/// Records an answer as events.
 pub(crate) struct Recorder {
     response: Response,
     dressing: Dressing,
-    events: Vec<Event>,
+    events: Log,
     open: Option<Open>,
     /// White space that may begin a message; alone it makes none.
     blank: String,
@@ -145,7 +160,7 @@ struct Done<'a> {
 impl Recorder {
     /// A recorder of `response`, of which nothing has been said.
     pub fn new(response: Response, dressing: Dressing) -> Self {
-        Self { response, dressing, events: Vec::new(), open: None, blank: String::new() }
+        Self { response, dressing, events: Log::default(), open: None, blank: String::new() }
     }
 
     /// The response so far; an open item is not in it yet.
@@ -153,9 +168,20 @@ impl Recorder {
         &self.response
     }
 
-    /// All events so far.
-    pub fn events(&self) -> &[Event] {
-        &self.events
+    /// The events from this sequence number on that are still there.
+    pub fn events_from(&self, sequence: usize) -> &[Event] {
+        self.events.list.get(sequence.saturating_sub(self.events.first)..).unwrap_or_default()
+    }
+
+    /// How many events there have been.
+    pub fn count(&self) -> usize {
+        self.events.count()
+    }
+
+    /// Forgets the events so far; later ones count on.
+    pub fn forget_events(&mut self) {
+        self.events.first = self.events.count();
+        self.events.list = Vec::new();
     }
 
     /// Appends an event that the response's own course does not make.
@@ -175,7 +201,7 @@ impl Recorder {
     pub fn begin(&mut self) {
         self.response.status = Status::InProgress;
         let kinds = ["response.created", "response.in_progress"];
-        let known = usize::from(!self.events.is_empty());
+        let known = usize::from(self.events.count() > 0);
         for kind in &kinds[known..] {
             emit(&mut self.events, &self.dressing, kind, &Whole { response: &self.response });
         }
@@ -320,15 +346,15 @@ impl Recorder {
     }
 }
 
-fn emit(events: &mut Vec<Event>, dressing: &Dressing, kind: &'static str, fields: &impl Serialize) {
+fn emit(events: &mut Log, dressing: &Dressing, kind: &'static str, fields: &impl Serialize) {
     let envelope = Envelope {
         r#type: kind,
-        sequence_number: events.len(),
+        sequence_number: events.count(),
         stream_id: dressing.stream_id.as_deref(),
         fields,
     };
     match serde_json::to_vec(&envelope) {
-        Ok(json) => events.push(Event { kind, json: json.into() }),
+        Ok(json) => events.list.push(Event { kind, json: json.into() }),
         // Our own structures with string keys always serialise.
         Err(error) => tracing::error!(%error, kind, "an event could not be serialised"),
     }

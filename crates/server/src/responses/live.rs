@@ -55,6 +55,13 @@ pub(crate) enum Wish {
     Interrupt,
 }
 
+impl State {
+    /// Whether nothing more will be written, and all readers come to an end.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+}
+
 impl Live {
     /// A response of which nothing is written yet.
     pub fn new(ask: Arc<Ask>, recorder: Recorder) -> Arc<Self> {
@@ -108,7 +115,7 @@ impl Live {
     /// What of it outlives its run.
     pub fn record(&self) -> Result<Record, serde_json::Error> {
         let response = serde_json::to_value(self.state().recorder.response())?;
-        Ok(Record { response, input: self.ask.input.clone() })
+        Ok(Record { response, input: self.ask.input.to_vec() })
     }
 
     /// What it adds to the conversation, once it has ended.
@@ -188,7 +195,7 @@ impl Live {
     /// About the bytes it takes.
     fn weight(&self) -> usize {
         let state = self.state();
-        state.recorder.events().iter().map(|event| event.json.len()).sum()
+        state.recorder.events_from(0).iter().map(|event| event.json.len()).sum()
     }
 }
 
@@ -212,9 +219,8 @@ impl Reader {
             self.news.borrow_and_update();
             let closed = {
                 let state = self.live.state();
-                let events = state.recorder.events();
-                out.extend_from_slice(events.get(self.next..).unwrap_or_default());
-                self.next = self.next.max(events.len());
+                out.extend_from_slice(state.recorder.events_from(self.next));
+                self.next = self.next.max(state.recorder.count());
                 state.closed
             };
             if !out.is_empty() {
@@ -229,24 +235,34 @@ impl Reader {
 }
 
 /// Cancels a response when dropped, unless it was let go of.
-pub(crate) struct Tether(Option<Arc<Live>>);
+pub(crate) struct Tether {
+    live: Option<Arc<Live>>,
+    successors: bool,
+}
 
 impl Tether {
     /// Binds the response to whoever holds this.
     pub fn new(live: Arc<Live>) -> Self {
-        Self(Some(live))
+        Self { live: Some(live), successors: false }
+    }
+
+    /// Binds the response, and whatever goes on from it by itself.
+    pub fn with_successors(live: Arc<Live>) -> Self {
+        Self { live: Some(live), successors: true }
     }
 
     /// Lets it run on by itself.
     pub fn let_go(mut self) {
-        self.0 = None;
+        self.live = None;
     }
 }
 
 impl Drop for Tether {
     fn drop(&mut self) {
-        if let Some(live) = &self.0 {
-            live.cancel();
+        match &self.live {
+            Some(live) if self.successors => live.abandon(),
+            Some(live) => live.cancel(),
+            None => {}
         }
     }
 }
@@ -269,6 +285,17 @@ impl Registry {
     /// Finds a response.
     pub fn get(&self, id: &str) -> Option<Arc<Live>> {
         self.known().lives.get(id).cloned()
+    }
+
+    /// Finds a response, or waits for the successor that has this id to be.
+    pub async fn find(&self, id: &str) -> Option<Arc<Live>> {
+        if let Some(live) = self.get(id) {
+            return Some(live);
+        }
+        let expected = |live: &&Arc<Live>| live.state().steers.successor_id.as_deref() == Some(id);
+        let parent = self.known().lives.values().find(expected).cloned()?;
+        parent.ended().await;
+        self.get(id)
     }
 
     /// Makes a response known while it runs.

@@ -136,7 +136,7 @@ pub(crate) struct Ask {
     pub previous_response_id: Option<String>,
     pub previous: Option<Arc<Link>>,
     /// Its own input items.
-    pub input: Vec<Value>,
+    pub input: Arc<[Value]>,
     /// The WebSocket lane.
     pub stream_id: Option<String>,
     pub arrived: Instant,
@@ -355,7 +355,7 @@ impl Settings {
         if let Some(instructions) = &self.echo.instructions {
             messages.insert(0, items::instructions(instructions));
         }
-        if messages.is_empty() {
+        if messages.is_empty() && self.generate {
             return Err(ApiError::param("input", "input is empty; send at least one message."));
         }
         let mut turn = Turn::new(messages);
@@ -383,7 +383,7 @@ impl Ask {
             previous.items(&mut items);
         }
         let own = items.len();
-        items.extend(&self.input);
+        items.extend(self.input.iter());
         self.settings.turn(&items, own, seal, self.arrived)
     }
 }

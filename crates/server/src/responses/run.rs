@@ -15,7 +15,7 @@ use super::steer::{self, Code, Steer};
 use super::types::{Failure, Link, Reason, Response, Status, Usage};
 use crate::Server;
 use crate::conversation::{Message, Piece, Role, Turn};
-use crate::generate::{Delta, EndReason, Running};
+use crate::generate::{Delta, EndReason, Running, Totals};
 use crate::openai::ApiError;
 use crate::openai::logprobs::ChatLogprobs;
 use crate::unix_now;
@@ -46,6 +46,14 @@ pub(crate) async fn start(server: &Arc<Server>, ask: Ask, how: Start) -> Result<
         live.write(|state| state.recorder.queued());
         server.responses.started(&live);
         tokio::spawn(drive_queued(server.clone(), live.clone(), turn));
+        return Ok(live);
+    }
+    if turn.messages.is_empty() {
+        // Only what comes later has words to read.
+        live.write(|state| state.recorder.begin());
+        server.responses.started(&live);
+        end(server, &live, Ending::Completed, Some(Usage::from(Totals::default())));
+        live.close();
         return Ok(live);
     }
     match start_turn(server, turn, &live.ask).await {

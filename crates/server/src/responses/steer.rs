@@ -194,7 +194,7 @@ impl State {
         if let Some((code, message)) = refused {
             return Err(steer.refuse(code, message));
         }
-        let sequence = self.recorder.events().len();
+        let sequence = self.recorder.count();
         self.recorder.note("response.steer.accepted", &steer.accepted());
         self.steers.bytes += bytes;
         self.steers.waiting.push(steer);

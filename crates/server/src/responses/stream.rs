@@ -12,10 +12,22 @@ use super::events::Event;
 use super::live::{Reader, Tether};
 use crate::sse;
 
-/// Streams what a reader finds, with comments where that is silent. The response is cancelled with the
-/// client's connection if a tether is given.
-pub(crate) fn respond(reader: Reader, tether: Option<Tether>, keep_alive: Duration) -> Response {
-    let writer = Writer { reader, tether, keep_alive, events: Vec::new() };
+/// Where events come from.
+pub(crate) trait Source: Send + 'static {
+    /// Waits for events and appends all that are there; false at the end. Cancel-safe.
+    fn read(&mut self, out: &mut Vec<Event>) -> impl Future<Output = bool> + Send;
+}
+
+impl Source for Reader {
+    fn read(&mut self, out: &mut Vec<Event>) -> impl Future<Output = bool> + Send {
+        Self::read(self, out)
+    }
+}
+
+/// Streams what a source gives, with comments where that is silent. The tethered response is cancelled
+/// with the client's connection.
+pub(crate) fn respond(source: impl Source, tether: Option<Tether>, keep_alive: Duration) -> Response {
+    let writer = Writer { source, tether, keep_alive, events: Vec::new() };
     let chunks = stream::unfold(writer, async |mut writer| {
         let chunk = writer.next().await?;
         Some((Ok::<_, Infallible>(chunk), writer))
@@ -23,17 +35,17 @@ pub(crate) fn respond(reader: Reader, tether: Option<Tether>, keep_alive: Durati
     sse::headed(Body::from_stream(chunks))
 }
 
-struct Writer {
-    reader: Reader,
+struct Writer<S> {
+    source: S,
     tether: Option<Tether>,
     keep_alive: Duration,
     events: Vec<Event>,
 }
 
-impl Writer {
+impl<S: Source> Writer<S> {
     /// The next write: everything that is ready at once.
     async fn next(&mut self) -> Option<Bytes> {
-        match timeout(self.keep_alive, self.reader.read(&mut self.events)).await {
+        match timeout(self.keep_alive, self.source.read(&mut self.events)).await {
             Err(_) => return Some(Bytes::from_static(b": keep-alive\n\n")),
             Ok(true) => {}
             Ok(false) => {

@@ -1,6 +1,6 @@
 //! Tools as the Responses API names them, and the names that the model knows them by.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use rudder_text::{Tool, ToolChoice, ToolInput};
 use serde::Deserialize;
@@ -10,6 +10,8 @@ use crate::openai::ApiError;
 
 /// Longest tool name.
 const MAX_NAME: usize = 128;
+/// The namespace that stands for none.
+const PLAIN: &str = "functions";
 
 /// The tools of a request: what the model is offered.
 #[derive(Debug, Default)]
@@ -54,6 +56,9 @@ impl CallNames {
 
 /// One name for a tool in a namespace, of characters that every model's tool syntax can hold.
 fn flat(namespace: &str, name: &str) -> String {
+    if namespace == PLAIN {
+        return name.to_owned();
+    }
     let joined = format!("{}__{name}", namespace.trim_end_matches('_'));
     let fit = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '_' | '-') { c } else { '_' };
     joined.chars().map(fit).collect()
@@ -80,9 +85,8 @@ struct Format {
 impl Toolbox {
     /// Adds the tools of a list. `path` names it in errors.
     pub fn add(&mut self, tools: &[Value], path: &str) -> Result<(), ApiError> {
-        let mut taken: HashSet<String> = self.offered.iter().map(|tool| tool.name.clone()).collect();
         for (index, tool) in tools.iter().enumerate() {
-            self.add_one(tool, None, &format!("{path}[{index}]"), &mut taken)?;
+            self.add_one(tool, None, &format!("{path}[{index}]"))?;
         }
         Ok(())
     }
@@ -92,16 +96,15 @@ impl Toolbox {
         tool: &Value,
         namespace: Option<&Definition>,
         path: &str,
-        taken: &mut HashSet<String>,
     ) -> Result<(), ApiError> {
         let definition = Definition::deserialize(tool)
             .map_err(|error| ApiError::param(path, format!("{path} is not a tool: {error}.")))?;
         match (definition.r#type.as_str(), namespace) {
-            ("function" | "custom", _) => self.offer(definition, namespace, path, taken),
+            ("function" | "custom", _) => self.offer(definition, namespace, path),
             ("namespace", None) => {
                 definition.checked_name(path)?;
                 for (index, inner) in definition.tools.iter().flatten().enumerate() {
-                    self.add_one(inner, Some(&definition), &format!("{path}.tools[{index}]"), taken)?;
+                    self.add_one(inner, Some(&definition), &format!("{path}.tools[{index}]"))?;
                 }
                 Ok(())
             }
@@ -117,19 +120,17 @@ impl Toolbox {
         definition: Definition,
         namespace: Option<&Definition>,
         path: &str,
-        taken: &mut HashSet<String>,
     ) -> Result<(), ApiError> {
         let name = definition.checked_name(path)?.to_owned();
         let within = namespace.and_then(|namespace| namespace.name.clone());
         let mut inward = within.as_deref().map_or_else(|| name.clone(), |within| flat(within, &name));
-        if within.is_some() {
-            // Two namespaces may flatten to one name.
-            while taken.contains(&inward) {
-                inward.push('_');
-            }
+        let outward = (name, within);
+        // Two namespaces may flatten to one name.
+        while self.names.outward.get(&inward).is_some_and(|known| known.1 != outward.1) {
+            inward.push('_');
         }
-        if !taken.insert(inward.clone()) {
-            // A list given again, as by `additional_tools` in every turn, changes nothing.
+        // A list given again, as by `additional_tools` in every turn, changes nothing.
+        if self.names.outward.contains_key(&inward) {
             return Ok(());
         }
         let about = namespace.and_then(|namespace| namespace.description.as_deref());
@@ -137,7 +138,7 @@ impl Toolbox {
         let description = [about, own].into_iter().flatten().filter(|text| !text.is_empty());
         let description = description.collect::<Vec<_>>().join("\n");
         let input = definition.input(path)?;
-        self.names.outward.insert(inward.clone(), (name, within));
+        self.names.outward.insert(inward.clone(), outward);
         self.offered.push(Tool { name: inward, description, input });
         Ok(())
     }

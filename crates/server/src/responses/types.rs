@@ -156,18 +156,24 @@ pub(crate) struct Record {
 }
 
 /// What a response added to its conversation, and what came before.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Link {
     pub id: String,
     pub previous: Option<Arc<Link>>,
-    pub input: Vec<Value>,
+    pub input: Arc<[Value]>,
     pub output: Vec<Value>,
     /// About the bytes of `input` and `output`.
     pub bytes: usize,
 }
 
 impl Link {
-    pub fn new(id: String, previous: Option<Arc<Link>>, input: Vec<Value>, output: Vec<Value>) -> Self {
+    pub fn new(
+        id: String,
+        previous: Option<Arc<Link>>,
+        input: impl Into<Arc<[Value]>>,
+        output: Vec<Value>,
+    ) -> Self {
+        let input = input.into();
         let bytes = input.iter().chain(&output).map(weight).sum();
         Self { id, previous, input, output, bytes }
     }
