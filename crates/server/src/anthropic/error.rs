@@ -92,7 +92,8 @@ mod tests {
         let request = Request::post("/v1/messages/count_tokens").header(REQUEST_ID, "r1").body(Body::empty());
         let response = router.oneshot(request.unwrap()).await.unwrap();
         assert_eq!(response.status(), 503);
-        assert_eq!((&response.headers()["retry-after"], &response.headers()["request-id"]), (&"5", &"r1"));
+        assert_eq!(response.headers()["retry-after"], "5");
+        assert_eq!(response.headers()["request-id"], "r1");
         let body: Value =
             serde_json::from_slice(&response.into_body().collect().await.unwrap().to_bytes()).unwrap();
         let message = ApiError::shutting_down().message;
