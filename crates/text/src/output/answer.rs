@@ -14,6 +14,10 @@ use super::tools::Offered;
 /// No tag is longer, in bytes.
 const MAX_TAG: usize = 48;
 
+/// What is held between calls, in bytes, is read again if it is no longer; more is text at once, so
+/// that nesting costs neither time nor stack.
+const MAX_AGAIN: usize = 256;
+
 /// What opens something.
 pub(super) struct Mark {
     pub(super) text: &'static str,
@@ -249,13 +253,13 @@ impl Answer {
         }
     }
 
-    /// What a block has taken was none of its own. A mark may begin in it: after a call, anywhere, since
-    /// little was held; else at its end, where the reader looked for a tag.
+    /// What a block has taken was none of its own. A mark may begin in it: after a call, anywhere; else
+    /// at its end, where the reader looked for a tag.
     fn give_back(&mut self, called: bool, out: &mut Sink<'_>) {
         let held = std::mem::take(&mut self.held);
         let at = match (called, held.rfind(['<', '['])) {
-            (true, _) => 0,
-            (false, Some(at)) if at > 0 && held.len() - at < MAX_TAG => at,
+            (true, _) if held.len() < MAX_AGAIN => 0,
+            (_, Some(at)) if at > 0 && held.len() - at < MAX_TAG => at,
             _ => held.len(),
         };
         let (text, again) = held.split_at(at);

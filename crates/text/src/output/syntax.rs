@@ -14,7 +14,7 @@ use super::{OutputFormat, ReasoningFormat, ToolFormat};
 
 impl ReasoningFormat {
     /// What opens and closes the reasoning, where that is a pair of marks.
-    pub(super) fn marks(self) -> Option<(&'static str, &'static str)> {
+    pub(crate) fn marks(self) -> Option<(&'static str, &'static str)> {
         match self {
             Self::Think => Some(("<think>", "</think>")),
             Self::Mistral => Some(("[THINK]", "[/THINK]")),

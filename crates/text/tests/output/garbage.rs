@@ -75,3 +75,61 @@ proptest! {
         }
     }
 }
+
+/// Long runs and deep nesting of what readers hold back: time and stack must not grow with more than
+/// the length. Quadratic work would take minutes here.
+#[test]
+fn long_answers_take_linear_time() {
+    let length = 1 << 17;
+    for unit in [
+        "<",
+        "`",
+        "{",
+        "[",
+        " ",
+        "\n",
+        "\\",
+        "\"",
+        "'",
+        "(",
+        "<tool_call>",
+        "<think>",
+        "</think>",
+        "<function=now>",
+        "<tool_call>{\"a\":\"",
+        "<tool_call>{\"name\": \"now\", \"arguments\": {}}{\"x\": [\"",
+        "</parameter>\n",
+        "<parameter=a>\n",
+        "<arg_key>",
+        "</arg_value> ",
+        "[TOOL_CALLS]",
+        "[TOOL_CALLS]now",
+        "[now(",
+        "<|end|>",
+        "<|channel|>final",
+        "<|channel|>final<|message|>",
+        "<｜tool▁call▁begin｜>",
+        "```json\n{",
+        "<custom_tool_call name=\"apply_patch\">",
+        "</custom_tool_call>",
+    ] {
+        let run = unit.repeat(length / unit.len());
+        for opening in [
+            "",
+            "<tool_call>",
+            "<tool_call>{\"name\": \"now\", \"arguments\": {\"a\": \"",
+            "<tool_call>{\"name\": \"now\", \"arguments\": {}}",
+            "<tool_call>{\"arguments\": {\"a\": \"",
+            "<function=write_file><parameter=content>",
+            "<custom_tool_call name=\"apply_patch\">",
+        ] {
+            let answer = format!("{opening}{run}");
+            for tools in [ToolFormat::Hermes, ToolFormat::QwenXml] {
+                let bound = std::time::Duration::from_secs(5);
+                let start = std::time::Instant::now();
+                read_pieces(thinking(tools), &crate::support::tools(), "", [answer.as_str()]);
+                assert!(start.elapsed() < bound, "{opening}{unit} as {tools:?}");
+            }
+        }
+    }
+}
