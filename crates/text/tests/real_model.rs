@@ -2,10 +2,11 @@
 //! (goldens/make.py). `RUDDER_TEST_MODEL` is the path of one of the GGUF files named there.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use rudder_model::Gguf;
-use rudder_text::{Infill, Text, TextSource};
+use rudder_text::{Infill, OutputFormat, Text, TextSource, Tool, ToolChoice, ToolFormat, ToolInput};
 use serde_json::{Map, Value};
 
 const GOLDENS: [&str; 2] =
@@ -147,4 +148,46 @@ fn turns_end_and_holes_are_filled_with_the_models_own_tokens() {
     assert!(tokens.iter().all(|token| !text.stop_tokens().contains(token)));
     let marker = text.special_token("<|file_sep|>").unwrap();
     assert!(text.infill_stop_tokens().contains(&marker) && !text.stop_tokens().contains(&marker));
+}
+
+/// How a real model writes a call goes through the grammar of its calls, on the real vocabulary.
+#[test]
+#[ignore = "needs the default model; run by .ci/run"]
+fn calls_go_through_their_grammar() {
+    let (text, _) = subject();
+    if text.special_token("<tool_call>").is_none() {
+        return; // a model without calls
+    }
+    let schema = serde_json::json!({"type": "object", "required": ["path", "line"], "additionalProperties": false,
+        "properties": {"path": {"type": "string"}, "line": {"type": "integer"}}});
+    let input = ToolInput::Json { schema, strict: true };
+    let tools = [Tool { name: "read_file".into(), description: String::new(), input }];
+    let format = OutputFormat { tools: Some(ToolFormat::Hermes), reasoning: None };
+    let spec = text.tool_grammar(format, &tools, &ToolChoice::Auto, true, "").unwrap();
+    let grammar = text.compile_grammar(&spec, Duration::from_secs(20)).unwrap();
+    let answer = "I will read it.\n<tool_call>\n\
+        {\"name\": \"read_file\", \"arguments\": {\"path\": \"src/main.rs\", \"line\": 12}}\n</tool_call>";
+    let tokens = text.encode(answer, true, false).unwrap();
+    let (mut state, mut mask, mut at) = (grammar.start(), vec![0u32; text.vocab_size().div_ceil(32)], 0);
+    let (mut forced, mut drawn, mut spent) = (Vec::new(), 0, Vec::new());
+    while at < tokens.len() {
+        let begun = Instant::now();
+        forced.clear();
+        state.force(&mut forced).unwrap();
+        assert_eq!(forced, tokens[at..at + forced.len()]);
+        at += forced.len();
+        let Some(&token) = tokens.get(at) else { break };
+        state.mask(&mut mask).unwrap();
+        assert!(
+            mask[token as usize / 32] >> (token % 32) & 1 == 1,
+            "{:?}",
+            text.decode(&tokens[..=at], false)
+        );
+        state.accept(token).unwrap();
+        (at, drawn) = (at + 1, drawn + 1);
+        spent.push(begun.elapsed());
+    }
+    assert!(drawn < tokens.len() - 10, "{drawn} of {} tokens were drawn", tokens.len());
+    spent.sort_unstable();
+    assert!(spent[drawn / 2] < Duration::from_millis(5), "a token takes {:?}", spent[drawn / 2]);
 }

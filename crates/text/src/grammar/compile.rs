@@ -164,23 +164,31 @@ fn size(spec: &GrammarSpec) -> usize {
 /// In llguidance's terms.
 fn top_level(spec: &GrammarSpec) -> Result<TopLevelGrammar, GrammarError> {
     let GrammarSpec::Composed { lark, parts } = spec else {
-        return Ok(TopLevelGrammar::from_grammar(single(spec)?));
+        return Ok(TopLevelGrammar::from_grammar(single(spec, Layout::Loose)?));
     };
     let mut grammars = vec![GrammarWithLexer::from_lark(lark.clone())];
     for (name, part) in parts {
-        grammars.push(GrammarWithLexer { name: Some(name.clone()), ..single(part)? });
+        grammars.push(GrammarWithLexer { name: Some(name.clone()), ..single(part, Layout::OneLine)? });
     }
     Ok(TopLevelGrammar { grammars, max_tokens: None })
 }
 
-fn single(spec: &GrammarSpec) -> Result<GrammarWithLexer, GrammarError> {
+/// How JSON is laid out.
+#[derive(Clone, Copy, PartialEq)]
+enum Layout {
+    /// As the model likes, within bounds.
+    Loose,
+    /// As chat templates write it, so that the grammar forces whatever is no value.
+    OneLine,
+}
+
+fn single(spec: &GrammarSpec, layout: Layout) -> Result<GrammarWithLexer, GrammarError> {
+    let json = |schema: Value, strict| {
+        Ok::<_, GrammarError>(GrammarWithLexer::from_json_schema(with_options(schema, strict, layout)?))
+    };
     Ok(match spec {
-        GrammarSpec::Json => {
-            GrammarWithLexer::from_json_schema(with_options(json!({"type": "object"}), true)?)
-        }
-        GrammarSpec::JsonSchema { schema, strict } => {
-            GrammarWithLexer::from_json_schema(with_options(schema.clone(), *strict)?)
-        }
+        GrammarSpec::Json => json(json!({"type": "object"}), true)?,
+        GrammarSpec::JsonSchema { schema, strict } => json(schema.clone(), *strict)?,
         GrammarSpec::Regex(regex) => {
             GrammarWithLexer::from_lark(format!("start: /{}/", regex_to_lark(unanchored(regex), "")))
         }
@@ -204,26 +212,26 @@ pub(super) fn lark_string(text: &str) -> String {
 }
 
 /// A schema with our way of writing JSON, as llguidance takes it: in the schema itself.
-fn with_options(schema: Value, strict: bool) -> Result<Value, GrammarError> {
+fn with_options(schema: Value, strict: bool, layout: Layout) -> Result<Value, GrammarError> {
     let mut schema = match schema {
         Value::Object(schema) => schema,
         Value::Bool(true) => serde_json::Map::new(),
         _ => return Err(GrammarError::Invalid("a JSON schema must be an object".into())),
     };
-    let options = json!({
-        "item_separator": ",",
-        "key_separator": ":",
-        "whitespace_flexible": true,
-        "whitespace_pattern": JSON_GAP,
-        "coerce_one_of": true,
-        "lenient": !strict,
-    });
+    let mut options = match layout {
+        Layout::Loose => json!({"whitespace_pattern": JSON_GAP}),
+        Layout::OneLine => {
+            json!({"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": false})
+        }
+    };
+    options["coerce_one_of"] = true.into();
+    options["lenient"] = (!strict).into();
     schema.insert("x-guidance".into(), options);
     Ok(Value::Object(schema))
 }
 
 /// A regular expression without the anchors around it: it is matched as a whole anyway.
-fn unanchored(regex: &str) -> &str {
+pub(super) fn unanchored(regex: &str) -> &str {
     let regex = regex.strip_prefix('^').unwrap_or(regex);
     match regex.strip_suffix('$') {
         // An odd number of backslashes makes the dollar a character.
@@ -234,8 +242,8 @@ fn unanchored(regex: &str) -> &str {
 
 /// llguidance's error in our words.
 fn refusal(error: &str) -> GrammarError {
-    let reason = first_line(error);
-    let limits = ["too large", "too big", "too complex", "limit", "fuel", "size"];
+    let reason = client_part(error);
+    let limits = ["too large", "too big", "too complex", "too deeply", "limit", "fuel"];
     if limits.iter().any(|word| reason.to_lowercase().contains(word)) {
         GrammarError::TooLarge(reason.to_owned())
     } else {
@@ -243,8 +251,10 @@ fn refusal(error: &str) -> GrammarError {
     }
 }
 
-/// The part of llguidance's message that is for clients.
-pub(super) fn first_line(error: &str) -> &str {
+/// The part of llguidance's message that is for clients. It may quote the grammar.
+pub(super) fn client_part(error: &str) -> &str {
+    const MOST: usize = 500;
     let end = error.find("\n<non-verbose").or_else(|| error.find("\n<state>")).unwrap_or(error.len());
+    let end = end.min(error.floor_char_boundary(MOST));
     error[..end].trim()
 }

@@ -7,6 +7,7 @@
 mod cache;
 mod compile;
 mod state;
+mod tools;
 mod vocabulary;
 
 use serde_json::Value;

@@ -91,7 +91,7 @@ impl GrammarState {
 
     fn failed(&self, error: &str) -> String {
         self.broken.store(true, Ordering::Relaxed);
-        let reason = super::compile::first_line(error);
+        let reason = super::compile::client_part(error);
         format!("the answer could not be held to its grammar: {reason}")
     }
 }

@@ -1,0 +1,117 @@
+//! Writes a grammar in Lark, rule by rule, with the model's own marks.
+
+use llguidance::regex_to_lark;
+
+use crate::Text;
+use crate::grammar::GrammarSpec;
+use crate::grammar::compile::lark_string;
+
+/// See the module.
+pub(super) struct Writer<'t> {
+    text: &'t Text,
+    /// Marks of the format that may be control tokens.
+    marks: Vec<&'static str>,
+    /// Whether the model is free to call or not.
+    pub(super) free: bool,
+    rules: String,
+    count: usize,
+    parts: Vec<(String, GrammarSpec)>,
+}
+
+impl<'t> Writer<'t> {
+    pub(super) fn new(text: &'t Text, marks: Vec<&'static str>, free: bool) -> Self {
+        Self { text, marks, free, rules: String::new(), count: 0, parts: Vec::new() }
+    }
+
+    /// The grammar, whose start has this body.
+    pub(super) fn finish(self, start: &str) -> GrammarSpec {
+        GrammarSpec::Composed { lark: format!("start: {start}\n{}", self.rules), parts: self.parts }
+    }
+
+    /// Adds a rule; returns its name.
+    pub(super) fn rule(&mut self, body: &str) -> String {
+        self.add("", body)
+    }
+
+    /// Adds a rule that ends as soon as this regular expression matches.
+    pub(super) fn lazy(&mut self, regex: &str) -> String {
+        self.add("[lazy]", &format!("/{}/", regex_to_lark(regex, "")))
+    }
+
+    /// Adds a part; returns how to refer to it.
+    pub(super) fn part(&mut self, spec: GrammarSpec) -> String {
+        let name = format!("part{}", self.parts.len());
+        let reference = format!("@{name}");
+        self.parts.push((name, spec));
+        reference
+    }
+
+    /// This text, its control tokens by their ids.
+    pub(super) fn literal(&self, text: &str) -> String {
+        let mut pieces = Vec::new();
+        let mut rest = text;
+        while !rest.is_empty() {
+            let found = self.marks.iter().filter_map(|mark| {
+                let token = self.control(mark)?;
+                Some((rest.find(mark)?, *mark, token))
+            });
+            let Some((at, mark, token)) = found.min_by_key(|&(at, ..)| at) else {
+                pieces.push(lark_string(rest));
+                break;
+            };
+            if at > 0 {
+                pieces.push(lark_string(&rest[..at]));
+            }
+            pieces.push(format!("<[{token}]>"));
+            rest = &rest[at + mark.len()..];
+        }
+        pieces.join(" ")
+    }
+
+    /// Any text up to and with a mark.
+    pub(super) fn until(&mut self, mark: &str) -> String {
+        match self.control(mark) {
+            Some(token) => format!("{} <[{token}]>", self.any_text()),
+            None => self.lazy(&format!("(?s:.*){}", regex_syntax::escape(mark))),
+        }
+    }
+
+    /// A mark where any other text may stand too: it is the mark as soon as it is whole.
+    pub(super) fn at_once(&mut self, mark: &str) -> String {
+        match self.control(mark) {
+            Some(token) => format!("<[{token}]>"),
+            None => self.lazy(&regex_syntax::escape(mark)),
+        }
+    }
+
+    /// Any text, to the end.
+    pub(super) fn any_text(&mut self) -> String {
+        const NAME: &str = "text";
+        let rule = format!("{NAME}: /(?s:.*)/\n");
+        if !self.rules.contains(&rule) {
+            self.rules.push_str(&rule);
+        }
+        NAME.into()
+    }
+
+    /// Whether a mark is one token, control or word, of the model's.
+    pub(super) fn knows(&self, mark: &str) -> bool {
+        self.text.special_token(mark).is_some()
+    }
+
+    fn control(&self, mark: &str) -> Option<u32> {
+        self.text.special_token(mark).filter(|&token| self.text.parts.vocab.is_control(token))
+    }
+
+    fn add(&mut self, attribute: &str, body: &str) -> String {
+        let name = format!("rule{}", self.count);
+        self.count += 1;
+        self.rules.push_str(&format!("{name}{attribute}: {body}\n"));
+        name
+    }
+}
+
+/// A text as JSON writes it, quotes included.
+pub(super) fn json_string(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
