@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
-use rudder_engine::SamplingParams;
 use rudder_server::{EndReason, Message, Piece, Role, Server, ServerConfig, Turn};
 use tokio::signal::ctrl_c;
 use tokio::sync::mpsc::{Receiver, channel};
@@ -114,12 +113,10 @@ impl Chat {
 
     fn next_turn(&self) -> Turn {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let sampling = SamplingParams {
-            temperature: self.temperature,
-            seed: now.subsec_nanos().into(),
-            ..SamplingParams::default()
-        };
-        Turn { sampling, ..Turn::new(self.messages.clone()) }
+        let mut turn = Turn::new(self.messages.clone());
+        turn.sampling.temperature = self.temperature;
+        turn.sampling.seed = now.subsec_nanos().into();
+        turn
     }
 }
 

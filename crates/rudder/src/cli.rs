@@ -53,6 +53,9 @@ pub struct ServeArgs {
     /// The clients' side.
     #[command(flatten)]
     pub server: ServerSettings,
+    /// JSON file with calls that are forced by grammar where they are offered; for tests of clients
+    #[arg(long, hide = true, env = "RUDDER_FORCE_TOOL_CALL", value_name = "FILE")]
+    pub force_tool_call: Option<PathBuf>,
 }
 
 /// `rudder chat`.

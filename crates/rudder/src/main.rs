@@ -49,7 +49,10 @@ fn in_full(error: &anyhow::Error) -> String {
 fn run(cli: Cli) -> Result<()> {
     let config = cli.config.as_deref();
     match cli.command {
-        Command::Serve(args) => serve::run(&args.model.over(config)?, args.server.over(config)?),
+        Command::Serve(args) => {
+            let (model, server) = (args.model.over(config)?, args.server.over(config)?);
+            serve::run(&model, server, args.force_tool_call.as_deref())
+        }
         Command::Chat(args) => chat::run(&args.model.over(config)?, args.system, args.temperature),
         Command::Pull(args) => models::pull(&args.name, args.cache),
         Command::Models(args) => models::run(args.command, args.cache),

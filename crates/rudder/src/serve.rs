@@ -1,11 +1,13 @@
 //! `rudder serve`: brings the model up and answers HTTP until told to end.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rudder_hub::bytes;
-use rudder_server::{Server, ServerConfig, serve, terminated};
+use rudder_server::{ForcedCall, Server, ServerConfig, serve, terminated};
+use rudder_text::{ReasoningFormat, ToolFormat};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
@@ -13,7 +15,8 @@ use crate::launch::{Launched, Summary, launch};
 use crate::settings::{ModelSettings, ServerSettings};
 
 /// Serves until Ctrl-C or SIGTERM, and then until running requests have ended or had their time.
-pub fn run(model: &ModelSettings, settings: ServerSettings) -> Result<()> {
+pub fn run(model: &ModelSettings, settings: ServerSettings, force_tool_call: Option<&Path>) -> Result<()> {
+    let forced_calls = force_tool_call.map(forced_calls).transpose()?.unwrap_or_default();
     let runtime = Runtime::new().context("cannot start the async runtime")?;
     let host = settings.host.unwrap_or(Ipv4Addr::LOCALHOST.into());
     let address = SocketAddr::new(host, settings.port.unwrap_or(8000));
@@ -22,7 +25,7 @@ pub fn run(model: &ModelSettings, settings: ServerSettings) -> Result<()> {
     drop(runtime.block_on(bind(address))?);
 
     let Launched { engine, text, name, summary } = launch(model)?;
-    let config = config(settings, name);
+    let config = ServerConfig { forced_calls, ..config(settings, name)? };
     let listener = runtime.block_on(bind(address))?;
     print_summary(&config, &summary, listener.local_addr()?);
     if !host.is_loopback() && config.api_keys.is_empty() {
@@ -45,14 +48,24 @@ async fn bind(address: SocketAddr) -> Result<TcpListener> {
         .with_context(|| format!("cannot listen on {address}; choose another with --port or --host"))
 }
 
-fn config(settings: ServerSettings, name: String) -> ServerConfig {
+/// Calls for tests, which their file holds as a JSON array.
+fn forced_calls(file: &Path) -> Result<Vec<ForcedCall>> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is no array of calls", file.display()))
+}
+
+fn config(settings: ServerSettings, name: String) -> Result<ServerConfig> {
     let served = settings.served_model_name.unwrap_or_else(|| name.clone());
     let mut aliases = settings.alias.unwrap_or_default();
     if served != name {
         aliases.insert(0, name);
     }
     let defaults = ServerConfig::new(served);
-    ServerConfig {
+    let tool_parser = settings.tool_parser.as_deref().map(tool_format).transpose()?;
+    let reasoning_parser = settings.reasoning_parser.as_deref().map(reasoning_format).transpose()?;
+    Ok(ServerConfig {
+        tool_parser,
+        reasoning_parser,
         aliases,
         api_keys: settings.api_key.unwrap_or_default(),
         max_body_bytes: settings
@@ -61,7 +74,29 @@ fn config(settings: ServerSettings, name: String) -> ServerConfig {
         keep_alive: settings.keep_alive.map_or(defaults.keep_alive, Duration::from_secs_f64),
         grace: settings.drain_seconds.map_or(defaults.grace, Duration::from_secs),
         ..defaults
+    })
+}
+
+/// `none` turns the reading of calls off.
+fn tool_format(name: &str) -> Result<Option<ToolFormat>> {
+    if name == "none" {
+        return Ok(None);
     }
+    let format = ToolFormat::named(name);
+    format.map(Some).with_context(|| {
+        format!("unknown tool parser `{name}`; use none, hermes, qwen3_coder, llama3_json, pythonic, mistral, deepseek_v3, glm45 or harmony")
+    })
+}
+
+/// `none` turns the reading of reasoning off.
+fn reasoning_format(name: &str) -> Result<Option<ReasoningFormat>> {
+    if name == "none" {
+        return Ok(None);
+    }
+    let format = ReasoningFormat::named(name);
+    format
+        .map(Some)
+        .with_context(|| format!("unknown reasoning parser `{name}`; use none, think, mistral or harmony"))
 }
 
 /// Done at the first signal to end. The second ends the process at once.
@@ -86,7 +121,8 @@ fn print_summary(config: &ServerConfig, s: &Summary, address: SocketAddr) {
     println!("address   {url}, ready {:.1} s after loading began", s.took.as_secs_f64());
     println!(
         "try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \
-         -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"Reverse a string in Go.\"}}]}}'"
+         -d '{{\"model\": \"{}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Reverse a string in Go.\"}}]}}'",
+        config.model
     );
 }
 

@@ -68,6 +68,13 @@ pub struct ServerSettings {
     #[arg(long, env = "RUDDER_ALIAS", value_name = "NAME", value_delimiter = ',')]
     #[serde(default, deserialize_with = "one_or_many")]
     pub alias: Option<Vec<String>>,
+    /// How tool calls are read, if the model's chat template tells it wrong: hermes, qwen3_coder,
+    /// llama3_json, pythonic, mistral, deepseek_v3, glm45, harmony or none
+    #[arg(long, env = "RUDDER_TOOL_PARSER", value_name = "NAME")]
+    pub tool_parser: Option<String>,
+    /// How reasoning is read, likewise: think, mistral, harmony or none
+    #[arg(long, env = "RUDDER_REASONING_PARSER", value_name = "NAME")]
+    pub reasoning_parser: Option<String>,
     /// How long a shutdown waits for running requests, in seconds [default: 30]
     #[arg(long, env = "RUDDER_DRAIN_SECONDS", value_name = "SECONDS")]
     pub drain_seconds: Option<u64>,
@@ -196,6 +203,8 @@ impl ServerSettings {
             api_key: self.api_key.or(file.api_key),
             served_model_name: self.served_model_name.or(file.served_model_name),
             alias: self.alias.or(file.alias),
+            tool_parser: self.tool_parser.or(file.tool_parser),
+            reasoning_parser: self.reasoning_parser.or(file.reasoning_parser),
             drain_seconds: self.drain_seconds.or(file.drain_seconds),
             keep_alive: self.keep_alive.or(file.keep_alive),
             max_body: self.max_body.or(file.max_body),

@@ -80,6 +80,8 @@ pub struct Turn {
     pub tool_choice: ToolChoice,
     /// Of `tools`, those it may call in this turn; `None`: all.
     pub allowed_tools: Option<Vec<String>>,
+    /// Tools as calls are held to them, in place of the allowed ones; for forced calls.
+    pub(crate) held_tools: Option<Vec<Tool>>,
     /// Whether it may make several calls.
     pub parallel_tool_calls: bool,
     /// What the answer's text is held to.
@@ -112,6 +114,7 @@ impl Turn {
             tools: Vec::new(),
             tool_choice: ToolChoice::Auto,
             allowed_tools: None,
+            held_tools: None,
             parallel_tool_calls: true,
             answer: AnswerFormat::Text,
             template_args: Map::new(),

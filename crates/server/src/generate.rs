@@ -10,11 +10,12 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use rudder_engine::{Engine, GenerateRequest, SamplingParams, SubmitError, Token, Usage};
-use rudder_text::Text;
+use rudder_text::{CompiledGrammar, Text};
 
 use crate::answer::{AnswerReader, Reading};
 use crate::choice::Choice;
 use crate::conversation::{Message, Piece};
+use crate::grammar;
 use crate::metrics::Metrics;
 
 /// What is to be generated, in no dialect's terms.
@@ -36,6 +37,8 @@ pub struct Completion {
     pub prompt_logprobs: bool,
     /// Report the ids of generated tokens.
     pub token_ids: bool,
+    /// What generated tokens are held to.
+    pub(crate) grammar: Option<Arc<CompiledGrammar>>,
     /// Read the text as an answer: reasoning, text and calls.
     pub(crate) reading: Option<Arc<Reading>>,
     /// When the request came in; times are measured from here.
@@ -54,6 +57,7 @@ impl Completion {
             stop_tokens: text.stop_tokens().to_vec(),
             prompt_logprobs: false,
             token_ids: false,
+            grammar: None,
             reading: None,
             arrived: Instant::now(),
         }
@@ -215,7 +219,7 @@ fn engine_request(completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -
         stop_tokens: completion.stop_tokens.clone(),
         ignore_eos: completion.stop_tokens.is_empty(),
         prompt_logprobs: completion.prompt_logprobs,
-        grammar: None,
+        grammar: completion.grammar.clone().map(grammar::for_engine),
     }
 }
 

@@ -13,7 +13,9 @@ mod anthropic;
 mod body;
 mod choice;
 mod conversation;
+mod forced;
 mod generate;
+mod grammar;
 mod health;
 mod infill;
 mod metrics;
@@ -36,10 +38,11 @@ use axum::http::{Method, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 use rudder_engine::Engine;
-use rudder_text::{OutputFormat, Text};
+use rudder_text::{OutputFormat, ReasoningFormat, Text, ToolFormat};
 use tower_http::cors::CorsLayer;
 
 pub use conversation::{AnswerFormat, Message, Piece, Role, ToolCall, Turn};
+pub use forced::ForcedCall;
 pub use generate::{Completion, Delta, End, EndReason, Failed, Generator, Running, Totals};
 pub use openai::ApiError;
 pub use serve::{serve, terminated};
@@ -61,6 +64,13 @@ pub struct ServerConfig {
     pub max_choices: usize,
     /// Longest silence of a stream: after it comes an SSE comment, so that clients do not time out.
     pub keep_alive: Duration,
+    /// How tool calls are read, where the chat template tells it wrong; `Some(None)` reads none.
+    pub tool_parser: Option<Option<ToolFormat>>,
+    /// How reasoning is read, likewise.
+    pub reasoning_parser: Option<Option<ReasoningFormat>>,
+    /// For tests with real clients, whose tasks need a certain call that a small model would not make:
+    /// calls that are made for it, by grammar, where they are offered. Without any, nothing changes.
+    pub forced_calls: Vec<ForcedCall>,
     /// How long running requests may go on after a signal to end.
     pub grace: Duration,
 }
@@ -76,6 +86,9 @@ impl ServerConfig {
             max_stops: 16,
             max_choices: 16,
             keep_alive: Duration::from_secs(5),
+            tool_parser: None,
+            reasoning_parser: None,
+            forced_calls: Vec::new(),
             grace: Duration::from_secs(30),
         }
     }
@@ -112,7 +125,11 @@ impl Server {
     /// Serves a model's text and the engine that runs it.
     pub fn new(config: ServerConfig, text: Text, engine: Engine) -> Arc<Self> {
         let markup = prompt::Markup::of(&text);
-        let format = text.output_format();
+        let own = text.output_format();
+        let format = OutputFormat {
+            tools: config.tool_parser.unwrap_or(own.tools),
+            reasoning: config.reasoning_parser.unwrap_or(own.reasoning),
+        };
         Arc::new(Self {
             generator: Generator::new(&config.model, text, engine),
             config,

@@ -1,26 +1,32 @@
 //! From a conversation to its running next turn: prompt, grammar, reader.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use rudder_text::{TextError, Tool, ToolChoice};
+use rudder_text::{CompiledGrammar, GrammarSpec, OutputFormat, TextError, Tool, ToolChoice};
 
-use crate::Server;
 use crate::answer::Reading;
-use crate::conversation::Turn;
+use crate::conversation::{AnswerFormat, Turn};
 use crate::generate::{Completion, Running};
 use crate::openai::ApiError;
 use crate::prompt::{ChatPrompt, EncodedPrompt, off_thread_if_large};
 use crate::verbatim::Prefix;
+use crate::{Server, forced};
+
+/// Longest that a request waits for its grammar to be compiled.
+const GRAMMAR_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Server {
     /// Queues the next turn of a conversation.
     ///
     /// # Errors
     /// What is wrong with the conversation, as the client is told; a full or ending server.
-    pub async fn start_turn(self: &Arc<Self>, turn: Turn) -> Result<Running, ApiError> {
+    pub async fn start_turn(self: &Arc<Self>, mut turn: Turn) -> Result<Running, ApiError> {
+        forced::force(&mut turn, &self.config.forced_calls);
         let turn = Arc::new(turn);
         let prompt = self.encode_turn(turn.clone()).await?;
-        let completion = self.completion(&turn, prompt);
+        let grammar = self.compile_grammar(&turn, &prompt.tail).await?;
+        let completion = Completion { grammar, ..self.completion(&turn, prompt) };
         // A turn's prompt is its messages.
         let started = self.generator.start(&completion).map_err(ApiError::from);
         started.map_err(|error| if error.param.is_some() { error.at("messages") } else { error })
@@ -48,6 +54,23 @@ impl Server {
         let tools = if turn.tool_choice == ToolChoice::None { &[] } else { &turn.tools[..] };
         let prompt = ChatPrompt { messages: &turn.messages, tools, extra: &turn.template_args };
         prompt.encode(self.generator.text(), &self.markup, &self.verbatim)
+    }
+
+    /// What the answer is held to, if to anything.
+    async fn compile_grammar(
+        self: &Arc<Self>,
+        turn: &Turn,
+        prompt_tail: &str,
+    ) -> Result<Option<Arc<CompiledGrammar>>, ApiError> {
+        let Some(spec) = turn.grammar(self.format, prompt_tail) else { return Ok(None) };
+        let param = if turn.answer == AnswerFormat::Text { "tools" } else { "response_format" };
+        let server = self.clone();
+        let compile = move || server.generator.text().compile_grammar(&spec, GRAMMAR_PATIENCE);
+        match tokio::task::spawn_blocking(compile).await {
+            Ok(Ok(grammar)) => Ok(Some(grammar)),
+            Ok(Err(error)) => Err(ApiError::param(param, error.to_string())),
+            Err(error) => Err(ApiError::internal(format!("compiling the grammar failed: {error}"))),
+        }
     }
 
     fn completion(&self, turn: &Turn, prompt: EncodedPrompt) -> Completion {
@@ -82,6 +105,19 @@ impl Server {
 }
 
 impl Turn {
+    /// What the answer is held to: calls as chosen, or text of the wanted format.
+    fn grammar(&self, format: OutputFormat, prompt_tail: &str) -> Option<GrammarSpec> {
+        let _ = (format, prompt_tail);
+        match self.answer.clone() {
+            AnswerFormat::Text => None,
+            AnswerFormat::JsonObject => Some(GrammarSpec::Json),
+            AnswerFormat::JsonSchema(schema) => Some(GrammarSpec::JsonSchema { schema, strict: false }),
+            AnswerFormat::Regex(regex) => Some(GrammarSpec::Regex(regex)),
+            AnswerFormat::Lark(lark) => Some(GrammarSpec::Lark(lark)),
+            AnswerFormat::Choice(choices) => Some(GrammarSpec::Choice(choices)),
+        }
+    }
+
     /// Tools that may be called in this turn.
     fn callable_tools(&self) -> impl Iterator<Item = &Tool> {
         let allowed = |tool: &&Tool| match (&self.tool_choice, &self.allowed_tools) {

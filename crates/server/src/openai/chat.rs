@@ -45,7 +45,8 @@ pub(crate) async fn create(
     let body = body::bytes(body, &server.config)?;
     let common: CommonFields = body::parse(&body)?;
     let chat: ChatFields = body::parse(&body)?;
-    let head = Head::new("chatcmpl-", server.model_name(common.model.as_deref())?);
+    let model = common.model.as_deref().ok_or_else(|| ApiError::missing_model(&server.config.model))?;
+    let head = Head::new("chatcmpl-", server.model_name(Some(model))?);
     let format: FormatFields = body::parse(&body)?;
     let turn = Turn { answer: format.answer()?, ..turn(&server, &common, chat, arrived)? };
     let shape = Shape {

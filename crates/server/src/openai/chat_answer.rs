@@ -60,6 +60,7 @@ struct Answer<'a> {
     /// Null where tools were called and nothing was said.
     content: Option<&'a str>,
     refusal: Option<()>,
+    annotations: [(); 0],
     #[serde(skip_serializing_if = "Option::is_none")]
     reasoning_content: Option<&'a str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -122,6 +123,7 @@ impl<'a> From<&'a Message> for Answer<'a> {
             role: "assistant",
             content: said.then_some(&message.text),
             refusal: None,
+            annotations: [],
             reasoning_content: message.reasoning.as_deref(),
             tool_calls: calls
                 .map(|ToolCall { id, name, input, custom }| Call::named(id, name, input, *custom))

@@ -78,6 +78,11 @@ impl ApiError {
         Self { code: Some("unknown_url"), ..error }
     }
 
+    /// 400 for a request that names no model.
+    pub fn missing_model(served: &str) -> Self {
+        Self::param("model", format!("model is missing; this server serves `{served}`."))
+    }
+
     /// 404 for a model.
     pub fn unknown_model(model: &str, served: &str) -> Self {
         let message = format!(

@@ -38,8 +38,8 @@ async fn what_is_wrong_is_named() {
         (CHAT, json!({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 3}), "top_logprobs"),
         (
             CHAT,
-            json!({"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}),
-            "response_format",
+            json!({"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "yaml"}}),
+            "response_format.type",
         ),
         (COMPLETIONS, json!({}), "prompt"),
         (COMPLETIONS, json!({"prompt": ""}), "prompt"),
