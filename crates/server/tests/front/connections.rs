@@ -16,7 +16,7 @@ use tower::ServiceExt;
 const CHAT: &str = "/v1/chat/completions";
 
 fn body(stream: bool) -> Value {
-    json!({"messages": [{"role": "user", "content": "x"}], "stream": stream, "ignore_eos": true, "max_tokens": 300})
+    json!({"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": stream, "ignore_eos": true, "max_tokens": 300})
 }
 
 fn slow(step: u64) -> Manner {
