@@ -8,8 +8,8 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 
-use crate::Server;
 use crate::openai::ApiError;
+use crate::{Server, body};
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Asked by probes and scrapers, which hold no key and want an answer during a drain.
@@ -35,12 +35,16 @@ impl Owner {
 /// Lets a request through if it shows a key and the server is not draining.
 pub(crate) async fn admit(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
     if !OPEN.contains(&request.uri().path()) {
-        if server.is_draining() {
-            return ApiError::shutting_down().into_response();
-        }
-        match check_key(&server.config.api_keys, request.headers()) {
+        let admitted = match server.is_draining() {
+            true => Err(ApiError::shutting_down()),
+            false => check_key(&server.config.api_keys, request.headers()),
+        };
+        match admitted {
             Ok(owner) => request.extensions_mut().insert(owner),
-            Err(error) => return error.into_response(),
+            Err(error) => {
+                body::discard(request.into_body()).await;
+                return error.into_response();
+            }
         };
     }
     next.run(request).await

@@ -1,6 +1,8 @@
 //! Request bodies: bytes to a checked JSON structure, every fault a clear 4xx.
 
-use axum::body::Bytes;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use serde::de::DeserializeOwned;
@@ -14,6 +16,13 @@ pub(crate) fn bytes(body: Result<Bytes, BytesRejection>, config: &ServerConfig) 
         StatusCode::PAYLOAD_TOO_LARGE => ApiError::body_too_large(config.max_body_bytes),
         _ => ApiError::invalid(format!("The request body could not be read: {rejection}.")),
     })
+}
+
+/// Reads what a refused request still sends, within bounds: unread, it would cost the client its
+/// connection, and perhaps the answer too.
+pub(crate) async fn discard(body: Body) {
+    // Longer or slower bodies are not worth keeping the connection for.
+    let _ = tokio::time::timeout(Duration::from_secs(1), axum::body::to_bytes(body, 1 << 20)).await;
 }
 
 /// Parses a JSON body. An error names the field it is about.

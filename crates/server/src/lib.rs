@@ -33,6 +33,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::DefaultBodyLimit;
 use axum::http::{Method, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
@@ -187,8 +188,12 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/ready", get(health::ready))
         .route("/version", get(health::version))
         .route("/metrics", get(health::metrics))
-        .fallback(async |method: Method, uri: Uri| ApiError::unknown_route(method.as_str(), uri.path()))
-        .method_not_allowed_fallback(async |method: Method, uri: Uri| {
+        .fallback(async |method: Method, uri: Uri, body: Body| {
+            body::discard(body).await;
+            ApiError::unknown_route(method.as_str(), uri.path())
+        })
+        .method_not_allowed_fallback(async |method: Method, uri: Uri, body: Body| {
+            body::discard(body).await;
             ApiError::wrong_method(method.as_str(), uri.path())
         })
         .layer(DefaultBodyLimit::max(limit))

@@ -50,13 +50,12 @@ pub(crate) async fn connect(
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     let upgrade = upgrade.map_err(|rejection| {
-        ApiError::invalid(format!("GET /v1/responses opens a WebSocket; POST creates a response. {rejection}."))
+        ApiError::invalid(format!(
+            "GET /v1/responses opens a WebSocket; POST creates a response. {rejection}."
+        ))
     })?;
     let limit = server.config.max_body_bytes;
-    Ok(upgrade
-        .max_message_size(limit)
-        .max_frame_size(limit)
-        .on_upgrade(move |socket| serve(server, socket)))
+    Ok(upgrade.max_message_size(limit).max_frame_size(limit).on_upgrade(move |socket| serve(server, socket)))
 }
 
 /// What all tasks of a connection share.
@@ -95,12 +94,8 @@ type Lanes = HashMap<Option<String>, mpsc::Sender<Job>>;
 async fn serve(server: Arc<Server>, socket: WebSocket) {
     let (sink, mut incoming) = socket.split();
     let (out, outgoing) = mpsc::channel(OUTGOING);
-    let connection = Arc::new(Connection {
-        server,
-        out,
-        kept: Mutex::default(),
-        running: AtomicUsize::new(0),
-    });
+    let connection =
+        Arc::new(Connection { server, out, kept: Mutex::default(), running: AtomicUsize::new(0) });
     // Dropped with the connection, they end, and so does what runs on them.
     let mut tasks = JoinSet::new();
     tasks.spawn(write(connection.clone(), sink, outgoing));

@@ -41,7 +41,9 @@ pub(crate) async fn steer(
         Err(refusal) => return Ok(refused(&refusal)),
     };
     let Some(live) = server.responses.registry.find(&id).await else {
-        return Ok(refused(&steer.refuse(Code::ResponseNotFound, format!("There is no response `{id}` here."))));
+        return Ok(refused(
+            &steer.refuse(Code::ResponseNotFound, format!("There is no response `{id}` here.")),
+        ));
     };
     let (steer_id, mut answer) = (steer.id.clone(), steer.accepted());
     let accepted = match live.steer(steer) {

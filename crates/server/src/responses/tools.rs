@@ -91,12 +91,7 @@ impl Toolbox {
         Ok(())
     }
 
-    fn add_one(
-        &mut self,
-        tool: &Value,
-        namespace: Option<&Definition>,
-        path: &str,
-    ) -> Result<(), ApiError> {
+    fn add_one(&mut self, tool: &Value, namespace: Option<&Definition>, path: &str) -> Result<(), ApiError> {
         let definition = Definition::deserialize(tool)
             .map_err(|error| ApiError::param(path, format!("{path} is not a tool: {error}.")))?;
         match (definition.r#type.as_str(), namespace) {

@@ -155,3 +155,27 @@ async fn what_outlives_the_grace_is_told_so() {
     assert!(answer.contains("\"error\":{"), "{answer}");
     assert!(!serving.await.unwrap().unwrap());
 }
+
+/// A body that comes after its refusal must not break the connection for the next request.
+#[tokio::test]
+async fn a_refused_request_leaves_its_connection_usable() {
+    let config = ServerConfig { api_keys: vec!["k".into()], ..ServerConfig::new(MODEL) };
+    let fixture = start_with(config, engine_config(), Manner::default(), true);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tokio::spawn(serve(listener, fixture.server.clone(), std::future::pending()));
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    for (path, key, status) in [("/v1/nope", "k", "404"), ("/v1/models", "k", "405"), (CHAT, "no", "401")] {
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: 2\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        stream.write_all(b"{}").await.unwrap();
+        let mut answer = vec![0; 4096];
+        let length = stream.read(&mut answer).await.unwrap();
+        let answer = String::from_utf8_lossy(&answer[..length]);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+    }
+    serving.abort();
+}
