@@ -19,7 +19,9 @@ use std::sync::Arc;
 
 pub use detokenizer::Decoder;
 pub use gguf::TextSource;
-pub use grammar::{CompiledGrammar, GrammarError, GrammarSpec, GrammarState};
+pub use grammar::{
+    AnswerRules, CompiledGrammar, GrammarError, GrammarPart, GrammarSpec, GrammarState, JsonLayout,
+};
 pub use infill::{FimTokens, Infill};
 pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ToolFormat};
 pub use stop::StopMatcher;

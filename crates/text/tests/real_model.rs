@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use rudder_model::Gguf;
-use rudder_text::{Infill, OutputFormat, Text, TextSource, Tool, ToolChoice, ToolFormat, ToolInput};
+use rudder_text::{
+    AnswerRules, Infill, OutputFormat, Text, TextSource, Tool, ToolChoice, ToolFormat, ToolInput,
+};
 use serde_json::{Map, Value};
 
 const GOLDENS: [&str; 2] =
@@ -163,7 +165,15 @@ fn calls_go_through_their_grammar() {
     let input = ToolInput::Json { schema, strict: true };
     let tools = [Tool { name: "read_file".into(), description: String::new(), input }];
     let format = OutputFormat { tools: Some(ToolFormat::Hermes), reasoning: None };
-    let spec = text.tool_grammar(format, &tools, &ToolChoice::Auto, true, "").unwrap();
+    let rules = AnswerRules {
+        format,
+        prompt: "",
+        tools: &tools,
+        choice: &ToolChoice::Auto,
+        parallel: true,
+        text: None,
+    };
+    let spec = text.answer_grammar(rules).unwrap();
     let grammar = text.compile_grammar(&spec, Duration::from_secs(20)).unwrap();
     let answer = "I will read it.\n<tool_call>\n\
         {\"name\": \"read_file\", \"arguments\": {\"path\": \"src/main.rs\", \"line\": 12}}\n</tool_call>";

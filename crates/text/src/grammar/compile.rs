@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::cache::Cache;
 use super::vocabulary::Vocabulary;
-use super::{CompiledGrammar, GrammarError, GrammarSpec};
+use super::{CompiledGrammar, GrammarError, GrammarPart, GrammarSpec, JsonLayout};
 use crate::{Parts, Text};
 
 /// Largest grammar, as text.
@@ -156,7 +156,7 @@ fn size(spec: &GrammarSpec) -> usize {
         GrammarSpec::Regex(text) | GrammarSpec::Lark(text) => text.len(),
         GrammarSpec::Choice(texts) => texts.iter().map(String::len).sum(),
         GrammarSpec::Composed { lark, parts } => {
-            lark.len() + parts.iter().map(|(name, part)| name.len() + size(part)).sum::<usize>()
+            lark.len() + parts.iter().map(|part| part.name.len() + size(&part.grammar)).sum::<usize>()
         }
     }
 }
@@ -164,25 +164,16 @@ fn size(spec: &GrammarSpec) -> usize {
 /// In llguidance's terms.
 fn top_level(spec: &GrammarSpec) -> Result<TopLevelGrammar, GrammarError> {
     let GrammarSpec::Composed { lark, parts } = spec else {
-        return Ok(TopLevelGrammar::from_grammar(single(spec, Layout::Loose)?));
+        return Ok(TopLevelGrammar::from_grammar(single(spec, JsonLayout::Loose)?));
     };
     let mut grammars = vec![GrammarWithLexer::from_lark(lark.clone())];
-    for (name, part) in parts {
-        grammars.push(GrammarWithLexer { name: Some(name.clone()), ..single(part, Layout::OneLine)? });
+    for GrammarPart { name, grammar, layout } in parts {
+        grammars.push(GrammarWithLexer { name: Some(name.clone()), ..single(grammar, *layout)? });
     }
     Ok(TopLevelGrammar { grammars, max_tokens: None })
 }
 
-/// How JSON is laid out.
-#[derive(Clone, Copy, PartialEq)]
-enum Layout {
-    /// As the model likes, within bounds.
-    Loose,
-    /// As chat templates write it, so that the grammar forces whatever is no value.
-    OneLine,
-}
-
-fn single(spec: &GrammarSpec, layout: Layout) -> Result<GrammarWithLexer, GrammarError> {
+fn single(spec: &GrammarSpec, layout: JsonLayout) -> Result<GrammarWithLexer, GrammarError> {
     let json = |schema: Value, strict| {
         Ok::<_, GrammarError>(GrammarWithLexer::from_json_schema(with_options(schema, strict, layout)?))
     };
@@ -212,15 +203,15 @@ pub(super) fn lark_string(text: &str) -> String {
 }
 
 /// A schema with our way of writing JSON, as llguidance takes it: in the schema itself.
-fn with_options(schema: Value, strict: bool, layout: Layout) -> Result<Value, GrammarError> {
+fn with_options(schema: Value, strict: bool, layout: JsonLayout) -> Result<Value, GrammarError> {
     let mut schema = match schema {
         Value::Object(schema) => schema,
         Value::Bool(true) => serde_json::Map::new(),
         _ => return Err(GrammarError::Invalid("a JSON schema must be an object".into())),
     };
     let mut options = match layout {
-        Layout::Loose => json!({"whitespace_pattern": JSON_GAP}),
-        Layout::OneLine => {
+        JsonLayout::Loose => json!({"whitespace_pattern": JSON_GAP}),
+        JsonLayout::OneLine => {
             json!({"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": false})
         }
     };

@@ -1,17 +1,19 @@
 //! Structured output: grammars that generated tokens are held to.
 //!
 //! [`Text::compile_grammar`] makes a [`CompiledGrammar`] of a [`GrammarSpec`]; each sequence walks it
-//! with a [`GrammarState`] of its own. llguidance does the parsing; token trie, tokenizer, limits and
+//! with a [`GrammarState`] of its own. [`Text::answer_grammar`] writes the specification for an answer
+//! that may reason and call tools. llguidance does the parsing; token trie, tokenizer, limits and
 //! the grammars of tool calls are ours.
 
+mod answer;
 mod cache;
 mod compile;
 mod state;
-mod tools;
 mod vocabulary;
 
 use serde_json::Value;
 
+pub use answer::AnswerRules;
 pub use state::{CompiledGrammar, GrammarState};
 
 pub(crate) use compile::Grammars;
@@ -40,9 +42,29 @@ pub enum GrammarSpec {
     Composed {
         /// The grammar of the whole.
         lark: String,
-        /// Names and grammars of the parts.
-        parts: Vec<(String, GrammarSpec)>,
+        /// The parts.
+        parts: Vec<GrammarPart>,
     },
+}
+
+/// A part of a composed grammar.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GrammarPart {
+    /// How the whole refers to it.
+    pub name: String,
+    /// What it must match; not composed itself.
+    pub grammar: GrammarSpec,
+    /// How JSON in it is laid out.
+    pub layout: JsonLayout,
+}
+
+/// How generated JSON is laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JsonLayout {
+    /// As the model likes, within bounds.
+    Loose,
+    /// As chat templates write it, so that whatever is no value is forced.
+    OneLine,
 }
 
 /// A grammar cannot be used; the client is to change it. The message says how.

@@ -25,7 +25,7 @@ impl ReasoningFormat {
 
 impl OutputFormat {
     /// Whether the answer comes in harmony's messages.
-    pub(super) fn is_harmony(self) -> bool {
+    pub(crate) fn is_harmony(self) -> bool {
         self.tools == Some(ToolFormat::Harmony) || self.reasoning == Some(ReasoningFormat::Harmony)
     }
 

@@ -3,8 +3,8 @@
 
 use proptest::prelude::*;
 use rudder_text::{
-    GrammarSpec, OutputEvent, OutputFormat, OutputParser, ReasoningFormat, Text, Tool, ToolChoice,
-    ToolFormat, ToolInput,
+    AnswerRules, GrammarSpec, OutputEvent, OutputFormat, OutputParser, ReasoningFormat, Text, Tool,
+    ToolChoice, ToolFormat, ToolInput,
 };
 use serde_json::{Value, json};
 
@@ -111,6 +111,11 @@ fn prompt_of(tools: ToolFormat) -> &'static str {
     if tools == ToolFormat::Harmony { "<|start|>assistant" } else { "<|im_start|>assistant\n" }
 }
 
+/// Rules that hold nothing.
+fn rules(format: OutputFormat, prompt: &str) -> AnswerRules<'_> {
+    AnswerRules { format, prompt, tools: &[], choice: &ToolChoice::Auto, parallel: true, text: None }
+}
+
 fn grammar(
     text: &Text,
     tools: &[Tool],
@@ -118,8 +123,8 @@ fn grammar(
     family: ToolFormat,
     parallel: bool,
 ) -> GrammarSpec {
-    let spec = text.tool_grammar(format_of(family), tools, choice, parallel, prompt_of(family));
-    spec.unwrap_or_else(|| panic!("{family:?} has no grammar"))
+    let rules = AnswerRules { tools, choice, parallel, ..rules(format_of(family), prompt_of(family)) };
+    text.answer_grammar(rules).unwrap_or_else(|| panic!("{family:?} has no grammar"))
 }
 
 proptest! {
@@ -187,7 +192,8 @@ proptest! {
         let format = OutputFormat { tools: Some(ToolFormat::Hermes), reasoning: Some(ReasoningFormat::Think) };
         let thought = "hello {\"a\"} \n</think>\n\n";
         for (prompt, begin) in [("<think>\n", thought.to_owned()), ("", format!("<think>{thought}")), ("", String::new())] {
-            let spec = text.tool_grammar(format, &tools, &ToolChoice::Required, true, prompt).unwrap();
+            let required = AnswerRules { tools: &tools, choice: &ToolChoice::Required, ..rules(format, prompt) };
+            let spec = text.answer_grammar(required).unwrap();
             let begin = text.encode(&begin, true, false).unwrap();
             let answer = Walk { begin, ..Walk::new(seed) }.answer(text, &compile(text, &spec));
             let (calls, rest) = parse(format, &tools, prompt, &answer);
@@ -245,9 +251,14 @@ fn a_tool_that_is_not_strict_is_held_to_its_schema_only_where_a_call_is_required
     let call =
         |input: &str| format!("<tool_call>\n{{\"name\": \"f\", \"arguments\": {input}}}\n</tool_call>");
     let format = format_of(ToolFormat::Hermes);
-    assert_eq!(text.tool_grammar(format, &loose, &ToolChoice::Auto, true, ""), None);
-    assert_eq!(text.tool_grammar(format, &loose, &ToolChoice::None, true, ""), None);
-    assert_eq!(text.tool_grammar(OutputFormat::default(), &loose, &ToolChoice::Required, true, ""), None);
+    for (format, choice) in [
+        (format, ToolChoice::Auto),
+        (format, ToolChoice::None),
+        (OutputFormat::default(), ToolChoice::Required),
+    ] {
+        let free = AnswerRules { tools: &loose, choice: &choice, ..rules(format, "") };
+        assert_eq!(text.answer_grammar(free), None, "{choice:?}");
+    }
     let required = grammar(text, &loose, &ToolChoice::Required, ToolFormat::Hermes, true);
     let free = grammar(text, &mixed, &ToolChoice::Auto, ToolFormat::Hermes, true);
     for (input, fits) in [("{\"a\": 1}", true), ("{\"a\": \"x\"}", false), ("{}", false)] {
@@ -255,4 +266,36 @@ fn a_tool_that_is_not_strict_is_held_to_its_schema_only_where_a_call_is_required
         assert!(may_write(text, &free, &call(input)), "{input}");
     }
     assert!(!may_write(text, &free, &call("[]")));
+}
+
+#[test]
+fn a_text_of_a_given_form_may_follow_reasoning_or_give_way_to_calls() {
+    let text = text(true);
+    let number = GrammarSpec::JsonSchema {
+        schema: json!({"type": "object", "properties": {"n": {"type": "integer"}},
+        "required": ["n"], "additionalProperties": false}),
+        strict: true,
+    };
+    let call = "<tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>";
+    let think = OutputFormat { reasoning: Some(ReasoningFormat::Think), ..format_of(ToolFormat::Hermes) };
+    let tools = tools();
+    let spec = |format, prompt, tools| {
+        text.answer_grammar(AnswerRules { text: Some(&number), tools, ..rules(format, prompt) }).unwrap()
+    };
+    for (format, prompt, offered, answer, fits) in [
+        (OutputFormat::default(), "", &[][..], "{\n  \"n\": 1\n}", true),
+        (OutputFormat::default(), "", &[][..], "hello {\"n\": 1}", false),
+        (think, "", &[][..], "<think>hello</think>\n{\"n\": 1}", true),
+        (think, "", &[][..], "{\"n\": 1}", true),
+        (think, "", &[][..], call, false),
+        (think, "<think>", &[][..], "{\"n\": 1}", false),
+        (think, "<think>", &[][..], "hello</think>{\"n\": 1}", true),
+        (think, "<think>", &tools[..], &format!("hello</think>\n\n{call}"), true),
+        (think, "", &tools[..], call, true),
+        (think, "", &tools[..], &format!("{call}\nhello"), false),
+        (format_of(ToolFormat::Harmony), "", &[][..], "<|channel|>final<|message|>{\"n\": 1}", true),
+        (format_of(ToolFormat::Harmony), "", &[][..], "<|channel|>final<|message|>{}", false),
+    ] {
+        assert_eq!(may_write(text, &spec(format, prompt, offered), answer), fits, "{prompt}{answer}");
+    }
 }

@@ -3,8 +3,8 @@
 use llguidance::regex_to_lark;
 
 use crate::Text;
-use crate::grammar::GrammarSpec;
 use crate::grammar::compile::lark_string;
+use crate::grammar::{GrammarPart, GrammarSpec, JsonLayout};
 
 /// See the module.
 pub(super) struct Writer<'t> {
@@ -15,7 +15,7 @@ pub(super) struct Writer<'t> {
     pub(super) free: bool,
     rules: String,
     count: usize,
-    parts: Vec<(String, GrammarSpec)>,
+    parts: Vec<GrammarPart>,
 }
 
 impl<'t> Writer<'t> {
@@ -38,11 +38,16 @@ impl<'t> Writer<'t> {
         self.add("[lazy]", &format!("/{}/", regex_to_lark(regex, "")))
     }
 
-    /// Adds a part; returns how to refer to it.
-    pub(super) fn part(&mut self, spec: GrammarSpec) -> String {
+    /// Adds a part of a call; returns how to refer to it.
+    pub(super) fn part(&mut self, grammar: GrammarSpec) -> String {
+        self.part_laid_out(grammar, JsonLayout::OneLine)
+    }
+
+    /// Adds a part whose JSON is laid out as told.
+    pub(super) fn part_laid_out(&mut self, grammar: GrammarSpec, layout: JsonLayout) -> String {
         let name = format!("part{}", self.parts.len());
         let reference = format!("@{name}");
-        self.parts.push((name, spec));
+        self.parts.push(GrammarPart { name, grammar, layout });
         reference
     }
 

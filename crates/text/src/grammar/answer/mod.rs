@@ -1,8 +1,8 @@
-//! Grammars of tool calls: what a model writes, held to the markup of its family, to the tools it was
-//! offered and to their inputs.
+//! The grammar of a whole answer: reasoning, if the model reasons, then text or tool calls, the calls
+//! in the markup of the model's family and held to the tools it was offered and to their inputs.
 //!
-//! Where a call is required, the answer is reasoning, if the model reasons, and calls. Where the model
-//! is free to call, its text is free until it opens a call; from there on the call is held.
+//! Where a call is required, there is nothing but calls. Where the model is free to call, its text is
+//! free until it opens a call; from there on the call is held.
 
 mod custom;
 mod harmony;
@@ -13,7 +13,7 @@ mod writer;
 
 use serde_json::Value;
 
-use super::GrammarSpec;
+use super::{GrammarSpec, JsonLayout};
 use crate::{OutputFormat, ReasoningFormat, Text, Tool, ToolChoice, ToolFormat, ToolInput};
 use writer::Writer;
 
@@ -33,41 +33,80 @@ struct Group {
     rest: String,
 }
 
+/// What an answer is held to.
+#[derive(Debug, Clone, Copy)]
+pub struct AnswerRules<'a> {
+    /// How the model marks calls and reasoning.
+    pub format: OutputFormat,
+    /// The end of the rendered prompt, in which reasoning may have been opened.
+    pub prompt: &'a str,
+    /// The tools that may be called.
+    pub tools: &'a [Tool],
+    /// Whether they must be.
+    pub choice: &'a ToolChoice,
+    /// Whether several calls may be made.
+    pub parallel: bool,
+    /// What the text must match, where no call is required. With it, an answer is either calls or
+    /// text, not both.
+    pub text: Option<&'a GrammarSpec>,
+}
+
 impl Text {
-    /// The grammar for an answer to a request with tools, of a model that calls in the given format.
-    /// `prompt` is the end of the rendered prompt, in which reasoning may have been opened. None where
-    /// nothing is to be held: the model is free, and no tool is strict or has a grammar of its own.
+    /// The grammar for an answer. None where nothing is to be held: the text is free, and so is the
+    /// model to call, and no tool is strict or has a grammar of its own.
     ///
     /// Inputs are held to their schemas where calls are required, and always for strict tools; of a
     /// free call of another tool, at least the form.
-    pub fn tool_grammar(
-        &self,
-        format: OutputFormat,
-        tools: &[Tool],
-        choice: &ToolChoice,
-        parallel: bool,
-        prompt: &str,
-    ) -> Option<GrammarSpec> {
-        let family = format.tools?;
-        let (free, parallel) = match choice {
-            ToolChoice::None => return None,
-            ToolChoice::Auto if !tools.iter().any(is_held) => return None,
-            ToolChoice::Auto => (true, parallel),
-            ToolChoice::Required => (false, parallel),
-            ToolChoice::Named(_) => (false, false),
+    pub fn answer_grammar(&self, rules: AnswerRules<'_>) -> Option<GrammarSpec> {
+        let AnswerRules { format, choice, text, .. } = rules;
+        let offered = |tool: &&Tool| match choice {
+            ToolChoice::None => false,
+            ToolChoice::Auto | ToolChoice::Required => true,
+            ToolChoice::Named(name) => *name == tool.name,
         };
-        let offered = |tool: &&Tool| !matches!(choice, ToolChoice::Named(name) if *name != tool.name);
-        let tools: Vec<&Tool> = tools.iter().filter(offered).collect();
-        if tools.is_empty() {
+        let tools: Vec<&Tool> =
+            rules.tools.iter().filter(offered).filter(|_| format.tools.is_some()).collect();
+        let required = matches!(choice, ToolChoice::Required | ToolChoice::Named(_)) && !tools.is_empty();
+        let text = text.filter(|_| !required);
+        if text.is_none() && !required && !tools.iter().any(|tool| is_held(tool)) {
             return None;
         }
-        let mut writer = Writer::new(self, format.markers(), free);
-        let start = if family == ToolFormat::Harmony {
-            harmony::answer(&mut writer, &tools)
+        let parallel = rules.parallel && !matches!(choice, ToolChoice::Named(_));
+        let mut writer = Writer::new(self, format.markers(), !required);
+        let answer = Answer { tools, parallel, text };
+        let start = if format.is_harmony() {
+            harmony::answer(&mut writer, &answer)
         } else {
-            answer(&mut writer, format, &tools, parallel, prompt)
+            answer.write(&mut writer, format, rules.prompt)
         };
         Some(writer.finish(&start))
+    }
+}
+
+/// What an answer consists of.
+struct Answer<'a> {
+    tools: Vec<&'a Tool>,
+    parallel: bool,
+    text: Option<&'a GrammarSpec>,
+}
+
+impl Answer<'_> {
+    /// The whole, in the formats that mark calls in the text.
+    fn write(&self, writer: &mut Writer<'_>, format: OutputFormat, prompt: &str) -> String {
+        let calls = calls(writer, format, &self.tools, self.parallel);
+        let rest = match self.text {
+            Some(text) => {
+                let text = writer.part_laid_out(text.clone(), JsonLayout::Loose);
+                let calls = only_calls(writer, calls, self.parallel);
+                if calls.is_empty() { text } else { format!("{text} | {calls}") }
+            }
+            None if writer.free => free_text(writer, calls, self.parallel),
+            None => only_calls(writer, calls, self.parallel),
+        };
+        match format.reasoning.and_then(ReasoningFormat::marks) {
+            Some(marks) => after_thought(writer, marks, prompt, &rest, self.text.is_none() && writer.free),
+            None => rest,
+        }
     }
 }
 
@@ -80,14 +119,8 @@ fn is_held(tool: &Tool) -> bool {
     }
 }
 
-/// The whole answer, in the formats that mark calls in the text.
-fn answer(
-    writer: &mut Writer<'_>,
-    format: OutputFormat,
-    tools: &[&Tool],
-    parallel: bool,
-    prompt: &str,
-) -> String {
+/// How calls of these tools are written.
+fn calls(writer: &mut Writer<'_>, format: OutputFormat, tools: &[&Tool], parallel: bool) -> Calls {
     let (custom, json): (Vec<&Tool>, Vec<&Tool>) = tools.iter().partition(|tool| tool.is_custom());
     let mut calls = Calls { groups: Vec::new(), bare: None };
     if !json.is_empty() {
@@ -105,25 +138,21 @@ fn answer(
     if !custom.is_empty() {
         calls.groups.push(custom::group(writer, &custom));
     }
-    let rest =
-        if writer.free { free_text(writer, calls, parallel) } else { only_calls(writer, calls, parallel) };
-    match format.reasoning.and_then(ReasoningFormat::marks) {
-        Some(marks) => after_thought(writer, marks, prompt, &rest),
-        None => rest,
-    }
+    calls
 }
 
-/// The rest of an answer after reasoning, which the prompt or the answer may have opened.
+/// The rest of an answer after reasoning, which the prompt or the answer may have opened. `may_end`:
+/// whether an answer may end in the middle of it.
 fn after_thought(
     writer: &mut Writer<'_>,
     (opening, closing): (&str, &str),
     prompt: &str,
     rest: &str,
+    may_end: bool,
 ) -> String {
     let rest = writer.rule(rest);
     let thought = format!(r#"{} ("\n" | "\n\n")? {rest}"#, writer.until(closing));
-    // Where no call is owed, the answer may end in the middle of it.
-    let thought = if writer.free { format!("({thought} | {})", writer.any_text()) } else { thought };
+    let thought = if may_end { format!("({thought} | {})", writer.any_text()) } else { thought };
     if prompt.trim_end().ends_with(opening) {
         return thought;
     }
