@@ -13,11 +13,11 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates curl python3-pip \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home rudder \
-    && install -d -o rudder -g rudder /models
+    && install -d -o rudder -g rudder /models /data
 COPY --from=build /rudder /usr/local/bin/rudder
 USER rudder
-ENV RUDDER_HOST=0.0.0.0 RUDDER_CACHE=/models
-VOLUME /models
+ENV RUDDER_HOST=0.0.0.0 RUDDER_CACHE=/models RUDDER_DATA_DIR=/data
+VOLUME /models /data
 EXPOSE 8000
 # The first start downloads the model: until then the container is starting, not unhealthy.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=15m --retries=3 \

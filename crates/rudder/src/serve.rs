@@ -1,12 +1,12 @@
 //! `rudder serve`: brings the model up and answers HTTP until told to end.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rudder_hub::bytes;
-use rudder_server::{ForcedCall, Server, ServerConfig, serve, terminated};
+use rudder_server::{ForcedCall, Server, ServerConfig, StoreConfig, serve, terminated};
 use rudder_text::{ReasoningFormat, ToolFormat};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -73,6 +73,11 @@ fn config(settings: ServerSettings, name: String) -> Result<ServerConfig> {
             .map_or(defaults.max_body_bytes, |b| usize::try_from(b.0).unwrap_or(usize::MAX)),
         keep_alive: settings.keep_alive.map_or(defaults.keep_alive, Duration::from_secs_f64),
         grace: settings.drain_seconds.map_or(defaults.grace, Duration::from_secs),
+        store: StoreConfig {
+            folder: settings.data_dir.or_else(default_data_dir),
+            retention: settings.response_retention.map_or(defaults.store.retention, |time| time.0),
+            max_bytes: settings.response_store_max.map_or(defaults.store.max_bytes, |bytes| bytes.0),
+        },
         ..defaults
     })
 }
@@ -97,6 +102,16 @@ fn reasoning_format(name: &str) -> Result<Option<ReasoningFormat>> {
     format
         .map(Some)
         .with_context(|| format!("unknown reasoning parser `{name}`; use none, think, mistral or harmony"))
+}
+
+/// `rudder` in the user's data folder, if there is one.
+fn default_data_dir() -> Option<PathBuf> {
+    let var = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = var("XDG_DATA_HOME").or_else(|| var("HOME").map(|home| home.join(".local/share")));
+    if base.is_none() {
+        tracing::warn!("stored responses are kept in memory; choose a folder with --data-dir to keep them");
+    }
+    base.map(|base| base.join("rudder"))
 }
 
 /// Done at the first signal to end. The second ends the process at once.

@@ -5,6 +5,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::builder::BoolishValueParser;
@@ -84,6 +85,15 @@ pub struct ServerSettings {
     /// Largest request body, as in 8MiB [default: 32MiB]
     #[arg(long, env = "RUDDER_MAX_BODY", value_name = "BYTES")]
     pub max_body: Option<ByteSize>,
+    /// Folder for stored responses and conversations [default: rudder in the user's data folder]
+    #[arg(long, env = "RUDDER_DATA_DIR", value_name = "FOLDER")]
+    pub data_dir: Option<PathBuf>,
+    /// How long a stored response is kept after its last use, as in 12h or 7d [default: 30d]
+    #[arg(long, env = "RUDDER_RESPONSE_RETENTION", value_name = "TIME")]
+    pub response_retention: Option<TimeSpan>,
+    /// Most bytes of stored responses; those used longest ago make room [default: 1GiB]
+    #[arg(long, env = "RUDDER_RESPONSE_STORE_MAX", value_name = "BYTES")]
+    pub response_store_max: Option<ByteSize>,
 }
 
 /// What a model runs on.
@@ -138,6 +148,35 @@ impl<'de> Deserialize<'de> for ByteSize {
             Written::Number(n) => Ok(Self(n)),
             Written::Text(text) => text.parse().map_err(de::Error::custom),
         }
+    }
+}
+
+/// A time, written as `90s`, `30m`, `12h` or `7d`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TimeSpan(pub Duration);
+
+impl FromStr for TimeSpan {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let seconds = match unit.trim() {
+            "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            "d" => 24 * 3600,
+            _ => return Err(format!("`{text}` is not a time; write as in 90s, 30m, 12h or 7d")),
+        };
+        let number: u64 =
+            number.parse().map_err(|_| format!("`{text}` is not a time; write as in 90s, 30m, 12h or 7d"))?;
+        Ok(Self(Duration::from_secs(number.saturating_mul(seconds))))
+    }
+}
+
+impl<'de> Deserialize<'de> for TimeSpan {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
     }
 }
 
@@ -208,6 +247,9 @@ impl ServerSettings {
             drain_seconds: self.drain_seconds.or(file.drain_seconds),
             keep_alive: self.keep_alive.or(file.keep_alive),
             max_body: self.max_body.or(file.max_body),
+            data_dir: self.data_dir.or(file.data_dir),
+            response_retention: self.response_retention.or(file.response_retention),
+            response_store_max: self.response_store_max.or(file.response_store_max),
         }
     }
 
@@ -308,6 +350,9 @@ mod tests {
             drain_seconds = 8
             keep_alive = 2.5
             max_body = "9MB"
+            data_dir = "/d"
+            response_retention = "12h"
+            response_store_max = "1GiB"
         "#;
         let file = file(text);
         let model = ModelSettings::default().over(Some(file.path())).unwrap();
@@ -317,6 +362,7 @@ mod tests {
         let table: toml::Table = toml::from_str(text).unwrap();
         assert_eq!(table.len(), keys().len(), "the text above names every setting");
         assert_eq!(server.max_body, Some(ByteSize(9_000_000)));
+        assert_eq!(server.response_retention, Some(TimeSpan(Duration::from_secs(12 * 3600))));
         assert_eq!(server.api_key.unwrap(), ["a", "b"]);
     }
 
@@ -338,6 +384,16 @@ mod tests {
         assert!(server("keep_alive = 0").is_err() && server("keep_alive = nan").is_err());
         assert!(ModelSettings { threads: Some(0), ..ModelSettings::default() }.over(None).is_err());
         assert!(ModelSettings { max_context: Some(1), ..ModelSettings::default() }.over(None).is_err());
+    }
+
+    #[test]
+    fn times_read_as_people_write_them() {
+        for (text, seconds) in [("90s", 90), ("30m", 1800), ("12 h", 43_200), ("7d", 604_800)] {
+            assert_eq!(text.parse(), Ok(TimeSpan(Duration::from_secs(seconds))), "{text}");
+        }
+        for text in ["", "7", "d", "-1d", "1.5h", "1w"] {
+            assert!(text.parse::<TimeSpan>().is_err(), "{text}");
+        }
     }
 
     #[test]

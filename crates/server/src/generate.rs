@@ -17,6 +17,7 @@ use crate::choice::Choice;
 use crate::conversation::{Message, Piece};
 use crate::grammar;
 use crate::metrics::Metrics;
+use crate::responses::store::StoreStats;
 
 /// What is to be generated, in no dialect's terms.
 #[derive(Debug, Clone)]
@@ -177,8 +178,8 @@ impl Generator {
     }
 
     /// What has been counted so far, in Prometheus' text format.
-    pub fn metrics(&self) -> String {
-        self.metrics.render(&self.engine.stats())
+    pub(crate) fn metrics(&self, store: &StoreStats) -> String {
+        self.metrics.render(&self.engine.stats(), store)
     }
 
     /// Queues every choice.

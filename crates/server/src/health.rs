@@ -31,5 +31,8 @@ pub(crate) async fn version() -> Json<Value> {
 
 /// `GET /metrics`.
 pub(crate) async fn metrics(State(server): State<Arc<Server>>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], server.generator.metrics())
+    (
+        [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)],
+        server.generator.metrics(server.responses.store.stats()),
+    )
 }

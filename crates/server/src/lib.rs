@@ -46,6 +46,7 @@ pub use conversation::{AnswerFormat, Message, Piece, Role, ToolCall, Turn};
 pub use forced::ForcedCall;
 pub use generate::{Completion, Delta, End, EndReason, Failed, Generator, Running, Totals};
 pub use openai::ApiError;
+pub use responses::store::StoreConfig;
 pub use serve::{serve, terminated};
 
 /// How the front is set up.
@@ -74,6 +75,8 @@ pub struct ServerConfig {
     pub forced_calls: Vec<ForcedCall>,
     /// How long running requests may go on after a signal to end.
     pub grace: Duration,
+    /// Where responses and conversations are stored.
+    pub store: StoreConfig,
 }
 
 impl ServerConfig {
@@ -91,6 +94,7 @@ impl ServerConfig {
             reasoning_parser: None,
             forced_calls: Vec::new(),
             grace: Duration::from_secs(30),
+            store: StoreConfig::default(),
         }
     }
 
@@ -133,11 +137,11 @@ impl Server {
         };
         Arc::new(Self {
             generator: Generator::new(&config.model, text, engine),
-            config,
             markup,
             format,
             verbatim: Arc::new(verbatim::Verbatim::new()),
-            responses: responses::Responses::new(),
+            responses: responses::Responses::new(&config.store),
+            config,
             draining: AtomicBool::new(false),
             created: unix_now(),
         })
@@ -168,6 +172,21 @@ pub(crate) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
+fn conversations() -> Router<Arc<Server>> {
+    use responses::conversations as handlers;
+    Router::new()
+        .route("/v1/conversations", post(handlers::create))
+        .route(
+            "/v1/conversations/{id}",
+            get(handlers::retrieve).post(handlers::update).delete(handlers::delete),
+        )
+        .route("/v1/conversations/{id}/items", get(handlers::list_items).post(handlers::add_items))
+        .route(
+            "/v1/conversations/{id}/items/{item}",
+            get(handlers::retrieve_item).delete(handlers::delete_item),
+        )
+}
+
 /// All routes of a server.
 pub fn router(server: Arc<Server>) -> Router {
     let limit = server.config.max_body_bytes;
@@ -178,7 +197,13 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/v1/messages/count_tokens", post(anthropic::messages::count_tokens))
         .route("/api/hello", get(anthropic::messages::hello))
         .route("/v1/responses", post(responses::create::create).get(responses::socket::connect))
+        .route("/v1/responses/compact", post(responses::compact::compact))
+        .route("/v1/responses/input_tokens", post(responses::compact::input_tokens))
+        .route("/v1/responses/{id}", get(responses::retrieve::retrieve).delete(responses::retrieve::delete))
+        .route("/v1/responses/{id}/cancel", post(responses::retrieve::cancel))
+        .route("/v1/responses/{id}/input_items", get(responses::retrieve::input_items))
         .route("/v1/responses/{id}/steer", post(responses::steer_post::steer))
+        .merge(conversations())
         .route("/v1/models", get(openai::models::list))
         .route("/v1/models/{*model}", get(openai::models::retrieve))
         .route("/infill", post(infill::create))

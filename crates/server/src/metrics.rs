@@ -2,6 +2,7 @@
 //! that its dashboards and gateways work unchanged.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use prometheus::{
 use rudder_engine::{Stats, Usage};
 
 use crate::generate::EndReason;
+use crate::responses::store::StoreStats;
 
 /// Names, less their prefix, that vLLM exports with the same meaning.
 const VLLM: [&str; 12] = [
@@ -57,6 +59,9 @@ pub(crate) struct Metrics {
     inter_token: Histogram,
     whole: Histogram,
     queue: Histogram,
+    store_bytes: IntGauge,
+    store_failures: IntCounter,
+    store_evictions: IntCounter,
     /// Held while a scrape moves the counters, so that two scrapes add nothing twice.
     scrape: Mutex<()>,
 }
@@ -92,6 +97,13 @@ impl Metrics {
             inter_token: builder.histogram("inter_token_latency_seconds", "One token to the next.", &STEPS),
             whole: builder.histogram("e2e_request_latency_seconds", "Arrival to the end.", &WAITS),
             queue: builder.histogram("request_queue_time_seconds", "Submission to the first step.", &WAITS),
+            store_bytes: builder.gauge("response_store_bytes", "Bytes of stored responses."),
+            store_failures: builder
+                .counter("response_store_failures_total", "Responses that could not be stored or read."),
+            store_evictions: builder.counter(
+                "response_store_evictions_total",
+                "Stored responses and conversations removed before their time, for want of space.",
+            ),
             registry: builder.registry,
             scrape: Mutex::new(()),
         }
@@ -120,10 +132,11 @@ impl Metrics {
         self.whole.observe(since_arrival.as_secs_f64());
     }
 
-    /// Everything in Prometheus' text format, with the engine's counts as of `stats`.
-    pub fn render(&self, stats: &Stats) -> String {
+    /// Everything in Prometheus' text format, with the counts of the engine and of the store of responses.
+    pub fn render(&self, stats: &Stats, store: &StoreStats) -> String {
         let _scrape = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         self.take(stats);
+        self.take_store(store);
         let mut families = self.registry.gather();
         let names = VLLM.iter().chain([&VLLM_SUCCESS]);
         for name in names {
@@ -139,6 +152,15 @@ impl Metrics {
             tracing::error!(%error, "metrics could not be encoded");
         }
         String::from_utf8(text).unwrap_or_default()
+    }
+
+    fn take_store(&self, stats: &StoreStats) {
+        self.store_bytes.set(stats.bytes.load(Ordering::Relaxed) as i64);
+        for (counter, total) in
+            [(&self.store_failures, &stats.failures), (&self.store_evictions, &stats.evicted)]
+        {
+            counter.inc_by(total.load(Ordering::Relaxed).saturating_sub(counter.get()));
+        }
     }
 
     fn take(&self, stats: &Stats) {
@@ -218,7 +240,7 @@ mod tests {
     fn every_vllm_name_is_exported_under_both_prefixes() {
         let metrics = Metrics::new("tiny");
         metrics.ended(&EndReason::Length, &Usage::default(), Duration::from_millis(3));
-        let text = metrics.render(&stats());
+        let text = metrics.render(&stats(), &StoreStats::default());
         for name in VLLM.iter().chain([&VLLM_SUCCESS]) {
             for name in [format!("rudder_{name}"), format!("vllm:{name}")] {
                 assert!(text.contains(&format!("# TYPE {name} ")), "{name} is missing in\n{text}");
@@ -233,8 +255,8 @@ mod tests {
     #[test]
     fn scraping_twice_counts_nothing_twice() {
         let metrics = Metrics::new("tiny");
-        metrics.render(&stats());
-        let text = metrics.render(&Stats { prompt_tokens: 41, ..stats() });
+        metrics.render(&stats(), &StoreStats::default());
+        let text = metrics.render(&Stats { prompt_tokens: 41, ..stats() }, &StoreStats::default());
         assert!(text.contains(r#"rudder_prompt_tokens_total{model_name="tiny"} 41"#), "{text}");
     }
 }

@@ -43,6 +43,7 @@ pub async fn serve(
     server.drain();
     tracing::info!(grace_s = server.config.grace.as_secs(), "draining: no new requests");
     let all_ended = server.generator.engine().shutdown(server.config.grace).await;
+    server.responses.settle().await;
     // The receiver is gone only if serving ended already.
     let _ = close.send(());
     match tokio::time::timeout(FLUSH, &mut serving).await {

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use serde_json::Value;
 
 use super::live::{Live, Tether};
@@ -17,6 +17,7 @@ use super::run::{self, Start};
 use super::steer::Steer;
 use super::types::Link;
 use super::{Responses, stream};
+use crate::admission::Owner;
 use crate::openai::ApiError;
 use crate::{Server, body};
 
@@ -38,6 +39,7 @@ pub(crate) struct Created {
 /// Answers one request.
 pub(crate) async fn create(
     State(server): State<Arc<Server>>,
+    Extension(owner): Extension<Owner>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
@@ -46,11 +48,9 @@ pub(crate) async fn create(
     fields.stream_id = None;
     fields.generate = None;
     let settings = fields.settings(&common, &server)?;
-    let previous = match fields.previous_response_id.as_deref() {
-        Some(id) => server.responses.previous(id).await?,
-        None => Previous::default(),
-    };
-    let created = assemble(&server, fields, settings, previous, arrived)?;
+    let previous = fields.previous_response_id.as_deref();
+    let previous = server.responses.context(owner, previous, settings.conversation()).await?;
+    let created = assemble(&server, owner, fields, settings, previous, arrived)?;
     let (streams, background) = (common.stream(), created.ask.settings.echo.background);
     let live = match run::start(&server, created.ask, Start { id: None, streams }).await {
         Ok(live) => live,
@@ -84,6 +84,7 @@ fn whole(live: &Live) -> Result<Response, ApiError> {
 /// Joins a request with what it goes on from. Corrections that wait there come first in its input.
 pub(crate) fn assemble(
     server: &Server,
+    owner: Owner,
     mut fields: ResponseFields,
     settings: Settings,
     previous: Previous,
@@ -94,7 +95,7 @@ pub(crate) fn assemble(
         None if previous.link.is_some() => Vec::new(),
         None => return Err(ApiError::param("input", "input is missing; send a text or a list of items.")),
     };
-    resolve_references(&server.responses, previous.link.as_ref(), &mut input)?;
+    resolve_references(&server.responses, owner, previous.link.as_ref(), &mut input)?;
     let steered = match previous.live {
         Some(live) => take_steers(&live, &input)?.map(|steers| (live, steers)),
         None => None,
@@ -105,6 +106,7 @@ pub(crate) fn assemble(
     }
     let ask = Ask {
         settings: Arc::new(settings),
+        owner,
         previous_response_id: fields.previous_response_id,
         previous: previous.link,
         input: input.into(),
@@ -117,6 +119,7 @@ pub(crate) fn assemble(
 /// Puts the items in that are named by their ids alone.
 fn resolve_references(
     responses: &Responses,
+    owner: Owner,
     previous: Option<&Arc<Link>>,
     input: &mut Vec<Value>,
 ) -> Result<(), ApiError> {
@@ -135,7 +138,7 @@ fn resolve_references(
             resolved.push(item);
         } else if known.iter().any(|known| known.get("id").is_some_and(|known| known == id)) {
             // It is in the conversation already.
-        } else if let Some(found) = responses.item(id) {
+        } else if let Some(found) = responses.item(owner, id) {
             resolved.push(found);
         } else {
             let path = format!("input[{index}]");

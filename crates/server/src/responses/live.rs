@@ -14,6 +14,7 @@ use super::events::{Event, Recorder};
 use super::request::Ask;
 use super::steer::{Accepted, Queue, Refusal, Steer};
 use super::types::{Link, Record, Response};
+use crate::admission::Owner;
 
 /// Of ended responses that may still be asked for, the most kept in memory: number and bytes.
 const MAX_ENDED: usize = 1024;
@@ -329,10 +330,11 @@ impl Registry {
         }
     }
 
-    /// Finds a kept output item.
-    pub fn item(&self, id: &str) -> Option<Value> {
+    /// Finds an item of the owner's that is still kept.
+    pub fn item(&self, owner: Owner, id: &str) -> Option<Value> {
         let known = self.known();
-        let links = known.lives.values().filter_map(|live| live.link());
+        let own = known.lives.values().filter(|live| live.ask.owner == owner);
+        let links = own.filter_map(|live| live.link());
         let is_it = |item: &&Value| item.get("id").is_some_and(|known| known == id);
         links.into_iter().find_map(|link| link.input.iter().chain(&link.output).find(is_it).cloned())
     }

@@ -11,7 +11,7 @@ use super::items::{self, Reading};
 use super::seal::Seal;
 use super::tools::{CallNames, Toolbox};
 use super::types::{ConversationRef, Echo, Link};
-use crate::admission::random_id;
+use crate::admission::{Owner, random_id};
 use crate::conversation::{AnswerFormat, Turn};
 use crate::openai::ApiError;
 use crate::openai::params::{self, CommonFields};
@@ -82,6 +82,15 @@ pub(crate) enum Conversation {
     Object { id: String },
 }
 
+impl Conversation {
+    /// The id.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Id(id) | Self::Object { id } => id,
+        }
+    }
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct TextFields {
@@ -132,6 +141,8 @@ pub(crate) struct Settings {
 /// One request, ready to run.
 pub(crate) struct Ask {
     pub settings: Arc<Settings>,
+    /// Who asks.
+    pub owner: Owner,
     /// The response it goes on from.
     pub previous_response_id: Option<String>,
     pub previous: Option<Arc<Link>>,
@@ -334,6 +345,11 @@ fn echoed_tool(mut tool: Value) -> Value {
 }
 
 impl Settings {
+    /// The conversation that the response belongs to.
+    pub fn conversation(&self) -> Option<&str> {
+        self.echo.conversation.as_ref().map(|conversation| conversation.id.as_str())
+    }
+
     /// The turn that answers these items, of which those from `own` on are the request's own.
     pub fn turn(
         &self,
@@ -378,13 +394,19 @@ impl Settings {
 impl Ask {
     /// The request's conversation, from its beginning.
     pub fn prepare(&self, seal: &Seal) -> Result<Prepared, ApiError> {
+        let items = self.items();
+        let own = items.len() - self.input.len();
+        self.settings.turn(&items, own, seal, self.arrived)
+    }
+
+    /// All items that it is answered from, oldest first.
+    pub fn items(&self) -> Vec<&Value> {
         let mut items = Vec::new();
         if let Some(previous) = &self.previous {
             previous.items(&mut items);
         }
-        let own = items.len();
         items.extend(self.input.iter());
-        self.settings.turn(&items, own, seal, self.arrived)
+        items
     }
 }
 

@@ -44,28 +44,28 @@ pub(crate) async fn start(server: &Arc<Server>, ask: Ask, how: Start) -> Result<
     let live = Live::new(Arc::new(ask), Recorder::new(response, dressing));
     if live.ask.settings.echo.background {
         live.write(|state| state.recorder.queued());
-        server.responses.started(&live);
+        server.responses.started(&live).await;
         tokio::spawn(drive_queued(server.clone(), live.clone(), turn));
         return Ok(live);
     }
     if turn.messages.is_empty() {
         // Only what comes later has words to read.
         live.write(|state| state.recorder.begin());
-        server.responses.started(&live);
-        end(server, &live, Ending::Completed, Some(Usage::from(Totals::default())));
+        server.responses.started(&live).await;
+        end(server, &live, Ending::Completed, Some(Usage::from(Totals::default()))).await;
         live.close();
         return Ok(live);
     }
     match start_turn(server, turn, &live.ask).await {
         Ok(running) => {
             live.write(|state| state.recorder.begin());
-            server.responses.started(&live);
+            server.responses.started(&live).await;
             tokio::spawn(drive(server.clone(), live.clone(), running));
         }
         Err(error) if how.streams && error.code == Some("context_length_exceeded") => {
             live.write(|state| state.recorder.begin());
-            server.responses.started(&live);
-            end(server, &live, Ending::Failed(failure(&error)), None);
+            server.responses.started(&live).await;
+            end(server, &live, Ending::Failed(failure(&error)), None).await;
             live.close();
         }
         Err(error) => return Err(error),
@@ -141,7 +141,7 @@ async fn drive_queued(server: Arc<Server>, live: Arc<Live>, turn: Turn) {
             drive(server, live, running).await;
         }
         Err(error) => {
-            end(&server, &live, Ending::Failed(failure(&error)), None);
+            end(&server, &live, Ending::Failed(failure(&error)), None).await;
             live.close();
         }
     }
@@ -159,7 +159,7 @@ fn drive(
         let usage = Usage::from(running.totals());
         // What still runs is cancelled before anybody hears of the end.
         drop(running);
-        let steers = end(&server, &live, ending, Some(usage));
+        let steers = end(&server, &live, ending, Some(usage)).await;
         if !steers.is_empty() {
             succeed(&server, &live, steers).await;
         }
@@ -252,7 +252,7 @@ impl Logprobs {
 }
 
 /// Ends the response. Returns corrections for a successor to take up.
-fn end(server: &Server, live: &Arc<Live>, ending: Ending, usage: Option<Usage>) -> Vec<Steer> {
+async fn end(server: &Server, live: &Arc<Live>, ending: Ending, usage: Option<Usage>) -> Vec<Steer> {
     let continues = matches!(ending, Ending::Completed | Ending::Incomplete(_));
     let failed = matches!(ending, Ending::Failed(_));
     let steers = live.write(|state| {
@@ -285,7 +285,7 @@ fn end(server: &Server, live: &Arc<Live>, ending: Ending, usage: Option<Usage>) 
         }
         Vec::new()
     });
-    server.responses.ended(live);
+    server.responses.ended(live).await;
     steers
 }
 
@@ -293,6 +293,7 @@ fn end(server: &Server, live: &Arc<Live>, ending: Ending, usage: Option<Usage>) 
 async fn succeed(server: &Arc<Server>, live: &Arc<Live>, steers: Vec<Steer>) {
     let ask = Ask {
         settings: live.ask.settings.clone(),
+        owner: live.ask.owner,
         previous_response_id: Some(live.id.clone()),
         previous: live.link(),
         input: steers.iter().flat_map(|steer| steer.items.iter().cloned()).collect(),

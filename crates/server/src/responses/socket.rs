@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
@@ -30,6 +31,7 @@ use super::request::{self, ResponseFields};
 use super::run::{self, Start};
 use super::steer::{Code, Refusal, Steer};
 use crate::Server;
+use crate::admission::Owner;
 use crate::openai::ApiError;
 use crate::openai::params::CommonFields;
 
@@ -47,6 +49,7 @@ const IDLE_PING: Duration = Duration::from_secs(30);
 /// Opens a connection.
 pub(crate) async fn connect(
     State(server): State<Arc<Server>>,
+    Extension(owner): Extension<Owner>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     let upgrade = upgrade.map_err(|rejection| {
@@ -55,12 +58,16 @@ pub(crate) async fn connect(
         ))
     })?;
     let limit = server.config.max_body_bytes;
-    Ok(upgrade.max_message_size(limit).max_frame_size(limit).on_upgrade(move |socket| serve(server, socket)))
+    Ok(upgrade
+        .max_message_size(limit)
+        .max_frame_size(limit)
+        .on_upgrade(move |socket| serve(server, owner, socket)))
 }
 
 /// What all tasks of a connection share.
 struct Connection {
     server: Arc<Server>,
+    owner: Owner,
     out: mpsc::Sender<Message>,
     kept: Mutex<Kept>,
     /// Responses that run.
@@ -91,11 +98,11 @@ struct Head {
 
 type Lanes = HashMap<Option<String>, mpsc::Sender<Job>>;
 
-async fn serve(server: Arc<Server>, socket: WebSocket) {
+async fn serve(server: Arc<Server>, owner: Owner, socket: WebSocket) {
     let (sink, mut incoming) = socket.split();
     let (out, outgoing) = mpsc::channel(OUTGOING);
     let connection =
-        Arc::new(Connection { server, out, kept: Mutex::default(), running: AtomicUsize::new(0) });
+        Arc::new(Connection { server, owner, out, kept: Mutex::default(), running: AtomicUsize::new(0) });
     // Dropped with the connection, they end, and so does what runs on them.
     let mut tasks = JoinSet::new();
     tasks.spawn(write(connection.clone(), sink, outgoing));
@@ -220,9 +227,9 @@ impl Connection {
         let settings = fields.settings(&common, &self.server)?;
         let previous = match fields.previous_response_id.as_deref() {
             Some(id) => self.previous(id).await?,
-            None => Previous::default(),
+            None => self.server.responses.context(self.owner, None, settings.conversation()).await?,
         };
-        let created = create::assemble(&self.server, fields, settings, previous, arrived)?;
+        let created = create::assemble(&self.server, self.owner, fields, settings, previous, arrived)?;
         let started = run::start(&self.server, created.ask, Start { id: None, streams: true }).await;
         if let (Err(_), Some((parent, steers))) = (&started, created.steered) {
             parent.write(|state| state.steers.put_back(steers));
@@ -236,7 +243,7 @@ impl Connection {
                 let link = live.link().ok_or_else(|| not_found(id))?;
                 Ok(Previous { link: Some(link), live: Some(live) })
             }
-            None => self.server.responses.previous(id).await,
+            None => self.server.responses.previous(self.owner, id).await,
         }
     }
 

@@ -5,12 +5,12 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -18,6 +18,7 @@ use super::events::Event;
 use super::live::{Live, Reader, Tether};
 use super::steer::{Code, Refusal, Steer};
 use super::stream::{self, Source};
+use crate::admission::Owner;
 use crate::openai::ApiError;
 use crate::{Server, body};
 
@@ -31,6 +32,7 @@ struct SteerFields {
 /// Queues a correction of a response that runs.
 pub(crate) async fn steer(
     State(server): State<Arc<Server>>,
+    Extension(owner): Extension<Owner>,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
@@ -40,7 +42,8 @@ pub(crate) async fn steer(
         Ok(steer) => steer,
         Err(refusal) => return Ok(refused(&refusal)),
     };
-    let Some(live) = server.responses.registry.find(&id).await else {
+    let live = server.responses.registry.find(&id).await.filter(|live| live.ask.owner == owner);
+    let Some(live) = live else {
         return Ok(refused(
             &steer.refuse(Code::ResponseNotFound, format!("There is no response `{id}` here.")),
         ));

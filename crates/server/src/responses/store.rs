@@ -58,10 +58,8 @@ impl Default for StoreConfig {
 pub(crate) enum History {
     /// The items up to and with its output.
     Found(Arc<Link>),
-    /// It, or one before it in its chain, is not there (any more), or is another's.
+    /// It, or one before it in its chain, is not there (any more), is another's, failed or still runs.
     Missing,
-    /// The response still runs.
-    Unfinished,
 }
 
 /// A conversation's head.
@@ -184,6 +182,12 @@ impl Store {
     pub async fn history(&self, owner: Owner, id: &str) -> Result<History, StoreError> {
         let id = id.to_owned();
         self.submit(0, move |db| db.history(&owner, &id, unix_now())).await.done().await
+    }
+
+    /// Everything that a response was made from; `None` if it is not there.
+    pub async fn input_items(&self, owner: Owner, id: &str) -> Result<Option<Vec<Value>>, StoreError> {
+        let id = id.to_owned();
+        self.submit(0, move |db| db.input_items(&owner, &id, unix_now())).await.done().await
     }
 
     /// Writes a new conversation with its first items, each with an id.

@@ -63,6 +63,15 @@ impl<S: Source> Writer<S> {
     }
 }
 
+/// Streams events that are all there.
+pub(crate) fn whole(events: &[Event]) -> Response {
+    let mut body = Vec::new();
+    for event in events {
+        frame(event, &mut body);
+    }
+    sse::headed(Body::from(body))
+}
+
 /// Appends one event as it goes over the wire.
 pub(crate) fn frame(event: &Event, out: &mut Vec<u8>) {
     for part in [b"event: ", event.kind.as_bytes(), b"\ndata: ", &event.json, b"\n\n"] {

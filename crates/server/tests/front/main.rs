@@ -6,4 +6,5 @@ mod generation;
 mod messages;
 mod models;
 mod refusals;
+mod stored;
 mod tools;

@@ -195,10 +195,8 @@ impl Db {
             let Some((previous, status, input, output)) = link.optional()? else {
                 return Ok(History::Missing);
             };
-            if links.is_empty() && matches!(status.as_str(), "queued" | "in_progress") {
-                return Ok(History::Unfinished);
-            }
-            if !seen.insert(id.clone()) {
+            let ended_well = matches!(status.as_str(), "completed" | "incomplete" | "cancelled");
+            if !ended_well || !seen.insert(id.clone()) {
                 return Ok(History::Missing);
             }
             links.push((id, input, output));
@@ -210,6 +208,21 @@ impl Db {
             last = Some(Arc::new(Link::new(id, last, input, output)));
         }
         Ok(last.map_or(History::Missing, History::Found))
+    }
+
+    /// Everything that a response was made from. What came before it may be gone.
+    pub fn input_items(&self, owner: &Owner, id: &str, now: u64) -> Result<Option<Vec<Value>>> {
+        let Some(record) = self.get(owner, id)? else { return Ok(None) };
+        let mut items = Vec::new();
+        if let Some(previous) = record.response["previous_response_id"].as_str()
+            && let History::Found(link) = self.history(owner, previous, now)?
+        {
+            let mut before = Vec::new();
+            link.items(&mut before);
+            items.extend(before.into_iter().cloned());
+        }
+        items.extend(record.input);
+        Ok(Some(items))
     }
 
     /// Marks a response and those before it as used. Whoever was marked lately marked those before

@@ -84,7 +84,7 @@ async fn a_chain_that_bites_its_tail_is_missing_not_endless() {
 async fn what_was_deleted_while_it_ran_stays_away() {
     let store = Store::open(&StoreConfig::default());
     insert(&store, with_status(record("a", None), "in_progress")).await;
-    assert!(matches!(history(&store, "a").await, History::Unfinished));
+    assert!(matches!(history(&store, "a").await, History::Missing));
     assert!(store.update(owner(b"key"), record("a", None)).await.done().await.unwrap());
     assert!(matches!(history(&store, "a").await, History::Found(_)));
     assert!(store.delete(owner(b"key"), "a").await.unwrap());
