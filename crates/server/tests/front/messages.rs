@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::Request;
+use proptest::prelude::*;
 use rudder_server::ServerConfig;
 use serde_json::{Value, json};
 
@@ -406,4 +407,99 @@ async fn the_sampling_of_a_request_is_this_dialects() {
     };
     let said = async |seed: u64| whole(&server, &body(seed)).await["content"].clone();
     assert_eq!(said(1).await, said(1).await);
+}
+
+fn any_value() -> impl Strategy<Value = Value> + Clone {
+    prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        (-3i64..70).prop_map(Value::from),
+        "\\PC{0,6}".prop_map(Value::from),
+        Just(
+            json!({"type": "text", "data": "plain", "definition": {"name": "g", "input_schema": {}}, "name": "f"})
+        ),
+        Just(json!(["x", {"type": "text", "text": "y"}])),
+        Just(json!({})),
+    ]
+}
+
+/// Objects of these types with some of these keys.
+fn any_object(types: &[&'static str], keys: &[&'static str]) -> impl Strategy<Value = Value> + Clone + use<> {
+    let fields = prop::collection::hash_map(prop::sample::select(keys.to_vec()), any_value(), 0..6);
+    (prop::sample::select(types.to_vec()), fields).prop_map(|(kind, fields)| {
+        let mut object = json!(fields);
+        object["type"] = kind.into();
+        object
+    })
+}
+
+fn any_content() -> impl Strategy<Value = Value> {
+    let types = [
+        "text",
+        "thinking",
+        "tool_use",
+        "tool_result",
+        "document",
+        "image",
+        "search_result",
+        "tool_reference",
+        "tool_addition",
+        "tool_removal",
+        "redacted_thinking",
+        "server_tool_use",
+        "novel",
+    ];
+    let keys = [
+        "text",
+        "id",
+        "name",
+        "input",
+        "tool_use_id",
+        "content",
+        "is_error",
+        "thinking",
+        "signature",
+        "source",
+        "tool",
+        "tool_name",
+        "title",
+        "cache_control",
+    ];
+    let block = any_object(&types, &keys);
+    let result = prop::collection::vec(block.clone(), 0..3)
+        .prop_map(|nested| json!({"type": "tool_result", "tool_use_id": "a", "content": nested}));
+    let call = Just(json!({"type": "tool_use", "id": "a", "name": "f", "input": {"x": 1}}));
+    let said = "\\PC{0,9}".prop_map(|text| json!({"type": "text", "text": text}));
+    let blocks = prop_oneof![block, result, call, said];
+    prop_oneof![any_value(), prop::collection::vec(blocks, 0..4).prop_map(Value::from)]
+}
+
+#[test]
+fn whatever_conversation_comes_is_answered_or_refused() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let server = start();
+    let roles = prop::sample::select(vec!["user", "user", "assistant", "system", "boss"]);
+    let messages = prop::collection::vec((roles, any_content()), 0..4);
+    let tools = prop::collection::vec(
+        any_object(&["custom", "web_search_20250305"], &["name", "input_schema", "strict", "defer_loading"]),
+        0..3,
+    );
+    let choice = any_object(&["auto", "any", "tool", "none"], &["name", "disable_parallel_tool_use"]);
+    let request = (messages, any_content(), tools, choice, any::<bool>());
+    proptest!(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() },
+        |((messages, system, tools, choice, stream) in request)| {
+        let messages: Vec<_> = messages.iter().map(|(role, content)| json!({"role": role, "content": content})).collect();
+        let body = json!({"model": MODEL, "max_tokens": 3, "messages": messages, "system": system, "tools": tools,
+            "tool_choice": choice, "stream": stream});
+        let answer = runtime.block_on(server.post(MESSAGES, &body));
+        match answer.status.as_u16() {
+            200 if stream => { message(&events(&answer)); }
+            200 => { comparable(&answer.json()); }
+            status => {
+                prop_assert_eq!(status, 400, "{} {}", body, answer.text());
+                refused(&answer);
+            }
+        }
+    });
+    runtime.block_on(server.idle());
 }
