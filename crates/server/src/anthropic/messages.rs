@@ -31,7 +31,7 @@ pub(crate) async fn create(
     let body = body::bytes(body, &server.config)?;
     let common: CommonFields = body::parse(&body)?;
     let fields: MessagesFields = body::parse(&body)?;
-    let head = Head { id: random_id("msg_"), model: server.model_name(common.model.as_deref())? };
+    let head = Head { id: random_id("msg_"), model: model(&server, &common)? };
     if common.max_tokens.is_none() {
         return Err(ApiError::param("max_tokens", "max_tokens is missing: say how long the answer may be."));
     }
@@ -56,6 +56,11 @@ pub(crate) async fn create(
     whole(&server, running, answer).await
 }
 
+fn model(server: &Server, common: &CommonFields) -> Result<String, ApiError> {
+    let asked = common.model.as_deref();
+    server.model_name(Some(asked.ok_or_else(|| ApiError::missing_model(&server.config.model))?))
+}
+
 #[derive(Serialize)]
 pub(crate) struct TokenCount {
     input_tokens: usize,
@@ -69,7 +74,7 @@ pub(crate) async fn count_tokens(
     let body = body::bytes(body, &server.config)?;
     let common: CommonFields = body::parse(&body)?;
     let fields: MessagesFields = body::parse(&body)?;
-    server.model_name(common.model.as_deref())?;
+    model(&server, &common)?;
     let turn: Turn = request::turn(&server, common, fields, Instant::now())?;
     Ok(Json(TokenCount { input_tokens: server.count_tokens(turn).await? }))
 }

@@ -301,6 +301,7 @@ async fn what_is_wrong_is_named_in_the_message() {
         json!([{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}]);
     let pdf = json!([{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}}]);
     for (body, named) in [
+        (with(json!({"model": null})), "model"),
         (with(json!({"max_tokens": null})), "max_tokens"),
         (with(json!({"max_tokens": 0})), "max_tokens"),
         (with(json!({"messages": null})), "messages"),
