@@ -99,10 +99,11 @@ def test_mini_swe_agent_runs_a_call_and_gets_its_result_answered(client, work, s
     assert (sent[-1]["role"], sent[-1]["tool_call_id"]) == ("tool", first["message"]["tool_calls"][0]["id"])
 
 
-def test_aider_writes_the_file_that_the_model_lists_and_commits_it(client, work, server, tap):
+def test_aider_writes_the_file_that_the_model_lists_and_commits_it(client, work, start, tap):
+    # It offers no tools: a file listing in plain text is its call, and at temperature 0 this model can write one.
+    server = start([])
     line = tap(server)
     aider = client("aider").file("bin/aider")
-    # It offers no tools: a file listing in plain text is its call, and at temperature 0 this model can write one.
     switches = "--yes-always --no-check-update --analytics-disable --no-show-model-warnings --no-gitignore --map-tokens 0"
     command = [aider, "--openai-api-base", f"{line.url}/v1", "--openai-api-key", "none", "--model", f"openai/{server.model}"]
     result = work.run([*command, *switches.split(), "--edit-format", "whole", "--message", PROMPT])

@@ -59,10 +59,14 @@ class AppServer:
         """Reads messages up to one that is wanted."""
         end = time.monotonic() + seconds
         while True:
-            message = self._messages.get(timeout=max(0.1, end - time.monotonic()))
+            try:
+                message = self._messages.get(timeout=max(0.1, end - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"waited in vain; seen at last: {self.seen[-10:]}") from None
             self.seen.append(message)
             if wanted(message):
                 return message
+            assert message.get("method") != "turn/completed", f"the turn ended early: {self.seen[-10:]}"
 
     def _write(self, message):
         self._process.stdin.write(json.dumps(message) + "\n")
