@@ -20,6 +20,8 @@ BLOCK = 16
 TASK = "Write the numbers from one to five hundred as words, one on each line. Use no tool."
 CORRECTION = "Stop counting. Say good night instead, in one short sentence."
 SESSIONS, STEERS = 16, 200
+# The model is small and draws at random: it may call a tool or say next to nothing.
+ATTEMPTS = 8
 
 
 class AppServer:
@@ -66,7 +68,17 @@ class AppServer:
             self.seen.append(message)
             if wanted(message):
                 return message
-            assert message.get("method") != "turn/completed", f"the turn ended early: {self.seen[-10:]}"
+
+    def speaks(self):
+        """Waits until some of an answer's text has come; false if the turn ended before."""
+        deltas = 0
+        while deltas < 5:
+            methods = ("item/agentMessage/delta", "turn/completed")
+            method = self.wait(lambda message: message.get("method") in methods)["method"]
+            if method == "turn/completed":
+                return False
+            deltas += 1
+        return True
 
     def _write(self, message):
         self._process.stdin.write(json.dumps(message) + "\n")
@@ -96,10 +108,15 @@ def test_codex_interrupts_its_turn_and_the_correction_alone_is_prefilled(client,
     codex = AppServer(test_codex.program(client), work)
     codex.call("initialize", {"clientInfo": {"name": "tests", "title": "tests", "version": "1"}})
     codex.notify("initialized")
-    thread = codex.call("thread/start", {"cwd": str(work.repo), "approvalPolicy": "never", "sandbox": "danger-full-access"})["thread"]["id"]
-    turn = codex.call("turn/start", {"threadId": thread, "input": [{"type": "text", "text": TASK}]})["turn"]["id"]
-    for _ in range(5):
-        codex.wait(lambda message: message.get("method") == "item/agentMessage/delta")
+    # Nothing is forced here, so nothing may be harmed by what the model thinks up.
+    settings = {"cwd": str(work.repo), "approvalPolicy": "never", "sandbox": "read-only"}
+    thread = codex.call("thread/start", settings)["thread"]["id"]
+    for _ in range(ATTEMPTS):
+        turn = codex.call("turn/start", {"threadId": thread, "input": [{"type": "text", "text": TASK}]})["turn"]["id"]
+        if codex.speaks():
+            break
+    else:
+        raise AssertionError(f"no answer was long enough to be steered: {codex.seen[-10:]}")
     steered = time.monotonic()
     before = server.metrics()
     codex.call("turn/steer", {"threadId": thread, "expectedTurnId": turn, "input": [{"type": "text", "text": CORRECTION}]})
@@ -109,10 +126,10 @@ def test_codex_interrupts_its_turn_and_the_correction_alone_is_prefilled(client,
 
     (socket,) = [exchange for exchange in line.exchanges() if exchange.path.startswith("/v1/responses")]
     kinds = [message["type"] for message in socket.sent]
-    assert kinds[:4] == ["response.create", "response.create", "response.interrupt", "response.create"]
-    interrupt, follow = socket.sent[2:4]
+    at = kinds.index("response.interrupt")
+    interrupt, follow = socket.sent[at : at + 2]
     ends = [event["response"] for event in socket.received if event["type"] in ("response.completed", "response.incomplete")]
-    interrupted, corrected = ends[1], ends[2]
+    interrupted, corrected = next(pair for pair in zip(ends, ends[1:]) if pair[0]["status"] == "incomplete")
     assert (interrupted["id"], interrupted["status"]) == (interrupt["response_id"], "incomplete")
     assert interrupted["incomplete_details"] == {"reason": "interrupted"}
     assert interrupted["output"] == []
@@ -127,14 +144,14 @@ def test_codex_interrupts_its_turn_and_the_correction_alone_is_prefilled(client,
     length = correction_length(server)
     assert prefilled(corrected) < length + BLOCK, f"{prefilled(corrected)} of {corrected['usage']}"
     after = server.wait_idle()
-    counted = lambda name: after[name] - before[name]  # noqa: E731
-    alone = counted("rudder_prompt_tokens_total") - counted("rudder_prefix_cache_hits_total")
-    assert alone == prefilled(corrected)
+    prompted, found = (after[name] - before[name] for name in ("rudder_prompt_tokens_total", "rudder_prefix_cache_hits_total"))
+    assert prompted - found == sum(prefilled(response) for response in ends[ends.index(corrected) :])
     print(f"steered: {prefilled(corrected)} tokens prefilled for a correction of {length}, {time.monotonic() - steered:.1f} s to the end")
 
 
 @pytest.mark.parametrize("way", ["websocket", "http"])
-def test_the_sdk_steers_a_running_response(server, way):
+def test_the_sdk_steers_a_running_response(start, way):
+    server = start([])
     sdk = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=300)
     with sdk.responses.connect() as connection:
         connection.response.create(model=server.model, input=TASK, temperature=0, max_output_tokens=2000)
