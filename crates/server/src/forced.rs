@@ -42,6 +42,9 @@ pub(crate) fn force(turn: &mut Turn, calls: &[ForcedCall]) {
         }
         _ => {
             turn.allowed_tools = Some(Vec::new());
+            if turn.tool_choice != ToolChoice::None {
+                turn.tool_choice = ToolChoice::Auto;
+            }
             if turn.answer == AnswerFormat::Text {
                 turn.answer = AnswerFormat::Regex(FEW_WORDS.into());
             }

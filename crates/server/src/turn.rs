@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use rudder_text::{CompiledGrammar, GrammarSpec, OutputFormat, TextError, Tool, ToolChoice};
+use rudder_text::{
+    AnswerRules, CompiledGrammar, GrammarSpec, OutputFormat, Text, TextError, Tool, ToolChoice,
+};
 
 use crate::answer::Reading;
 use crate::conversation::{AnswerFormat, Turn};
@@ -23,6 +25,15 @@ impl Server {
     /// What is wrong with the conversation, as the client is told; a full or ending server.
     pub async fn start_turn(self: &Arc<Self>, mut turn: Turn) -> Result<Running, ApiError> {
         forced::force(&mut turn, &self.config.forced_calls);
+        if self.format.tools.is_none()
+            && matches!(turn.tool_choice, ToolChoice::Required | ToolChoice::Named(_))
+        {
+            return Err(ApiError::param(
+                "tool_choice",
+                "This model is not known to call tools, so it cannot be made to. Leave tool_choice out, or have \
+                 the server started with --tool-parser.",
+            ));
+        }
         let turn = Arc::new(turn);
         let prompt = self.encode_turn(turn.clone()).await?;
         let grammar = self.compile_grammar(&turn, &prompt.tail).await?;
@@ -62,7 +73,8 @@ impl Server {
         turn: &Turn,
         prompt_tail: &str,
     ) -> Result<Option<Arc<CompiledGrammar>>, ApiError> {
-        let Some(spec) = turn.grammar(self.format, prompt_tail) else { return Ok(None) };
+        let spec = turn.grammar(self.generator.text(), self.format, prompt_tail);
+        let Some(spec) = spec else { return Ok(None) };
         let param = if turn.answer == AnswerFormat::Text { "tools" } else { "response_format" };
         let server = self.clone();
         let compile = move || server.generator.text().compile_grammar(&spec, GRAMMAR_PATIENCE);
@@ -105,17 +117,25 @@ impl Server {
 }
 
 impl Turn {
-    /// What the answer is held to: calls as chosen, or text of the wanted format.
-    fn grammar(&self, format: OutputFormat, prompt_tail: &str) -> Option<GrammarSpec> {
-        let _ = (format, prompt_tail);
-        match self.answer.clone() {
+    /// What the answer is held to: calls as chosen, text of the wanted format.
+    fn grammar(&self, text: &Text, format: OutputFormat, prompt: &str) -> Option<GrammarSpec> {
+        let answer = match self.answer.clone() {
             AnswerFormat::Text => None,
             AnswerFormat::JsonObject => Some(GrammarSpec::Json),
             AnswerFormat::JsonSchema(schema) => Some(GrammarSpec::JsonSchema { schema, strict: false }),
             AnswerFormat::Regex(regex) => Some(GrammarSpec::Regex(regex)),
             AnswerFormat::Lark(lark) => Some(GrammarSpec::Lark(lark)),
             AnswerFormat::Choice(choices) => Some(GrammarSpec::Choice(choices)),
-        }
+        };
+        let tools = self.held_tools.clone().unwrap_or_else(|| self.callable_tools().cloned().collect());
+        text.answer_grammar(AnswerRules {
+            format,
+            prompt,
+            tools: &tools,
+            choice: &self.tool_choice,
+            parallel: self.parallel_tool_calls,
+            text: answer.as_ref(),
+        })
     }
 
     /// Tools that may be called in this turn.

@@ -179,10 +179,14 @@ pub fn start_with(config: ServerConfig, engine: EngineConfig, manner: Manner, in
 
 /// A server whose model gives these answers, one after the other, and may reason and call tools.
 pub fn start_agent(answers: &[&str]) -> Fixture {
+    start_agent_with(ServerConfig::new(MODEL), answers)
+}
+
+pub fn start_agent_with(config: ServerConfig, answers: &[&str]) -> Fixture {
     let answers = answers.iter().map(|&answer| answer.to_owned()).collect();
     let manner = Manner { answers, ..Manner::default() };
     let engine = EngineConfig { max_context: 4096, ..engine_config() };
-    start_text(ServerConfig::new(MODEL), engine, manner, text_with(true, AGENT_TEMPLATE))
+    start_text(config, engine, manner, text_with(true, AGENT_TEMPLATE))
 }
 
 fn start_text(config: ServerConfig, engine: EngineConfig, manner: Manner, text: Text) -> Fixture {

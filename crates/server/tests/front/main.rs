@@ -7,4 +7,5 @@ mod messages;
 mod models;
 mod refusals;
 mod stored;
+mod structured;
 mod tools;
