@@ -29,7 +29,11 @@ const AGENT_TEMPLATE: &str = "{% if tools %}<|im_start|>system\n{{ tools | tojso
     {% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\
     {% for c in m.tool_calls or [] %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}\
     <|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}\
-    {# <think> </think> #}";
+    {# <think> #}";
+/// The same for a model that does not reason.
+const CALLING_TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}{% endif %}\
+    {% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+    {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{# <tool_call> #}";
 const SPECIALS: [&str; 6] =
     ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"];
 
@@ -103,7 +107,8 @@ impl Reciter {
     /// The byte of an answer at a position, or the end of the turn. A gap begins the next answer.
     fn answer_token(&mut self, position: u64) -> usize {
         let (number, begin) = match self.answer {
-            Some((number, begin, last)) if position == last + 1 => (number, begin),
+            // A draw may be taken back, where the grammar goes on without one.
+            Some((number, begin, last)) if position == last || position == last + 1 => (number, begin),
             Some((number, ..)) => (number + 1, position),
             None => (0, position),
         };
@@ -179,14 +184,19 @@ pub fn start_with(config: ServerConfig, engine: EngineConfig, manner: Manner, in
 
 /// A server whose model gives these answers, one after the other, and may reason and call tools.
 pub fn start_agent(answers: &[&str]) -> Fixture {
-    start_agent_with(ServerConfig::new(MODEL), answers)
+    start_answering(ServerConfig::new(MODEL), answers, AGENT_TEMPLATE)
 }
 
-pub fn start_agent_with(config: ServerConfig, answers: &[&str]) -> Fixture {
+/// A server whose model would say this, and calls tools.
+pub fn start_caller(config: ServerConfig, answer: &str) -> Fixture {
+    start_answering(config, &[answer], CALLING_TEMPLATE)
+}
+
+fn start_answering(config: ServerConfig, answers: &[&str], template: &str) -> Fixture {
     let answers = answers.iter().map(|&answer| answer.to_owned()).collect();
     let manner = Manner { answers, ..Manner::default() };
     let engine = EngineConfig { max_context: 4096, ..engine_config() };
-    start_text(config, engine, manner, text_with(true, AGENT_TEMPLATE))
+    start_text(config, engine, manner, text_with(true, template))
 }
 
 fn start_text(config: ServerConfig, engine: EngineConfig, manner: Manner, text: Text) -> Fixture {

@@ -194,7 +194,7 @@ async fn a_stop_sequence_is_named_and_the_end_of_the_window_is_told_apart() {
         (&json!("stop_sequence"), &json!("both"))
     );
     assert_eq!(stopped["content"][1]["text"], "Reading ");
-    let endless = json!({"model": MODEL, "messages": [user("go")], "max_tokens": 100_000});
+    let endless = json!({"model": MODEL, "messages": [user("go")], "max_tokens": 100_000, "temperature": 0});
     assert_eq!(whole(&start(), &endless).await["stop_reason"], "model_context_window_exceeded");
 }
 

@@ -3,12 +3,17 @@
 use rudder_server::{ForcedCall, ServerConfig};
 use serde_json::{Value, json};
 
-use crate::common::{Fixture, MODEL, start_agent, start_agent_with};
+use crate::common::{Fixture, MODEL, start_caller};
+
+fn start(answer: &str) -> Fixture {
+    start_caller(ServerConfig::new(MODEL), answer)
+}
 
 const CHAT: &str = "/v1/chat/completions";
 
 fn ask(fields: Value) -> Value {
-    let mut body = json!({"messages": [{"role": "user", "content": "go"}], "temperature": 0, "max_tokens": 200});
+    let mut body =
+        json!({"messages": [{"role": "user", "content": "go"}], "temperature": 0, "max_tokens": 200});
     body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     body
 }
@@ -34,10 +39,11 @@ fn call(choice: &Value) -> (String, Value) {
 
 #[tokio::test]
 async fn an_answer_parses_against_its_schema() {
-    let server = start_agent(&["I would rather talk."]);
+    let server = start("I would rather talk.");
     let schema = json!({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
         "additionalProperties": false});
-    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": true}});
+    let format =
+        json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": true}});
     let choice = choice(&server, json!({"response_format": format})).await;
     let content: Value = serde_json::from_str(choice["message"]["content"].as_str().unwrap()).unwrap();
     assert!(content["ok"].is_boolean(), "{choice}");
@@ -47,7 +53,7 @@ async fn an_answer_parses_against_its_schema() {
 
 #[tokio::test]
 async fn choices_and_expressions_hold_as_vllms_clients_send_them() {
-    let server = start_agent(&["maybe"]);
+    let server = start("maybe");
     let one = choice(&server, json!({"structured_outputs": {"choice": ["yes", "no"]}})).await;
     assert!(["yes", "no"].contains(&one["message"]["content"].as_str().unwrap()), "{one}");
     let other = choice(&server, json!({"guided_regex": "m[aeiou]y[0-9]{2}"})).await;
@@ -57,9 +63,10 @@ async fn choices_and_expressions_hold_as_vllms_clients_send_them() {
 
 #[tokio::test]
 async fn a_call_that_is_required_is_made_and_fits_its_schema() {
-    let server = start_agent(&["No calls today."]);
+    let server = start("No calls today.");
     for chosen in [json!("required"), json!({"type": "function", "function": {"name": "b"}})] {
-        let fields = json!({"tools": [tool("a", false), tool("b", false)], "tool_choice": chosen});
+        let fields = json!({"tools": [tool("a", false), tool("b", false)], "tool_choice": chosen,
+            "parallel_tool_calls": false});
         let choice = choice(&server, fields).await;
         let (name, arguments) = call(&choice);
         assert!(chosen.is_string() || name == "b", "{choice}");
@@ -70,19 +77,22 @@ async fn a_call_that_is_required_is_made_and_fits_its_schema() {
 
 #[tokio::test]
 async fn a_strict_tool_is_held_even_where_the_model_is_free() {
-    let server = start_agent(&["So:\n<tool_call>\n{\"name\": \"a\", \"arguments\": {\"n\": 70}}\n</tool_call>"]);
-    let choice = choice(&server, json!({"tools": [tool("a", true)]})).await;
+    let server = start("So:\n<tool_call>\n{\"name\": \"a\", \"arguments\": {\"n\": 70}}\n</tool_call>");
+    let choice = choice(&server, json!({"tools": [tool("a", true)], "parallel_tool_calls": false})).await;
     assert_eq!(choice["message"]["content"], "So:");
     assert!((3..=9).contains(&call(&choice).1["n"].as_i64().unwrap()), "{choice}");
 }
 
 #[tokio::test]
 async fn a_grammar_that_cannot_be_used_is_a_400_that_says_so() {
-    let server = start_agent(&["x"]);
+    let server = start("x");
     for (fields, param) in [
         (json!({"guided_regex": "("}), "response_format"),
         (json!({"guided_grammar": "start: nowhere"}), "response_format"),
-        (json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "cat"}}}}), "response_format"),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "cat"}}}}),
+            "response_format",
+        ),
     ] {
         let answer = server.post(CHAT, &ask(fields.clone())).await;
         assert_eq!(answer.error().0, 400, "{fields}");
@@ -96,7 +106,7 @@ async fn a_forced_call_is_made_where_it_is_offered_and_only_before_its_result() 
     let arguments = json!({"n": 4});
     let forced = ForcedCall { name: "b".into(), arguments: Some(arguments.clone()), input: None };
     let config = ServerConfig { forced_calls: vec![forced], ..ServerConfig::new(MODEL) };
-    let server = start_agent_with(config, &["I would rather talk."]);
+    let server = start_caller(config, "I would rather talk.");
     let tools = json!([tool("a", false), tool("b", false)]);
     let made = choice(&server, json!({"tools": tools})).await;
     assert_eq!(call(&made), ("b".into(), arguments));
