@@ -298,3 +298,158 @@ fn without_billing_header(text: &str) -> &str {
         false => text,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn seal() -> Seal {
+        Seal::new([7; 32])
+    }
+
+    fn read(messages: Value) -> Result<Vec<Message>, ApiError> {
+        let seal = seal();
+        let mut conversation = Conversation::new(&seal);
+        for (index, message) in
+            serde_json::from_value::<Vec<InputMessage>>(messages).unwrap().into_iter().enumerate()
+        {
+            conversation.message(index, message)?;
+        }
+        Ok(conversation.finish()?.0)
+    }
+
+    fn system(system: Value) -> Vec<Message> {
+        let seal = seal();
+        let mut conversation = Conversation::new(&seal);
+        conversation.system(serde_json::from_value(system).unwrap()).unwrap();
+        conversation.messages
+    }
+
+    fn text(text: &str) -> Value {
+        json!({"type": "text", "text": text, "cache_control": {"type": "ephemeral"}})
+    }
+
+    fn user(content: Value) -> Value {
+        json!({"role": "user", "content": content})
+    }
+
+    #[test]
+    fn blocks_are_paragraphs_and_turns_of_one_speaker_are_one() {
+        let messages = read(json!([
+            user(json!([text("a"), text("b")])),
+            user(json!("c")),
+            {"role": "assistant", "content": [text("d"), text("e")]},
+            {"role": "assistant", "content": "f"},
+            user(json!("g")),
+            {"role": "system", "content": [text("h")]},
+        ]));
+        let expected = [
+            Message::new(Role::User, "a\n\nb\n\nc"),
+            Message::new(Role::Assistant, "def"),
+            Message::new(Role::User, "g"),
+            Message::new(Role::System, "h"),
+        ];
+        assert_eq!(messages.unwrap(), expected);
+    }
+
+    #[test]
+    fn the_billing_header_is_no_part_of_the_prompt() {
+        let rules = [Message::new(Role::System, "You are an agent.\n\nBe brief.")];
+        let header = "x-anthropic-billing-header: cc_version=2.1; cc_entrypoint=cli;";
+        assert_eq!(system(json!([text(header), text("You are an agent."), text("Be brief.")])), rules);
+        assert_eq!(system(json!(format!("{header}\n\nYou are an agent.\n\nBe brief."))), rules);
+        assert_eq!(system(json!(header)), []);
+        assert_eq!(system(json!(format!("Not {header}")))[0].text, format!("Not {header}"));
+    }
+
+    #[test]
+    fn results_are_messages_of_their_own_in_order() {
+        let call =
+            |id: &str| json!({"type": "tool_use", "id": id, "name": "read", "input": {"b": 1, "a": 2}});
+        let result = |id: &str, content: Value, is_error: bool| json!({"type": "tool_result", "tool_use_id": id, "content": content, "is_error": is_error});
+        let image = json!({"type": "image", "source": {}});
+        let document = json!({"type": "document", "title": "notes", "source": {"type": "text", "media_type": "text/plain", "data": "x"}});
+        let messages = read(json!([
+            user(json!("go")),
+            {"role": "assistant", "content": [call("1"), call("2")]},
+            user(json!([result("2", json!("gone"), true), result("1", json!([text("x"), image, document]), false), text("and?")])),
+        ]));
+        let messages = messages.unwrap();
+        assert_eq!(messages[1].calls[1].input, r#"{"b":1,"a":2}"#);
+        let tool = |id: &str, text: &str| Message {
+            call_id: Some(id.into()),
+            name: Some("read".into()),
+            ..Message::new(Role::Tool, text)
+        };
+        let expected = [
+            tool("2", "Error: gone"),
+            tool("1", "x\n\n[image left out: this model reads text only]\n\nnotes\n\nx"),
+            Message::new(Role::User, "and?"),
+        ];
+        assert_eq!(messages[2..], expected);
+    }
+
+    #[test]
+    fn an_error_that_says_so_is_not_told_twice_and_an_empty_result_is_one() {
+        let result = |content: Value| {
+            json!([user(
+                json!([{"type": "tool_result", "tool_use_id": "1", "is_error": true, "content": content}])
+            )])
+        };
+        assert_eq!(read(result(json!("<error>gone</error>"))).unwrap()[0].text, "<error>gone</error>");
+        assert_eq!(read(result(Value::Null)).unwrap()[0].text, "Error: ");
+    }
+
+    #[test]
+    fn thinking_comes_back_if_we_signed_it() {
+        let signature = seal().close("so");
+        let said = |blocks: Value| {
+            let messages = read(json!([{"role": "assistant", "content": blocks}, user(json!("x"))])).unwrap();
+            messages[0].reasoning.clone()
+        };
+        let thinking = |text: &str, signature: &str| json!({"type": "thinking", "thinking": text, "signature": signature});
+        assert_eq!(said(json!([thinking("so", &signature), text("a")])).as_deref(), Some("so"));
+        assert_eq!(said(json!([thinking("", &signature)])).as_deref(), Some("so"));
+        for block in [
+            thinking("so!", &signature),
+            thinking("so", "ErUB"),
+            json!({"type": "redacted_thinking", "data": "x"}),
+        ] {
+            assert_eq!(said(json!([block, text("a")])), None, "{block}");
+        }
+    }
+
+    #[test]
+    fn plain_documents_and_search_results_are_text() {
+        let documents = json!([
+            {"type": "document", "title": "t", "context": "c", "source": {"type": "text", "data": "body"}},
+            {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "part"}]}},
+            {"type": "search_result", "title": "hit", "source": "https://example.com", "content": [{"type": "text", "text": "found"}]},
+        ]);
+        let messages = read(json!([user(documents)])).unwrap();
+        assert_eq!(messages[0].text, "t\n\nc\n\nbody\n\npart\n\nhit\n\nhttps://example.com\n\nfound");
+        let pdf = json!({"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}});
+        assert_eq!(
+            read(json!([user(json!([pdf]))])).unwrap_err().param.as_deref(),
+            Some("messages[0].content[0].source")
+        );
+    }
+
+    #[test]
+    fn templates_hear_of_thinking_and_effort() {
+        let args = |thinking: Option<&str>, effort: Option<&str>| {
+            Value::Object(template_args(thinking.map(Into::into), effort.map(Into::into)).unwrap())
+        };
+        assert_eq!(args(None, None), json!({"enable_thinking": false}));
+        assert_eq!(
+            args(Some("adaptive"), Some("max")),
+            json!({"enable_thinking": true, "reasoning_effort": "high"})
+        );
+        assert_eq!(
+            args(Some("disabled"), Some("low")),
+            json!({"enable_thinking": false, "reasoning_effort": "low"})
+        );
+        assert!(template_args(Some("deep".into()), None).is_err());
+    }
+}
