@@ -34,6 +34,8 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
+        if "--data-dir" not in flags:
+            flags = (*flags, "--data-dir", str(log.with_suffix(".data")))
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RUDDER_") or k == "RUDDER_CACHE"}
         with open(log, "wb") as output:
             self.process = subprocess.Popen(
