@@ -8,7 +8,7 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::{Extension, Json};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::items::new_id;
 use super::listing::shown;
@@ -117,6 +117,7 @@ pub(crate) async fn compact(
         prompt_cache_key: asked.fields.prompt_cache_key.take(),
         max_output_tokens: Some(SUMMARY_TOKENS.min(half).max(1)),
         truncation: Some("auto".into()),
+        chat_template_kwargs: Some(Map::from_iter([("enable_thinking".into(), false.into())])),
         store: Some(false),
         ..ResponseFields::default()
     };

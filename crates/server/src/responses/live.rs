@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 use super::events::{Event, Recorder};
 use super::request::Ask;
 use super::steer::{Accepted, Queue, Refusal, Steer};
-use super::types::{Link, Record, Response};
+use super::types::{Link, Record, Response, Status};
 use crate::admission::Owner;
 
 /// Of ended responses that may still be asked for, the most kept in memory: number and bytes.
@@ -337,6 +337,12 @@ impl Registry {
         let links = own.filter_map(|live| live.link());
         let is_it = |item: &&Value| item.get("id").is_some_and(|known| known == id);
         links.into_iter().find_map(|link| link.input.iter().chain(&link.output).find(is_it).cloned())
+    }
+
+    /// How many wait for their turn.
+    pub fn queued(&self) -> usize {
+        let queued = |live: &&Arc<Live>| live.state().recorder.response().status == Status::Queued;
+        self.known().lives.values().filter(queued).count()
     }
 
     /// Those that have not ended.

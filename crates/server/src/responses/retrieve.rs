@@ -108,7 +108,8 @@ pub(crate) async fn cancel(
     }
 }
 
-/// `GET .../input_items`: everything that the response was made from, those before it in its chain too.
+/// `GET .../input_items`: everything that the response was made from, those before it in its chain too; a
+/// conversation lists its own.
 pub(crate) async fn input_items(
     State(server): State<Arc<Server>>,
     Extension(owner): Extension<Owner>,
@@ -117,6 +118,7 @@ pub(crate) async fn input_items(
 ) -> Result<Json<List>, ApiError> {
     let query: PageQuery = listing::query(query)?.try_into()?;
     let items = match server.responses.stored_live(owner, &id) {
+        Some(live) if live.ask.settings.conversation().is_some() => live.ask.input.to_vec(),
         Some(live) => live.ask.items().into_iter().cloned().collect(),
         None => server.responses.store.input_items(owner, &id).await?.ok_or_else(|| not_found(&id))?,
     };

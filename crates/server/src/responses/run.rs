@@ -3,10 +3,12 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rudder_engine::SubmitError;
 use rudder_text::Text;
 use serde_json::Value;
+use tokio::time::timeout;
 
 use super::events::{Dressing, Ending, Recorder};
 use super::live::{Live, Wish};
@@ -22,6 +24,8 @@ use crate::unix_now;
 
 /// Room for an answer that truncation leaves, if the request does not limit it.
 const ROOM: usize = 1024;
+/// Most background responses that wait for a place in the engine's queue.
+const MAX_BACKGROUND: usize = 256;
 
 /// How a response is started.
 #[derive(Default)]
@@ -37,6 +41,12 @@ pub(crate) struct Start {
 /// # Errors
 /// What is wrong with the request; a full or ending server. Then there is no response.
 pub(crate) async fn start(server: &Arc<Server>, ask: Ask, how: Start) -> Result<Arc<Live>, ApiError> {
+    if ask.settings.echo.background {
+        let waiting = server.responses.registry.queued();
+        if waiting >= MAX_BACKGROUND {
+            return Err(SubmitError::Busy { waiting, retry_after: Duration::from_secs(10) }.into());
+        }
+    }
     let Prepared { turn, names } = ask.prepare(&server.responses.seal)?;
     let seal = ask.settings.sealed.then(|| server.responses.seal.clone());
     let dressing = Dressing { stream_id: ask.stream_id.clone(), names, seal };
@@ -133,18 +143,29 @@ async fn truncate(server: &Arc<Server>, turn: Turn) -> Result<Option<Turn>, ApiE
     Ok(cuts.get(low).or(cuts.last()).map(|&cut| without(cut)))
 }
 
-/// Runs a background response from its place in the queue.
+/// Runs a background response from its place in the queue; while the engine's is full, it stays in ours.
 async fn drive_queued(server: Arc<Server>, live: Arc<Live>, turn: Turn) {
-    match start_turn(&server, turn, &live.ask).await {
+    let cancelled = || live.state().wish == Some(Wish::Cancel);
+    let started = loop {
+        match start_turn(&server, turn.clone(), &live.ask).await {
+            Err(ApiError { code: Some("rate_limit_exceeded"), retry_after, .. }) if !cancelled() => {
+                let pause = Duration::from_secs(retry_after.unwrap_or(1));
+                // Woken early, it finds that it is cancelled, or tries once more for nothing.
+                let _ = timeout(pause, live.wanted()).await;
+            }
+            started => break started,
+        }
+    };
+    let ending = match started {
         Ok(running) => {
             live.write(|state| state.recorder.begin());
-            drive(server, live, running).await;
+            return drive(server, live, running).await;
         }
-        Err(error) => {
-            end(&server, &live, Ending::Failed(failure(&error)), None).await;
-            live.close();
-        }
-    }
+        Err(_) if cancelled() => Ending::Cancelled,
+        Err(error) => Ending::Failed(failure(&error)),
+    };
+    end(&server, &live, ending, None).await;
+    live.close();
 }
 
 /// Runs a response to its end, and starts what follows it.

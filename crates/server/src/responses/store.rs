@@ -316,9 +316,7 @@ impl Store {
         let task = Task { work, result: None, reply, _room: room };
         let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         // Without a thread the job is dropped, and `Pending::done` says so.
-        if let Some(jobs) = &*jobs
-            && jobs.send(Box::new(task)).is_err()
-        {
+        if !jobs.as_ref().is_some_and(|jobs| jobs.send(Box::new(task)).is_ok()) {
             self.stats.failures.fetch_add(1, Ordering::Relaxed);
         }
         Pending(pending)

@@ -209,6 +209,26 @@ async fn a_background_response_is_polled_and_outlives_its_stream() {
 }
 
 #[tokio::test]
+async fn a_background_response_waits_while_the_engine_is_full() {
+    let engine = EngineConfig { max_context: 4096, max_sequences: 1, max_waiting: 1, ..engine_config() };
+    let manner = Manner { step: Duration::from_millis(2), ..Manner::default() };
+    let server = start_with(ServerConfig::new(MODEL), engine, manner, true);
+    let mut waiting = Vec::new();
+    for _ in 0..5 {
+        let body = ask("hi", json!({"background": true, "max_output_tokens": 20, "ignore_eos": true}));
+        waiting.push(posted(&server, RESPONSES, body).await);
+    }
+    let last = id(&waiting[4]);
+    let cancelled = posted(&server, &format!("{RESPONSES}/{last}/cancel"), json!({})).await;
+    assert_eq!(cancelled["status"], "cancelled");
+    for response in &waiting[..4] {
+        let response = ended(&server, id(response)).await;
+        assert_eq!(response["status"], "incomplete", "{response}");
+        assert_eq!(response["usage"]["output_tokens"], 20);
+    }
+}
+
+#[tokio::test]
 async fn cancelling_ends_a_background_response_and_no_other() {
     let long = "x".repeat(2000);
     let server = start_at(None, &[], manner(&[&long], Duration::from_millis(3)));
