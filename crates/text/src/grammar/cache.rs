@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{CompiledGrammar, GrammarSpec};
 
-/// Agents come with the same few tool sets, turn after turn.
-const CAPACITY: usize = 64;
+/// Agents come with the same few tool sets, turn after turn. A grammar takes a megabyte or so, and some
+/// 40 at its limits.
+const CAPACITY: usize = 32;
 
 /// See the module.
 #[derive(Default)]

@@ -36,7 +36,7 @@ pub(crate) struct Grammars {
 impl Text {
     /// Compiles a grammar, or finds it compiled already. Blocks for at most `patience`; what takes
     /// longer goes on for a while, within limits of its own, on a thread that nobody waits for. The
-    /// first call prepares the vocabulary, which takes some 0.3 s that are not counted.
+    /// first call prepares the vocabulary, which takes half a second that is not counted.
     ///
     /// # Errors
     /// See [`GrammarError`].
@@ -133,7 +133,7 @@ fn new_factory(parts: &Parts) -> Result<Arc<ParserFactory>, String> {
         ParserFactory::new(&vocabulary, capabilities, &slices).map_err(|error| error.to_string())?;
     factory.quiet();
     *factory.limits_mut() = ParserLimits {
-        max_lexer_states: 50_000, // some 100 MB
+        max_lexer_states: 20_000, // some 40 MB
         verbose_errors: false,
         ..ParserLimits::default()
     };

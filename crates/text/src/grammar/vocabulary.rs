@@ -26,7 +26,7 @@ struct Words {
 }
 
 impl Vocabulary {
-    /// Takes some 0.2 s for 150,000 tokens.
+    /// Takes tenths of a second for 150,000 tokens.
     pub(super) fn new(parts: &Parts) -> Self {
         let vocab = &parts.vocab;
         let ids = 0..vocab.len() as TokenId;

@@ -248,6 +248,26 @@ fn what_cannot_be_used_is_refused_with_a_reason() {
 }
 
 #[test]
+fn a_grammar_that_refers_to_itself_harms_nobody() {
+    let text = text(true);
+    for name in ["part0", "lark_grammar", "json_schema", "missing"] {
+        for lark in [format!("start: @{name}"), format!("start: \"a\" @{name} | \"b\"")] {
+            let own = GrammarSpec::Lark(lark);
+            let tools = tools::rules(Default::default(), "");
+            let whole = text.answer_grammar(rudder_text::AnswerRules { text: Some(&own), ..tools }).unwrap();
+            for spec in [own, whole] {
+                // Refused or not, nothing fails but the compilation, and what is taken can be walked.
+                if let Ok(grammar) = text.compile_grammar(&spec, PATIENCE) {
+                    let mut mask = vec![0; text.vocab_size().div_ceil(32)];
+                    let mut state = grammar.start();
+                    let _ = state.mask(&mut mask);
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn bombs_are_refused_in_time() {
     let text = text(true);
     let nested = |depth: usize| {

@@ -112,7 +112,7 @@ fn prompt_of(tools: ToolFormat) -> &'static str {
 }
 
 /// Rules that hold nothing.
-fn rules(format: OutputFormat, prompt: &str) -> AnswerRules<'_> {
+pub fn rules(format: OutputFormat, prompt: &str) -> AnswerRules<'_> {
     AnswerRules { format, prompt, tools: &[], choice: &ToolChoice::Auto, parallel: true, text: None }
 }
 
