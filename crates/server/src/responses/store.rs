@@ -316,7 +316,7 @@ impl Store {
         let task = Task { work, result: None, reply, _room: room };
         let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         // Without a thread the job is dropped, and `Pending::done` says so.
-        if !jobs.as_ref().is_some_and(|jobs| jobs.send(Box::new(task)).is_ok()) {
+        if jobs.as_ref().is_none_or(|jobs| jobs.send(Box::new(task)).is_err()) {
             self.stats.failures.fetch_add(1, Ordering::Relaxed);
         }
         Pending(pending)
