@@ -55,12 +55,6 @@ impl Text {
         grammars.cache.insert(spec.clone(), compiled.clone());
         Ok(compiled)
     }
-
-    /// Prepares for grammars now, so that the first request with one need not wait for it.
-    pub fn prepare_grammars(&self) {
-        // A vocabulary that cannot be used is reported by each compilation.
-        let _ = self.parts.grammars.factory(&self.parts);
-    }
 }
 
 impl Grammars {
