@@ -347,6 +347,8 @@ mod tests {
             api_key = ["a", "b"]
             served_model_name = "s"
             alias = "claude-*"
+            tool_parser = "hermes"
+            reasoning_parser = "think"
             drain_seconds = 8
             keep_alive = 2.5
             max_body = "9MB"
