@@ -3,11 +3,13 @@
 The client talks to the real server; what was said can then be asserted: statuses, request bodies, WebSocket messages.
 """
 
+import bisect
 import http.client
 import io
 import json
 import socket
 import threading
+import time
 import zlib
 from dataclasses import dataclass, field
 
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 class Exchange:
     """One HTTP request and its answer; for a WebSocket also the JSON messages of both sides."""
 
+    time: float
     method: str
     path: str
     headers: dict
@@ -38,6 +41,24 @@ class Exchange:
         return [json.loads(text) for text in data if text != "[DONE]"]
 
 
+class Copy:
+    """The bytes of one direction, and when they came."""
+
+    def __init__(self):
+        self.data = bytearray()
+        self._ends, self._times = [], []
+
+    def add(self, data):
+        """Appends what came just now."""
+        self.data += data
+        self._ends.append(len(self.data))
+        self._times.append(time.monotonic())
+
+    def time(self, offset):
+        """When the byte at this offset came."""
+        return self._times[bisect.bisect_right(self._ends, offset)]
+
+
 class Tap:
     """Listens on a free port of loopback and relays to `port`."""
 
@@ -53,8 +74,9 @@ class Tap:
         self._listener.close()
 
     def exchanges(self):
-        """What was said so far, in the order of connections and, within one, of requests."""
-        return [exchange for sent, received in self._connections for exchange in read(bytes(sent), bytes(received))]
+        """What was said so far, in the order in which the requests came."""
+        found = [exchange for sent, received in self._connections for exchange in read(sent, received)]
+        return sorted(found, key=lambda exchange: exchange.time)
 
     def _accept(self):
         while True:
@@ -63,7 +85,7 @@ class Tap:
             except OSError:
                 return
             server = socket.create_connection(("127.0.0.1", self._target))
-            copies = (bytearray(), bytearray())
+            copies = (Copy(), Copy())
             self._connections.append(copies)
             for source, sink, copy in ((client, server, copies[0]), (server, client, copies[1])):
                 threading.Thread(target=relay, args=(source, sink, copy), daemon=True).start()
@@ -73,7 +95,7 @@ def relay(source, sink, copy):
     """Passes bytes on until one side ends; then ends the other, so that a disconnect is seen at once."""
     try:
         while data := source.recv(65536):
-            copy += data
+            copy.add(data)
             sink.sendall(data)
     except OSError:
         pass
@@ -84,10 +106,13 @@ def relay(source, sink, copy):
             pass
 
 
-def read(sent, received):
-    """The exchanges of one connection, from its bytes in each direction."""
-    sent, received, exchanges = io.BytesIO(sent), io.BytesIO(received), []
-    while line := sent.readline():
+def read(copy, answers):
+    """The exchanges of one connection, from what was copied in each direction."""
+    sent, received, exchanges = io.BytesIO(bytes(copy.data)), io.BytesIO(bytes(answers.data)), []
+    while True:
+        begin, line = sent.tell(), sent.readline()
+        if not line:
+            return exchanges
         method, path, _ = line.decode().split(" ", 2)
         headers = read_headers(sent)
         body = read_body(sent, headers, b"")
@@ -98,13 +123,12 @@ def read(sent, received):
                 status = None
                 break
             status, answered = int(start.split()[1]), read_headers(received)
-        exchange = Exchange(method, path, headers, body, status, answer)
+        exchange = Exchange(copy.time(begin), method, path, headers, body, status, answer)
         exchanges.append(exchange)
         if status == 101:
             exchange.sent, exchange.received = messages(sent.read()), messages(received.read())
         elif status not in (None, 204, 304) and method != "HEAD":
             exchange.answer = read_body(received, answered, None)
-    return exchanges
 
 
 def read_headers(stream):
