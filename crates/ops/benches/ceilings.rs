@@ -26,7 +26,10 @@ fn memory(c: &mut Criterion) {
     let pool = Pool::new(threads());
     let data: Vec<u64> = (0..BYTES as u64 / 8).collect();
     let mut group = c.benchmark_group("ceiling");
-    group.sample_size(10).measurement_time(Duration::from_secs(2)).throughput(Throughput::Bytes(BYTES as u64));
+    group
+        .sample_size(10)
+        .measurement_time(Duration::from_secs(2))
+        .throughput(Throughput::Bytes(BYTES as u64));
     group.bench_function("memory read", |b| {
         b.iter(|| {
             pool.run(BYTES / CHUNK, |chunk| {
@@ -47,13 +50,17 @@ fn or_all(words: &[u64]) -> u64 {
     words.iter().fold(0, |all, word| all | word)
 }
 
+/// Runs so many loop bodies.
+#[cfg(target_arch = "x86_64")]
+type Loop = unsafe fn(u64) -> f32;
+
 #[cfg(target_arch = "x86_64")]
 fn arithmetic(c: &mut Criterion) {
     let pool = Pool::new(threads());
     let mut group = c.benchmark_group("ceiling");
     group.sample_size(10).measurement_time(Duration::from_secs(1));
     // Name, whether this CPU has it, the loop, operations of one instruction.
-    let kinds: [(&str, bool, unsafe fn(u64) -> f32, u64); 3] = [
+    let kinds: [(&str, bool, Loop, u64); 3] = [
         ("f32 vfmadd", is_x86_feature_detected!("avx512f"), x86::fma, 32),
         ("bf16 vdpbf16ps", is_x86_feature_detected!("avx512bf16"), x86::bf16, 64),
         ("int8 vpdpbusd", is_x86_feature_detected!("avx512vnni"), x86::int8, 128),

@@ -4,6 +4,8 @@ use super::kernel::{Format, Job, Kernel, bf16, plain, quantized};
 use super::unit::Portable;
 use crate::DType;
 
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
 
@@ -19,6 +21,8 @@ pub(super) enum Isa {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
 }
 
 impl Isa {
@@ -42,6 +46,10 @@ impl Isa {
             ];
             units.extend(found.into_iter().filter_map(|(has, isa)| has.then_some(isa)));
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            units.push(Isa::Neon);
+        }
         units
     }
 
@@ -57,6 +65,8 @@ impl Isa {
             Isa::Avx512 => avx512::kernel(dtype),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => avx512_bf16::kernel(dtype),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::kernel(dtype),
         }
     }
 }
@@ -138,3 +148,5 @@ unit!(
     Avx512<true>,
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vnni,avx512bf16")]
 );
+#[cfg(target_arch = "aarch64")]
+unit!(neon, Neon, #[target_feature(enable = "neon,dotprod")]);

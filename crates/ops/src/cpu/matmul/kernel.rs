@@ -196,14 +196,14 @@ unsafe fn block_dot<U: Unit>(
     // SAFETY: a block of activations holds eight times four bytes, aligned.
     unsafe {
         if matches!(layout.scales, Scales::SuperHalves | Scales::SuperHalvesMin) {
-            for half in 0..2 {
-                let mut dot = U::splat_int(-layout.offset * x.sums[half]);
-                for (i, &quants) in quants.iter().enumerate().skip(4 * half).take(4) {
-                    dot = U::dot::<false>(dot, quants, *fours.add(i));
-                }
-                let scale = U::mul(scale[half], U::splat(x.scale));
-                sum = U::add(sum, U::mul(U::to_floats(dot), scale));
+            let mut dots =
+                [U::splat_int(-layout.offset * x.sums[0]), U::splat_int(-layout.offset * x.sums[1])];
+            for (i, &quants) in quants.iter().enumerate() {
+                dots[i / 4] = U::dot::<false>(dots[i / 4], quants, *fours.add(i));
             }
+            let first = U::mul(U::to_floats(dots[0]), scale[0]);
+            let both = U::fused(U::to_floats(dots[1]), scale[1], first);
+            sum = U::fused(both, U::splat(x.scale), sum);
         } else {
             let mut dot = U::splat_int(-layout.offset * x.sum);
             for (i, &quants) in quants.iter().enumerate() {

@@ -9,6 +9,8 @@ mod isa;
 mod kernel;
 mod layout;
 mod memory;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod quantize;
 #[cfg(test)]

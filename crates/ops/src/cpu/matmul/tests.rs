@@ -184,16 +184,16 @@ fn every_unit_gives_the_portable_bits_for_every_quant_and_scale_there_can_be() {
 #[test]
 fn a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads() {
     for dtype in ALL {
-        let w = random_tensor(dtype, 75, 512, 5);
+        let w = random_tensor(dtype, 75, 1536, 5);
         let packed = PackedMatrix::pack(&Pool::new(1), &[w]).unwrap();
-        let x = random(64 * 512, 6);
+        let x = random(64 * 1536, 6);
         let bias = random(75, 7);
         for isa in Isa::available() {
             let single: Vec<f32> =
-                x.chunks_exact(512).flat_map(|row| run(isa, 1, row, 1, &packed, Some(&bias))).collect();
+                x.chunks_exact(1536).flat_map(|row| run(isa, 1, row, 1, &packed, Some(&bias))).collect();
             for rows in [1, 2, 3, 7, 17, 64] {
                 for threads in [1, 2, 3] {
-                    let out = run(isa, threads, &x[..rows * 512], rows, &packed, Some(&bias));
+                    let out = run(isa, threads, &x[..rows * 1536], rows, &packed, Some(&bias));
                     assert_eq!(
                         bits(&out),
                         bits(&single[..rows * 75]),
