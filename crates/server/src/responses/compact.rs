@@ -68,6 +68,7 @@ impl Asked {
             previous: self.previous,
             input: self.input.into(),
             stream_id: None,
+            steered: false,
             arrived: self.arrived,
         })
     }

@@ -111,6 +111,7 @@ pub(crate) fn assemble(
         previous: previous.link,
         input: input.into(),
         stream_id: fields.stream_id,
+        steered: false,
         arrived,
     };
     Ok(Created { ask, steered })

@@ -45,6 +45,8 @@ pub(crate) struct State {
     pub link: Option<Arc<Link>>,
     /// Nothing more will be written.
     closed: bool,
+    /// The connection that sent the events has sent all; what is added is sent by who adds it.
+    sent: bool,
 }
 
 /// How a response is to be ended from outside.
@@ -57,9 +59,9 @@ pub(crate) enum Wish {
 }
 
 impl State {
-    /// Whether nothing more will be written, and all readers come to an end.
-    pub fn is_closed(&self) -> bool {
-        self.closed
+    /// Whether the connection has sent all events there were.
+    pub fn is_sent(&self) -> bool {
+        self.sent
     }
 }
 
@@ -74,6 +76,7 @@ impl Live {
             successor: None,
             link: None,
             closed: false,
+            sent: false,
         };
         Arc::new(Self {
             id,
@@ -188,6 +191,12 @@ impl Live {
         }
     }
 
+    /// Whether it may be asked for after its end: it is stored, or was steered by way of HTTP maybe.
+    pub fn is_kept(&self) -> bool {
+        let steered = self.ask.steered || self.state().steers.successor_id.is_some();
+        steered || self.ask.settings.echo.store
+    }
+
     /// Follows its events from this sequence number on.
     pub fn read_from(self: &Arc<Self>, sequence: usize) -> Reader {
         Reader { live: self.clone(), next: sequence, news: self.news.subscribe() }
@@ -232,6 +241,16 @@ impl Reader {
                 return false;
             }
         }
+    }
+}
+
+impl Reader {
+    /// Appends what came after the end; if nothing did, all is sent from now on.
+    pub fn read_last(&mut self, out: &mut Vec<Event>) {
+        let mut state = self.live.state();
+        out.extend_from_slice(state.recorder.events_from(self.next));
+        self.next = self.next.max(state.recorder.count());
+        state.sent = out.is_empty();
     }
 }
 

@@ -82,9 +82,7 @@ impl Responses {
     pub async fn ended(&self, live: &Arc<Live>) {
         let Some(record) = record(live) else {
             self.add_to_conversation(live).await;
-            // Corrections that wait, and successors, are reached through it.
-            let steered = live.state().steers.successor_id.is_some();
-            return self.registry.ended(live, steered);
+            return self.registry.ended(live, live.is_kept());
         };
         self.store.update(live.ask.owner, record).await;
         self.registry.ended(live, true);

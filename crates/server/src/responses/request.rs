@@ -150,6 +150,8 @@ pub(crate) struct Ask {
     pub input: Arc<[Value]>,
     /// The WebSocket lane.
     pub stream_id: Option<String>,
+    /// It goes on by itself from a response that was steered.
+    pub steered: bool,
     pub arrived: Instant,
 }
 

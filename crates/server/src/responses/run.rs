@@ -1,6 +1,7 @@
 //! A response's task: runs the turn, writes its events, ends it where it is told to, and starts the
 //! successor that a correction asks for.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,10 +9,11 @@ use std::time::{Duration, Instant};
 use rudder_engine::SubmitError;
 use rudder_text::Text;
 use serde_json::Value;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::events::{Dressing, Ending, Recorder};
-use super::live::{Live, Wish};
+use super::live::{Live, Tether, Wish};
 use super::request::{Ask, Prepared, response_id};
 use super::steer::{self, Code, Steer};
 use super::types::{Failure, Link, Reason, Response, Status, Usage};
@@ -52,35 +54,56 @@ pub(crate) async fn start(server: &Arc<Server>, ask: Ask, how: Start) -> Result<
     let dressing = Dressing { stream_id: ask.stream_id.clone(), names, seal };
     let response = response(how.id.unwrap_or_else(response_id), &ask);
     let live = Live::new(Arc::new(ask), Recorder::new(response, dressing));
-    if live.ask.settings.echo.background {
-        live.write(|state| state.recorder.queued());
-        server.responses.started(&live).await;
-        tokio::spawn(drive_queued(server.clone(), live.clone(), turn));
-        return Ok(live);
-    }
-    if turn.messages.is_empty() {
+    let work = if live.ask.settings.echo.background {
+        Work::Queued(turn)
+    } else if turn.messages.is_empty() {
         // Only what comes later has words to read.
-        live.write(|state| state.recorder.begin());
-        server.responses.started(&live).await;
-        end(server, &live, Ending::Completed, Some(Usage::from(Totals::default()))).await;
-        live.close();
-        return Ok(live);
-    }
-    match start_turn(server, turn, &live.ask).await {
-        Ok(running) => {
-            live.write(|state| state.recorder.begin());
-            server.responses.started(&live).await;
-            tokio::spawn(drive(server.clone(), live.clone(), running));
+        Work::Done(Ending::Completed, Some(Usage::from(Totals::default())))
+    } else {
+        match start_turn(server, turn, &live.ask).await {
+            Ok(running) => Work::Running(running),
+            Err(error) if how.streams && error.code == Some("context_length_exceeded") => {
+                Work::Done(Ending::Failed(failure(&error)), None)
+            }
+            Err(error) => return Err(error),
         }
-        Err(error) if how.streams && error.code == Some("context_length_exceeded") => {
-            live.write(|state| state.recorder.begin());
-            server.responses.started(&live).await;
-            end(server, &live, Ending::Failed(failure(&error)), None).await;
-            live.close();
-        }
-        Err(error) => return Err(error),
-    }
+    };
+    live.write(|state| match &work {
+        Work::Queued(_) => state.recorder.queued(),
+        _ => state.recorder.begin(),
+    });
+    // From here on it is ended by its task alone, even if who asked goes away now.
+    let tether = Tether::with_successors(live.clone());
+    let (told, started) = oneshot::channel();
+    tokio::spawn(live_through(server.clone(), live.clone(), work, told));
+    // A dropped sender means that it is over already.
+    let _ = started.await;
+    tether.let_go();
     Ok(live)
+}
+
+/// What a response's task begins with.
+enum Work {
+    /// A turn that runs.
+    Running(Running),
+    /// A turn that waits for its place.
+    Queued(Turn),
+    /// Nothing: it ends so.
+    Done(Ending, Option<Usage>),
+}
+
+/// A response's task, from its creation to its end.
+async fn live_through(server: Arc<Server>, live: Arc<Live>, work: Work, told: oneshot::Sender<()>) {
+    server.responses.started(&live).await;
+    // Who asked may be gone.
+    let _ = told.send(());
+    let (ending, usage) = match work {
+        Work::Running(running) => return drive(server, live, running).await,
+        Work::Done(ending, usage) => (ending, usage),
+        Work::Queued(turn) => return drive_queued(server, live, turn).await,
+    };
+    end(&server, &live, ending, usage).await;
+    live.close();
 }
 
 fn response(id: String, ask: &Ask) -> Response {
@@ -244,13 +267,13 @@ fn write(live: &Live, delta: &Delta, logprobs: &mut Logprobs) {
 struct Logprobs {
     /// Absent if nobody asked for them.
     text: Option<Text>,
-    waiting: Vec<Value>,
+    waiting: VecDeque<Value>,
 }
 
 impl Logprobs {
     fn of(server: &Server, live: &Live) -> Self {
         let text = live.ask.settings.logprobs.then(|| server.generator.text().clone());
-        Self { text, waiting: Vec::new() }
+        Self { text, waiting: VecDeque::new() }
     }
 
     fn hear(&mut self, delta: &Delta) {
@@ -265,10 +288,37 @@ impl Logprobs {
         }
     }
 
-    /// Those of the text; tokens of reasoning and of calls are not reported.
+    /// Those of a piece that is text. Those of reasoning, of calls and of markup are not reported.
     fn of_piece(&mut self, piece: &Piece) -> Vec<Value> {
-        let waiting = std::mem::take(&mut self.waiting);
-        if matches!(piece, Piece::Text(_)) { waiting } else { Vec::new() }
+        match piece {
+            _ if self.waiting.is_empty() => Vec::new(),
+            Piece::Text(said) => self.take(said),
+            Piece::Reasoning(said) => {
+                self.take(said);
+                Vec::new()
+            }
+            Piece::CallBegin { .. } | Piece::CallInput(_) | Piece::CallEnd => Vec::new(),
+        }
+    }
+
+    /// Takes the tokens that `said` is made of; what stands before them was markup.
+    fn take(&mut self, said: &str) -> Vec<Value> {
+        let mut raw = Vec::new();
+        let mut begins = Vec::with_capacity(self.waiting.len());
+        for token in &self.waiting {
+            begins.push(raw.len());
+            let bytes = token["bytes"].as_array().into_iter().flatten().filter_map(Value::as_u64);
+            raw.extend(bytes.filter_map(|byte| u8::try_from(byte).ok()));
+        }
+        let windows = raw.windows(said.len().max(1));
+        let Some(begin) = windows.enumerate().find(|(_, part)| *part == said.as_bytes()).map(|(at, _)| at)
+        else {
+            return Vec::new();
+        };
+        let end = begin + said.len();
+        let before = begins.iter().take_while(|&&at| at < begin).count();
+        let until = begins.iter().take_while(|&&at| at < end).count();
+        self.waiting.drain(..until).skip(before).collect()
     }
 }
 
@@ -319,6 +369,7 @@ async fn succeed(server: &Arc<Server>, live: &Arc<Live>, steers: Vec<Steer>) {
         previous: live.link(),
         input: steers.iter().flat_map(|steer| steer.items.iter().cloned()).collect(),
         stream_id: live.ask.stream_id.clone(),
+        steered: true,
         arrived: Instant::now(),
     };
     let id = live.state().steers.successor_id.clone();

@@ -258,13 +258,18 @@ impl Connection {
             let mut reader = live.read_from(0);
             let mut events = Vec::new();
             while reader.read(&mut events).await {
-                for event in events.drain(..) {
-                    self.send(event).await;
-                }
+                self.send_all(&mut events).await;
             }
             tether.let_go();
             self.running.fetch_sub(1, Ordering::Relaxed);
-            live.write(|state| state.recorder.forget_events());
+            reader.read_last(&mut events);
+            while !events.is_empty() {
+                self.send_all(&mut events).await;
+                reader.read_last(&mut events);
+            }
+            if !live.is_kept() {
+                live.write(|state| state.recorder.forget_events());
+            }
             if live.link().is_none()
                 && let Some(id) = previous
             {
@@ -310,8 +315,8 @@ impl Connection {
         };
         let unread = live.write(|state| {
             state.recorder.note(KIND, &refusal.fields());
-            // Who reads a running response reads this too.
-            state.is_closed().then(|| state.recorder.events_from(0).last().cloned()).flatten()
+            // Else it is sent with the others.
+            state.is_sent().then(|| state.recorder.events_from(0).last().cloned()).flatten()
         });
         if let Some(event) = unread {
             self.send(event).await;
@@ -368,6 +373,12 @@ impl Connection {
     fn evict(&self, id: &str) {
         let waits = |live: &Live| !live.state().steers.is_empty();
         self.kept().lives.retain(|live| live.id != id || waits(live));
+    }
+
+    async fn send_all(&self, events: &mut Vec<Event>) {
+        for event in events.drain(..) {
+            self.send(event).await;
+        }
     }
 
     async fn send(&self, event: Event) {

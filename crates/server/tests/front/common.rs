@@ -184,17 +184,22 @@ pub fn start_with(config: ServerConfig, engine: EngineConfig, manner: Manner, in
 
 /// A server whose model gives these answers, one after the other, and may reason and call tools.
 pub fn start_agent(answers: &[&str]) -> Fixture {
-    start_answering(ServerConfig::new(MODEL), answers, AGENT_TEMPLATE)
+    start_answering(ServerConfig::new(MODEL), answers, Duration::ZERO, AGENT_TEMPLATE)
+}
+
+/// The same, with steps that take a while.
+pub fn start_slow_agent(answers: &[&str], step: Duration) -> Fixture {
+    start_answering(ServerConfig::new(MODEL), answers, step, AGENT_TEMPLATE)
 }
 
 /// A server whose model would say this, and calls tools.
 pub fn start_caller(config: ServerConfig, answer: &str) -> Fixture {
-    start_answering(config, &[answer], CALLING_TEMPLATE)
+    start_answering(config, &[answer], Duration::ZERO, CALLING_TEMPLATE)
 }
 
-fn start_answering(config: ServerConfig, answers: &[&str], template: &str) -> Fixture {
+fn start_answering(config: ServerConfig, answers: &[&str], step: Duration, template: &str) -> Fixture {
     let answers = answers.iter().map(|&answer| answer.to_owned()).collect();
-    let manner = Manner { answers, ..Manner::default() };
+    let manner = Manner { answers, step, ..Manner::default() };
     let engine = EngineConfig { max_context: 4096, ..engine_config() };
     start_text(config, engine, manner, text_with(true, template))
 }

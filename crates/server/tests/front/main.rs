@@ -3,9 +3,13 @@
 mod common;
 mod connections;
 mod generation;
+mod legal;
 mod messages;
 mod models;
 mod refusals;
+mod responses;
+mod sockets;
+mod steering;
 mod stored;
 mod structured;
 mod tools;

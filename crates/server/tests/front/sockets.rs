@@ -1,0 +1,284 @@
+//! WebSocket on `GET /v1/responses`: prewarming, chains, lanes, interruption, errors.
+
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use rudder_server::serve;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
+
+use crate::common::{Fixture, MODEL, start_agent, start_slow_agent};
+use crate::legal::Order;
+
+/// A server on a port of its own.
+pub struct Listening {
+    pub fixture: Fixture,
+    pub address: String,
+    _shutdown: oneshot::Sender<()>,
+}
+
+pub async fn listen(fixture: Fixture) -> Listening {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("ws://{}/v1/responses", listener.local_addr().unwrap());
+    let (shutdown, ended) = oneshot::channel::<()>();
+    let server = fixture.server.clone();
+    tokio::spawn(serve(listener, server, async {
+        let _ = ended.await;
+    }));
+    Listening { fixture, address, _shutdown: shutdown }
+}
+
+/// A client.
+pub struct Socket(WebSocketStream<MaybeTlsStream<tokio::net::TcpStream>>);
+
+impl Listening {
+    pub async fn connect(&self) -> Socket {
+        Socket(connect_async(&self.address).await.unwrap().0)
+    }
+}
+
+impl Socket {
+    pub async fn send(&mut self, event: Value) {
+        self.0.send(Message::text(event.to_string())).await.unwrap();
+    }
+
+    /// Sends a `response.create` with these fields besides.
+    pub async fn create(&mut self, more: Value) {
+        let mut event = json!({"type": "response.create", "model": MODEL, "store": false, "temperature": 0});
+        event.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        self.send(event).await;
+    }
+
+    /// The next event.
+    pub async fn next(&mut self) -> Value {
+        loop {
+            let message =
+                tokio::time::timeout(Duration::from_secs(20), self.0.next()).await.expect("silence");
+            match message.expect("open").unwrap() {
+                Message::Text(text) => return serde_json::from_str(&text).unwrap(),
+                Message::Ping(_) | Message::Pong(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Whether nothing comes for a while.
+    pub async fn is_silent(&mut self) -> bool {
+        tokio::time::timeout(Duration::from_millis(100), self.0.next()).await.is_err()
+    }
+
+    /// Reads one response to its end.
+    pub async fn response(&mut self) -> Value {
+        let mut order = Order::default();
+        while !order.ended() {
+            order.take(&self.next().await);
+        }
+        order.response
+    }
+
+    /// Reads up to an event of a type.
+    pub async fn until(&mut self, kind: &str, order: &mut Order) -> Value {
+        loop {
+            let event = self.next().await;
+            order.take(&event);
+            if event["type"] == kind {
+                return event;
+            }
+        }
+    }
+}
+
+pub fn text(response: &Value) -> &str {
+    response["output"][0]["content"][0]["text"].as_str().unwrap()
+}
+
+#[tokio::test]
+async fn codex_prewarms_and_goes_on_from_there() {
+    let server = listen(start_agent(&["ignored", "Hello."])).await;
+    let mut socket = server.connect().await;
+    // Without a word to read, and with some.
+    socket.create(json!({"generate": false, "stream": true, "input": []})).await;
+    let empty = socket.response().await;
+    assert_eq!((&empty["status"], &empty["output"]), (&json!("completed"), &json!([])));
+    let rules =
+        json!([{"role": "developer", "content": "rules that fill some blocks of the cache, and more"}]);
+    socket.create(json!({"generate": false, "input": rules, "previous_response_id": empty["id"]})).await;
+    let warm = socket.response().await;
+    assert_eq!((&warm["status"], &warm["output"]), (&json!("completed"), &json!([])));
+    assert_eq!(warm["usage"]["output_tokens"], 0);
+    socket.create(json!({"previous_response_id": warm["id"], "input": "hi"})).await;
+    let response = socket.response().await;
+    assert_eq!(text(&response), "Hello.");
+    assert!(response["usage"]["input_tokens_details"]["cached_tokens"].as_u64().unwrap() >= 32, "{response}");
+}
+
+#[tokio::test]
+async fn tools_may_come_as_an_item() {
+    let call = "<tool_call>\n{\"name\": \"exec\", \"arguments\": {}}\n</tool_call>";
+    let server = listen(start_agent(&[call, "Done."])).await;
+    let mut socket = server.connect().await;
+    let tools = json!([{"type": "namespace", "name": "functions", "description": "", "tools": [
+        {"type": "function", "name": "exec", "parameters": {"type": "object"}}]}]);
+    let added = json!({"type": "additional_tools", "id": "at_1", "role": "developer", "tools": tools});
+    socket.create(json!({"input": [added, {"role": "user", "content": "go"}]})).await;
+    let response = socket.response().await;
+    let call = &response["output"][0];
+    assert_eq!((&call["name"], &call["namespace"]), (&json!("exec"), &json!("functions")));
+    let result = json!([{"type": "function_call_output", "call_id": call["call_id"], "output": "ok"}]);
+    socket.create(json!({"previous_response_id": response["id"], "input": result})).await;
+    assert_eq!(text(&socket.response().await), "Done.");
+}
+
+#[tokio::test]
+async fn unstored_responses_belong_to_their_connection() {
+    let server = listen(start_agent(&["One.", "Two."])).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let first = socket.response().await;
+    let mut other = server.connect().await;
+    other.create(json!({"input": "y", "previous_response_id": first["id"]})).await;
+    let error = other.next().await;
+    assert_eq!((&error["type"], &error["status"]), (&json!("error"), &json!(400)));
+    assert_eq!(error["error"]["code"], "previous_response_not_found");
+    // The connection stays open.
+    other.create(json!({"input": "y"})).await;
+    assert_eq!(text(&other.response().await), "Two.");
+}
+
+#[tokio::test]
+async fn a_failed_continuation_forgets_what_it_continued() {
+    let server = listen(start_agent(&["One."])).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let first = socket.response().await;
+    let stray = json!([{"type": "function_call_output", "call_id": "call_gone", "output": "x"}]);
+    socket.create(json!({"input": stray, "previous_response_id": first["id"]})).await;
+    assert_eq!(socket.next().await["error"]["param"], "input[0].call_id");
+    socket.create(json!({"input": "y", "previous_response_id": first["id"]})).await;
+    assert_eq!(socket.next().await["error"]["code"], "previous_response_not_found");
+}
+
+#[tokio::test]
+async fn a_lane_keeps_its_order_and_lanes_run_side_by_side() {
+    let fixture = crate::common::start_in(crate::common::Manner {
+        step: Duration::from_millis(1),
+        ..Default::default()
+    });
+    let server = listen(fixture).await;
+    let mut socket = server.connect().await;
+    let lanes = [Some("a"), Some("b"), None];
+    for lane in lanes.iter().cycle().take(6) {
+        let mut fields = json!({"input": "x", "max_output_tokens": 40, "ignore_eos": true});
+        if let Some(lane) = lane {
+            fields["stream_id"] = json!(lane);
+        }
+        socket.create(fields).await;
+    }
+    let mut running: Vec<(Option<String>, Order)> = Vec::new();
+    let (mut ended, mut most) = (0, 0);
+    while ended < 6 {
+        let event = socket.next().await;
+        let lane = event.get("stream_id").map(|lane| lane.as_str().unwrap().to_owned());
+        if event["type"] == "response.created" {
+            assert!(running.iter().all(|(other, _)| *other != lane), "one at a time on a lane");
+            running.push((lane.clone(), Order::on(lane.as_deref())));
+        }
+        most = most.max(running.len());
+        let at = running.iter().position(|(other, _)| *other == lane).unwrap();
+        running[at].1.take(&event);
+        if running[at].1.ended() {
+            running.remove(at);
+            ended += 1;
+        }
+    }
+    assert_eq!(most, 3);
+}
+
+#[tokio::test]
+async fn an_interrupted_response_drops_what_is_unfinished_and_is_gone_on_from() {
+    let answer = format!("<think>brief</think>{}", "long ".repeat(200));
+    let server = listen(start_slow_agent(&[&answer, "Right."], Duration::from_millis(1))).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "a question that fills a block or two of the cache"})).await;
+    let mut order = Order::default();
+    for _ in 0..4 {
+        socket.until("response.output_text.delta", &mut order).await;
+    }
+    let id = order.response["id"].clone();
+    socket
+        .send(json!({"type": "response.interrupt", "response_id": id, "mode": "discard_partial_items"}))
+        .await;
+    socket.until("response.incomplete", &mut order).await;
+    assert_eq!(order.response["incomplete_details"], json!({"reason": "interrupted"}));
+    let output = order.response["output"].as_array().unwrap();
+    assert_eq!((output.len(), &output[0]["type"]), (1, &json!("reasoning")));
+    assert!(order.response["usage"]["output_tokens"].as_u64().unwrap() < 200);
+    // Again, too late: nothing comes.
+    socket
+        .send(json!({"type": "response.interrupt", "response_id": id, "mode": "discard_partial_items"}))
+        .await;
+    assert!(socket.is_silent().await);
+    socket.create(json!({"input": "shorter", "previous_response_id": id})).await;
+    let response = socket.response().await;
+    assert_eq!(text(&response), "Right.");
+    assert!(response["usage"]["input_tokens_details"]["cached_tokens"].as_u64().unwrap() >= 32);
+    server.fixture.idle().await;
+}
+
+#[tokio::test]
+async fn a_response_can_be_cancelled() {
+    let server = listen(start_slow_agent(&[&"long ".repeat(200)], Duration::from_millis(1))).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let mut order = Order::default();
+    socket.until("response.output_text.delta", &mut order).await;
+    socket.send(json!({"type": "response.cancel", "response_id": order.response["id"]})).await;
+    socket.until("response.incomplete", &mut order).await;
+    assert_eq!(order.response["status"], "cancelled");
+    server.fixture.idle().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_closes_ends_what_runs_on_it() {
+    let server = listen(start_slow_agent(&[&"long ".repeat(500)], Duration::from_millis(2))).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let mut order = Order::default();
+    socket.until("response.output_text.delta", &mut order).await;
+    drop(socket);
+    let stats = server.fixture.idle().await;
+    assert!(stats.generation_tokens < 1000, "{stats:?}");
+}
+
+#[tokio::test]
+async fn errors_are_events_and_the_connection_stays_open() {
+    let server = listen(start_agent(&["Fine."])).await;
+    let mut socket = server.connect().await;
+    for (event, param) in [
+        (json!({"type": "response.dance"}), json!("type")),
+        (json!({"input": "x"}), Value::Null),
+        (json!({"type": "response.create", "input": "x"}), json!("model")),
+        (
+            json!({"type": "response.create", "model": MODEL, "input": "x", "background": true}),
+            json!("background"),
+        ),
+        (
+            json!({"type": "response.create", "model": MODEL, "input": [{"role": "judge", "content": ""}], "stream_id": "a"}),
+            json!("input[0].role"),
+        ),
+        (json!({"type": "response.interrupt", "response_id": "resp_gone"}), json!("response_id")),
+        (json!({"type": "response.cancel"}), json!("response_id")),
+    ] {
+        let lane = event.get("stream_id").cloned();
+        socket.send(event.clone()).await;
+        let error = socket.next().await;
+        assert_eq!((&error["type"], &error["error"]["param"]), (&json!("error"), &param), "{event}");
+        assert_eq!(error.get("stream_id").cloned(), lane);
+        assert_eq!(error["status"], 400);
+    }
+    socket.create(json!({"input": "x"})).await;
+    assert_eq!(text(&socket.response().await), "Fine.");
+}

@@ -1,0 +1,271 @@
+//! Steering: accepted, applied at a safe boundary, its successor's events and cache, pending, failed.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::common::{start_agent, start_slow_agent};
+use crate::legal::{self, Order};
+use crate::sockets::{Socket, listen, text};
+
+const STEP: Duration = Duration::from_millis(1);
+const CORRECTION: &str = "No: the other one.";
+const BLOCK: u64 = 16;
+
+async fn steer(socket: &mut Socket, id: &Value, input: Value) {
+    socket.send(json!({"type": "response.steer", "previous_response_id": id, "input": input})).await;
+}
+
+/// Prompt tokens that were computed.
+fn prefilled(response: &Value) -> u64 {
+    let usage = &response["usage"];
+    usage["input_tokens"].as_u64().unwrap() - usage["input_tokens_details"]["cached_tokens"].as_u64().unwrap()
+}
+
+#[tokio::test]
+async fn a_correction_lands_at_any_token_and_is_prefilled_alone() {
+    let long = "one two three four five six seven eight nine ten eleven twelve".repeat(10);
+    for after in (0..24).chain([40, 100]) {
+        let server = listen(start_slow_agent(&[&long, "Very well."], STEP)).await;
+        let mut socket = server.connect().await;
+        socket
+            .create(json!({"input": "count for me, please, and as far as you can", "metadata": {"k": "v"}}))
+            .await;
+        let mut first = Order::default();
+        for _ in 0..after {
+            socket.until("response.output_text.delta", &mut first).await;
+        }
+        if after == 0 {
+            socket.until("response.in_progress", &mut first).await;
+        }
+        let id = first.response["id"].clone();
+        steer(&mut socket, &id, json!(CORRECTION)).await;
+        let accepted = socket.until("response.steer.accepted", &mut first).await;
+        assert_eq!(accepted["steer"]["previous_response_id"], id);
+        socket.until("response.incomplete", &mut first).await;
+        assert_eq!(first.response["incomplete_details"], json!({"reason": "steered"}));
+        let said = first.text();
+        assert!(long.starts_with(&said) && said.len() < long.len(), "{after}: {said:?}");
+
+        let second = socket.response().await;
+        assert_eq!((&second["status"], &second["previous_response_id"]), (&json!("completed"), &id));
+        assert_eq!((&second["metadata"], &second["temperature"]), (&json!({"k": "v"}), &json!(0.0)));
+        assert_eq!(text(&second), "Very well.");
+        // What the template puts around it: 3 marks and the names of the roles.
+        let correction = (CORRECTION.len() + "\n\nuser\n\nassistant\n".len() + 4) as u64;
+        let new = prefilled(&second);
+        assert!(new <= correction + BLOCK || after == 0, "{after}: {new} prefilled for {correction}");
+        server.fixture.idle().await;
+    }
+}
+
+#[tokio::test]
+async fn a_call_is_finished_first_and_its_result_is_owed() {
+    let call = "Let me see.<tool_call>\n{\"name\": \"read\", \"arguments\": {\"path\": \"some/long/path/to/a/file\"}}\n</tool_call>";
+    let answer = format!("{call}{}", " and so on".repeat(100));
+    let server = listen(start_slow_agent(&[&answer, "I see."], STEP)).await;
+    let tools = json!([{"type": "function", "name": "read", "parameters": {"type": "object"}}]);
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x", "tools": tools, "stream_id": "lane"})).await;
+    let mut order = Order::on(Some("lane"));
+    socket.until("response.function_call_arguments.delta", &mut order).await;
+    let id = order.response["id"].clone();
+    steer(&mut socket, &id, json!("first")).await;
+    steer(&mut socket, &id, json!([{"role": "user", "content": "second"}])).await;
+    socket.until("response.completed", &mut order).await;
+    let call = order.response["output"][1].clone();
+    assert_eq!(call["arguments"], "{\"path\": \"some/long/path/to/a/file\"}");
+    assert_eq!(order.response["output"].as_array().unwrap().len(), 2, "it ends with its call");
+    let owed = json!([{"type": "function_call_output", "call_id": call["call_id"], "name": "read"}]);
+    for _ in 0..2 {
+        let pending = socket.until("response.steer.pending", &mut order).await;
+        assert_eq!(
+            (&pending["reason"], &pending["required_input"]),
+            (&json!("waiting_for_required_input"), &owed)
+        );
+    }
+
+    // Without what is owed it does not go on, and may be tried again.
+    socket.create(json!({"previous_response_id": id, "input": "well?", "stream_id": "lane"})).await;
+    assert_eq!(socket.next().await["error"]["param"], "input");
+    let mut result = owed[0].clone();
+    result["output"] = json!("contents");
+    let resumed = json!({"previous_response_id": id, "input": [result], "stream_id": "lane", "tools": tools});
+    socket.create(resumed).await;
+    let mut next = Order::on(Some("lane"));
+    socket.until("response.completed", &mut next).await;
+    assert_eq!(text(&next.response), "I see.");
+    let correction = "second".len() + "first".len() + "contents".len();
+    assert!(prefilled(&next.response) <= (correction + 90) as u64 + BLOCK, "{}", next.response["usage"]);
+    server.fixture.idle().await;
+}
+
+#[tokio::test]
+async fn corrections_before_the_first_token_are_joined_or_given_back_in_order() {
+    let server = listen(start_slow_agent(&["Very well."], Duration::from_millis(30))).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let mut first = Order::default();
+    socket.until("response.in_progress", &mut first).await;
+    let id = first.response["id"].clone();
+    for word in ["a", "b", "c"] {
+        steer(&mut socket, &id, json!(word)).await;
+    }
+    let (mut accepted, mut failed, mut second) = (0, 0, Order::default());
+    while !second.ended() {
+        let event = socket.next().await;
+        let of_first = event["steer"].is_object() || !first.ended();
+        let order = if of_first { &mut first } else { &mut second };
+        order.take(&event);
+        accepted += u32::from(event["type"] == "response.steer.accepted");
+        failed += u32::from(event["type"] == "response.steer.failed");
+    }
+    assert!(accepted > 0 && accepted + failed == 3);
+    assert_eq!((&second.response["previous_response_id"], text(&second.response)), (&id, "Very well."));
+    // And the successor can be gone on from.
+    socket.create(json!({"input": "and?", "previous_response_id": second.response["id"]})).await;
+    let third = socket.response().await;
+    assert!(third["usage"]["input_tokens"].as_u64() > second.response["usage"]["input_tokens"].as_u64());
+}
+
+#[tokio::test]
+async fn what_cannot_be_steered_gives_its_input_back() {
+    let server = listen(start_slow_agent(&["Hello."], STEP)).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let done = socket.response().await["id"].clone();
+    let image = json!([{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]);
+    for (id, input, code) in [
+        (&json!("resp_gone"), json!("a"), "response_not_found"),
+        (&done, json!([{"type": "message", "role": "user", "content": "b"}]), "response_already_completed"),
+        (&done, image, "invalid_input"),
+        (&done, json!(""), "invalid_input"),
+    ] {
+        steer(&mut socket, id, input.clone()).await;
+        let failed = socket.next().await;
+        assert_eq!(failed["type"], "response.steer.failed");
+        assert_eq!(
+            (&failed["error"]["code"], &failed["error"]["type"]),
+            (&json!(code), &json!("invalid_request_error"))
+        );
+        assert_eq!(failed["steer"], json!({"previous_response_id": id, "input": input}));
+        assert!(failed["sequence_number"].is_u64());
+    }
+}
+
+#[tokio::test]
+async fn too_many_corrections_are_refused_and_an_interrupt_gives_back_those_that_wait() {
+    let call = "<tool_call>\n{\"name\": \"read\", \"arguments\": {\"path\": \"";
+    let answer = format!("{call}{}", "x".repeat(2000));
+    let server = listen(start_slow_agent(&[&answer], STEP)).await;
+    let mut socket = server.connect().await;
+    let tools = json!([{"type": "function", "name": "read", "parameters": {"type": "object"}}]);
+    socket.create(json!({"input": "x", "tools": tools})).await;
+    let mut order = Order::default();
+    socket.until("response.function_call_arguments.delta", &mut order).await;
+    let id = order.response["id"].clone();
+    for _ in 0..17 {
+        steer(&mut socket, &id, json!("more")).await;
+    }
+    let mut accepted = 0;
+    let refused = loop {
+        let event = socket.next().await;
+        if event["type"] == "response.steer.failed" {
+            break event;
+        }
+        accepted += u32::from(event["type"] == "response.steer.accepted");
+    };
+    assert_eq!((accepted, &refused["error"]["code"]), (16, &json!("too_many_pending_steers")));
+    assert!(refused["steer"].get("id").is_none());
+    socket.send(json!({"type": "response.interrupt", "response_id": id})).await;
+    let mut failed = 0;
+    while failed < 16 {
+        let event = socket.next().await;
+        if event["type"] == "response.steer.failed" {
+            assert_eq!(
+                (&event["error"]["code"], &event["steer"]["input"]),
+                (&json!("response_not_active"), &json!("more"))
+            );
+            assert!(event["steer"]["id"].as_str().unwrap().starts_with("steer_"));
+            failed += 1;
+        }
+    }
+    server.fixture.idle().await;
+}
+
+#[tokio::test]
+async fn a_successor_that_cannot_be_made_gives_the_input_back() {
+    let server = listen(start_slow_agent(&[&"long ".repeat(500)], STEP)).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let mut order = Order::default();
+    socket.until("response.output_text.delta", &mut order).await;
+    let input = "word ".repeat(2000);
+    steer(&mut socket, &order.response["id"].clone(), json!(input)).await;
+    socket.until("response.incomplete", &mut order).await;
+    let failed = socket.until("response.steer.failed", &mut order).await;
+    assert_eq!(failed["error"]["code"], "successor_creation_failed");
+    assert_eq!(failed["steer"]["input"], json!(input));
+}
+
+#[tokio::test]
+async fn over_http_a_correction_is_posted_and_its_successor_streamed() {
+    let server = listen(start_slow_agent(&[&"long ".repeat(300), "Very well."], STEP)).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let mut first = Order::default();
+    socket.until("response.output_text.delta", &mut first).await;
+    let id = first.response["id"].as_str().unwrap().to_owned();
+    let path = format!("/v1/responses/{id}/steer");
+    let answer = server.fixture.post(&path, &json!({"input": CORRECTION})).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let accepted = answer.json();
+    assert_eq!(
+        (&accepted["type"], &accepted["steer"]["previous_response_id"]),
+        (&json!("response.steer.accepted"), &json!(id))
+    );
+    socket.until("response.incomplete", &mut first).await;
+    let second = socket.response().await;
+    assert_eq!((&second["id"], text(&second)), (&accepted["successor_id"], "Very well."));
+
+    let late = server.fixture.post(&path, &json!({"input": "too late"})).await;
+    assert_eq!((late.status.as_u16(), &late.json()["error"]["code"]), (409, &json!("response_not_active")));
+    let gone = server.fixture.post("/v1/responses/resp_gone/steer", &json!({"input": "x"})).await;
+    assert_eq!((gone.status.as_u16(), &gone.json()["error"]["code"]), (404, &json!("response_not_found")));
+}
+
+#[tokio::test]
+async fn over_http_the_successor_may_be_streamed_by_the_one_who_steers() {
+    let server = listen(start_slow_agent(&[&"long ".repeat(300), "Very well."], STEP)).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let mut first = Order::default();
+    socket.until("response.output_text.delta", &mut first).await;
+    let path = format!("/v1/responses/{}/steer", first.response["id"].as_str().unwrap());
+    let answer = server.fixture.post(&path, &json!({"input": CORRECTION, "stream": true})).await;
+    let text = answer.text();
+    let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
+    let events: Vec<Value> = data.map(|data| serde_json::from_str(data).unwrap()).collect();
+    assert_eq!(events[0]["type"], "response.steer.accepted");
+    assert_eq!(legal::check(&events[1..])["output"][0]["content"][0]["text"], "Very well.");
+}
+
+#[tokio::test]
+async fn a_conversation_goes_on_after_many_corrections() {
+    let answers =
+        ["first answer, which goes on and on and on and on", "second answer, which goes on too", "Done."];
+    let server = listen(start_agent(&answers)).await;
+    let mut socket = server.connect().await;
+    let mut id = Value::Null;
+    for turn in 0..6 {
+        let mut fields = json!({"input": format!("turn {turn}")});
+        if !id.is_null() {
+            fields["previous_response_id"] = id;
+        }
+        socket.create(fields).await;
+        let response = socket.response().await;
+        assert_eq!(response["status"], "completed");
+        id = response["id"].clone();
+    }
+    server.fixture.idle().await;
+}
