@@ -136,7 +136,7 @@ impl Live {
     ///
     /// # Errors
     /// Why the response cannot be steered, or not so.
-    pub fn steer(&self, steer: Steer) -> Result<Accepted, Refusal> {
+    pub fn steer(&self, steer: Steer) -> Result<Accepted, Box<Refusal>> {
         self.want(|state| state.accept(&self.ask, steer))
     }
 
@@ -217,11 +217,6 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// The response that is followed.
-    pub fn live(&self) -> &Arc<Live> {
-        &self.live
-    }
-
     /// Waits for events and appends all that are there. Returns false when the response is closed and
     /// all was read. Cancel-safe.
     pub async fn read(&mut self, out: &mut Vec<Event>) -> bool {

@@ -55,7 +55,7 @@ pub(crate) async fn start(server: &Arc<Server>, ask: Ask, how: Start) -> Result<
     let response = response(how.id.unwrap_or_else(response_id), &ask);
     let live = Live::new(Arc::new(ask), Recorder::new(response, dressing));
     let work = if live.ask.settings.echo.background {
-        Work::Queued(turn)
+        Work::Queued(Box::new(turn))
     } else if turn.messages.is_empty() {
         // Only what comes later has words to read.
         Work::Done(Ending::Completed, Some(Usage::from(Totals::default())))
@@ -87,7 +87,7 @@ enum Work {
     /// A turn that runs.
     Running(Running),
     /// A turn that waits for its place.
-    Queued(Turn),
+    Queued(Box<Turn>),
     /// Nothing: it ends so.
     Done(Ending, Option<Usage>),
 }
@@ -100,7 +100,7 @@ async fn live_through(server: Arc<Server>, live: Arc<Live>, work: Work, told: on
     let (ending, usage) = match work {
         Work::Running(running) => return drive(server, live, running).await,
         Work::Done(ending, usage) => (ending, usage),
-        Work::Queued(turn) => return drive_queued(server, live, turn).await,
+        Work::Queued(turn) => return drive_queued(server, live, *turn).await,
     };
     end(&server, &live, ending, usage).await;
     live.close();
@@ -335,7 +335,7 @@ async fn end(server: &Server, live: &Arc<Live>, ending: Ending, usage: Option<Us
         let owed = steer::owed(&output);
         if !failed {
             let Ask { previous, input, .. } = &*live.ask;
-            let link = Link::new(live.id.clone(), previous.clone(), input.clone(), output);
+            let link = Link::new(previous.clone(), input.clone(), output);
             state.link = Some(Arc::new(link));
         }
         if continues && !owed.is_empty() {

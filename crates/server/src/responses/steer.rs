@@ -102,16 +102,18 @@ impl Steer {
     ///
     /// # Errors
     /// [`Code::InvalidInput`] with what is wrong.
-    pub fn read(event: &Value) -> Result<Self, Refusal> {
+    pub fn read(event: &Value) -> Result<Self, Box<Refusal>> {
         let text = |key: &str| event.get(key).and_then(Value::as_str).map(str::to_owned);
         let previous_response_id = text("previous_response_id").unwrap_or_default();
         let input = event.get("input").cloned().unwrap_or_else(|| "".into());
-        let refuse = |message: String| Refusal {
-            code: Code::InvalidInput,
-            message,
-            id: None,
-            previous_response_id: previous_response_id.clone(),
-            input: input.clone(),
+        let refuse = |message: String| {
+            Box::new(Refusal {
+                code: Code::InvalidInput,
+                message,
+                id: None,
+                previous_response_id: previous_response_id.clone(),
+                input: input.clone(),
+            })
         };
         if previous_response_id.is_empty() {
             return Err(refuse("previous_response_id must name the response to steer.".into()));
@@ -128,19 +130,19 @@ impl Steer {
     }
 
     /// The refusal of this one, which had its id.
-    pub fn fail(self, code: Code, message: impl Into<String>) -> Refusal {
-        Refusal {
+    pub fn fail(self, code: Code, message: impl Into<String>) -> Box<Refusal> {
+        Box::new(Refusal {
             code,
             message: message.into(),
             id: Some(self.id),
             previous_response_id: self.previous_response_id,
             input: self.input,
-        }
+        })
     }
 
     /// The refusal of this one, whose id the client has not heard of.
-    pub fn refuse(self, code: Code, message: impl Into<String>) -> Refusal {
-        Refusal { id: None, ..self.fail(code, message) }
+    pub fn refuse(self, code: Code, message: impl Into<String>) -> Box<Refusal> {
+        Box::new(Refusal { id: None, ..*self.fail(code, message) })
     }
 
     fn named(&self) -> Value {
@@ -174,7 +176,7 @@ impl Refusal {
 
 impl State {
     /// Takes a correction, or says why not.
-    pub fn accept(&mut self, ask: &Ask, steer: Steer) -> Result<Accepted, Refusal> {
+    pub fn accept(&mut self, ask: &Ask, steer: Steer) -> Result<Accepted, Box<Refusal>> {
         let bytes = steer.input.to_string().len();
         let status = self.recorder.response().status;
         let refused = if status == Status::Completed {

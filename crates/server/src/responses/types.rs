@@ -158,7 +158,6 @@ pub(crate) struct Record {
 /// What a response added to its conversation, and what came before.
 #[derive(Debug)]
 pub(crate) struct Link {
-    pub id: String,
     pub previous: Option<Arc<Link>>,
     pub input: Arc<[Value]>,
     pub output: Vec<Value>,
@@ -167,15 +166,10 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    pub fn new(
-        id: String,
-        previous: Option<Arc<Link>>,
-        input: impl Into<Arc<[Value]>>,
-        output: Vec<Value>,
-    ) -> Self {
+    pub fn new(previous: Option<Arc<Link>>, input: impl Into<Arc<[Value]>>, output: Vec<Value>) -> Self {
         let input = input.into();
         let bytes = input.iter().chain(&output).map(weight).sum();
-        Self { id, previous, input, output, bytes }
+        Self { previous, input, output, bytes }
     }
 
     /// All items up to and with this response's output, oldest first.
@@ -218,8 +212,8 @@ mod tests {
 
     #[test]
     fn a_chain_gives_its_items_oldest_first() {
-        let first = Arc::new(Link::new("a".into(), None, vec![json!(1)], vec![json!(2)]));
-        let second = Arc::new(Link::new("b".into(), Some(first), vec![json!(3)], vec![json!(4)]));
+        let first = Arc::new(Link::new(None, vec![json!(1)], vec![json!(2)]));
+        let second = Arc::new(Link::new(Some(first), vec![json!(3)], vec![json!(4)]));
         let mut items = Vec::new();
         second.items(&mut items);
         assert_eq!(items, [&json!(1), &json!(2), &json!(3), &json!(4)]);
@@ -228,8 +222,8 @@ mod tests {
     #[test]
     fn a_long_chain_is_dropped_without_recursion() {
         let mut last = None;
-        for index in 0..200_000 {
-            last = Some(Arc::new(Link::new(index.to_string(), last, Vec::new(), Vec::new())));
+        for _ in 0..200_000 {
+            last = Some(Arc::new(Link::new(last, Vec::new(), Vec::new())));
         }
         drop(last);
     }

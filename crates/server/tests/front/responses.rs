@@ -279,7 +279,8 @@ async fn a_background_response_runs_without_a_reader() {
     let server = start_slow_agent(&["Hello there."], Duration::from_millis(2));
     let answer = server.post(PATH, &body(json!({"background": true}))).await;
     let response = answer.json();
-    assert_eq!((&response["status"], &response["background"]), (&json!("queued"), &json!(true)));
+    assert_eq!(response["background"], true);
+    assert!(matches!(response["status"].as_str(), Some("queued" | "in_progress")), "{response}");
     let goes_on = body(json!({"previous_response_id": response["id"], "input": "and?"}));
     let mut next = server.post(PATH, &goes_on).await;
     while next.status == 400 {
@@ -327,7 +328,7 @@ async fn what_is_wrong_is_named() {
         (body(json!({"tool_choice": "required"})), "tool_choice", ""),
         (body(json!({"max_output_tokens": 0})), "max_output_tokens", ""),
         (body(json!({"top_logprobs": 21})), "top_logprobs", ""),
-        (body(json!({"temperature": 3})), "temperature", ""),
+        (body(json!({"temperature": -1})), "temperature", ""),
         (body(json!({"truncation": "some"})), "truncation", ""),
         (body(json!({"metadata": {"k": 1}})), "metadata", ""),
         (body(json!({"text": {"format": {"type": "json_schema"}}})), "text.format.schema", ""),

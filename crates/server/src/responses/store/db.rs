@@ -199,13 +199,13 @@ impl Db {
             if !ended_well || !seen.insert(id.clone()) {
                 return Ok(History::Missing);
             }
-            links.push((id, input, output));
+            links.push((input, output));
             next = previous;
         }
         self.touch(Some(id), now)?;
         let mut last = None;
-        for (id, input, output) in links.into_iter().rev() {
-            last = Some(Arc::new(Link::new(id, last, input, output)));
+        for (input, output) in links.into_iter().rev() {
+            last = Some(Arc::new(Link::new(last, input, output)));
         }
         Ok(last.map_or(History::Missing, History::Found))
     }
