@@ -189,12 +189,7 @@ impl TextSource {
     }
 
     /// A token that a merge names is merged, whatever kind the file calls it.
-    fn admit_merged_specials(
-        &self,
-        merges: &[(String, String)],
-        vocab: &Vocab,
-        mergeable: &mut BpeVocab,
-    ) {
+    fn admit_merged_specials(&self, merges: &[(String, String)], vocab: &Vocab, mergeable: &mut BpeVocab) {
         let mut whole = String::new();
         for (left, right) in merges {
             whole.clear();
