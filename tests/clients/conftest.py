@@ -118,7 +118,8 @@ class Workspace:
             "HTTPS_PROXY": "http://127.0.0.1:9",
             "NO_PROXY": "127.0.0.1,localhost",
         }
-        for line in ("init -q .", "config user.name Tester", "config user.email tester@example.com", "commit -q --allow-empty -m Start"):
+        who = ("config user.name Tester", "config user.email tester@example.com")
+        for line in ("init -q .", *who, "commit -q --allow-empty -m Start"):
             subprocess.run(["git", *line.split()], cwd=self.repo, env=self.environment, check=True)
 
     def run(self, argv, seconds=600, **environment):

@@ -97,7 +97,8 @@ class Speaker:
 
     def stream(self, **body):
         """A streamed response and its events."""
-        with self._server.http.stream("POST", "/v1/responses", json={"model": self._server.model, "stream": True} | body) as answer:
+        body = {"model": self._server.model, "stream": True} | body
+        with self._server.http.stream("POST", "/v1/responses", json=body) as answer:
             data = [line[5:].strip() for line in answer.iter_lines() if line.startswith("data:")]
         assert answer.status_code == 200
         events = [json.loads(text) for text in data if text != "[DONE]"]

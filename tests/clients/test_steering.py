@@ -146,7 +146,8 @@ def test_codex_interrupts_its_turn_and_the_correction_alone_is_prefilled(client,
     after = server.wait_idle()
     prompted, found = (after[name] - before[name] for name in ("rudder_prompt_tokens_total", "rudder_prefix_cache_hits_total"))
     assert prompted - found == sum(prefilled(response) for response in ends[ends.index(corrected) :])
-    print(f"steered: {prefilled(corrected)} tokens prefilled for a correction of {length}, {time.monotonic() - steered:.1f} s to the end")
+    seconds = time.monotonic() - steered
+    print(f"steered: {prefilled(corrected)} tokens prefilled for a correction of {length}, {seconds:.1f} s to the end")
 
 
 @pytest.mark.parametrize("way", ["websocket", "http"])
@@ -203,7 +204,8 @@ class Session:
     async def run(self, steers):
         """Steers so many times, starting anew whenever a response ended on its own."""
         while self.steered < steers:
-            await self._send({"type": "response.create", "model": self._model, "input": TASK, "store": False, "max_output_tokens": 120})
+            body = {"model": self._model, "input": TASK, "store": False, "max_output_tokens": 120}
+            await self._send({"type": "response.create"} | body)
             await self._follow(steers)
 
     async def _follow(self, steers):
