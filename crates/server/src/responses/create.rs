@@ -65,11 +65,20 @@ pub(crate) async fn create(
     if streams {
         return Ok(stream::respond(live.read_from(0), tether, server.config.keep_alive));
     }
-    if let Some(tether) = tether {
-        live.ended().await;
-        tether.let_go();
-    }
+    let Some(tether) = tether else { return created_response(&live) };
+    live.ended().await;
+    tether.let_go();
     whole(&live)
+}
+
+/// A background response as its first event shows it, however far it has come.
+fn created_response(live: &Live) -> Result<Response, ApiError> {
+    let first = live.state().recorder.events_from(0).first().cloned();
+    let event = first.and_then(|event| serde_json::from_slice::<Value>(&event.json).ok());
+    match event {
+        Some(mut event) => Ok(Json(event["response"].take()).into_response()),
+        None => whole(live),
+    }
 }
 
 /// The response as it stands; one that failed is an error.
