@@ -49,8 +49,7 @@ impl Asked {
     ) -> Result<Self, ApiError> {
         let arrived = Instant::now();
         let body = body::bytes(body, &server.config)?;
-        let (mut fields, mut common) = request::parse(&body)?;
-        common.model.get_or_insert_with(|| server.config.model.clone());
+        let (mut fields, common) = request::parse(&body)?;
         let conversation = fields.conversation.as_ref().map(Conversation::id);
         let previous = fields.previous_response_id.as_deref();
         let previous = server.responses.context(owner, previous, conversation).await?.link;
@@ -90,7 +89,10 @@ pub(crate) async fn input_tokens(
     Extension(owner): Extension<Owner>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Value>, ApiError> {
-    let ask = Asked::read(&server, owner, body).await?.ask(&server, owner, None)?;
+    let mut asked = Asked::read(&server, owner, body).await?;
+    // To count, any model will do; there is but one.
+    asked.common.model.get_or_insert_with(|| server.config.model.clone());
+    let ask = asked.ask(&server, owner, None)?;
     let turn = ask.prepare(&server.responses.seal)?.turn;
     let tokens = server.count_tokens(turn).await?;
     Ok(Json(json!({"object": "response.input_tokens", "input_tokens": tokens})))
@@ -103,6 +105,9 @@ pub(crate) async fn compact(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let mut asked = Asked::read(&server, owner, body).await?;
+    if asked.common.model.is_none() {
+        return Err(ApiError::missing_model(&server.config.model));
+    }
     let said_by_user =
         |item: &&Value| item["role"] == "user" && item.get("type").is_none_or(|kind| kind == "message");
     let mut output: Vec<Value> = asked.items().into_iter().filter(said_by_user).cloned().map(shown).collect();

@@ -397,6 +397,10 @@ impl Connection {
             Ok(mut body) => event["error"] = body["error"].take(),
             Err(error) => tracing::error!(%error, "an error could not be serialised"),
         }
+        // Here the published schema wants a string, where over HTTP null may stand.
+        if event["error"]["code"].is_null() {
+            event["error"]["code"] = error.kind.into();
+        }
         if let Some(stream_id) = stream_id {
             event["stream_id"] = stream_id.into();
         }

@@ -181,7 +181,7 @@ async fn a_background_response_is_polled_and_outlives_its_stream() {
     let server =
         start_at(None, &[], manner(&["a long answer that takes its time"], Duration::from_millis(4)));
     let queued = posted(&server, RESPONSES, ask("hi", json!({"background": true}))).await;
-    assert_eq!((&queued["status"], &queued["output"]), (&json!("queued"), &json!([])));
+    assert!(["queued", "in_progress"].contains(&queued["status"].as_str().unwrap()), "{queued}");
     let done = ended(&server, id(&queued)).await;
     assert_eq!(
         (done["status"].as_str(), said(&done)),
