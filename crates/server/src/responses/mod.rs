@@ -148,6 +148,14 @@ impl Responses {
         (live.ask.owner == owner && live.ask.settings.echo.store && whole(&live)).then_some(live)
     }
 
+    /// The same, or the successor of one that was steered, of which its client may know the id alone: waits
+    /// for it to be created.
+    pub async fn shown_live(&self, owner: Owner, id: &str) -> Option<Arc<Live>> {
+        let found = self.registry.find(id).await?;
+        let successor = (found.ask.owner == owner && found.ask.steered).then_some(found);
+        successor.or_else(|| self.stored_live(owner, id))
+    }
+
     /// An input or output item that is still known.
     pub fn item(&self, owner: Owner, id: &str) -> Option<Value> {
         self.registry.item(owner, id)

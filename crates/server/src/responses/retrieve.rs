@@ -56,7 +56,7 @@ pub(crate) async fn retrieve(
 ) -> Result<Response, ApiError> {
     let fields = listing::query(query)?;
     let first = fields.first()?;
-    if let Some(live) = server.responses.stored_live(owner, &id) {
+    if let Some(live) = server.responses.shown_live(owner, &id).await {
         return Ok(match fields.streams() {
             true => stream::respond(live.read_from(first), None, server.config.keep_alive),
             false => Json(live.response()).into_response(),

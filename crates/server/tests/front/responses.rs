@@ -40,7 +40,7 @@ async fn whole(server: &Fixture, more: Value) -> Value {
 }
 
 /// Events of a stream, each under its own name.
-fn events(answer: &Answer) -> Vec<Value> {
+pub fn events(answer: &Answer) -> Vec<Value> {
     assert_eq!(answer.headers["content-type"], "text/event-stream");
     let text = answer.text();
     let frames = text.split_terminator("\n\n").filter(|frame| !frame.starts_with(':'));

@@ -222,6 +222,10 @@ async fn over_http_a_correction_is_posted_and_its_successor_streamed() {
     let answer = server.fixture.post(&path, &json!({"input": CORRECTION})).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
     let accepted = answer.json();
+    // Its id is known before it is, and leads to it, although nothing is stored.
+    let successor = format!("/v1/responses/{}?stream=true", accepted["successor_id"].as_str().unwrap());
+    let events = crate::responses::events(&server.fixture.get(&successor).await);
+    assert_eq!(text(&legal::check(&events)), "Very well.");
     assert_eq!(
         (&accepted["type"], &accepted["steer"]["previous_response_id"]),
         (&json!("response.steer.accepted"), &json!(id))
