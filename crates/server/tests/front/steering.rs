@@ -275,3 +275,43 @@ async fn a_conversation_goes_on_after_many_corrections() {
     }
     server.fixture.idle().await;
 }
+
+#[tokio::test]
+async fn in_reasoning_text_or_a_call_the_boundary_is_a_safe_one() {
+    let answer = "<think>hm, two files to read</think>Let me look.\n<tool_call>\n{\"name\": \"read\", \
+        \"arguments\": {\"path\": \"a/path\"}}\n</tool_call> and then on and on";
+    let tools = json!([{"type": "function", "name": "read", "parameters": {"type": "object"}}]);
+    let (mut steered, mut pending) = (0, 0);
+    // From its first word on: events 0 and 1 come before it.
+    for after in (3..60).step_by(3) {
+        let server = listen(start_slow_agent(&[answer, "Very well."], STEP)).await;
+        let mut socket = server.connect().await;
+        socket.create(json!({"input": "x", "tools": tools})).await;
+        let mut order = Order::default();
+        for _ in 0..after {
+            order.take(&socket.next().await);
+        }
+        let id = order.response["id"].clone();
+        steer(&mut socket, &id, json!(CORRECTION)).await;
+        while !order.ended() {
+            order.take(&socket.next().await);
+        }
+        let output = order.response["output"].as_array().unwrap();
+        let calls: Vec<&Value> = output.iter().filter(|item| item["type"] == "function_call").collect();
+        if let [call] = calls[..] {
+            assert_eq!(
+                (&call["status"], &call["arguments"]),
+                (&json!("completed"), &json!("{\"path\": \"a/path\"}"))
+            );
+            assert_eq!(order.response["status"], "completed");
+            socket.until("response.steer.pending", &mut order).await;
+            pending += 1;
+        } else {
+            assert_eq!(order.response["incomplete_details"]["reason"], "steered", "{after}");
+            assert_eq!(text(&socket.response().await), "Very well.");
+            steered += 1;
+        }
+        server.fixture.idle().await;
+    }
+    assert!(steered > 3 && pending > 3, "{steered} steered, {pending} pending");
+}
