@@ -100,15 +100,20 @@ def test_mini_swe_agent_runs_a_call_and_gets_its_result_answered(client, work, s
 
 
 def test_aider_writes_the_file_that_the_model_lists_and_commits_it(client, work, start, tap):
-    # It offers no tools: a file listing in plain text is its call, and at temperature 0 this model can write one.
+    # It offers no tools: a file listing in plain text is its call. A regular expression holds the model to one.
     server = start([])
     line = tap(server)
+    held = {"guided_regex": "hello\\.txt\n```\nhello\n```\n"}
+    settings = [{"name": f"openai/{server.model}", "edit_format": "whole", "extra_params": {"extra_body": held}}]
+    file = work.home / "settings.yml"
+    file.write_text(json.dumps(settings))
     aider = client("aider").file("bin/aider")
     switches = "--yes-always --no-check-update --analytics-disable --no-show-model-warnings --no-gitignore --map-tokens 0"
     command = [aider, "--openai-api-base", f"{line.url}/v1", "--openai-api-key", "none", "--model", f"openai/{server.model}"]
-    result = work.run([*command, *switches.split(), "--edit-format", "whole", "--message", PROMPT])
+    result = work.run([*command, *switches.split(), "--model-settings-file", file, "--message", PROMPT])
     assert result.code == 0, result
     assert work.read("hello.txt") == "hello\n", result
     assert "Applied edit to hello.txt" in result.out and "Commit " in result.out, result
     assert "litellm." not in result.out + result.err, result
     assert finish(line.exchanges()[0]) == ["stop"]
+    assert line.exchanges()[0].json["guided_regex"] == held["guided_regex"]

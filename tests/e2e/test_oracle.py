@@ -1,9 +1,9 @@
 """Greedy tokens against llama.cpp's on the same Q4_K_M file, every one equal or explained.
 
 Both sides round the activations of every quantised product to int8, each in groups and an order of
-its own, so their logits differ: one token's log-probability by some hundredths, at most by 0.2. Where the oracle's two candidates lie closer than
-ROUNDING, that alone may decide; a difference at a wider margin is a fault. After a difference the
-oracle's tokens go on as the prompt, so that one difference hides nothing behind it.
+its own, so their logits differ. Where the oracle's two candidates lie closer than ROUNDING, that alone
+may decide; a difference at a wider margin is a fault. After a difference the oracle's tokens go on as
+the prompt, so that one difference hides nothing behind it.
 """
 
 import json
@@ -11,9 +11,10 @@ import pathlib
 
 import pytest
 
-# Widest margin, in nats, between the oracle's token and ours that rounding may turn over. Two tokens'
-# log-probabilities move independently, so this is below what the largest difference of one would allow.
-ROUNDING = 0.15
+# Widest margin, in nats, between the oracle's token and ours that rounding may turn over. With the same
+# weights and F32 activations (the reference backend), the margins at the differences seen lie 0.02 to 0.12
+# from ours and 0.02 to 0.16 from llama.cpp's, on either side: each side's own rounding, which may add up.
+ROUNDING = 0.25
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "greedy-qwen2.5-coder-0.5b.json"
 
