@@ -1,0 +1,69 @@
+//! A planned step through the model and the sampler.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use rudder_ops::{OpError, SampleRow};
+use rudder_scheduler::{Chunk, Sequence, StepPlan};
+
+use super::StepLoop;
+use super::active::Active;
+
+impl StepLoop {
+    pub(super) fn fill_batch(&mut self, plan: &StepPlan) {
+        self.batch.clear();
+        for &Chunk { id, start, len, outputs } in &plan.chunks {
+            let Some(sequence) = self.scheduler.sequence(id) else { continue };
+            self.batch.push(&sequence.tokens[start..start + len], start, &sequence.blocks, outputs);
+        }
+    }
+
+    /// Runs the model and the sampler over the batch; a panic in either is this step's fault only.
+    pub(super) fn compute(&mut self, plan: &StepPlan) -> Result<(), String> {
+        let (model, batch) = (&mut self.model, &self.batch);
+        guarded(|| model.forward(batch))?;
+        self.await_masks(plan);
+        let mut rows = recycle(std::mem::take(&mut self.rows));
+        for chunk in plan.chunks.iter().filter(|c| c.outputs > 0) {
+            let (Some(sequence), Some(active)) =
+                (self.scheduler.sequence(chunk.id), self.active.get(&chunk.id))
+            else {
+                continue;
+            };
+            let end = chunk.start + chunk.len;
+            rows.extend((end - chunk.outputs..end).map(|at| sample_row(sequence, active, at + 1)));
+        }
+        let (model, sampled, wanted) = (&mut self.model, &mut self.sampled, rows.len());
+        sampled.clear();
+        let outcome = if rows.is_empty() { Ok(()) } else { guarded(|| model.sample(&rows, sampled)) };
+        self.rows = recycle(rows);
+        match outcome {
+            Ok(()) if self.sampled.len() != wanted => Err("the sampler did not answer every row".into()),
+            outcome => outcome,
+        }
+    }
+}
+
+/// What the sampler needs for the token at `position` of a sequence.
+fn sample_row<'a>(sequence: &'a Sequence, active: &'a Active, position: usize) -> SampleRow<'a> {
+    SampleRow {
+        params: &active.submission.request.sampling,
+        counts: active.counts.as_ref(),
+        position: position as u64,
+        mask: active.mask(),
+        forced: if active.is_scoring() { sequence.tokens.get(position).copied() } else { None },
+    }
+}
+
+/// Runs the model, which may fail or panic; the message is fit for the client.
+fn guarded(work: impl FnOnce() -> Result<(), OpError>) -> Result<(), String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(outcome) => outcome.map_err(|error| format!("the model failed: {error}")),
+        Err(_) => Err("the model failed unexpectedly".into()),
+    }
+}
+
+/// An emptied vector's memory under another lifetime: collecting in place keeps the allocation.
+fn recycle<'a>(mut rows: Vec<SampleRow<'_>>) -> Vec<SampleRow<'a>> {
+    rows.clear();
+    rows.into_iter().map(|_| unreachable!("the vector is empty")).collect()
+}

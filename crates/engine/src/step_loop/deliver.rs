@@ -1,0 +1,116 @@
+//! What a step drew, handed out: scores, tokens, ends.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use rudder_ops::Sampled;
+use rudder_scheduler::{Chunk, SequenceId, StepPlan};
+
+use super::StepLoop;
+use super::active::Active;
+use crate::request::{Event, FinishReason, Token};
+
+impl StepLoop {
+    /// Hands out what the step drew, in batch order.
+    pub(super) fn deliver(&mut self, plan: &StepPlan) {
+        let mut sampled = std::mem::take(&mut self.sampled);
+        let mut drawn = sampled.drain(..);
+        for chunk in &plan.chunks {
+            self.report_prefill(chunk);
+            let end = chunk.start + chunk.len;
+            for position in end - chunk.outputs + 1..=end {
+                if let Some(one) = drawn.next() {
+                    self.deliver_one(chunk.id, position, one);
+                }
+            }
+        }
+        drop(drawn);
+        self.sampled = sampled;
+    }
+
+    pub(super) fn report_prefill(&mut self, chunk: &Chunk) {
+        let Some(active) = self.active.get(&chunk.id) else { return };
+        let total = active.submission.request.prompt.len();
+        if active.first_token.is_none() {
+            let done = (chunk.start + chunk.len).min(total);
+            // A receiver that is gone has a cancellation on its way.
+            let _ = active.submission.events.send(Event::Prefill { done, total });
+        }
+    }
+
+    /// Hands out the token at `position` of a sequence: a score within its prompt, or a new token.
+    pub(super) fn deliver_one(&mut self, id: SequenceId, position: usize, sampled: Sampled) {
+        let Some(active) = self.active.get_mut(&id) else { return };
+        if let Some(fault) = sampled.fault {
+            return self.fail(id, fault);
+        }
+        let token = Token { id: sampled.token, logprob: sampled.logprob, top: sampled.top };
+        if active.is_scoring() {
+            let prompt = &active.submission.request.prompt;
+            if position < prompt.len() {
+                active.scores.truncate(position - 1); // a preempted prompt is scored again from its start
+                active.scores.push(token);
+                return;
+            }
+            let first = Token { id: prompt[0], logprob: None, top: Vec::new() };
+            let scores = std::iter::once(first).chain(active.scores.drain(..)).collect();
+            let _ = active.submission.events.send(Event::Prompt(scores));
+        }
+        active.first_token.get_or_insert_with(Instant::now);
+        if active.submission.max_tokens == 0 {
+            return self.finish(id, FinishReason::Length);
+        }
+        let token_id = token.id;
+        if self.follow_grammar(id) && self.take_token(id, token) {
+            self.send_to_grammar(id, token_id);
+        }
+    }
+
+    /// A token was drawn or forced for a sequence: it grows, or ends. Returns whether it goes on.
+    pub(super) fn take_token(&mut self, id: SequenceId, token: Token) -> bool {
+        let Some(active) = self.active.get_mut(&id) else { return false };
+        self.stats.generation_tokens += 1;
+        active.generated += 1;
+        if let Some(counts) = &mut active.counts {
+            counts.add(token.id);
+        }
+        let request = &active.submission.request;
+        if !request.ignore_eos && request.stop_tokens.contains(&token.id) {
+            self.finish(id, FinishReason::Stop);
+            return false;
+        }
+        let token_id = token.id;
+        let _ = active.submission.events.send(Event::Token(token));
+        if active.generated >= active.submission.max_tokens {
+            self.finish(id, FinishReason::Length);
+            return false;
+        }
+        self.scheduler.append(id, token_id);
+        true
+    }
+
+    pub(super) fn finish(&mut self, id: SequenceId, reason: FinishReason) {
+        if let Some(active) = self.end(id) {
+            let _ = active.submission.events.send(Event::Finished { reason, usage: active.usage() });
+        }
+    }
+
+    pub(super) fn fail(&mut self, id: SequenceId, message: &str) {
+        if let Some(active) = self.end(id) {
+            let _ = active.submission.events.send(Event::Failed { message: message.into() });
+        }
+    }
+
+    /// Forgets a sequence, however it ended; unknown ids are fine. Its place and its blocks are
+    /// free before its client hears of the end, who may send the next request at once.
+    pub(super) fn end(&mut self, id: SequenceId) -> Option<Active> {
+        self.scheduler.remove(id);
+        let active = self.active.remove(&id)?;
+        let ms = active.submission.submitted.elapsed().as_millis() as u64;
+        let mean = self.shared.mean_request_ms.load(Ordering::Relaxed);
+        let mean = if mean == 0 { ms } else { (mean * 7 + ms) / 8 };
+        self.shared.mean_request_ms.store(mean, Ordering::Relaxed);
+        self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+        Some(active)
+    }
+}

@@ -1,0 +1,86 @@
+//! Where the step loop and the grammars' workers meet: before a step is planned, before its rows are
+//! sampled, and after a token was drawn.
+
+use std::time::{Duration, Instant};
+
+use rudder_scheduler::{SequenceId, StepPlan};
+
+use super::StepLoop;
+use super::active::{Active, Held};
+use crate::grammar::Next;
+use crate::mask_workers::MaskJob;
+use crate::request::{FinishReason, Token};
+
+/// How long a step waits for grammars before it is planned. Most answer within it, and what they
+/// force then goes through the model together with the token drawn last.
+const GRAMMAR_PATIENCE: Duration = Duration::from_micros(200);
+
+impl StepLoop {
+    /// Before a step is planned: hears the grammars that have an answer by now, so that forced
+    /// tokens are part of this step and sequences at their end are not.
+    pub(super) fn follow_grammars(&mut self) {
+        let deadline = Instant::now() + GRAMMAR_PATIENCE;
+        while let Some(job) = self.masks.take(Some(deadline)) {
+            let id = job.id;
+            let started = self.put_back(job);
+            if started {
+                self.follow_grammar(id);
+            }
+        }
+    }
+
+    /// Before the sampler: waits for the masks of all rows.
+    pub(super) fn await_masks(&mut self, plan: &StepPlan) {
+        for chunk in plan.chunks.iter().filter(|c| c.outputs > 0) {
+            while matches!(self.active.get(&chunk.id), Some(Active { grammar: Some(Held::Away), .. })) {
+                let Some(job) = self.masks.take(None) else { break };
+                self.put_back(job);
+            }
+        }
+    }
+
+    /// Takes a job back to its sequence, if that is still there. Returns whether the sequence has
+    /// begun to generate.
+    pub(super) fn put_back(&mut self, job: Box<MaskJob>) -> bool {
+        let Some(active) = self.active.get_mut(&job.id) else { return false };
+        active.grammar = Some(Held::Here(job));
+        active.first_token.is_some()
+    }
+
+    /// Does what a sequence's grammar asks for without a draw: forced tokens, the end, or failure.
+    /// Returns whether a token drawn now is wanted.
+    pub(super) fn follow_grammar(&mut self, id: SequenceId) -> bool {
+        let Some(Active { grammar: Some(Held::Here(job)), .. }) = self.active.get_mut(&id) else {
+            return true;
+        };
+        let next = std::mem::replace(&mut job.next, Ok(Next::Draw));
+        let mut forced = std::mem::take(&mut job.forced);
+        let jumped = !forced.is_empty();
+        let goes_on = next.is_err()
+            || forced
+                .drain(..)
+                .all(|id_| self.take_token(id, Token { id: id_, logprob: None, top: Vec::new() }));
+        match next {
+            _ if !goes_on => return false,
+            Err(message) => self.fail(id, &message),
+            Ok(Next::End) => self.finish(id, FinishReason::Stop),
+            Ok(Next::Draw) => {
+                if let Some(Active { grammar: Some(Held::Here(job)), .. }) = self.active.get_mut(&id) {
+                    job.forced = forced; // keeps its memory
+                }
+                return !jumped;
+            }
+        }
+        false
+    }
+
+    /// Sends a sequence's grammar on its way past a drawn token.
+    pub(super) fn send_to_grammar(&mut self, id: SequenceId, token: u32) {
+        let Some(active) = self.active.get_mut(&id) else { return };
+        if let Some(Held::Here(mut job)) = active.grammar.take_if(|held| matches!(held, Held::Here(_))) {
+            job.token = Some(token);
+            active.grammar = Some(Held::Away);
+            self.masks.send(job);
+        }
+    }
+}

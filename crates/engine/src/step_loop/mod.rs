@@ -1,0 +1,212 @@
+//! The step loop: one thread that plans, runs the model, samples and delivers, step after step.
+
+mod active;
+mod compute;
+mod deliver;
+mod grammars;
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, mpsc};
+use std::time::Instant;
+
+use rudder_model::Model;
+use rudder_ops::{Batch, SampleRow, Sampled, TokenCounts};
+use rudder_scheduler::{Scheduler, SchedulerConfig, SequenceId, StepPlan};
+use tokio::sync::mpsc::UnboundedSender;
+
+use self::active::{Active, Held};
+use crate::engine::{EngineConfig, Shared, Stats};
+use crate::mask_workers::{MaskJob, MaskWorkers};
+use crate::request::{Event, GenerateRequest};
+
+const _: () = assert!(rudder_ops::BLOCK_SIZE == rudder_scheduler::BLOCK_SIZE);
+
+/// What handles tell the loop.
+pub(crate) enum Command {
+    Submit(Box<Submission>),
+    Cancel(SequenceId),
+    Stop,
+}
+
+/// A checked request on its way to the loop.
+pub(crate) struct Submission {
+    pub(crate) id: SequenceId,
+    pub(crate) request: GenerateRequest,
+    /// `request.max_tokens`, cut to what the context holds.
+    pub(crate) max_tokens: usize,
+    pub(crate) events: UnboundedSender<Event>,
+    pub(crate) submitted: Instant,
+}
+
+/// See the module.
+pub(crate) struct StepLoop {
+    model: Box<dyn Model>,
+    scheduler: Scheduler,
+    commands: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
+    active: HashMap<SequenceId, Active>,
+    masks: MaskWorkers,
+    stats: Stats,
+    // Reused from step to step, so that a step allocates nothing of its own.
+    plan: StepPlan,
+    batch: Batch,
+    rows: Vec<SampleRow<'static>>,
+    sampled: Vec<Sampled>,
+}
+
+impl StepLoop {
+    pub(crate) fn new(
+        model: Box<dyn Model>,
+        config: &EngineConfig,
+        commands: mpsc::Receiver<Command>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        let scheduler = Scheduler::new(SchedulerConfig {
+            blocks: config.kv_blocks,
+            max_sequences: config.max_sequences,
+            max_batch_tokens: config.max_batch_tokens,
+            prefix_cache: config.prefix_cache,
+        });
+        Self {
+            model,
+            scheduler,
+            commands,
+            shared,
+            active: HashMap::new(),
+            masks: MaskWorkers::start(),
+            stats: Stats::default(),
+            plan: StepPlan::default(),
+            batch: Batch::default(),
+            rows: Vec::new(),
+            sampled: Vec::new(),
+        }
+    }
+
+    /// Longest sequence that the KV pool holds, in tokens.
+    pub(crate) fn max_tokens(&self) -> usize {
+        self.scheduler.max_tokens()
+    }
+
+    /// Runs until told to stop or until nobody holds a handle any more.
+    pub(crate) fn run(mut self) {
+        while self.take_commands() {
+            self.step();
+            self.publish_stats();
+        }
+        let ids: Vec<SequenceId> = self.active.keys().copied().collect();
+        for id in ids {
+            self.fail(id, "the server is shutting down");
+        }
+        self.publish_stats();
+    }
+
+    /// Takes all commands that are there; when idle, waits for one. False means stop.
+    fn take_commands(&mut self) -> bool {
+        loop {
+            let command = if self.active.is_empty() {
+                self.check_idle();
+                self.publish_stats();
+                match self.commands.recv() {
+                    Ok(command) => command,
+                    Err(mpsc::RecvError) => return false,
+                }
+            } else {
+                match self.commands.try_recv() {
+                    Ok(command) => command,
+                    Err(mpsc::TryRecvError::Empty) => return true,
+                    Err(mpsc::TryRecvError::Disconnected) => return false,
+                }
+            };
+            match command {
+                Command::Submit(submission) => self.submit(*submission),
+                Command::Cancel(id) => drop(self.end(id)),
+                Command::Stop => return false,
+            }
+        }
+    }
+
+    /// With nothing live, every block must be free or cached.
+    fn check_idle(&self) {
+        let used = self.scheduler.counts().used;
+        debug_assert_eq!(used, 0, "KV blocks leaked");
+        if used != 0 {
+            tracing::error!(used, "KV blocks are held although nothing runs; please report this defect");
+        }
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let request = &submission.request;
+        self.scheduler.add(submission.id, request.prompt.to_vec(), request.prompt_logprobs);
+        let counts = request.sampling.needs_counts().then(|| TokenCounts::of_prompt(&request.prompt));
+        let id = submission.id;
+        let grammar = request.grammar.clone().filter(|_| submission.max_tokens > 0).map(|grammar| {
+            let jump = request.sampling.logprobs.is_none();
+            self.masks.send(Box::new(MaskJob::new(id, grammar, jump, self.model.config().vocab)));
+            Held::Away
+        });
+        let active = Active {
+            submission,
+            counts,
+            grammar,
+            scores: Vec::new(),
+            generated: 0,
+            cached: None,
+            planned: None,
+            first_token: None,
+        };
+        self.active.insert(id, active);
+    }
+
+    fn step(&mut self) {
+        self.follow_grammars();
+        let mut plan = std::mem::take(&mut self.plan);
+        self.scheduler.plan(&mut plan);
+        if !plan.chunks.is_empty() {
+            self.run_plan(&plan);
+        }
+        self.plan = plan;
+    }
+
+    fn run_plan(&mut self, plan: &StepPlan) {
+        self.note_admissions(plan);
+        self.fill_batch(plan);
+        match self.compute(plan) {
+            Ok(()) => {
+                self.scheduler.commit(plan);
+                self.deliver(plan);
+            }
+            Err(message) => {
+                tracing::error!(message, sequences = plan.chunks.len(), "a step failed");
+                for chunk in &plan.chunks {
+                    self.fail(chunk.id, &message);
+                }
+            }
+        }
+        self.stats.steps += 1;
+    }
+
+    fn note_admissions(&mut self, plan: &StepPlan) {
+        self.stats.preemptions += plan.preempted.len() as u64;
+        let now = Instant::now();
+        for (id, cached) in &plan.admitted {
+            let Some(active) = self.active.get_mut(id) else { continue };
+            if active.planned.is_none() {
+                active.planned = Some(now);
+                active.cached = Some(*cached);
+                self.stats.prompt_tokens += active.submission.request.prompt.len() as u64;
+            }
+        }
+    }
+    fn publish_stats(&mut self) {
+        let (blocks, prefix) = (self.scheduler.counts(), self.scheduler.prefix_stats());
+        let stats = &mut self.stats;
+        stats.running = self.scheduler.running();
+        stats.kv_blocks = blocks.used + blocks.cached + blocks.free;
+        stats.kv_blocks_used = blocks.used;
+        stats.kv_blocks_cached = blocks.cached;
+        stats.kv_blocks_free = blocks.free;
+        stats.prefix_queries = prefix.queries;
+        stats.prefix_hits = prefix.hits;
+        *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner) = *stats;
+    }
+}
