@@ -143,6 +143,8 @@ async fn ask_engine(
         ignore_eos: true,
         prompt_logprobs: false,
         grammar: None,
+        owner: None,
+        session: None,
     };
     let sent = Instant::now();
     let mut record =

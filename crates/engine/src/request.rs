@@ -28,6 +28,10 @@ pub struct GenerateRequest {
     /// token; where it leaves one way only and no log-probabilities are asked for, the tokens of
     /// that way come without a draw.
     pub grammar: Option<Arc<dyn Grammar>>,
+    /// Stands for the API key that asks; none where there are none.
+    pub owner: Option<Arc<str>>,
+    /// The conversation that it is a turn of. Keys of two owners never meet.
+    pub session: Option<Arc<str>>,
 }
 
 /// A generated (or, with `prompt_logprobs`, scored) token.

@@ -7,6 +7,8 @@ use rudder_engine::SamplingParams;
 use rudder_text::{Tool, ToolChoice};
 use serde_json::{Map, Value};
 
+use crate::session::Origin;
+
 /// Who speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
@@ -102,6 +104,8 @@ pub struct Turn {
     pub ignore_eos: bool,
     /// Report the ids of generated tokens.
     pub token_ids: bool,
+    /// Whose it is.
+    pub origin: Origin,
     /// When the request came in; times are measured from here.
     pub arrived: Instant,
 }
@@ -125,6 +129,7 @@ impl Turn {
             stop_tokens: Vec::new(),
             ignore_eos: false,
             token_ids: false,
+            origin: Origin::default(),
             arrived: Instant::now(),
         }
     }

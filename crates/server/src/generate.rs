@@ -18,6 +18,7 @@ use crate::conversation::{Message, Piece};
 use crate::grammar;
 use crate::metrics::Metrics;
 use crate::responses::store::StoreStats;
+use crate::session::Origin;
 
 /// What is to be generated, in no dialect's terms.
 #[derive(Debug, Clone)]
@@ -42,6 +43,8 @@ pub struct Completion {
     pub(crate) grammar: Option<Arc<CompiledGrammar>>,
     /// Read the text as an answer: reasoning, text and calls.
     pub(crate) reading: Option<Arc<Reading>>,
+    /// Whose it is.
+    pub origin: Origin,
     /// When the request came in; times are measured from here.
     pub arrived: Instant,
 }
@@ -60,6 +63,7 @@ impl Completion {
             token_ids: false,
             grammar: None,
             reading: None,
+            origin: Origin::default(),
             arrived: Instant::now(),
         }
     }
@@ -221,6 +225,8 @@ fn engine_request(completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -
         ignore_eos: completion.stop_tokens.is_empty(),
         prompt_logprobs: completion.prompt_logprobs,
         grammar: completion.grammar.clone().map(grammar::for_engine),
+        owner: completion.origin.owner.clone(),
+        session: completion.origin.session.clone(),
     }
 }
 

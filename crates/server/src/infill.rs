@@ -18,6 +18,7 @@ use crate::generate::{Completion, Delta, End, EndReason, Running};
 use crate::openai::ApiError;
 use crate::openai::params::{self, CommonFields};
 use crate::prompt::off_thread_if_large;
+use crate::session::Caller;
 use crate::sse::{self, Events};
 use crate::{Server, body};
 
@@ -43,6 +44,7 @@ struct Extra {
 /// Fills one hole.
 pub(crate) async fn create(
     State(server): State<Arc<Server>>,
+    caller: Caller,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
@@ -57,6 +59,7 @@ pub(crate) async fn create(
     let tokens = tokens.await?;
     let prompt_tokens = tokens.len();
     completion.prompts = vec![tokens.into()];
+    completion.origin = caller.origin(common.prompt_cache_key.as_deref());
     let running = server.generator.start(&completion)?;
     let writer = Writer { model, stop: completion.stop, prompt_tokens, has_new_line: false };
     if common.stream() {

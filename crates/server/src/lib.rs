@@ -23,6 +23,7 @@ mod openai;
 mod prompt;
 mod responses;
 mod serve;
+mod session;
 mod sse;
 mod tokenize;
 mod turn;
@@ -48,6 +49,7 @@ pub use generate::{Completion, Delta, End, EndReason, Failed, Generator, Running
 pub use openai::ApiError;
 pub use responses::store::StoreConfig;
 pub use serve::{serve, terminated};
+pub use session::Origin;
 
 /// How the front is set up.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -46,6 +46,8 @@ pub fn request(prompt: impl Into<Vec<u32>>, max_tokens: usize) -> GenerateReques
         ignore_eos: false,
         prompt_logprobs: false,
         grammar: None,
+        owner: None,
+        session: None,
     }
 }
 

@@ -19,12 +19,14 @@ use crate::conversation::{Piece, Turn};
 use crate::generate::{Delta, EndReason, Running, Totals};
 use crate::openai::ApiError;
 use crate::openai::params::CommonFields;
+use crate::session::Caller;
 use crate::sse::{self, Events};
-use crate::{Server, body};
+use crate::{Server, body, session};
 
 /// Answers one conversation.
 pub(crate) async fn create(
     State(server): State<Arc<Server>>,
+    caller: Caller,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
@@ -38,7 +40,9 @@ pub(crate) async fn create(
     let stream = common.stream();
     let omit_thinking =
         fields.thinking.as_ref().is_some_and(|thinking| thinking.display.as_deref() == Some("omitted"));
-    let turn = request::turn(&server, common, fields, arrived)?;
+    let session = fields.metadata.as_ref().and_then(session::in_metadata);
+    let mut turn = request::turn(&server, common, fields, arrived)?;
+    turn.origin = caller.origin(session.as_deref());
     let answer = Answer {
         blocks: Blocks::new(omit_thinking),
         head,

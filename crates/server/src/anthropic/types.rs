@@ -14,6 +14,7 @@ pub(super) struct MessagesFields {
     pub tools: Option<Vec<Map<String, Value>>>,
     pub tool_choice: Option<ToolChoiceField>,
     pub stop_sequences: Option<Vec<String>>,
+    pub metadata: Option<Map<String, Value>>,
     pub thinking: Option<Thinking>,
     pub output_config: Option<OutputConfig>,
     /// The former place of `output_config.format`.

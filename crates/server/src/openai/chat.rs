@@ -18,6 +18,7 @@ use super::params::{self, CommonFields};
 use super::tools::{self, ChatTool};
 use super::types::Head;
 use crate::conversation::Turn;
+use crate::session::Caller;
 use crate::{Server, body, sse};
 
 /// The fields that only chat has.
@@ -39,6 +40,7 @@ struct ChatFields {
 /// Answers one conversation.
 pub(crate) async fn create(
     State(server): State<Arc<Server>>,
+    caller: Caller,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
@@ -48,7 +50,8 @@ pub(crate) async fn create(
     let model = common.model.as_deref().ok_or_else(|| ApiError::missing_model(&server.config.model))?;
     let head = Head::new("chatcmpl-", server.model_name(Some(model))?);
     let format: FormatFields = body::parse(&body)?;
-    let turn = Turn { answer: format.answer()?, ..turn(&server, &common, chat, arrived)? };
+    let mut turn = Turn { answer: format.answer()?, ..turn(&server, &common, chat, arrived)? };
+    turn.origin = caller.origin(common.prompt_cache_key.as_deref());
     let shape = Shape {
         head,
         choices: turn.n,

@@ -17,6 +17,7 @@ use super::params::{self, CommonFields};
 use super::types::{Envelope, Head, UsageBody};
 use crate::generate::{Completion, Delta, Running};
 use crate::prompt::off_thread_if_large;
+use crate::session::Caller;
 use crate::sse::{self, Events};
 use crate::{Server, body};
 
@@ -55,6 +56,7 @@ enum Input {
 /// Answers every prompt `n` times.
 pub(crate) async fn create(
     State(server): State<Arc<Server>>,
+    caller: Caller,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
@@ -78,6 +80,7 @@ pub(crate) async fn create(
     let (prompts, echoed): (Vec<Arc<[u32]>>, Vec<String>) =
         prompts.await?.into_iter().map(|Encoded { tokens, echoed }| (tokens.into(), echoed)).unzip();
     completion.prompts = prompts;
+    completion.origin = caller.origin(common.prompt_cache_key.as_deref());
     let running = server.generator.start(&completion)?;
     let writer = Writer {
         head,

@@ -38,6 +38,7 @@ pub(crate) struct CommonFields {
     pub n: Option<i64>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
+    pub prompt_cache_key: Option<String>,
 }
 
 /// One stop string, or several.

@@ -4,12 +4,13 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::{Extension, Json};
 use serde_json::{Map, Value, json};
 
+use super::create;
 use super::items::new_id;
 use super::listing::shown;
 use super::live::Tether;
@@ -19,6 +20,7 @@ use super::types::{Link, Response};
 use crate::admission::Owner;
 use crate::openai::ApiError;
 use crate::openai::params::CommonFields;
+use crate::session::Caller;
 use crate::{Server, body, unix_now};
 
 /// Most tokens of a summary.
@@ -58,11 +60,13 @@ impl Asked {
     }
 
     /// The request, going on from nothing but its items, with `further` at the end.
-    fn ask(mut self, server: &Server, owner: Owner, further: Option<Value>) -> Result<Ask, ApiError> {
+    fn ask(mut self, server: &Server, caller: &Caller, further: Option<Value>) -> Result<Ask, ApiError> {
         self.input.extend(further);
+        let settings = self.fields.settings(&self.common, server)?;
         Ok(Ask {
-            settings: Arc::new(self.fields.settings(&self.common, server)?),
-            owner,
+            owner: caller.owner,
+            session: create::session(caller, &settings.echo, self.previous.as_deref()),
+            settings: Arc::new(settings),
             previous_response_id: None,
             previous: self.previous,
             input: self.input.into(),
@@ -86,13 +90,13 @@ impl Asked {
 /// Counts the tokens of the prompt that a request would have.
 pub(crate) async fn input_tokens(
     State(server): State<Arc<Server>>,
-    Extension(owner): Extension<Owner>,
+    caller: Caller,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Value>, ApiError> {
-    let mut asked = Asked::read(&server, owner, body).await?;
+    let mut asked = Asked::read(&server, caller.owner, body).await?;
     // To count, any model will do; there is but one.
     asked.common.model.get_or_insert_with(|| server.config.model.clone());
-    let ask = asked.ask(&server, owner, None)?;
+    let ask = asked.ask(&server, &caller, None)?;
     let turn = ask.prepare(&server.responses.seal)?.turn;
     let tokens = server.count_tokens(turn).await?;
     Ok(Json(json!({"object": "response.input_tokens", "input_tokens": tokens})))
@@ -101,10 +105,10 @@ pub(crate) async fn input_tokens(
 /// Compacts a conversation. What does not fit into the context with it is left out, oldest first.
 pub(crate) async fn compact(
     State(server): State<Arc<Server>>,
-    Extension(owner): Extension<Owner>,
+    caller: Caller,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Value>, ApiError> {
-    let mut asked = Asked::read(&server, owner, body).await?;
+    let mut asked = Asked::read(&server, caller.owner, body).await?;
     if asked.common.model.is_none() {
         return Err(ApiError::missing_model(&server.config.model));
     }
@@ -128,7 +132,7 @@ pub(crate) async fn compact(
         ..ResponseFields::default()
     };
     let instruction = json!({"type": "message", "role": "user", "content": INSTRUCTION, "id": new_id(None)});
-    let ask = asked.ask(&server, owner, Some(instruction))?;
+    let ask = asked.ask(&server, &caller, Some(instruction))?;
     let live = run::start(&server, ask, Start::default()).await?;
     let tether = Tether::new(live.clone());
     live.ended().await;

@@ -3,22 +3,23 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use serde_json::Value;
 
 use super::live::{Live, Tether};
 use super::request::{self, Ask, ResponseFields, Settings};
 use super::run::{self, Start};
 use super::steer::Steer;
-use super::types::Link;
+use super::types::{Echo, Link};
 use super::{Responses, stream};
 use crate::admission::Owner;
 use crate::openai::ApiError;
+use crate::session::Caller;
 use crate::{Server, body};
 
 /// What a request goes on from.
@@ -39,7 +40,7 @@ pub(crate) struct Created {
 /// Answers one request.
 pub(crate) async fn create(
     State(server): State<Arc<Server>>,
-    Extension(owner): Extension<Owner>,
+    caller: Caller,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
@@ -49,8 +50,8 @@ pub(crate) async fn create(
     fields.generate = None;
     let settings = fields.settings(&common, &server)?;
     let previous = fields.previous_response_id.as_deref();
-    let previous = server.responses.context(owner, previous, settings.conversation()).await?;
-    let created = assemble(&server, owner, fields, settings, previous, arrived)?;
+    let previous = server.responses.context(caller.owner, previous, settings.conversation()).await?;
+    let created = assemble(&server, &caller, fields, settings, previous, arrived)?;
     let (streams, background) = (common.stream(), created.ask.settings.echo.background);
     let live = match run::start(&server, created.ask, Start { id: None, streams }).await {
         Ok(live) => live,
@@ -93,7 +94,7 @@ fn whole(live: &Live) -> Result<Response, ApiError> {
 /// Joins a request with what it goes on from. Corrections that wait there come first in its input.
 pub(crate) fn assemble(
     server: &Server,
-    owner: Owner,
+    caller: &Caller,
     mut fields: ResponseFields,
     settings: Settings,
     previous: Previous,
@@ -104,7 +105,7 @@ pub(crate) fn assemble(
         None if previous.link.is_some() => Vec::new(),
         None => return Err(ApiError::param("input", "input is missing; send a text or a list of items.")),
     };
-    resolve_references(&server.responses, owner, previous.link.as_ref(), &mut input)?;
+    resolve_references(&server.responses, caller.owner, previous.link.as_ref(), &mut input)?;
     let steered = match previous.live {
         Some(live) => take_steers(&live, &input)?.map(|steers| (live, steers)),
         None => None,
@@ -114,8 +115,9 @@ pub(crate) fn assemble(
         input.splice(0..0, items);
     }
     let ask = Ask {
+        owner: caller.owner,
+        session: session(caller, &settings.echo, previous.link.as_deref()),
         settings: Arc::new(settings),
-        owner,
         previous_response_id: fields.previous_response_id,
         previous: previous.link,
         input: input.into(),
@@ -124,6 +126,12 @@ pub(crate) fn assemble(
         arrived,
     };
     Ok(Created { ask, steered })
+}
+
+/// The name of the session that a request is a turn of.
+pub(crate) fn session(caller: &Caller, echo: &Echo, previous: Option<&Link>) -> Option<Arc<str>> {
+    let named = caller.session(echo.prompt_cache_key.as_deref());
+    named.or_else(|| previous.and_then(|link| link.session.clone())).or_else(|| caller.lane())
 }
 
 /// Puts the items in that are named by their ids alone.

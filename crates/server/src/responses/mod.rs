@@ -116,7 +116,7 @@ impl Responses {
             (None, Some(id)) => {
                 let items = self.store.conversation_items(owner, id).await?;
                 let items = items.ok_or_else(|| conversations::not_found(id).at("conversation"))?;
-                let link = Link::new(None, items, Vec::new());
+                let link = Link::new(None, items, Vec::new(), Some(id.into()));
                 Ok(Previous { link: Some(Arc::new(link)), live: None })
             }
             (None, None) => Ok(Previous::default()),

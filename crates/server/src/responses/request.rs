@@ -143,6 +143,8 @@ pub(crate) struct Ask {
     pub settings: Arc<Settings>,
     /// Who asks.
     pub owner: Owner,
+    /// The name of the session that it is a turn of.
+    pub session: Option<Arc<str>>,
     /// The response it goes on from.
     pub previous_response_id: Option<String>,
     pub previous: Option<Arc<Link>>,
@@ -398,7 +400,9 @@ impl Ask {
     pub fn prepare(&self, seal: &Seal) -> Result<Prepared, ApiError> {
         let items = self.items();
         let own = items.len() - self.input.len();
-        self.settings.turn(&items, own, seal, self.arrived)
+        let mut prepared = self.settings.turn(&items, own, seal, self.arrived)?;
+        prepared.turn.origin = self.owner.origin(self.session.as_deref());
+        Ok(prepared)
     }
 
     /// All items that it is answered from, oldest first.

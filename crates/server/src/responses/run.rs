@@ -42,17 +42,21 @@ pub(crate) struct Start {
 ///
 /// # Errors
 /// What is wrong with the request; a full or ending server. Then there is no response.
-pub(crate) async fn start(server: &Arc<Server>, ask: Ask, how: Start) -> Result<Arc<Live>, ApiError> {
+pub(crate) async fn start(server: &Arc<Server>, mut ask: Ask, how: Start) -> Result<Arc<Live>, ApiError> {
     if ask.settings.echo.background {
         let waiting = server.responses.registry.queued();
         if waiting >= MAX_BACKGROUND {
             return Err(SubmitError::Busy { waiting, retry_after: Duration::from_secs(10) }.into());
         }
     }
+    let id = how.id.unwrap_or_else(response_id);
+    if ask.session.is_none() && ask.settings.echo.store {
+        ask.session = Some(id.as_str().into());
+    }
     let Prepared { turn, names } = ask.prepare(&server.responses.seal)?;
     let seal = ask.settings.sealed.then(|| server.responses.seal.clone());
     let dressing = Dressing { stream_id: ask.stream_id.clone(), names, seal };
-    let response = response(how.id.unwrap_or_else(response_id), &ask);
+    let response = response(id, &ask);
     let live = Live::new(Arc::new(ask), Recorder::new(response, dressing));
     let work = if live.ask.settings.echo.background {
         Work::Queued(Box::new(turn))
@@ -334,8 +338,8 @@ async fn end(server: &Server, live: &Arc<Live>, ending: Ending, usage: Option<Us
         let output = state.recorder.response().output.clone();
         let owed = steer::owed(&output);
         if !failed {
-            let Ask { previous, input, .. } = &*live.ask;
-            let link = Link::new(previous.clone(), input.clone(), output);
+            let Ask { previous, input, session, .. } = &*live.ask;
+            let link = Link::new(previous.clone(), input.clone(), output, session.clone());
             state.link = Some(Arc::new(link));
         }
         if continues && !owed.is_empty() {
@@ -365,6 +369,7 @@ async fn succeed(server: &Arc<Server>, live: &Arc<Live>, steers: Vec<Steer>) {
     let ask = Ask {
         settings: live.ask.settings.clone(),
         owner: live.ask.owner,
+        session: live.ask.session.clone(),
         previous_response_id: Some(live.id.clone()),
         previous: live.link(),
         input: steers.iter().flat_map(|steer| steer.items.iter().cloned()).collect(),

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
@@ -31,9 +30,10 @@ use super::request::{self, ResponseFields};
 use super::run::{self, Start};
 use super::steer::{Code, Refusal, Steer};
 use crate::Server;
-use crate::admission::Owner;
+use crate::admission::random_id;
 use crate::openai::ApiError;
 use crate::openai::params::CommonFields;
+use crate::session::Caller;
 
 /// Most lanes of a connection, and requests that wait on one.
 const MAX_LANES: usize = 64;
@@ -49,7 +49,7 @@ const IDLE_PING: Duration = Duration::from_secs(30);
 /// Opens a connection.
 pub(crate) async fn connect(
     State(server): State<Arc<Server>>,
-    Extension(owner): Extension<Owner>,
+    caller: Caller,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     let upgrade = upgrade.map_err(|rejection| {
@@ -61,13 +61,15 @@ pub(crate) async fn connect(
     Ok(upgrade
         .max_message_size(limit)
         .max_frame_size(limit)
-        .on_upgrade(move |socket| serve(server, owner, socket)))
+        .on_upgrade(move |socket| serve(server, caller, socket)))
 }
 
 /// What all tasks of a connection share.
 struct Connection {
     server: Arc<Server>,
-    owner: Owner,
+    caller: Caller,
+    /// Names its lanes' sessions.
+    id: String,
     out: mpsc::Sender<Message>,
     kept: Mutex<Kept>,
     /// Responses that run.
@@ -98,11 +100,17 @@ struct Head {
 
 type Lanes = HashMap<Option<String>, mpsc::Sender<Job>>;
 
-async fn serve(server: Arc<Server>, owner: Owner, socket: WebSocket) {
+async fn serve(server: Arc<Server>, caller: Caller, socket: WebSocket) {
     let (sink, mut incoming) = socket.split();
     let (out, outgoing) = mpsc::channel(OUTGOING);
-    let connection =
-        Arc::new(Connection { server, owner, out, kept: Mutex::default(), running: AtomicUsize::new(0) });
+    let connection = Arc::new(Connection {
+        server,
+        caller,
+        id: random_id("socket_"),
+        out,
+        kept: Mutex::default(),
+        running: AtomicUsize::new(0),
+    });
     // Dropped with the connection, they end, and so does what runs on them.
     let mut tasks = JoinSet::new();
     tasks.spawn(write(connection.clone(), sink, outgoing));
@@ -227,9 +235,10 @@ impl Connection {
         let settings = fields.settings(&common, &self.server)?;
         let previous = match fields.previous_response_id.as_deref() {
             Some(id) => self.previous(id).await?,
-            None => self.server.responses.context(self.owner, None, settings.conversation()).await?,
+            None => self.server.responses.context(self.caller.owner, None, settings.conversation()).await?,
         };
-        let created = create::assemble(&self.server, self.owner, fields, settings, previous, arrived)?;
+        let caller = self.caller.on_lane(&self.id, fields.stream_id.as_deref());
+        let created = create::assemble(&self.server, &caller, fields, settings, previous, arrived)?;
         let started = run::start(&self.server, created.ask, Start { id: None, streams: true }).await;
         if let (Err(_), Some((parent, steers))) = (&started, created.steered) {
             parent.write(|state| state.steers.put_back(steers));
@@ -243,7 +252,7 @@ impl Connection {
                 let link = live.link().ok_or_else(|| not_found(id))?;
                 Ok(Previous { link: Some(link), live: Some(live) })
             }
-            None => self.server.responses.previous(self.owner, id).await,
+            None => self.server.responses.previous(self.caller.owner, id).await,
         }
     }
 

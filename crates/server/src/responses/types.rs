@@ -161,15 +161,22 @@ pub(crate) struct Link {
     pub previous: Option<Arc<Link>>,
     pub input: Arc<[Value]>,
     pub output: Vec<Value>,
+    /// The name of the session that it is part of.
+    pub session: Option<Arc<str>>,
     /// About the bytes of `input` and `output`.
     pub bytes: usize,
 }
 
 impl Link {
-    pub fn new(previous: Option<Arc<Link>>, input: impl Into<Arc<[Value]>>, output: Vec<Value>) -> Self {
+    pub fn new(
+        previous: Option<Arc<Link>>,
+        input: impl Into<Arc<[Value]>>,
+        output: Vec<Value>,
+        session: Option<Arc<str>>,
+    ) -> Self {
         let input = input.into();
         let bytes = input.iter().chain(&output).map(weight).sum();
-        Self { previous, input, output, bytes }
+        Self { previous, input, output, session, bytes }
     }
 
     /// All items up to and with this response's output, oldest first.
@@ -212,8 +219,8 @@ mod tests {
 
     #[test]
     fn a_chain_gives_its_items_oldest_first() {
-        let first = Arc::new(Link::new(None, vec![json!(1)], vec![json!(2)]));
-        let second = Arc::new(Link::new(Some(first), vec![json!(3)], vec![json!(4)]));
+        let first = Arc::new(Link::new(None, vec![json!(1)], vec![json!(2)], None));
+        let second = Arc::new(Link::new(Some(first), vec![json!(3)], vec![json!(4)], None));
         let mut items = Vec::new();
         second.items(&mut items);
         assert_eq!(items, [&json!(1), &json!(2), &json!(3), &json!(4)]);
@@ -223,7 +230,7 @@ mod tests {
     fn a_long_chain_is_dropped_without_recursion() {
         let mut last = None;
         for _ in 0..200_000 {
-            last = Some(Arc::new(Link::new(last, Vec::new(), Vec::new())));
+            last = Some(Arc::new(Link::new(last, Vec::new(), Vec::new(), None)));
         }
         drop(last);
     }

@@ -185,6 +185,8 @@ impl Db {
         let mut links = Vec::new();
         let mut seen = HashSet::new();
         let mut next = Some(id.to_owned());
+        // The chain's is named after its first response.
+        let mut session: Option<Arc<str>> = None;
         let sql = "SELECT previous, status, input, output FROM responses WHERE id = ?1 AND owner = ?2";
         let mut select = self.connection.prepare_cached(sql)?;
         while let Some(id) = next {
@@ -200,12 +202,13 @@ impl Db {
                 return Ok(History::Missing);
             }
             links.push((input, output));
+            session = Some(id.into());
             next = previous;
         }
         self.touch(Some(id), now)?;
         let mut last = None;
         for (input, output) in links.into_iter().rev() {
-            last = Some(Arc::new(Link::new(last, input, output)));
+            last = Some(Arc::new(Link::new(last, input, output, session.clone())));
         }
         Ok(last.map_or(History::Missing, History::Found))
     }
