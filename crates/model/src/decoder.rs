@@ -2,13 +2,14 @@
 
 use rudder_ops::{Backend, Batch, OpError, QkNorm, SampleRow, Sampled};
 
-use crate::{Model, ModelConfig};
+use crate::{KvBlock, Model, ModelConfig};
 
 /// A loaded decoder: weights, KV cache and workspace on one backend.
 pub(crate) struct Decoder<B: Backend> {
     pub backend: B,
     pub config: ModelConfig,
     pub limits: Limits,
+    pub kv_block: Option<KvBlock>,
     pub embedding: B::Embedding,
     pub layers: Vec<Layer<B>>,
     pub output_norm: B::Vector,
@@ -201,6 +202,18 @@ impl<B: Backend> Model for Decoder<B> {
 
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
         self.backend.sample(&mut self.workspace.logits, rows, out)
+    }
+
+    fn kv_block(&self) -> Option<KvBlock> {
+        self.kv_block
+    }
+
+    fn export_block(&mut self, block: u32, out: &mut [u8]) -> Result<(), OpError> {
+        self.backend.read_kv_block(&self.cache, block, out)
+    }
+
+    fn import_block(&mut self, block: u32, bytes: &[u8]) -> Result<(), OpError> {
+        self.backend.write_kv_block(&mut self.cache, block, bytes)
     }
 
     fn logits(&mut self) -> Result<Vec<f32>, OpError> {

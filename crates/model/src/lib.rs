@@ -8,6 +8,7 @@ mod arch;
 mod config;
 mod decoder;
 mod error;
+mod fingerprint;
 mod gguf;
 mod hf_config;
 mod load;
@@ -22,6 +23,16 @@ pub use gguf::{Array, Gguf, Value};
 pub use load::{KvSize, LoadOptions, Loaded, ModelSource, load};
 
 use rudder_ops::{Batch, SampleRow, Sampled};
+
+/// What a KV block of a loaded model is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvBlock {
+    /// Bytes of all layers together.
+    pub bytes: usize,
+    /// A hash of everything beside the tokens that its content depends on: configuration, weights,
+    /// dtype and layout.
+    pub fingerprint: [u8; 32],
+}
 
 /// A model loaded on some backend, ready to run steps. The engine knows nothing more of it.
 pub trait Model: Send {
@@ -38,6 +49,25 @@ pub trait Model: Send {
     /// # Errors
     /// If the backend fails.
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), rudder_ops::OpError>;
+    /// What a KV block is, if blocks can be taken out and put back.
+    fn kv_block(&self) -> Option<KvBlock> {
+        None
+    }
+    /// Copies KV block `block` of all layers to `out`, [`KvBlock::bytes`] bytes.
+    ///
+    /// # Errors
+    /// If there is no such block, `out` has another length, or the backend fails.
+    fn export_block(&mut self, _block: u32, _out: &mut [u8]) -> Result<(), rudder_ops::OpError> {
+        Err(rudder_ops::OpError::Backend("this model does not move KV blocks".into()))
+    }
+    /// Fills KV block `block` of all layers with what [`Model::export_block`] gave, in this process or
+    /// another whose [`KvBlock`] is the same. On an error the block's content is undefined.
+    ///
+    /// # Errors
+    /// As [`Model::export_block`].
+    fn import_block(&mut self, _block: u32, _bytes: &[u8]) -> Result<(), rudder_ops::OpError> {
+        Err(rudder_ops::OpError::Backend("this model does not move KV blocks".into()))
+    }
     /// Logits of the last `forward`, `[outputs, vocab]`; for tests.
     ///
     /// # Errors

@@ -6,10 +6,11 @@ use rudder_ops::{Backend, RawTensor};
 
 use crate::arch::{self, Architecture};
 use crate::decoder::{Decoder, Layer, Limits, Mlp, Workspace};
+use crate::fingerprint::Fingerprint;
 use crate::gguf::Gguf;
 use crate::safetensors::Checkpoint;
 use crate::weights::Weights;
-use crate::{LoadError, Model, ModelConfig, config, hf_config};
+use crate::{KvBlock, LoadError, Model, ModelConfig, config, hf_config};
 
 /// How large a loaded model's steps and KV cache are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,18 +142,34 @@ impl ModelSource {
         let limits = self.limits(&backend, options)?;
         let kv_bytes = self.kv_block_bytes(&backend).saturating_mul(limits.kv_blocks as u64);
         let weight_bytes = self.weight_bytes();
-        let mut loader = Loader { source: self, backend: &mut backend, done: 0, progress };
+        let fingerprint = Fingerprint::new(&self.config);
+        let mut loader = Loader { source: self, backend: &mut backend, done: 0, progress, fingerprint };
         let embedding = loader.embedding()?;
         let layers = (0..self.config.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
         let (output_norm, output) = (loader.output_norm()?, loader.output()?);
         (loader.progress)(weight_bytes, weight_bytes);
+        let fingerprint = loader.fingerprint;
+        let block_bytes = self.kv_block_bytes(&backend) as usize;
+        let kv_block = backend
+            .kv_format()
+            .map(|format| KvBlock { bytes: block_bytes, fingerprint: fingerprint.finish(&format) });
 
         backend.load_rope(&self.config.rope, limits.context)?;
         let cache = backend.kv_cache(self.config.layers, &self.config.attention, limits.kv_blocks)?;
         let workspace = Workspace::new(&mut backend, &self.config, &limits)?;
         let config = self.config.clone();
-        let decoder =
-            Decoder { backend, config, limits, embedding, layers, output_norm, output, cache, workspace };
+        let decoder = Decoder {
+            backend,
+            config,
+            limits,
+            kv_block,
+            embedding,
+            layers,
+            output_norm,
+            output,
+            cache,
+            workspace,
+        };
         Ok(Loaded { model: Box::new(decoder), kv_blocks: limits.kv_blocks, kv_bytes, weight_bytes })
     }
 
@@ -189,11 +206,13 @@ struct Loader<'a, B: Backend, P: FnMut(u64, u64)> {
     backend: &'a mut B,
     done: u64,
     progress: P,
+    fingerprint: Fingerprint,
 }
 
 impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
     /// Counts tensors that were uploaded, and lets go of their pages.
     fn uploaded(&mut self, parts: &[RawTensor]) {
+        parts.iter().for_each(|part| self.fingerprint.add(part));
         parts.iter().for_each(|part| self.source.weights.release(part));
         self.done += parts.iter().map(|part| part.bytes().len() as u64).sum::<u64>();
         // A tied embedding table is uploaded twice, some tensors never.

@@ -163,6 +163,19 @@ pub trait Backend: Send + Sized + 'static {
     fn kv_cache(&mut self, layers: usize, shape: &AttentionShape, blocks: usize) -> Result<Self::KvCache>;
     /// Bytes that one KV block of one layer takes.
     fn kv_block_bytes(&self, shape: &AttentionShape) -> usize;
+    /// Names the dtype and layout of the bytes that [`Backend::read_kv_block`] gives, its version
+    /// included: bytes of one name fit every cache of the same shape. `None`: blocks stay where they are.
+    fn kv_format(&self) -> Option<String> {
+        None
+    }
+    /// Copies one KV block of all layers to `out`, layers times [`Backend::kv_block_bytes`] bytes.
+    fn read_kv_block(&mut self, _cache: &Self::KvCache, _block: u32, _out: &mut [u8]) -> Result<()> {
+        Err(OpError::Backend(format!("{} does not move KV blocks", self.name())))
+    }
+    /// Fills one KV block of all layers from what [`Backend::read_kv_block`] gave.
+    fn write_kv_block(&mut self, _cache: &mut Self::KvCache, _block: u32, _bytes: &[u8]) -> Result<()> {
+        Err(OpError::Backend(format!("{} does not move KV blocks", self.name())))
+    }
     /// Prepares rotations for positions `0 .. max_positions`.
     fn load_rope(&mut self, rope: &Rope, max_positions: usize) -> Result<()>;
 

@@ -23,6 +23,7 @@
 
 mod block_pool;
 mod prefix_tree;
+mod restore;
 mod scheduler;
 mod sequence;
 

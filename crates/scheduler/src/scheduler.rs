@@ -77,7 +77,7 @@ pub struct PrefixStats {
 pub struct Scheduler {
     config: SchedulerConfig,
     pool: BlockPool,
-    sequences: HashMap<SequenceId, Sequence>,
+    pub(crate) sequences: HashMap<SequenceId, Sequence>,
     /// Ascending by arrival, since ids are.
     waiting: BTreeSet<SequenceId>,
     /// Ascending by arrival.
@@ -152,7 +152,7 @@ impl Scheduler {
         self.prefix_stats
     }
 
-    /// Plans the next step into `plan`. It is empty only when nothing waits or runs.
+    /// Plans the next step into `plan`. It is empty only when nothing waits or runs, or all that could run is held.
     pub fn plan(&mut self, plan: &mut StepPlan) {
         plan.clear();
         let mut budget = Budget { tokens: self.config.max_batch_tokens, outputs: self.config.max_sequences };
@@ -167,14 +167,7 @@ impl Scheduler {
         for chunk in &plan.chunks {
             let Some(sequence) = self.sequences.get_mut(&chunk.id) else { continue };
             sequence.computed = chunk.start + chunk.len;
-            if self.config.prefix_cache {
-                for index in sequence.indexed..sequence.computed / BLOCK_SIZE {
-                    let parent = sequence.parent(index);
-                    let block = self.pool.index(parent, sequence.block_tokens(index), sequence.blocks[index]);
-                    sequence.blocks[index] = block;
-                    sequence.indexed = index + 1;
-                }
-            }
+            self.index_full_blocks(chunk.id);
         }
     }
 
@@ -182,6 +175,17 @@ impl Scheduler {
     pub fn append(&mut self, id: SequenceId, token: u32) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.tokens.push(token);
+        }
+    }
+
+    /// Makes the full blocks of a sequence's computed tokens findable.
+    pub(crate) fn index_full_blocks(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get_mut(&id).filter(|_| self.config.prefix_cache) else { return };
+        for index in sequence.indexed..sequence.computed / BLOCK_SIZE {
+            let parent = sequence.parent(index);
+            let block = self.pool.index(parent, sequence.block_tokens(index), sequence.blocks[index]);
+            sequence.blocks[index] = block;
+            sequence.indexed = index + 1;
         }
     }
 
@@ -253,7 +257,7 @@ impl Scheduler {
         let mut from = 0;
         while budget.tokens > 0 {
             let first_running = self.running.partition_point(|&id| id < from);
-            let running = self.running[first_running..].iter().find(|id| !self.sequences[id].is_decoding());
+            let running = self.running[first_running..].iter().find(|id| self.sequences[id].is_prefilling());
             let waiting = self.waiting.range(from..).next().filter(|_| admits);
             let Some(&id) = running.into_iter().chain(waiting).min() else { return };
             from = id + 1;
@@ -359,4 +363,5 @@ fn release_blocks(pool: &mut BlockPool, sequence: &mut Sequence) {
     }
     sequence.computed = 0;
     sequence.indexed = 0;
+    sequence.held = false;
 }

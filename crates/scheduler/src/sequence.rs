@@ -20,12 +20,22 @@ pub struct Sequence {
     pub(crate) indexed: usize,
     /// Logits are wanted for every prompt token, so the prompt is computed whole.
     pub(crate) score_prompt: bool,
+    /// Its next blocks are being filled from outside: nothing of it is planned.
+    pub(crate) held: bool,
 }
 
 impl Sequence {
     pub(crate) fn new(prompt: Vec<u32>, score_prompt: bool) -> Self {
         let prompt_len = prompt.len();
-        Self { tokens: prompt, prompt_len, computed: 0, blocks: Vec::new(), indexed: 0, score_prompt }
+        Self {
+            tokens: prompt,
+            prompt_len,
+            computed: 0,
+            blocks: Vec::new(),
+            indexed: 0,
+            score_prompt,
+            held: false,
+        }
     }
 
     /// Tokens whose keys and values are still to be computed.
@@ -35,16 +45,29 @@ impl Sequence {
 
     /// Whether it is past its prompt: what it computes are generated tokens.
     pub(crate) fn is_decoding(&self) -> bool {
-        self.computed >= self.prompt_len && self.pending() > 0
+        !self.held && self.computed >= self.prompt_len && self.pending() > 0
+    }
+
+    /// Whether it runs and is still within its prompt.
+    pub(crate) fn is_prefilling(&self) -> bool {
+        !self.held && !self.is_decoding()
+    }
+
+    /// How many of its blocks are in the prefix tree: full, computed, and never written again.
+    pub fn indexed_blocks(&self) -> usize {
+        self.indexed
     }
 
     /// Whether logits of prompt rows are still wanted.
-    pub(crate) fn is_scoring(&self) -> bool {
+    pub fn is_scoring(&self) -> bool {
         self.score_prompt && self.tokens.len() == self.prompt_len
     }
 
     /// The tokens of full block `index`.
-    pub(crate) fn block_tokens(&self, index: usize) -> &[u32; BLOCK_SIZE] {
+    ///
+    /// # Panics
+    /// If the known tokens end before the block does.
+    pub fn block_tokens(&self, index: usize) -> &[u32; BLOCK_SIZE] {
         self.tokens[index * BLOCK_SIZE..].first_chunk().expect("the block is full")
     }
 

@@ -5,12 +5,17 @@
 //! products come out without a horizontal sum; then its 16 values, `[16, head_dim]`, each padded
 //! to whole vectors.
 
+use std::ops::Range;
+
 use super::simd::{LANES, Simd};
 use super::zeros;
 use crate::{AttentionShape, BLOCK_SIZE, OpError, Result};
 
 // A vector of keys is a block.
 const _: () = assert!(BLOCK_SIZE == LANES);
+
+/// Names the layout above, for blocks that are kept outside the process. Changes whenever it does.
+pub(super) const LAYOUT: &str = "keys transposed, values padded, 1";
 
 /// How keys and values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +88,58 @@ impl KvCache {
             Elements::F16(x) => LayerMut::F16(&mut aligned_mut(x)[layer * len..][..len]),
             Elements::F32(x) => LayerMut::F32(&mut aligned_mut(x)[layer * len..][..len]),
         }
+    }
+
+    /// Copies a block of all layers to `out`, layer by layer.
+    pub(super) fn read_block(&self, block: usize, out: &mut [u8]) -> Result<()> {
+        let part = self.check_block(block, out.len())?;
+        for (layer, out) in out.chunks_exact_mut(out.len() / self.layers).enumerate() {
+            match self.layer(layer) {
+                Layer::F16(x) => copy_out(&x[part.clone()], out, u16::to_le_bytes),
+                Layer::F32(x) => copy_out(&x[part.clone()], out, f32::to_le_bytes),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills a block of all layers with what [`Self::read_block`] gave.
+    pub(super) fn write_block(&mut self, block: usize, bytes: &[u8]) -> Result<()> {
+        let part = self.check_block(block, bytes.len())?;
+        for (layer, bytes) in bytes.chunks_exact(bytes.len() / self.layers).enumerate() {
+            match self.layer_mut(layer) {
+                LayerMut::F16(x) => copy_in(&mut x[part.clone()], bytes, u16::from_le_bytes),
+                LayerMut::F32(x) => copy_in(&mut x[part.clone()], bytes, f32::from_le_bytes),
+            }
+        }
+        Ok(())
+    }
+
+    /// The elements of a block within a layer, if there is such a block and it has so many bytes.
+    fn check_block(&self, block: usize, bytes: usize) -> Result<Range<usize>> {
+        let len = self.layout.block_len();
+        let element = match &self.elements {
+            Elements::F16(_) => 2,
+            Elements::F32(_) => 4,
+        };
+        let wanted = self.layers * len * element;
+        if block >= self.blocks || bytes != wanted || wanted == 0 {
+            let there = self.blocks;
+            let reason = format!("KV block {block} of {there} with {bytes} bytes; a block has {wanted}");
+            return Err(OpError::Backend(reason));
+        }
+        Ok(block * len..(block + 1) * len)
+    }
+}
+
+fn copy_out<E: Copy, const N: usize>(from: &[E], to: &mut [u8], bytes: impl Fn(E) -> [u8; N]) {
+    for (to, &x) in to.as_chunks_mut::<N>().0.iter_mut().zip(from) {
+        *to = bytes(x);
+    }
+}
+
+fn copy_in<E, const N: usize>(to: &mut [E], from: &[u8], element: impl Fn([u8; N]) -> E) {
+    for (to, &bytes) in to.iter_mut().zip(from.as_chunks::<N>().0) {
+        *to = element(bytes);
     }
 }
 

@@ -277,6 +277,18 @@ impl Backend for Cpu {
         Layout::of(shape).block_len() * element
     }
 
+    fn kv_format(&self) -> Option<String> {
+        Some(format!("cpu {:?} {}", self.kv_dtype, kv::LAYOUT))
+    }
+
+    fn read_kv_block(&mut self, cache: &KvCache, block: u32, out: &mut [u8]) -> Result<()> {
+        cache.read_block(block as usize, out)
+    }
+
+    fn write_kv_block(&mut self, cache: &mut KvCache, block: u32, bytes: &[u8]) -> Result<()> {
+        cache.write_block(block as usize, bytes)
+    }
+
     fn load_rope(&mut self, rope: &Rope, _max_positions: usize) -> Result<()> {
         self.rope = Some(rope.clone());
         Ok(())

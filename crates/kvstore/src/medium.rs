@@ -1,0 +1,117 @@
+//! Where segment files lie: a folder, or in tests one that fails on purpose.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// A flat collection of named files.
+pub trait Medium: Send + Sync {
+    /// Names of the files.
+    ///
+    /// # Errors
+    /// If the collection cannot be read.
+    fn names(&self) -> io::Result<Vec<String>>;
+    /// Makes a file that is not there.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    fn create(&self, name: &str) -> io::Result<Box<dyn SegmentFile>>;
+    /// Opens a file for reading.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    fn open(&self, name: &str) -> io::Result<Box<dyn SegmentFile>>;
+    /// Removes a file; who has it open may go on reading.
+    ///
+    /// # Errors
+    /// If it cannot be removed.
+    fn remove(&self, name: &str) -> io::Result<()>;
+}
+
+/// One file of a [`Medium`].
+pub trait SegmentFile: Send + Sync {
+    /// Its length in bytes.
+    ///
+    /// # Errors
+    /// If it cannot be told.
+    fn size(&self) -> io::Result<u64>;
+    /// Fills `out` from `offset` on.
+    ///
+    /// # Errors
+    /// If the file ends before that, or cannot be read.
+    fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Writes all of `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// If it cannot be written whole.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// Waits until what was written would survive a power failure.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// A folder, locked for this process.
+#[derive(Debug)]
+pub struct Disk {
+    folder: PathBuf,
+    /// Holds the lock, which the system lets go when the process ends, however it ends.
+    _lock: File,
+}
+
+impl Disk {
+    /// Opens a folder, which is made if it is not there.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] if another process has it, else whatever keeps it from being used.
+    pub fn open(folder: &Path) -> io::Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).open(folder.join("lock"))?;
+        lock.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => io::Error::from(io::ErrorKind::WouldBlock),
+            TryLockError::Error(error) => error,
+        })?;
+        Ok(Self { folder: folder.to_owned(), _lock: lock })
+    }
+}
+
+impl Medium for Disk {
+    fn names(&self) -> io::Result<Vec<String>> {
+        let entries = std::fs::read_dir(&self.folder)?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        Ok(names.collect())
+    }
+
+    fn create(&self, name: &str) -> io::Result<Box<dyn SegmentFile>> {
+        let path = self.folder.join(name);
+        Ok(Box::new(OpenOptions::new().read(true).write(true).create_new(true).open(path)?))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Box<dyn SegmentFile>> {
+        Ok(Box::new(File::open(self.folder.join(name))?))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        std::fs::remove_file(self.folder.join(name))
+    }
+}
+
+impl SegmentFile for File {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_exact_at(out, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+}
