@@ -24,6 +24,7 @@ pub fn run(settings: &ModelSettings) -> Result<()> {
     cpu(settings);
     memory();
     gpu();
+    device(settings);
     storage(settings)
 }
 
@@ -114,7 +115,7 @@ fn memory() {
     line("memory", format_args!("{} available of {}", bytes(memory.available), bytes(memory.total)));
 }
 
-/// Looks for a GPU by the files that its driver brings; loads nothing.
+/// Looks for the files that a GPU's driver brings, then asks the driver.
 fn gpu() {
     let driver = library("libcuda.so.1");
     let found = [
@@ -132,7 +133,16 @@ fn gpu() {
         "gpu",
         if found.is_empty() { "none found (no CUDA driver, no nvidia-smi)".into() } else { found.join(", ") },
     );
-    line("device", "cpu: the CUDA backend is not built yet, so a GPU is not used");
+    for gpu in rudder_cuda::probe::gpus().unwrap_or_default() {
+        line("", gpu);
+    }
+}
+
+fn device(settings: &ModelSettings) {
+    match crate::device::choose(settings.device.unwrap_or_default()) {
+        Ok(choice) => line("device", choice.reason),
+        Err(reason) => line("device", format_args!("! {reason}")),
+    }
 }
 
 fn library(name: &str) -> Option<PathBuf> {

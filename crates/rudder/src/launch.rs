@@ -14,7 +14,7 @@ use rudder_text::Text;
 
 use crate::kv::KvNeeds;
 use crate::settings::ModelSettings;
-use crate::{machine, models, text_source};
+use crate::{device, machine, models, text_source};
 
 /// A model that runs.
 pub struct Launched {
@@ -47,6 +47,8 @@ pub struct Summary {
     pub max_context: usize,
     /// Longest sequence that the model could do.
     pub context_length: usize,
+    /// What the model runs on, and why.
+    pub device: String,
     /// Worker threads.
     pub threads: usize,
     /// Time from the start of loading to a running engine.
@@ -58,6 +60,7 @@ pub struct Summary {
 /// # Errors
 /// If the model cannot be found, fetched, read or held in memory; each says what to do.
 pub fn launch(settings: &ModelSettings) -> Result<Launched> {
+    let device = device::choose(settings.device.unwrap_or_default())?;
     let asked = settings.model.as_deref().unwrap_or(&catalog()[0].name);
     let reference = ModelRef::parse(asked)?;
     let path = models::cache(settings.cache.clone()).pull(&reference, &models::sources())?;
@@ -126,6 +129,7 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
         kv_tokens: loaded.kv_blocks * BLOCK_SIZE,
         max_context: engine.max_context(),
         context_length: config.context_length,
+        device: device.reason,
         threads,
         took: began.elapsed(),
     };

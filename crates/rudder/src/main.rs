@@ -3,6 +3,7 @@
 mod bench;
 mod chat;
 mod cli;
+mod device;
 mod doctor;
 mod kv;
 mod launch;

@@ -132,6 +132,7 @@ fn print_summary(config: &ServerConfig, s: &Summary, address: SocketAddr) {
     println!("weights   {}", bytes(s.weight_bytes));
     println!("kv cache  {} of f16, {} tokens", bytes(s.kv_bytes), s.kv_tokens);
     println!("context   {} tokens a sequence (the model's own: {})", s.max_context, s.context_length);
+    println!("device    {}", s.device);
     println!("threads   {}", s.threads);
     println!("address   {url}, ready {:.1} s after loading began", s.took.as_secs_f64());
     println!(

@@ -22,8 +22,8 @@ pub struct ModelSettings {
     /// Folder for downloaded models [default: rudder/models in the user's cache folder]
     #[arg(long, env = "RUDDER_CACHE", value_name = "FOLDER")]
     pub cache: Option<PathBuf>,
-    /// What to run on [default: auto]
-    #[arg(long, env = "RUDDER_DEVICE", value_enum)]
+    /// What to run on: auto, cpu, cuda or cuda:1 (the second GPU) [default: auto]
+    #[arg(long, env = "RUDDER_DEVICE", value_name = "DEVICE")]
     pub device: Option<Device>,
     /// Worker threads [default: the machine's physical cores]
     #[arg(long, env = "RUDDER_THREADS", value_name = "N")]
@@ -97,13 +97,37 @@ pub struct ServerSettings {
 }
 
 /// What a model runs on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Device {
-    /// The best there is; the CPU, until there is another.
+    /// The first GPU that there are kernels for, else the CPU.
+    #[default]
     Auto,
     /// The CPU.
     Cpu,
+    /// The GPU of this number.
+    Cuda(usize),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => match text.strip_prefix("cuda:").and_then(|index| index.parse().ok()) {
+                Some(index) => Ok(Self::Cuda(index)),
+                None => Err(format!("`{text}` is not a device; write auto, cpu, cuda or cuda:0")),
+            },
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Device {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
 }
 
 /// A number of bytes, written as `1073741824`, `1GiB` or `1.5GB`.
@@ -395,6 +419,21 @@ mod tests {
         }
         for text in ["", "7", "d", "-1d", "1.5h", "1w"] {
             assert!(text.parse::<TimeSpan>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn devices_read_as_people_write_them() {
+        for (text, device) in [
+            ("auto", Device::Auto),
+            ("cpu", Device::Cpu),
+            ("cuda", Device::Cuda(0)),
+            ("cuda:3", Device::Cuda(3)),
+        ] {
+            assert_eq!(text.parse(), Ok(device), "{text}");
+        }
+        for text in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "CPU"] {
+            assert!(text.parse::<Device>().is_err(), "{text}");
         }
     }
 

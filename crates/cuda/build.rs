@@ -1,0 +1,90 @@
+//! Compiles kernels/*.cu with nvcc, where there is one, into fat binaries that the crate embeds: machine code for
+//! Hopper (sm_90a) and Blackwell (sm_100a, sm_103a), and PTX, which the driver compiles for what comes after them.
+//!
+//! nvcc is the one that RUDDER_NVCC names, else the one that scripts/get-nvcc put into the target folder. Without one, or
+//! with RUDDER_NVCC=none, the crate is built without kernels, and says so when it is asked for a GPU.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+const TARGETS: [&str; 4] = [
+    "arch=compute_90a,code=sm_90a",
+    "arch=compute_100a,code=sm_100a",
+    "arch=compute_103a,code=sm_103a",
+    "arch=compute_90,code=compute_90",
+];
+
+fn main() {
+    let kernels = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap()).join("../../kernels");
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap());
+    println!("cargo:rerun-if-changed={}", kernels.display());
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-env-changed=RUDDER_NVCC");
+    let mut sources: Vec<PathBuf> = fs::read_dir(&kernels)
+        .unwrap_or_else(|e| panic!("cannot read {}: {e}", kernels.display()))
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .collect();
+    sources.sort();
+    let images = nvcc(&out).map(|nvcc| compile(&nvcc, &sources, &out)).unwrap_or_default();
+    // The driver reads 64-bit fields of an image's header.
+    let list: String =
+        images.iter().map(|path| format!("    &Aligned(*include_bytes!({path:?})).0,\n")).collect();
+    let code = format!("/// One fat binary a source file.\npub const IMAGES: &[&[u8]] = &[\n{list}];\n");
+    fs::write(out.join("images.rs"), code).unwrap();
+    #[cfg(feature = "emulate")]
+    emulate(&kernels);
+}
+
+/// The compiler to use.
+fn nvcc(out: &Path) -> Option<PathBuf> {
+    match env::var_os("RUDDER_NVCC") {
+        Some(path) if path == "none" => None,
+        Some(path) => Some(path.into()),
+        None => out.ancestors().map(|a| a.join("nvcc/site/nvidia/cu13/bin/nvcc")).find(|p| p.exists()),
+    }
+}
+
+fn compile(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Vec<PathBuf> {
+    sources
+        .iter()
+        .map(|source| {
+            let image = out.join(source.file_stem().unwrap()).with_extension("fatbin");
+            let mut command = Command::new(nvcc);
+            command.args([
+                "-fatbin",
+                "-O3",
+                "-std=c++17",
+                "-lineinfo",
+                "--threads",
+                "2",
+                "-compress-mode=size",
+            ]);
+            command.args(TARGETS.map(|target| format!("-gencode={target}")));
+            // What a kernel spills is worth knowing; what else nvcc warns of is an error.
+            let status = command.args(["-Werror", "all-warnings", "-o"]).arg(&image).arg(source).status();
+            match status {
+                Ok(status) if status.success() => image,
+                Ok(status) => panic!("nvcc ended with {status} on {}", source.display()),
+                Err(e) => panic!("cannot run {}: {e}", nvcc.display()),
+            }
+        })
+        .collect()
+}
+
+#[cfg(feature = "emulate")]
+fn emulate(kernels: &Path) {
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .opt_level(2)
+        .define("RUDDER_EMULATE", None)
+        // Fibers leave their stacks by longjmp, which fortified builds take for an attack.
+        .flag("-U_FORTIFY_SOURCE")
+        // One rounding an operation, where the kernels ask for it and everywhere else.
+        .flag("-ffp-contract=off")
+        .include(kernels)
+        .file(kernels.join("emulate/emulate.cpp"))
+        .compile("rudder_emulated_kernels");
+}

@@ -1,0 +1,399 @@
+// Rotary embedding fused with the write of keys and values, and attention over the paged cache.
+//
+// The cache holds, for every block of 16 tokens and KV head, 16 rows of head_dim bf16 side by side: [blocks, kv_heads, 16, dim].
+//
+// attention_decode_D: one query row at a time; the query heads that share a KV head are the rows of one fragment, so that keys
+// and values are read once for all of them; contexts are split into parts of 256 tokens, combined by attention_combine.
+// attention_prefill_D: tiles of 64 (token, head) rows over tiles of 64 keys that arrive while others are computed.
+// attention_any: any head size, plain f32 arithmetic; slow.
+// Softmax is kept as in Milakov and Gimelshein 2018 (arXiv:1805.02867), tiles as in Dao 2023 (arXiv:2307.08691),
+// splits as in Flash-Decoding. Exponents are to base 2: scores come multiplied by log2(e).
+#include "common.cuh"
+
+#define BLOCK_TOKENS 16
+#define SPLIT 256
+#define LOG2E 1.4426950408889634f
+
+// One head of one row: norm where given, rotation, write-back; keys and values go to the row's slot. A warp a head, four
+// warps a block; grid: (rows, heads / 4). Rotated heads are q and k; the others are values. NO_SLOT writes nothing.
+#define NO_SLOT 0xffffffffu
+extern "C" __global__ void __launch_bounds__(128) rope_and_cache(float* qkv, const uint32_t* positions, const uint32_t* slots, const float* inv_freq, int interleaved, const float* q_norm, const float* k_norm, float eps, bf16* keys, bf16* values, int heads, int kv_heads, int dim) {
+    const int lane = threadIdx.x % WARP, head = blockIdx.y * 4 + threadIdx.x / WARP;
+    if (head >= heads + 2 * kv_heads) return;  // a whole warp
+    const int row = blockIdx.x;
+    float* x = qkv + (static_cast<size_t>(row) * (heads + 2 * kv_heads) + head) * dim;
+    const uint32_t slot = slots[row];
+    const int kind = head < heads ? 0 : head < heads + kv_heads ? 1 : 2;
+    bf16* cached = nullptr;
+    if (kind > 0 && slot != NO_SLOT) {
+        size_t kv_head = kind == 1 ? head - heads : head - heads - kv_heads;
+        size_t at = ((slot / BLOCK_TOKENS * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS + slot % BLOCK_TOKENS) * dim;
+        cached = (kind == 1 ? keys : values) + at;
+    }
+    if (kind == 2) {
+        if (cached)
+            for (int i = lane; i < dim; i += WARP) cached[i] = to_bf16(x[i]);
+        return;
+    }
+    const float* norm = kind == 0 ? q_norm : k_norm;
+    float factor = 1.0f;
+    if (norm) {
+        float squares = 0.0f;
+        for (int i = lane; i < dim; i += WARP) squares += x[i] * x[i];
+        factor = 1.0f / sqrtf(warp_sum(squares) / dim + eps);
+    }
+    const float position = static_cast<float>(positions[row]);
+    for (int i = lane; i < dim / 2; i += WARP) {
+        const int first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : i + dim / 2;
+        float a = x[first], b = x[second];
+        if (norm) a = a * factor * norm[first], b = b * factor * norm[second];
+        float sine, cosine;
+        sincosf(position * inv_freq[i], &sine, &cosine);
+        const float rotated_a = a * cosine - b * sine, rotated_b = b * cosine + a * sine;
+        x[first] = rotated_a, x[second] = rotated_b;
+        if (cached) cached[first] = to_bf16(rotated_a), cached[second] = to_bf16(rotated_b);
+    }
+}
+KERNEL(rope_and_cache)
+
+// Folds 8 or 16 columns of new scores into the running maximum and sum of the two rows that a lane has: rescales `o`, turns
+// scores into weights. The four lanes of a quad hold a row.
+template <int COLUMNS, int OUTPUTS>
+__device__ __forceinline__ void softmax_step(float (&s)[COLUMNS][4], float (&o)[OUTPUTS][4], float (&most)[2], float (&total)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float best = most[r];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) best = fmaxf(best, fmaxf(s[c][2 * r], s[c][2 * r + 1]));
+        best = fmaxf(best, __shfl_xor_sync(FULL, best, 1));
+        best = fmaxf(best, __shfl_xor_sync(FULL, best, 2));
+        const float old = exp2f(most[r] - best);
+        most[r] = best;
+        total[r] *= old;
+#pragma unroll
+        for (int c = 0; c < OUTPUTS; c++) o[c][2 * r] *= old, o[c][2 * r + 1] *= old;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+            for (int i = 2 * r; i < 2 * r + 2; i++) {
+                s[c][i] = exp2f(s[c][i] - best);
+                total[r] += s[c][i];
+            }
+    }
+}
+
+// Sums the quad's shares of the rows' totals.
+__device__ __forceinline__ void sum_quads(float (&total)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        total[r] += __shfl_xor_sync(FULL, total[r], 1);
+        total[r] += __shfl_xor_sync(FULL, total[r], 2);
+    }
+}
+
+// o += weights * values for 16 tokens, of which a lane holds `WORDS` words of the values of four: tokens 2 * quad, + 1, + 8, + 9.
+// Output fragment `at + j` holds element j of every lane group's words.
+template <int WORDS, int OUTPUTS>
+__device__ __forceinline__ void add_values(float (&o)[OUTPUTS][4], int at, const uint32_t (&a)[4], const uint32_t (&v)[4][WORDS]) {
+#pragma unroll
+    for (int j = 0; j < 2 * WORDS; j++) {
+        uint32_t b[2] = {halves(v[0][j / 2], v[1][j / 2], j % 2), halves(v[2][j / 2], v[3][j / 2], j % 2)};
+        multiply_add(o[at + j], a, b);
+    }
+}
+
+// Grid: (splits, kv_heads * heads of a group / 16, rows); block: 128. rows[] names the batch's rows to do.
+template <int DIM>
+__device__ void attention_decode(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale) {
+    __shared__ float merged[16][DIM];
+    __shared__ float all_most[4][16], all_total[4][16];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
+    const int row = rows[blockIdx.z], context = row_contexts[row], begin = blockIdx.x * SPLIT;
+    if (begin >= context) return;
+    const int end = min(begin + SPLIT, context);
+    const int shared_by = heads / kv_heads, parts = (shared_by + 15) / 16;
+    const int kv_head = blockIdx.y / parts, first = blockIdx.y % parts * 16, count = min(16, shared_by - first);
+    const size_t head = static_cast<size_t>(kv_head) * shared_by + first;
+    const float* q = qkv + static_cast<size_t>(row) * (heads + 2 * kv_heads) * DIM + head * DIM;
+    const uint32_t* table = tables + row_tables[row];
+
+    // Queries: of every 32 elements a lane has 8 neighbouring ones of two heads, as it has of keys.
+    uint32_t qs[DIM / 16][4];
+#pragma unroll
+    for (int c = 0; c < DIM / 32; c++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float e[8] = {};
+            if (group + 8 * r < count) {
+                const float* from = q + (group + 8 * r) * DIM + c * 32 + quad * 8;
+                for (int i = 0; i < 8; i++) e[i] = from[i];
+            }
+            qs[2 * c][r] = pack(e[0], e[1]), qs[2 * c][r + 2] = pack(e[2], e[3]);
+            qs[2 * c + 1][r] = pack(e[4], e[5]), qs[2 * c + 1][r + 2] = pack(e[6], e[7]);
+        }
+
+    float o[DIM / 8][4] = {}, most[2] = {NEG_INFINITY, NEG_INFINITY}, total[2] = {};
+    for (int block = begin / BLOCK_TOKENS + warp; block * BLOCK_TOKENS < end; block += 4) {
+        const size_t at = (table[block] * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS * DIM;
+        const int left = end - block * BLOCK_TOKENS;  // tokens of this block that are there, if below 16
+        uint4 k[2][DIM / 32];
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+#pragma unroll
+            for (int c = 0; c < DIM / 32; c++) {
+                int token = t * 8 + group;
+                k[t][c] = token < left ? load_once(keys + at + token * DIM + c * 32 + quad * 8) : make_uint4(0, 0, 0, 0);
+            }
+        // Weights of zero do not undo values that are not finite: what is not there is read as zeros.
+        uint32_t v[DIM / 64][4][4], tail[4][2];
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            const int token = t / 2 * 8 + quad * 2 + t % 2;
+            const bf16* from = values + at + token * DIM;
+#pragma unroll
+            for (int h = 0; h < DIM / 64; h++) {
+                uint4 x = token < left ? load_once(from + h * 64 + group * 8) : make_uint4(0, 0, 0, 0);
+                v[h][t][0] = x.x, v[h][t][1] = x.y, v[h][t][2] = x.z, v[h][t][3] = x.w;
+            }
+            if (DIM % 64) {
+                uint2 x = {0, 0};
+                if (token < left) x = *reinterpret_cast<const uint2*>(from + DIM / 64 * 64 + group * 4);
+                tail[t][0] = x.x, tail[t][1] = x.y;
+            }
+        }
+        float s[2][4] = {};
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+#pragma unroll
+            for (int c = 0; c < DIM / 32; c++) {
+                uint32_t low[2] = {k[t][c].x, k[t][c].y}, high[2] = {k[t][c].z, k[t][c].w};
+                multiply_add(s[t], qs[2 * c], low);
+                multiply_add(s[t], qs[2 * c + 1], high);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                s[t][i] = t * 8 + quad * 2 + i % 2 < left ? s[t][i] * (scale * LOG2E) : NEG_INFINITY;
+        }
+        softmax_step(s, o, most, total);
+        uint32_t a[4] = {pack(s[0][0], s[0][1]), pack(s[0][2], s[0][3]), pack(s[1][0], s[1][1]), pack(s[1][2], s[1][3])};
+#pragma unroll
+        for (int h = 0; h < DIM / 64; h++) add_values<4>(o, h * 8, a, v[h]);
+        if (DIM % 64) add_values<2>(o, DIM / 64 * 8, a, tail);
+    }
+    sum_quads(total);
+
+    // The four warps' results, added in order.
+    if (quad == 0)
+        for (int r = 0; r < 2; r++) all_most[warp][group + 8 * r] = most[r], all_total[warp][group + 8 * r] = total[r];
+    __syncthreads();
+    float share[2];
+    for (int r = 0; r < 2; r++) {
+        float best = NEG_INFINITY;
+        for (int w = 0; w < 4; w++) best = fmaxf(best, all_most[w][group + 8 * r]);
+        // A warp that had no tokens has nothing to add, whatever the others found.
+        share[r] = most[r] == NEG_INFINITY && total[r] == 0.0f ? 0.0f : exp2f(most[r] - best);
+    }
+    for (int w = 0; w < 4; w++) {
+        if (warp == w) {
+#pragma unroll
+            for (int j = 0; j < DIM / 8; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    // The place that element j % 8 (or % 4) of a lane group's words has in the head.
+                    const int column = quad * 2 + i % 2, whole = DIM / 64 * 8;
+                    const int at = j < whole ? j / 8 * 64 + column * 8 + j % 8 : DIM / 64 * 64 + column * 4 + (j - whole);
+                    float* to = &merged[group + i / 2 * 8][at];
+                    *to = (w ? *to : 0.0f) + o[j][i] * share[i / 2];
+                }
+        }
+        __syncthreads();
+    }
+    const bool alone = context <= SPLIT;
+    const size_t splits = gridDim.x;
+    for (int i = threadIdx.x; i < count * DIM; i += blockDim.x) {
+        const int h = i / DIM, d = i % DIM;
+        float best = NEG_INFINITY, sum = 0.0f;
+        for (int w = 0; w < 4; w++) best = fmaxf(best, all_most[w][h]);
+        for (int w = 0; w < 4; w++)
+            if (all_total[w][h] != 0.0f) sum += all_total[w][h] * exp2f(all_most[w][h] - best);
+        if (alone) {
+            out[(static_cast<size_t>(row) * heads + head + h) * DIM + d] = to_bf16(merged[h][d] / sum);
+        } else {
+            const size_t part = (blockIdx.z * static_cast<size_t>(heads) + head + h) * splits + blockIdx.x;
+            partial[part * DIM + d] = merged[h][d];
+            if (d == 0) partial_sums[2 * part] = best, partial_sums[2 * part + 1] = sum;
+        }
+    }
+}
+
+// Adds the parts of rows that have several. Grid: (heads, rows); block: 128.
+extern "C" __global__ void __launch_bounds__(128) attention_combine(const uint32_t* rows, const uint32_t* row_contexts, bf16* out, const float* partial, const float* partial_sums, int heads, int dim, int splits) {
+    const int row = rows[blockIdx.y], head = blockIdx.x, parts = (row_contexts[row] + SPLIT - 1) / SPLIT;
+    if (parts <= 1) return;
+    const size_t first = (blockIdx.y * static_cast<size_t>(heads) + head) * splits;
+    const float* sums = partial_sums + 2 * first;
+    float best = NEG_INFINITY, total = 0.0f;
+    for (int p = 0; p < parts; p++) best = fmaxf(best, sums[2 * p]);
+    for (int p = 0; p < parts; p++) total += sums[2 * p + 1] * exp2f(sums[2 * p] - best);
+    for (int d = threadIdx.x; d < dim; d += blockDim.x) {
+        float sum = 0.0f;
+        for (int p = 0; p < parts; p++) sum += partial[(first + p) * dim + d] * exp2f(sums[2 * p] - best);
+        out[(static_cast<size_t>(row) * heads + head) * dim + d] = to_bf16(sum / total);
+    }
+}
+KERNEL(attention_combine)
+
+#define KEYS 64
+
+// A tile: {first row in the batch, tokens, position of the first token, where its block table begins}. Grid: (kv_heads, tiles);
+// block: 128; a warp computes 16 rows, a row being a (token, head) pair: row r is head r % shared_by of token r / shared_by.
+template <int DIM>
+__device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale) {
+    DYNAMIC_SHARED(memory);
+    const int STRIDE = DIM + 8;  // rows of eight consecutive tokens begin in different banks
+    bf16* stages = reinterpret_cast<bf16*>(memory);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
+    const uint4 tile = tiles[blockIdx.y];
+    const int kv_head = blockIdx.x, shared_by = heads / kv_heads, rows = tile.y * shared_by;
+    const int visible = tile.z + tile.y;  // keys that the last token sees
+    const uint32_t* table = tables + tile.w;
+    const size_t width = static_cast<size_t>(heads + 2 * kv_heads) * DIM;
+
+    // The two rows of this lane, where their queries lie, and the last key that they see.
+    const float* q[2];
+    int last[2];
+    for (int r = 0; r < 2; r++) {
+        const int pair = warp * 16 + group + 8 * r, token = pair / shared_by;
+        q[r] = pair < rows ? qkv + (tile.x + token) * width + (static_cast<size_t>(kv_head) * shared_by + pair % shared_by) * DIM : nullptr;
+        last[r] = tile.z + (pair < rows ? token : 0);
+    }
+    uint32_t qs[DIM / 16][4];
+#pragma unroll
+    for (int c = 0; c < DIM / 16; c++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* from = q[i % 2];
+            const int at = c * 16 + i / 2 * 8 + quad * 2;
+            qs[c][i] = from ? pack(from[at], from[at + 1]) : 0;
+        }
+
+    auto copy = [&](int step) {
+        bf16* ks = stages + step % 2 * 2 * KEYS * STRIDE;
+        bf16* vs = ks + KEYS * STRIDE;
+        for (int i = threadIdx.x; i < KEYS * (DIM / 8); i += blockDim.x) {
+            const int token = i / (DIM / 8), chunk = i % (DIM / 8), key = step * KEYS + token;
+            // Past the end the last token's block stands in for an address; zeros arrive.
+            const int there = min(key, visible - 1);
+            const size_t at = ((table[there / BLOCK_TOKENS] * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS + there % BLOCK_TOKENS) * DIM + chunk * 8;
+            copy_async(ks + token * STRIDE + chunk * 8, keys + at, key < visible);
+            copy_async(vs + token * STRIDE + chunk * 8, values + at, key < visible);
+        }
+        copy_commit();
+    };
+
+    float o[DIM / 8][4] = {}, most[2] = {NEG_INFINITY, NEG_INFINITY}, total[2] = {};
+    const int steps = (visible + KEYS - 1) / KEYS;
+    copy(0);
+    for (int step = 0; step < steps; step++) {
+        copy_wait<0>();
+        __syncthreads();  // this tile is here for all, and all are done with the one before
+        if (step + 1 < steps) copy(step + 1);
+        const bf16* ks = stages + step % 2 * 2 * KEYS * STRIDE;
+        const bf16* vs = ks + KEYS * STRIDE;
+        float s[KEYS / 8][4] = {};
+#pragma unroll
+        for (int c = 0; c < DIM / 16; c++)
+#pragma unroll
+            for (int t = 0; t < KEYS / 8; t += 2) {
+                uint32_t r[4];
+                load_matrices(r, ks + (t * 8 + lane / 16 * 8 + lane % 8) * STRIDE + c * 16 + lane / 8 % 2 * 8);
+                uint32_t even[2] = {r[0], r[1]}, odd[2] = {r[2], r[3]};
+                multiply_add(s[t], qs[c], even);
+                multiply_add(s[t + 1], qs[c], odd);
+            }
+#pragma unroll
+        for (int t = 0; t < KEYS / 8; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int key = step * KEYS + t * 8 + quad * 2 + i % 2;
+                s[t][i] = key <= last[i / 2] ? s[t][i] * (scale * LOG2E) : NEG_INFINITY;
+            }
+        softmax_step(s, o, most, total);
+#pragma unroll
+        for (int t = 0; t < KEYS / 16; t++) {
+            uint32_t a[4] = {pack(s[2 * t][0], s[2 * t][1]), pack(s[2 * t][2], s[2 * t][3]), pack(s[2 * t + 1][0], s[2 * t + 1][1]), pack(s[2 * t + 1][2], s[2 * t + 1][3])};
+#pragma unroll
+            for (int d = 0; d < DIM / 8; d += 2) {
+                uint32_t r[4];
+                load_matrices_transposed(r, vs + (t * 16 + lane / 8 % 2 * 8 + lane % 8) * STRIDE + d * 8 + lane / 16 * 8);
+                uint32_t even[2] = {r[0], r[1]}, odd[2] = {r[2], r[3]};
+                multiply_add(o[d], a, even);
+                multiply_add(o[d + 1], a, odd);
+            }
+        }
+    }
+    sum_quads(total);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int pair = warp * 16 + group + 8 * r;
+        if (pair >= rows) continue;
+        const size_t head = static_cast<size_t>(kv_head) * shared_by + pair % shared_by;
+        bf16* to = out + ((tile.x + pair / shared_by) * static_cast<size_t>(heads) + head) * DIM;
+#pragma unroll
+        for (int d = 0; d < DIM / 8; d++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) to[d * 8 + quad * 2 + i] = to_bf16(o[d][2 * r + i] / total[r]);
+    }
+}
+
+#define FOR_DIM(D)                                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(128) attention_decode_##D(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale) { \
+        attention_decode<D>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, partial, partial_sums, heads, kv_heads, scale);                                            \
+    }                                                                                                                                                                                  \
+    KERNEL(attention_decode_##D)                                                                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(128) attention_prefill_##D(const float* qkv, const bf16* keys, const bf16* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale) { \
+        attention_prefill<D>(qkv, keys, values, tiles, tables, out, heads, kv_heads, scale);                                                                                           \
+    }                                                                                                                                                                                  \
+    KERNEL(attention_prefill_##D)
+FOR_DIM(64)
+FOR_DIM(96)
+FOR_DIM(128)
+FOR_DIM(256)
+
+#define MOST_DIM 512
+
+// Attention of one row and head by a block of four warps, which take tokens in turn. Grid: (heads, rows).
+extern "C" __global__ void __launch_bounds__(128) attention_any(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, int heads, int kv_heads, int dim, float scale) {
+    __shared__ float outputs[4][MOST_DIM], all_most[4], all_total[4];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, head = blockIdx.x, row = rows[blockIdx.y];
+    const size_t kv_head = head / (heads / kv_heads);
+    const float* q = qkv + static_cast<size_t>(row) * (heads + 2 * kv_heads) * dim + static_cast<size_t>(head) * dim;
+    const uint32_t* table = tables + row_tables[row];
+    float o[MOST_DIM / WARP] = {}, most = NEG_INFINITY, total = 0.0f;
+    const int context = row_contexts[row];
+    for (int token = warp; token < context; token += 4) {
+        const size_t at = ((table[token / BLOCK_TOKENS] * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS + token % BLOCK_TOKENS) * dim;
+        float dot = 0.0f;
+        for (int i = lane; i < dim; i += WARP) dot += q[i] * to_float(keys[at + i]);
+        const float score = warp_sum(dot) * (scale * LOG2E), best = fmaxf(most, score), old = exp2f(most - best), weight = exp2f(score - best);
+        most = best;
+        total = total * old + weight;
+        for (int j = 0; j < MOST_DIM / WARP; j++)
+            if (j * WARP + lane < dim) o[j] = o[j] * old + weight * to_float(values[at + j * WARP + lane]);
+    }
+    for (int j = 0; j < MOST_DIM / WARP; j++)
+        if (j * WARP + lane < dim) outputs[warp][j * WARP + lane] = o[j];
+    if (lane == 0) all_most[warp] = most, all_total[warp] = total;
+    __syncthreads();
+    float best = NEG_INFINITY, sum = 0.0f;
+    for (int w = 0; w < 4; w++) best = fmaxf(best, all_most[w]);
+    for (int w = 0; w < 4; w++)
+        if (w < context) sum += all_total[w] * exp2f(all_most[w] - best);
+    for (int i = threadIdx.x; i < dim; i += blockDim.x) {
+        float y = 0.0f;
+        for (int w = 0; w < 4; w++)
+            if (w < context) y += outputs[w][i] * exp2f(all_most[w] - best);
+        out[(static_cast<size_t>(row) * heads + head) * dim + i] = to_bf16(y / sum);
+    }
+}
+KERNEL(attention_any)

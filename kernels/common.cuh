@@ -1,0 +1,114 @@
+// What all kernels share: number formats, reductions, asynchronous copies and the tensor cores' instructions.
+//
+// The same sources compile for the GPU (nvcc) and, with RUDDER_EMULATE, as plain C++ that runs a block's
+// threads as fibers (emulate/): so every kernel is tested where there is no GPU.
+#pragma once
+
+#ifdef RUDDER_EMULATE
+#include "emulate/cuda.h"
+#else
+#include <cstdint>
+#include <cuda_bf16.h>
+
+typedef __nv_bfloat16 bf16;
+
+#define KERNEL(name)
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ bf16 to_bf16(float x) { return __float2bfloat16_rn(x); }
+
+// 16 bytes that are read once: they need no place in the first cache.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+
+// Copies 16 bytes from global to shared memory without waiting; writes zeros where `valid` is false.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+    uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+// Closes a group of copies.
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but the newest `PENDING` groups have arrived.
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four 8x8 matrices of bf16 from shared memory: lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* shared) {
+    uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+}
+// The same, each matrix transposed.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* shared) {
+    uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+}
+// d += a * b on the tensor cores: a is 16x16, b 16x8, both bf16, d f32.
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+#define WARP 32
+#define FULL 0xffffffffu
+#define NEG_INFINITY (-__builtin_huge_valf())
+
+// Two floats as bf16, `low` in the lower half.
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    union {
+        bf16 h[2];
+        uint32_t w;
+    } u;
+    u.h[0] = to_bf16(low);
+    u.h[1] = to_bf16(high);
+    return u.w;
+}
+
+// The lower (or upper) halves of two words, side by side.
+__device__ __forceinline__ uint32_t halves(uint32_t a, uint32_t b, bool upper) {
+    return upper ? (a >> 16) | (b & 0xffff0000u) : (a & 0xffffu) | (b << 16);
+}
+
+// An element of activations, which are f32 or bf16.
+__device__ __forceinline__ float load(const void* data, int is_f32, size_t i) {
+    return is_f32 ? static_cast<const float*>(data)[i] : to_float(static_cast<const bf16*>(data)[i]);
+}
+
+// The sum over a warp, the same in all lanes.
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(FULL, x, step);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+    for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, step));
+    return x;
+}
+
+// The sum over a block of whole warps, the same in all threads.
+__device__ __forceinline__ float block_sum(float x) {
+    __shared__ float parts[WARP];
+    x = warp_sum(x);
+    __syncthreads();  // the parts of an earlier sum have been read
+    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = x;
+    __syncthreads();
+    float sum = 0.0f;
+    for (unsigned w = 0; w < blockDim.x / WARP; w++) sum += parts[w];
+    return sum;
+}

@@ -1,0 +1,165 @@
+// Runs kernels on the CPU: a block after another, its threads as fibers that take turns at barriers.
+#include "emulate/cuda.h"
+
+#include <csetjmp>
+#include <ucontext.h>
+#include <vector>
+
+#include "../rows.cu"
+#include "../matmul.cu"
+#include "../attention.cu"
+#include "../moe.cu"
+#include "../sample.cu"
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+enum State { READY, AT_WARP, AT_BLOCK, DONE };
+const std::size_t STACK = 256 * 1024;
+
+struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+};
+struct Fiber {
+    State state;
+    bool begun;
+    jmp_buf at;
+    ucontext_t context;
+    std::vector<unsigned char> stack;
+    std::vector<std::vector<Copy>> groups;  // copies under way, the last group still open
+};
+
+std::vector<Fiber> fibers;
+std::vector<unsigned char> shared_memory;
+unsigned char slots[32][32][64];
+jmp_buf scheduler;
+ucontext_t first;
+unsigned running;
+void (*kernel)(void**);
+void** kernel_arguments;
+const char* kernel_name = "";
+
+void place(unsigned thread) {
+    running = thread;
+    threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
+}
+
+void leave(State state) {
+    Fiber& fiber = fibers[running];
+    fiber.state = state;
+    if (!_setjmp(fiber.at)) _longjmp(scheduler, 1);
+}
+
+void body() {
+    kernel(kernel_arguments);
+    fibers[running].state = DONE;
+    _longjmp(scheduler, 1);
+}
+
+void resume(unsigned thread) {
+    place(thread);
+    Fiber& fiber = fibers[thread];
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.at, 1);
+    fiber.begun = true;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, body, 0);
+    setcontext(&fiber.context);
+}
+
+// Lets the threads from `begin` to `end` go on if all that still run wait at `barrier`.
+bool release(unsigned begin, unsigned end, State barrier) {
+    bool any = false;
+    for (unsigned t = begin; t < end; t++) {
+        if (fibers[t].state == barrier) any = true;
+        else if (fibers[t].state != DONE) return false;
+    }
+    for (unsigned t = begin; any && t < end; t++)
+        if (fibers[t].state == barrier) fibers[t].state = READY;
+    return any;
+}
+
+void run_block(unsigned threads) {
+    for (unsigned t = 0; t < threads; t++) {
+        fibers[t].state = READY;
+        fibers[t].begun = false;
+        fibers[t].groups.assign(1, {});
+    }
+    for (;;) {
+        bool moved = false;
+        unsigned done = 0;
+        for (unsigned warp = 0; warp < threads; warp += 32) {
+            unsigned end = warp + 32 < threads ? warp + 32 : threads;
+            do {
+                for (unsigned t = warp; t < end; t++)
+                    if (fibers[t].state == READY) resume(t), moved = true;
+            } while (release(warp, end, AT_WARP));
+        }
+        for (unsigned t = 0; t < threads; t++) done += fibers[t].state == DONE;
+        if (done == threads) return;
+        if (!release(0, threads, AT_BLOCK) && !moved) fail("deadlock: threads wait for a barrier that others do not reach");
+    }
+}
+
+}  // namespace
+
+void fail(const char* what) {
+    fprintf(stderr, "emulated kernel %s, block (%u, %u, %u), thread %u: %s\n", kernel_name, blockIdx.x, blockIdx.y,
+            blockIdx.z, running, what);
+    abort();
+}
+
+void __syncthreads() { leave(AT_BLOCK); }
+void wait_for_warp() { leave(AT_WARP); }
+unsigned char (*lane_slots())[64] { return slots[running / 32]; }
+unsigned char* dynamic_shared() { return shared_memory.data() + (16 - reinterpret_cast<uintptr_t>(shared_memory.data()) % 16) % 16; }
+
+void copy_async(void* shared, const void* global, bool valid) {
+    if (reinterpret_cast<uintptr_t>(shared) % 16 || (valid && reinterpret_cast<uintptr_t>(global) % 16))
+        fail("a copy of 16 bytes that is not aligned");
+    fibers[running].groups.back().push_back({shared, global, valid});
+}
+void copy_commit() { fibers[running].groups.emplace_back(); }
+void copy_wait_for(int pending) {
+    auto& groups = fibers[running].groups;
+    while (static_cast<int>(groups.size()) - 1 > pending) {
+        for (const Copy& copy : groups.front())
+            copy.valid ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+        groups.erase(groups.begin());
+    }
+}
+
+// Runs a kernel; 0 if there is one of that name. Callers take turns.
+extern "C" int rudder_emulate(const char* name, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments) {
+    Kernel* found = Kernel::first();
+    while (found && strcmp(found->name, name)) found = found->next;
+    if (!found) return 1;
+    if (!grid) return 0;
+    kernel = found->call;
+    kernel_name = found->name;
+    kernel_arguments = arguments;
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {block[0], block[1], block[2]};
+    unsigned threads = block[0] * block[1] * block[2];
+    if (threads == 0 || threads > 1024) fail("a block of no or more than 1024 threads");
+    if (shared > 227 * 1024) fail("more shared memory than a multiprocessor has");
+    while (fibers.size() < threads) {
+        fibers.emplace_back();
+        fibers.back().stack.resize(STACK);
+    }
+    for (unsigned z = 0; z < grid[2]; z++)
+        for (unsigned y = 0; y < grid[1]; y++)
+            for (unsigned x = 0; x < grid[0]; x++) {
+                blockIdx = {x, y, z};
+                // What a block finds in shared memory is never what another left there.
+                shared_memory.assign(shared + 16, 0xff);
+                run_block(threads);
+            }
+    return 0;
+}

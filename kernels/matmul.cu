@@ -1,0 +1,156 @@
+// out = x * w^T + bias: x [rows, k] bf16, w [n, k] bf16, out [rows, n] f32. k is a multiple of 64 (rows are padded with zeros).
+//
+// matmul_few_*: up to 16 rows, as in decode. Bound by reading w once. Tensor cores even so: at 16 rows plain arithmetic
+// could not keep up with memory. A fragment's columns may be any permutation of k as long as both factors agree,
+// so every lane reads 16 neighbouring bytes straight from global memory into its fragments, without shared memory.
+// matmul_tiles: any number of rows, through shared memory in a pipeline of copies; also the grouped product of MoE.
+//
+// Each column of a fragment is computed by itself: a row's result does not depend on the rows beside it.
+#include "common.cuh"
+
+#define FEW_WARPS 8
+
+// 16 features of up to 8 * TILES rows: the block's warps take 64 columns of k in turn, and their sums are added in order.
+template <int TILES>
+__device__ void matmul_few(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
+    __shared__ float parts[FEW_WARPS][TILES * 8][16];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
+    const int feature = blockIdx.x * 16;
+    // What lies beyond the matrix is computed from its last row, and not stored.
+    const bf16* w0 = w + static_cast<size_t>(min(feature + group, n - 1)) * k + quad * 8;
+    const bf16* w1 = w + static_cast<size_t>(min(feature + group + 8, n - 1)) * k + quad * 8;
+    const bf16* xs[TILES];
+    for (int t = 0; t < TILES; t++) xs[t] = x + static_cast<size_t>(min(t * 8 + group, rows - 1)) * k + quad * 8;
+    float sums[TILES][4] = {};
+#pragma unroll 4
+    for (int i = warp * 64; i < k; i += FEW_WARPS * 64) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int at = i + half * 32;
+            uint4 a = load_once(w0 + at), b = load_once(w1 + at);
+            uint32_t low[4] = {a.x, b.x, a.y, b.y}, high[4] = {a.z, b.z, a.w, b.w};
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                uint4 c = *reinterpret_cast<const uint4*>(xs[t] + at);
+                uint32_t first[2] = {c.x, c.y}, second[2] = {c.z, c.w};
+                multiply_add(sums[t], low, first);
+                multiply_add(sums[t], high, second);
+            }
+        }
+    }
+    for (int t = 0; t < TILES; t++)
+        for (int i = 0; i < 4; i++) parts[warp][t * 8 + quad * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * 16; i += blockDim.x) {
+        int row = i / 16, f = i % 16;
+        if (feature + f >= n) continue;
+        float sum = 0.0f;
+        for (int v = 0; v < FEW_WARPS; v++) sum += parts[v][row][f];
+        out[static_cast<size_t>(row) * n + feature + f] = bias ? sum + bias[feature + f] : sum;
+    }
+}
+
+// Grid: n / 16. Block: 256.
+extern "C" __global__ void __launch_bounds__(256) matmul_few_8(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
+    matmul_few<1>(x, w, bias, out, rows, n, k);
+}
+KERNEL(matmul_few_8)
+extern "C" __global__ void __launch_bounds__(256) matmul_few_16(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
+    matmul_few<2>(x, w, bias, out, rows, n, k);
+}
+KERNEL(matmul_few_16)
+
+// out[pair] = x[pair / share] * w[experts[pair]]^T: few rows of a mixture of experts. Grid: (n / 16, pairs).
+extern "C" __global__ void __launch_bounds__(256) matmul_few_experts(const bf16* x, const bf16* w, const uint32_t* experts, float* out, int share, int n, int k) {
+    size_t pair = blockIdx.y;
+    matmul_few<1>(x + pair / share * k, w + static_cast<size_t>(experts[pair]) * n * k, nullptr, out + pair * n, 1, n, k);
+}
+KERNEL(matmul_few_experts)
+
+#define TILE 128
+#define TILE_K 64
+#define STAGES 3
+
+// Where a chunk of 8 elements lies in a tile in shared memory: swizzled, so that eight rows' chunks lie in all banks.
+__device__ __forceinline__ int swizzle(int row, int chunk) { return row * TILE_K + (chunk ^ (row % 8)) * 8; }
+
+// A tile of 128 rows by 128 features a block; of its 8 warps each computes 64 rows by 32 features.
+// Without groups: grid (rows / 128, n / 128). With groups, a mixture of experts: tile blockIdx.x is rows
+// `first .. first + count` of the sorted order, all of one expert; sorted row i is x's row index[i] / share where index
+// is given.
+// A group: {expert, first, count, unused}; tiles beyond the last have no rows.
+extern "C" __global__ void __launch_bounds__(256) matmul_tiles(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) {
+    DYNAMIC_SHARED(memory);
+    bf16* stage_memory = reinterpret_cast<bf16*>(memory);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
+    int first = blockIdx.x * TILE, count = min(TILE, rows - first);
+    if (groups) {
+        uint4 g = groups[blockIdx.x];
+        first = g.y, count = g.z;
+        w += static_cast<size_t>(g.x) * n * k;
+    }
+    if (count <= 0) return;
+    const int feature = blockIdx.y * TILE;
+
+    // A thread copies chunk threadIdx % 8 of rows threadIdx / 8, + 32, + 64, + 96 of both tiles.
+    const int chunk = threadIdx.x % 8, copied = threadIdx.x / 8;
+    const bf16 *from_x[4], *from_w[4];
+    for (int i = 0; i < 4; i++) {
+        int row = min(copied + i * 32, count - 1);
+        size_t source = index ? index[first + row] / share : first + row;
+        from_x[i] = x + source * k + chunk * 8;
+        from_w[i] = w + static_cast<size_t>(min(feature + copied + i * 32, n - 1)) * k + chunk * 8;
+    }
+    auto copy = [&](int step) {
+        bf16* xs = stage_memory + step % STAGES * 2 * TILE * TILE_K;
+        bf16* ws = xs + TILE * TILE_K;
+        for (int i = 0; i < 4; i++) {
+            int row = copied + i * 32;
+            copy_async(xs + swizzle(row, chunk), from_x[i] + step * TILE_K, row < count);
+            copy_async(ws + swizzle(row, chunk), from_w[i] + step * TILE_K, feature + row < n);
+        }
+    };
+
+    const int steps = k / TILE_K, warp_row = warp / 4 * 64, warp_feature = warp % 4 * 32;
+    float sums[4][4][4] = {};
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (step < steps) copy(step);
+        copy_commit();
+    }
+    for (int step = 0; step < steps; step++) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();  // this step's tile is here for all, and all have read the one that is overwritten next
+        if (step + STAGES - 1 < steps) copy(step + STAGES - 1);
+        copy_commit();
+        const bf16* xs = stage_memory + step % STAGES * 2 * TILE * TILE_K;
+        const bf16* ws = xs + TILE * TILE_K;
+#pragma unroll
+        for (int kk = 0; kk < TILE_K / 16; kk++) {
+            uint32_t a[4][4], b[4][2];
+#pragma unroll
+            for (int m = 0; m < 4; m++)
+                load_matrices(a[m], xs + swizzle(warp_row + m * 16 + lane % 16, kk * 2 + lane / 16));
+#pragma unroll
+            for (int f = 0; f < 4; f += 2) {
+                uint32_t r[4];
+                load_matrices(r, ws + swizzle(warp_feature + f * 8 + lane / 16 * 8 + lane % 8, kk * 2 + lane / 8 % 2));
+                b[f][0] = r[0], b[f][1] = r[1], b[f + 1][0] = r[2], b[f + 1][1] = r[3];
+            }
+#pragma unroll
+            for (int m = 0; m < 4; m++)
+#pragma unroll
+                for (int f = 0; f < 4; f++) multiply_add(sums[m][f], a[m], b[f]);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+#pragma unroll
+        for (int f = 0; f < 4; f++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int row = warp_row + m * 16 + group + i / 2 * 8, column = feature + warp_feature + f * 8 + quad * 2 + i % 2;
+                if (row < count && column < n)
+                    out[static_cast<size_t>(first + row) * n + column] = bias ? sums[m][f][i] + bias[column] : sums[m][f][i];
+            }
+}
+KERNEL(matmul_tiles)

@@ -1,0 +1,62 @@
+// What is done to activations row by row: embedding, RMS norm with residual, SiLU-gate, gather, conversion.
+//
+// All are bound by memory. A row's result is computed the same way whatever other rows there are.
+#include "common.cuh"
+
+// out[row] = table[tokens[row]]. One block a row.
+extern "C" __global__ void embed(const uint32_t* tokens, const void* table, int table_f32, float* out, int width) {
+    size_t from = static_cast<size_t>(tokens[blockIdx.x]) * width, to = static_cast<size_t>(blockIdx.x) * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) out[to + i] = load(table, table_f32, from + i);
+}
+KERNEL(embed)
+
+// x += delta where given; out = x / sqrt(mean(x^2) + eps) * weight. One block a row.
+extern "C" __global__ void rms_norm(float* x, const float* delta, const float* weight, float eps, bf16* out, int width) {
+    size_t row = static_cast<size_t>(blockIdx.x) * width;
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float v = x[row + i];
+        if (delta) {
+            v += delta[row + i];
+            x[row + i] = v;
+        }
+        squares += v * v;
+    }
+    float factor = 1.0f / sqrtf(block_sum(squares) / width + eps);
+    // Every thread reads what it wrote itself.
+    for (int i = threadIdx.x; i < width; i += blockDim.x) out[row + i] = to_bf16(x[row + i] * factor * weight[i]);
+}
+KERNEL(rms_norm)
+
+// Rows [gate | up] to silu(gate) * up. A thread an element.
+extern "C" __global__ void silu_mul(const void* gate_up, int is_f32, bf16* out, int width, long long elements) {
+    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= elements) return;
+    long long row = i / width, column = i % width;
+    float gate = load(gate_up, is_f32, row * 2 * width + column);
+    float up = load(gate_up, is_f32, row * 2 * width + width + column);
+    out[i] = to_bf16(gate / (1.0f + expf(-gate)) * up);
+}
+KERNEL(silu_mul)
+
+// out[i] = x[indices[i]] + delta[indices[i]], or without delta; out is of x's format. One block a row.
+extern "C" __global__ void gather(const void* x, int is_f32, const float* delta, const uint32_t* indices, void* out, int width) {
+    size_t from = static_cast<size_t>(indices[blockIdx.x]) * width, to = static_cast<size_t>(blockIdx.x) * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float v = load(x, is_f32, from + i);
+        if (delta) v += delta[from + i];
+        if (is_f32)
+            static_cast<float*>(out)[to + i] = v;
+        else
+            static_cast<bf16*>(out)[to + i] = to_bf16(v);
+    }
+}
+KERNEL(gather)
+
+// Rows of f32 or bf16 to bf16 rows of `padded` elements, zeros behind `width`: what the matrix kernels read.
+extern "C" __global__ void pack_rows(const void* x, int is_f32, bf16* out, int width, int padded) {
+    size_t from = static_cast<size_t>(blockIdx.x) * width, to = static_cast<size_t>(blockIdx.x) * padded;
+    for (int i = threadIdx.x; i < padded; i += blockDim.x)
+        out[to + i] = i < width ? to_bf16(load(x, is_f32, from + i)) : to_bf16(0.0f);
+}
+KERNEL(pack_rows)
