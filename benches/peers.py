@@ -79,7 +79,7 @@ def compare(args, model):
     if args.resume and report.is_file():
         earlier = json.loads(report.read_text())
         first, load_before, notes = earlier["repeats"], earlier["load_average_before"], earlier["notes"]
-        keys = {name: row for row, (name, *_) in enumerate(ROWS)} | {name: key for key, name, *_ in STARTUP}
+        keys = {name: row for row, (name, *_) in enumerate(ROWS)} | {name: key for name, _, key, _ in STARTUP}
         for row in earlier["rows"]:
             for name in contenders:
                 samples[name][keys[row["row"]]] = row["samples"][name]
