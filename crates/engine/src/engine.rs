@@ -9,6 +9,10 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::request::{Event, GenerateRequest, SubmitError};
 use crate::step_loop::{Command, StepLoop, Submission};
+use crate::tier::{DiskTier, TierStats, TierWatch};
+
+/// How long a shutdown waits for KV blocks on their way to disk.
+const WRITE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How an engine is set up.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,6 +58,8 @@ pub struct Stats {
     pub prefix_hits: u64,
     /// Sequences preempted because blocks ran out.
     pub preemptions: u64,
+    /// The tier on disk; all zero without one.
+    pub tier: TierStats,
 }
 
 /// What the handle and the step loop both see.
@@ -74,6 +80,7 @@ pub struct Engine {
     commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
     config: Arc<EngineConfig>,
+    tier: Option<TierWatch>,
     vocab: usize,
     max_context: usize,
 }
@@ -85,6 +92,14 @@ impl Engine {
     /// If the configuration holds no room for one token of every running sequence, or the system
     /// refuses a thread.
     pub fn start(model: Box<dyn Model>, config: EngineConfig) -> Self {
+        Self::start_with(model, config, None)
+    }
+
+    /// As [`Self::start`], with a tier for KV blocks on disk, which was opened for this model.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn start_with(model: Box<dyn Model>, config: EngineConfig, tier: Option<DiskTier>) -> Self {
         let vocab = model.config().vocab;
         let shared = Arc::new(Shared {
             stats: Mutex::new(Stats {
@@ -98,13 +113,14 @@ impl Engine {
             next_id: AtomicU64::new(0),
         });
         let (commands, receiver) = mpsc::channel();
-        let step_loop = StepLoop::new(model, &config, receiver, shared.clone());
+        let watch = tier.as_ref().map(DiskTier::watch);
+        let step_loop = StepLoop::new(model, &config, tier, receiver, shared.clone());
         let max_context = config.max_context.min(step_loop.max_tokens());
         std::thread::Builder::new()
             .name("rudder-step-loop".into())
             .spawn(move || step_loop.run())
             .expect("the system can start a thread");
-        Self { commands, shared, config: Arc::new(config), vocab, max_context }
+        Self { commands, shared, config: Arc::new(config), tier: watch, vocab, max_context }
     }
 
     /// Queues a request. Returns at once; never blocks on the step loop.
@@ -146,6 +162,9 @@ impl Engine {
         let mut stats = *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
         // Counted from submission on, also while the step loop has not seen them yet.
         stats.waiting = self.shared.in_flight.load(Ordering::Acquire).saturating_sub(stats.running);
+        if let Some(tier) = &self.tier {
+            tier.complete(&mut stats.tier);
+        }
         stats
     }
 
@@ -160,6 +179,13 @@ impl Engine {
             tokio::time::sleep(POLL).await;
         }
         let drained = idle();
+        let deadline = Instant::now() + WRITE_PATIENCE;
+        while drained
+            && self.tier.as_ref().is_some_and(|tier| !tier.is_written())
+            && Instant::now() < deadline
+        {
+            tokio::time::sleep(POLL).await;
+        }
         // A closed channel means that the loop has ended already.
         let _ = self.commands.send(Command::Stop);
         drained

@@ -1,8 +1,8 @@
 //! Where segment files lie: a folder, or in tests one that fails on purpose.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// A flat collection of named files.
@@ -53,7 +53,7 @@ pub trait SegmentFile: Send + Sync {
     fn sync(&self) -> io::Result<()>;
 }
 
-/// A folder, locked for this process.
+/// A folder, locked for this process, and closed to other users: conversations can be read from it.
 #[derive(Debug)]
 pub struct Disk {
     folder: PathBuf,
@@ -67,7 +67,7 @@ impl Disk {
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] if another process has it, else whatever keeps it from being used.
     pub fn open(folder: &Path) -> io::Result<Self> {
-        std::fs::create_dir_all(folder)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(folder.join("lock"))?;
         lock.try_lock().map_err(|error| match error {
             TryLockError::WouldBlock => io::Error::from(io::ErrorKind::WouldBlock),
@@ -86,7 +86,7 @@ impl Medium for Disk {
 
     fn create(&self, name: &str) -> io::Result<Box<dyn SegmentFile>> {
         let path = self.folder.join(name);
-        Ok(Box::new(OpenOptions::new().read(true).write(true).create_new(true).open(path)?))
+        Ok(Box::new(OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn SegmentFile>> {

@@ -186,6 +186,11 @@ impl Store {
         self.geometry.block_bytes
     }
 
+    /// Most bytes on disk.
+    pub fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
     /// How many of the first keys can be read, one after another.
     pub fn readable(&self, keys: &[BlockKey]) -> usize {
         let index = self.lock();

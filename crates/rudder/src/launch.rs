@@ -5,9 +5,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use rudder_engine::{Engine, EngineConfig};
-use rudder_hub::{ModelRef, Progress, bytes, catalog};
-use rudder_model::{KvSize, LoadOptions, ModelSource};
+use rudder_engine::{DiskTier, Engine, EngineConfig, TierConfig};
+use rudder_hub::{ModelRef, Progress, bytes, catalog, default_root};
+use rudder_model::{KvSize, LoadOptions, Model, ModelSource};
 use rudder_ops::cpu::{Cpu, KvDType};
 use rudder_ops::{BLOCK_SIZE, DType};
 use rudder_text::Text;
@@ -43,6 +43,8 @@ pub struct Summary {
     pub kv_bytes: u64,
     /// Tokens that the KV cache holds.
     pub kv_tokens: usize,
+    /// Most bytes of KV on disk, and tokens found there, if there is such a tier.
+    pub kv_disk: Option<(u64, usize)>,
     /// Longest sequence in tokens.
     pub max_context: usize,
     /// Longest sequence that the model could do.
@@ -106,7 +108,9 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
     drop(progress);
     let (text, loaded) = (text?, loaded?);
 
-    let engine = Engine::start(
+    let tier = tier(settings, &*loaded.model)?;
+    let kv_disk = tier.as_ref().map(|tier| (tier.capacity(), tier.tokens()));
+    let engine = Engine::start_with(
         loaded.model,
         EngineConfig {
             kv_blocks: loaded.kv_blocks,
@@ -116,6 +120,7 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
             max_waiting: settings.max_waiting.unwrap_or(256),
             prefix_cache: settings.prefix_cache.unwrap_or(true),
         },
+        tier,
     );
     let summary = Summary {
         architecture: config.architecture,
@@ -127,6 +132,7 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
         weight_bytes: loaded.weight_bytes,
         kv_bytes: loaded.kv_bytes,
         kv_tokens: loaded.kv_blocks * BLOCK_SIZE,
+        kv_disk,
         max_context: engine.max_context(),
         context_length: config.context_length,
         device: device.reason,
@@ -134,6 +140,19 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
         took: began.elapsed(),
     };
     Ok(Launched { engine, text, name: name(&reference), summary })
+}
+
+/// The tier on disk, if one is asked for.
+fn tier(settings: &ModelSettings, model: &dyn Model) -> Result<Option<DiskTier>> {
+    let Some(capacity) = settings.kv_disk.map(|size| size.0).filter(|&capacity| capacity > 0) else {
+        return Ok(None);
+    };
+    if settings.prefix_cache == Some(false) {
+        bail!("kv_disk keeps what the prefix cache finds; leave prefix_cache on, or kv_disk out");
+    }
+    let folder = settings.kv_dir.clone().unwrap_or_else(|| default_root().with_file_name("kv"));
+    let tier = DiskTier::open(&TierConfig { folder: folder.clone(), capacity }, model);
+    tier.map(Some).with_context(|| format!("cannot keep KV in {} (kv_dir)", folder.display()))
 }
 
 /// How much a step may hold.

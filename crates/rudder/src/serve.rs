@@ -131,6 +131,9 @@ fn print_summary(config: &ServerConfig, s: &Summary, address: SocketAddr) {
     println!("model     {} ({}: {}){licence}", config.model, s.architecture, s.formats);
     println!("weights   {}", bytes(s.weight_bytes));
     println!("kv cache  {} of f16, {} tokens", bytes(s.kv_bytes), s.kv_tokens);
+    if let Some((capacity, tokens)) = s.kv_disk {
+        println!("kv disk   up to {}, {tokens} tokens found", bytes(capacity));
+    }
     println!("context   {} tokens a sequence (the model's own: {})", s.max_context, s.context_length);
     println!("device    {}", s.device);
     println!("threads   {}", s.threads);

@@ -46,6 +46,12 @@ pub struct ModelSettings {
     /// Keep the KV of finished requests for later ones that begin alike (on, off) [default: on]
     #[arg(long, env = "RUDDER_PREFIX_CACHE", value_name = "SWITCH", value_parser = BoolishValueParser::new())]
     pub prefix_cache: Option<bool>,
+    /// Keep KV on disk too, up to so many bytes, as in 20GiB: conversations go on from there after a restart [default: off]
+    #[arg(long, env = "RUDDER_KV_DISK", value_name = "BYTES")]
+    pub kv_disk: Option<ByteSize>,
+    /// Folder for KV on disk, one for each server [default: rudder/kv in the user's cache folder]
+    #[arg(long, env = "RUDDER_KV_DIR", value_name = "FOLDER")]
+    pub kv_dir: Option<PathBuf>,
 }
 
 /// How the server faces its clients.
@@ -231,6 +237,8 @@ impl ModelSettings {
             max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
             max_waiting: self.max_waiting.or(file.max_waiting),
             prefix_cache: self.prefix_cache.or(file.prefix_cache),
+            kv_disk: self.kv_disk.or(file.kv_disk),
+            kv_dir: self.kv_dir.or(file.kv_dir),
         }
     }
 
@@ -366,6 +374,8 @@ mod tests {
             max_batch_tokens = 5
             max_waiting = 6
             prefix_cache = true
+            kv_disk = "8GiB"
+            kv_dir = "/k"
             host = "::1"
             port = 7
             api_key = ["a", "b"]

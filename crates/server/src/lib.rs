@@ -25,6 +25,7 @@ mod responses;
 mod serve;
 mod session;
 mod sse;
+mod tier_metrics;
 mod tokenize;
 mod turn;
 mod verbatim;

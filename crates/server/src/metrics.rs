@@ -15,6 +15,7 @@ use rudder_engine::{Stats, Usage};
 
 use crate::generate::EndReason;
 use crate::responses::store::StoreStats;
+use crate::tier_metrics::TierMetrics;
 
 /// Names, less their prefix, that vLLM exports with the same meaning.
 const VLLM: [&str; 12] = [
@@ -62,6 +63,7 @@ pub(crate) struct Metrics {
     store_bytes: IntGauge,
     store_failures: IntCounter,
     store_evictions: IntCounter,
+    tier: TierMetrics,
     /// Held while a scrape moves the counters, so that two scrapes add nothing twice.
     scrape: Mutex<()>,
 }
@@ -104,6 +106,7 @@ impl Metrics {
                 "response_store_evictions_total",
                 "Stored responses and conversations removed before their time, for want of space.",
             ),
+            tier: TierMetrics::new(&builder),
             registry: builder.registry,
             scrape: Mutex::new(()),
         }
@@ -136,6 +139,7 @@ impl Metrics {
     pub fn render(&self, stats: &Stats, store: &StoreStats) -> String {
         let _scrape = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         self.take(stats);
+        self.tier.take(&stats.tier);
         self.take_store(store);
         let mut families = self.registry.gather();
         let names = VLLM.iter().chain([&VLLM_SUCCESS]);
@@ -189,28 +193,28 @@ impl Metrics {
 }
 
 /// Makes registered metrics that carry the model's name.
-struct Builder {
+pub(crate) struct Builder {
     registry: Registry,
     labels: HashMap<String, String>,
 }
 
 impl Builder {
-    fn opts(&self, name: &str, help: &str) -> Opts {
+    pub(crate) fn opts(&self, name: &str, help: &str) -> Opts {
         Opts::new(format!("rudder_{name}"), help).const_labels(self.labels.clone())
     }
 
     /// The names are constants of this file, and a test renders them all.
-    fn add<C: Collector + Clone + 'static>(&self, metric: prometheus::Result<C>) -> C {
+    pub(crate) fn add<C: Collector + Clone + 'static>(&self, metric: prometheus::Result<C>) -> C {
         let metric = metric.expect("a constant, valid name");
         self.registry.register(Box::new(metric.clone())).expect("a constant, unique name");
         metric
     }
 
-    fn gauge(&self, name: &str, help: &str) -> IntGauge {
+    pub(crate) fn gauge(&self, name: &str, help: &str) -> IntGauge {
         self.add(IntGauge::with_opts(self.opts(name, help)))
     }
 
-    fn counter(&self, name: &str, help: &str) -> IntCounter {
+    pub(crate) fn counter(&self, name: &str, help: &str) -> IntCounter {
         self.add(IntCounter::with_opts(self.opts(name, help)))
     }
 

@@ -4,6 +4,7 @@ mod active;
 mod compute;
 mod deliver;
 mod grammars;
+mod tier;
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, mpsc};
@@ -18,6 +19,7 @@ use self::active::{Active, Held};
 use crate::engine::{EngineConfig, Shared, Stats};
 use crate::mask_workers::{MaskJob, MaskWorkers};
 use crate::request::{Event, GenerateRequest};
+use crate::tier::DiskTier;
 
 const _: () = assert!(rudder_ops::BLOCK_SIZE == rudder_scheduler::BLOCK_SIZE);
 
@@ -46,6 +48,7 @@ pub(crate) struct StepLoop {
     shared: Arc<Shared>,
     active: HashMap<SequenceId, Active>,
     masks: MaskWorkers,
+    tier: Option<DiskTier>,
     stats: Stats,
     // Reused from step to step, so that a step allocates nothing of its own.
     plan: StepPlan,
@@ -58,6 +61,7 @@ impl StepLoop {
     pub(crate) fn new(
         model: Box<dyn Model>,
         config: &EngineConfig,
+        tier: Option<DiskTier>,
         commands: mpsc::Receiver<Command>,
         shared: Arc<Shared>,
     ) -> Self {
@@ -74,6 +78,7 @@ impl StepLoop {
             shared,
             active: HashMap::new(),
             masks: MaskWorkers::start(),
+            tier,
             stats: Stats::default(),
             plan: StepPlan::default(),
             batch: Batch::default(),
@@ -159,8 +164,11 @@ impl StepLoop {
 
     fn step(&mut self) {
         self.follow_grammars();
+        self.fetch_blocks();
         let mut plan = std::mem::take(&mut self.plan);
         self.scheduler.plan(&mut plan);
+        self.note_admissions(&plan);
+        self.hold_for_tier(&mut plan);
         if !plan.chunks.is_empty() {
             self.run_plan(&plan);
         }
@@ -168,12 +176,14 @@ impl StepLoop {
     }
 
     fn run_plan(&mut self, plan: &StepPlan) {
-        self.note_admissions(plan);
         self.fill_batch(plan);
+        let began = Instant::now();
         match self.compute(plan) {
             Ok(()) => {
+                let took = began.elapsed();
                 self.scheduler.commit(plan);
                 self.deliver(plan);
+                self.keep_blocks(plan, took);
             }
             Err(message) => {
                 tracing::error!(message, sequences = plan.chunks.len(), "a step failed");
@@ -207,6 +217,7 @@ impl StepLoop {
         stats.kv_blocks_free = blocks.free;
         stats.prefix_queries = prefix.queries;
         stats.prefix_hits = prefix.hits;
+        stats.tier = self.tier.as_ref().map(DiskTier::stats).unwrap_or_default();
         *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner) = *stats;
     }
 }

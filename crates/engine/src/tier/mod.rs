@@ -1,0 +1,424 @@
+//! The tier below the KV cache: blocks on disk, written behind and fetched ahead of the step loop.
+//!
+//! - **Out.** Full blocks of sequences worth keeping are copied out after a step, a bounded number a
+//!   step, and written by a thread of its own. Where the disk does not keep up, the rest waits for the
+//!   next step, and what is left when the sequence ends is dropped and counted.
+//! - **In.** Where a sequence is admitted and the disk continues what the prefix tree holds, measured
+//!   [`speeds`] decide: the blocks are loaded, or the prompt is computed as without a disk. While a
+//!   sequence's blocks are read, by another thread, the scheduler holds it and others run; blocks are
+//!   put in place between steps. A load that takes as long as the prefill would have is given up.
+//! - **Faults.** A block that cannot be read or is damaged is forgotten, and its sequence computes from
+//!   there on. A disk that fails again and again is left alone for a while ([`breaker`]).
+//!
+//! Device memory is host memory on the CPU backend, so there is no tier between. A backend with memory
+//! of its own goes through the same two calls, `Model::export_block` and `Model::import_block`.
+
+mod breaker;
+mod buffers;
+mod reader;
+mod speeds;
+mod writer;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rudder_kvstore::{BLOCK_TOKENS, BlockKey, Disk, Fingerprint, Medium, Store, StoreError, StoreStats};
+use rudder_model::Model;
+use rudder_scheduler::{BLOCK_SIZE, Scheduler, Sequence, SequenceId, StepPlan};
+
+use self::breaker::Breaker;
+use self::reader::{Arrival, Order, Reader};
+use self::speeds::Speeds;
+use self::writer::{Job, Queue, Writer};
+
+const _: () = assert!(BLOCK_TOKENS == BLOCK_SIZE);
+
+/// Shorter sequences are not kept: they are computed again in no time.
+const LEAST_BLOCKS: usize = 256 / BLOCK_SIZE;
+/// Most bytes copied out between two steps: a millisecond or two.
+const OUT_BYTES: usize = 8 << 20;
+/// Most bytes put in place between two steps. Somebody waits for them.
+const IN_BYTES: usize = 32 << 20;
+/// How long the step loop waits for blocks, with nothing else to do, before it looks for commands.
+const WAIT: Duration = Duration::from_millis(2);
+
+/// Where blocks are kept, and how many.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TierConfig {
+    /// The folder; this process's alone while it runs.
+    pub folder: PathBuf,
+    /// Most bytes on disk.
+    pub capacity: u64,
+}
+
+/// Why there can be no tier.
+#[derive(Debug, thiserror::Error)]
+pub enum TierError {
+    /// The backend keeps its blocks to itself.
+    #[error("this backend cannot move KV blocks out of its memory")]
+    Unsupported,
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The system refuses a thread.
+    #[error("no thread for the KV tier: {0}")]
+    Thread(std::io::Error),
+}
+
+/// Counters of the tier since the start, and gauges now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TierStats {
+    /// Of the store on disk.
+    pub store: StoreStats,
+    /// Bytes of one block.
+    pub block_bytes: u64,
+    /// Blocks waiting to be written.
+    pub queued: u64,
+    /// Blocks not written because the disk did not keep up or was left alone.
+    pub dropped: u64,
+    /// Admissions whose next blocks were loaded.
+    pub loads: u64,
+    /// Admissions whose next blocks lay on disk and were computed, because that was thought faster.
+    pub prefills: u64,
+    /// Loads cut short, by a fault or because they took too long; the rest was computed.
+    pub given_up: u64,
+    /// Whether loads are tried now.
+    pub reads: bool,
+}
+
+/// An open tier, ready for an engine.
+pub struct DiskTier {
+    store: Arc<Store>,
+    writer: Writer,
+    reader: Reader,
+    reads: Breaker,
+    speeds: Speeds,
+    /// Live sequences that have begun to run.
+    chains: HashMap<SequenceId, Chain>,
+    loads: HashMap<SequenceId, Load>,
+    next_ticket: u64,
+    stats: TierStats,
+}
+
+/// A sequence's blocks by name.
+#[derive(Default)]
+struct Chain {
+    /// Of its full blocks, from the first on; of all that are in the prefix tree, or of its prompt.
+    keys: Vec<BlockKey>,
+    /// How many of them are on disk or on their way.
+    offered: usize,
+}
+
+/// A sequence that waits for its blocks.
+struct Load {
+    ticket: u64,
+    wanted: usize,
+    done: usize,
+    deadline: Instant,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The part of the tier that moves while the step loop sleeps.
+#[derive(Clone)]
+pub(crate) struct TierWatch {
+    store: Arc<Store>,
+    queue: Queue,
+}
+
+impl TierWatch {
+    /// Completes what the step loop published.
+    pub fn complete(&self, stats: &mut TierStats) {
+        stats.store = self.store.stats();
+        stats.queued = self.queue.len() as u64;
+        stats.dropped += self.queue.dropped();
+    }
+
+    /// Whether all is written that is to be.
+    pub fn is_written(&self) -> bool {
+        self.queue.len() == 0
+    }
+}
+
+impl DiskTier {
+    /// Opens the tier of a model.
+    ///
+    /// # Errors
+    /// If the folder cannot be used or is in use, the capacity is too small, or the backend cannot move blocks.
+    pub fn open(config: &TierConfig, model: &dyn Model) -> Result<Self, TierError> {
+        let disk = Disk::open(&config.folder).map_err(StoreError::from)?;
+        Self::open_on(Arc::new(disk), config.capacity, model)
+    }
+
+    /// As [`Self::open`], on any medium.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_on(medium: Arc<dyn Medium>, capacity: u64, model: &dyn Model) -> Result<Self, TierError> {
+        let block = model.kv_block().ok_or(TierError::Unsupported)?;
+        let store = Store::open(medium, capacity, block.bytes, Fingerprint(block.fingerprint))?;
+        let store = Arc::new(store);
+        Ok(Self {
+            writer: Writer::start(store.clone()).map_err(TierError::Thread)?,
+            reader: Reader::start(store.clone()).map_err(TierError::Thread)?,
+            reads: Breaker::default(),
+            speeds: Speeds::default(),
+            chains: HashMap::new(),
+            loads: HashMap::new(),
+            next_ticket: 0,
+            stats: TierStats { block_bytes: block.bytes as u64, ..TierStats::default() },
+            store,
+        })
+    }
+
+    /// What the step loop knows; [`TierWatch`] adds the rest.
+    pub(crate) fn stats(&self) -> TierStats {
+        TierStats { reads: self.reads.allows(Instant::now()), ..self.stats }
+    }
+
+    /// A view of what other threads do, for any thread.
+    pub(crate) fn watch(&self) -> TierWatch {
+        TierWatch { store: self.store.clone(), queue: self.writer.queue() }
+    }
+
+    /// Tokens that can be read.
+    pub fn tokens(&self) -> usize {
+        self.store.stats().blocks as usize * BLOCK_SIZE
+    }
+
+    /// Most bytes on disk.
+    pub fn capacity(&self) -> u64 {
+        self.store.capacity()
+    }
+
+    /// Blocks in so many bytes; at least one.
+    fn blocks_in(&self, bytes: usize) -> usize {
+        (bytes / self.store.block_bytes().max(1)).max(1)
+    }
+
+    // ---- in --------------------------------------------------------------------------------
+
+    /// Of the sequences that `plan` admits, holds those whose next blocks come sooner from disk.
+    pub(crate) fn hold(&mut self, scheduler: &mut Scheduler, plan: &mut StepPlan) {
+        for id in &plan.preempted {
+            self.loads.remove(id);
+        }
+        for index in 0..plan.admitted.len() {
+            let (id, cached) = plan.admitted[index];
+            let Some(sequence) = scheduler.sequence(id) else { continue };
+            let keys = self.keys_on_disk(id, sequence, cached / BLOCK_SIZE);
+            if !keys.is_empty() && self.prefers_load(keys.len()) {
+                self.load(id, keys);
+                scheduler.hold(plan, id);
+            }
+        }
+    }
+
+    /// The blocks on disk that continue a sequence's first `cached` ones, within its prompt and less its
+    /// last token, from which the first new one is drawn.
+    fn keys_on_disk(&mut self, id: SequenceId, sequence: &Sequence, cached: usize) -> Vec<BlockKey> {
+        let end = (sequence.prompt_len - 1) / BLOCK_SIZE;
+        if end < LEAST_BLOCKS || end <= cached || sequence.is_scoring() {
+            return Vec::new();
+        }
+        let chain = self.chains.entry(id).or_default();
+        chain.extend(self.store.root(), sequence, end);
+        let rest = &chain.keys[cached..end];
+        rest[..self.store.readable(rest)].to_vec()
+    }
+
+    fn prefers_load(&mut self, blocks: usize) -> bool {
+        let waiting: usize = self.loads.values().map(|load| load.wanted - load.done).sum();
+        let bytes = self.store.block_bytes();
+        let prefers = self.reads.allows(Instant::now())
+            && self.speeds.prefers_load(blocks * bytes, waiting * bytes, blocks * BLOCK_SIZE);
+        let count = if prefers { &mut self.stats.loads } else { &mut self.stats.prefills };
+        *count += 1;
+        prefers
+    }
+
+    fn load(&mut self, id: SequenceId, keys: Vec<BlockKey>) {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let deadline = Instant::now() + self.speeds.patience(keys.len() * BLOCK_SIZE);
+        let load = Load { ticket, wanted: keys.len(), done: 0, deadline, cancelled: cancelled.clone() };
+        self.loads.insert(id, load);
+        self.reader.read(Order { ticket, keys, cancelled });
+    }
+
+    /// Puts blocks that have arrived in their places, and lets sequences go on whose blocks have all
+    /// arrived or will not. `ended` is told each of these with the number of tokens it was given.
+    pub(crate) fn fetch(
+        &mut self,
+        scheduler: &mut Scheduler,
+        model: &mut dyn Model,
+        mut ended: impl FnMut(SequenceId, usize),
+    ) {
+        for _ in 0..self.blocks_in(IN_BYTES) {
+            let Some(arrival) = self.reader.arrived() else {
+                return self.give_up_late_loads(scheduler, ended);
+            };
+            let over = match arrival {
+                Arrival::Block { ticket, payload } => {
+                    let over = self.place(scheduler, model, ticket, &payload);
+                    self.reader.give_back(payload);
+                    over
+                }
+                Arrival::End { ticket, bytes, took, outcome } => {
+                    self.speeds.read(bytes, took);
+                    match outcome {
+                        Ok(()) => self.reads.success(),
+                        Err(error) => self.read_failed(&error.to_string()),
+                    }
+                    self.find(ticket)
+                }
+            };
+            if let Some(id) = over {
+                ended(id, self.end_load(scheduler, id));
+            }
+        }
+    }
+
+    /// With nothing left that has arrived: gives up loads whose time is over. It speaks against the disk
+    /// only where no other load was before it.
+    fn give_up_late_loads(&mut self, scheduler: &mut Scheduler, mut ended: impl FnMut(SequenceId, usize)) {
+        let now = Instant::now();
+        let first = self.loads.values().map(|load| load.ticket).min();
+        while let Some((&id, load)) = self.loads.iter().find(|(_, load)| load.deadline <= now) {
+            if Some(load.ticket) == first {
+                self.read_failed("reading took longer than computing would");
+            }
+            ended(id, self.end_load(scheduler, id));
+        }
+    }
+
+    /// Waits a moment for blocks, if any are awaited.
+    pub(crate) fn wait(&mut self) {
+        if !self.loads.is_empty() {
+            self.reader.wait(WAIT);
+        }
+    }
+
+    /// Fills the next block of the sequence that waits for it. Returns the sequence if its load is over.
+    fn place(
+        &mut self,
+        scheduler: &mut Scheduler,
+        model: &mut dyn Model,
+        ticket: u64,
+        payload: &[u8],
+    ) -> Option<SequenceId> {
+        let id = self.find(ticket)?;
+        let sequence = scheduler.sequence(id)?;
+        let block = *sequence.blocks.get(sequence.computed / BLOCK_SIZE)?;
+        match model.import_block(block, payload) {
+            Ok(()) => {
+                scheduler.restored(id, 1);
+                let load = self.loads.get_mut(&id)?;
+                load.done += 1;
+                (load.done == load.wanted).then_some(id)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a KV block could not be put in place");
+                Some(id)
+            }
+        }
+    }
+
+    fn find(&self, ticket: u64) -> Option<SequenceId> {
+        self.loads.iter().find(|(_, load)| load.ticket == ticket).map(|(&id, _)| id)
+    }
+
+    fn read_failed(&mut self, error: &str) {
+        if let Some(pause) = self.reads.failure(Instant::now()) {
+            tracing::warn!(error, ?pause, "KV blocks cannot be read from disk; pausing");
+        }
+    }
+
+    /// Lets a sequence go on; returns how many tokens it was given.
+    fn end_load(&mut self, scheduler: &mut Scheduler, id: SequenceId) -> usize {
+        scheduler.go_on(id);
+        let Some(load) = self.loads.remove(&id) else { return 0 };
+        self.stats.given_up += u64::from(load.done < load.wanted);
+        load.done * BLOCK_SIZE
+    }
+
+    // ---- out -------------------------------------------------------------------------------
+
+    /// After a step: learns how fast it was, and has the blocks written that its sequences have filled.
+    pub(crate) fn keep(
+        &mut self,
+        scheduler: &Scheduler,
+        model: &mut dyn Model,
+        plan: &StepPlan,
+        took: Duration,
+    ) {
+        let tokens: usize = plan.chunks.iter().map(|chunk| chunk.len).sum();
+        let outputs: usize = plan.chunks.iter().map(|chunk| chunk.outputs).sum();
+        if outputs * 2 <= tokens {
+            self.speeds.computed(tokens, took);
+        }
+        let mut room = self.blocks_in(OUT_BYTES);
+        for chunk in &plan.chunks {
+            if let Some(sequence) = scheduler.sequence(chunk.id) {
+                self.offer(chunk.id, sequence, model, &mut room);
+            }
+        }
+    }
+
+    /// Before a sequence is forgotten: has more of its blocks written, as after a step.
+    pub(crate) fn end(&mut self, scheduler: &Scheduler, model: &mut dyn Model, id: SequenceId) {
+        self.loads.remove(&id);
+        if let Some(sequence) = scheduler.sequence(id) {
+            self.offer(id, sequence, model, &mut self.blocks_in(OUT_BYTES));
+            if let Some(chain) = self.chains.get(&id).filter(|_| sequence.indexed_blocks() >= LEAST_BLOCKS) {
+                self.stats.dropped += sequence.indexed_blocks().saturating_sub(chain.offered) as u64;
+            }
+        }
+        self.chains.remove(&id);
+    }
+
+    /// Queues a sequence's full blocks that are not on disk, at most `room` of them.
+    fn offer(&mut self, id: SequenceId, sequence: &Sequence, model: &mut dyn Model, room: &mut usize) {
+        let full = sequence.indexed_blocks();
+        if full < LEAST_BLOCKS {
+            return;
+        }
+        let chain = self.chains.entry(id).or_default();
+        chain.extend(self.store.root(), sequence, full);
+        while chain.offered < full {
+            let rest = &chain.keys[chain.offered..full];
+            chain.offered += self.store.touch(rest);
+            if chain.offered == full || *room == 0 {
+                return;
+            }
+            let Some(mut payload) = self.writer.buffer(Instant::now()) else { return };
+            let (index, key) = (chain.offered, chain.keys[chain.offered]);
+            if model.export_block(sequence.blocks[index], &mut payload).is_err() || !self.store.announce(key)
+            {
+                return self.writer.give_back(payload);
+            }
+            self.writer.write(Job { key, tokens: *sequence.block_tokens(index), payload });
+            chain.offered += 1;
+            *room -= 1;
+        }
+    }
+}
+
+impl Chain {
+    /// Names a sequence's blocks up to `blocks`, which are full.
+    fn extend(&mut self, root: BlockKey, sequence: &Sequence, blocks: usize) {
+        for index in self.keys.len()..blocks {
+            let parent = self.keys.last().copied().unwrap_or(root);
+            self.keys.push(parent.child(sequence.block_tokens(index)));
+        }
+    }
+}

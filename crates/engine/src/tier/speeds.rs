@@ -1,0 +1,116 @@
+//! Whether blocks come sooner from the disk or out of a prefill, by what both took lately.
+
+use std::time::Duration;
+
+/// Taken for granted before anything was measured: a slow solid-state disk, and a small model on a CPU.
+const READ_BYTES_PER_SECOND: f64 = 500e6;
+const PREFILL_TOKENS_PER_SECOND: f64 = 1000.0;
+/// What a load takes beside reading: the way to the reading thread and back, between two steps.
+const OVERHEAD: f64 = 0.0005;
+/// A new measurement's weight against all before it.
+const WEIGHT: f64 = 0.25;
+/// Steps with fewer prompt tokens say nothing about prefill.
+const LEAST_TOKENS: usize = 64;
+/// Every load that is not tried makes the disk look so much faster, so that it is tried again.
+const HOPE: f64 = 0.95;
+/// No load is given up before.
+const LEAST_PATIENCE: Duration = Duration::from_millis(100);
+
+/// See the module. All in seconds.
+#[derive(Debug)]
+pub(crate) struct Speeds {
+    per_byte: f64,
+    per_token: f64,
+}
+
+impl Default for Speeds {
+    fn default() -> Self {
+        Self { per_byte: 1.0 / READ_BYTES_PER_SECOND, per_token: 1.0 / PREFILL_TOKENS_PER_SECOND }
+    }
+}
+
+impl Speeds {
+    /// A step over so many tokens, most of them of prompts, took so long.
+    pub fn computed(&mut self, tokens: usize, took: Duration) {
+        if tokens >= LEAST_TOKENS {
+            mix(&mut self.per_token, took.as_secs_f64() / tokens as f64);
+        }
+    }
+
+    /// Reading so many bytes took so long.
+    pub fn read(&mut self, bytes: usize, took: Duration) {
+        if bytes > 0 {
+            mix(&mut self.per_byte, took.as_secs_f64() / bytes as f64);
+        }
+    }
+
+    /// Whether loading `bytes`, after `queued` others, takes less time than computing `tokens`.
+    pub fn prefers_load(&mut self, bytes: usize, queued: usize, tokens: usize) -> bool {
+        let load = OVERHEAD + (queued + bytes) as f64 * self.per_byte;
+        let prefers = load < tokens as f64 * self.per_token;
+        if !prefers {
+            self.per_byte *= HOPE;
+        }
+        prefers
+    }
+
+    /// How long a load may take that saves computing `tokens`: as long as that would have taken. So a
+    /// turn takes at most twice as long as without the disk.
+    pub fn patience(&self, tokens: usize) -> Duration {
+        // Years would overflow an instant, and nobody waits for an hour.
+        let seconds = (tokens as f64 * self.per_token).min(3600.0);
+        Duration::from_secs_f64(seconds).max(LEAST_PATIENCE)
+    }
+}
+
+fn mix(mean: &mut f64, new: f64) {
+    *mean += WEIGHT * (new - *mean);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: usize = 196_608;
+
+    #[test]
+    fn a_fast_disk_is_preferred_to_a_slow_prefill_and_a_fast_prefill_to_a_slow_disk() {
+        let mut speeds = Speeds::default();
+        assert!(speeds.prefers_load(250 * BLOCK, 0, 4000));
+        for _ in 0..50 {
+            speeds.computed(512, Duration::from_millis(1)); // as a large GPU would
+        }
+        assert!(!speeds.prefers_load(250 * BLOCK, 0, 4000));
+        assert!(speeds.patience(4000) == LEAST_PATIENCE);
+        for _ in 0..50 {
+            speeds.computed(512, Duration::from_secs(1));
+            speeds.read(BLOCK, Duration::from_secs(1)); // as a network folder might
+        }
+        assert!(!speeds.prefers_load(250 * BLOCK, 0, 4000));
+        assert_eq!(speeds.patience(4000).as_secs(), 7);
+    }
+
+    #[test]
+    fn a_long_queue_before_the_disk_speaks_for_prefill() {
+        let mut speeds = Speeds::default();
+        assert!(speeds.prefers_load(BLOCK, 0, 16));
+        assert!(!speeds.prefers_load(BLOCK, 1000 * BLOCK, 16));
+    }
+
+    #[test]
+    fn a_disk_that_was_slow_once_is_tried_again() {
+        let mut speeds = Speeds::default();
+        for _ in 0..50 {
+            speeds.read(BLOCK, Duration::from_secs(2));
+        }
+        let refused = (0..1000).take_while(|_| !speeds.prefers_load(10 * BLOCK, 0, 160)).count();
+        assert!((1..200).contains(&refused), "{refused}");
+    }
+
+    #[test]
+    fn small_steps_say_nothing_about_prefill() {
+        let mut speeds = Speeds::default();
+        speeds.computed(8, Duration::from_secs(1));
+        assert_eq!(speeds.patience(1000).as_secs(), 1);
+    }
+}

@@ -1,0 +1,118 @@
+//! Writes blocks behind the step loop's back.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Instant;
+
+use rudder_kvstore::{BLOCK_TOKENS, BlockKey, Store};
+
+use super::breaker::Breaker;
+use super::buffers::Buffers;
+
+/// Blocks on their way to the disk take at most about so many bytes of memory.
+const QUEUE_BYTES: usize = 64 << 20;
+
+/// A block to write.
+pub(crate) struct Job {
+    pub key: BlockKey,
+    pub tokens: [u32; BLOCK_TOKENS],
+    /// From [`Writer::buffer`].
+    pub payload: Box<[u8]>,
+}
+
+/// The way to the writing thread, which ends when this is gone and everything is written.
+pub(crate) struct Writer {
+    jobs: mpsc::Sender<Job>,
+    queue: Queue,
+}
+
+/// What waits to be written.
+#[derive(Clone)]
+pub(crate) struct Queue {
+    buffers: Arc<Buffers>,
+    health: Arc<Health>,
+}
+
+#[derive(Default)]
+struct Health {
+    breaker: Mutex<Breaker>,
+    /// Blocks that came while the disk was left alone.
+    dropped: AtomicU64,
+}
+
+impl Writer {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// If the system refuses a thread.
+    pub fn start(store: Arc<Store>) -> std::io::Result<Self> {
+        let (jobs, receiver) = mpsc::channel();
+        let buffers = Arc::new(Buffers::new(store.block_bytes(), QUEUE_BYTES));
+        let health = Arc::new(Health::default());
+        let queue = Queue { buffers: buffers.clone(), health: health.clone() };
+        std::thread::Builder::new()
+            .name("rudder-kv-writer".into())
+            .spawn(move || write_all(&store, &receiver, &buffers, &health))?;
+        Ok(Self { jobs, queue })
+    }
+
+    /// A buffer to fill. None while the queue is full or the disk is left alone.
+    pub fn buffer(&self, now: Instant) -> Option<Box<[u8]>> {
+        self.queue.health.breaker().allows(now).then(|| self.queue.buffers.take())?
+    }
+
+    /// Gives a buffer back unused.
+    pub fn give_back(&self, buffer: Box<[u8]>) {
+        self.queue.buffers.give(buffer);
+    }
+
+    /// Queues an announced block.
+    pub fn write(&self, job: Job) {
+        // The thread outlives this handle: it ends by the channel's end.
+        let _ = self.jobs.send(job);
+    }
+
+    /// What is queued.
+    pub fn queue(&self) -> Queue {
+        self.queue.clone()
+    }
+}
+
+impl Queue {
+    /// Blocks queued.
+    pub fn len(&self) -> usize {
+        self.buffers.out()
+    }
+
+    /// Queued blocks that were dropped because the disk had failed before.
+    pub fn dropped(&self) -> u64 {
+        self.health.dropped.load(Ordering::Relaxed)
+    }
+}
+
+impl Health {
+    fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn write_all(store: &Store, jobs: &mpsc::Receiver<Job>, buffers: &Buffers, health: &Health) {
+    for Job { key, tokens, payload } in jobs {
+        let allowed = health.breaker().allows(Instant::now());
+        if !allowed {
+            store.withdraw(&key);
+            health.dropped.fetch_add(1, Ordering::Relaxed);
+        } else {
+            match store.write(key, tokens, &payload) {
+                Ok(()) => health.breaker().success(),
+                Err(error) => {
+                    let pause = health.breaker().failure(Instant::now());
+                    if let Some(pause) = pause {
+                        tracing::warn!(%error, ?pause, "KV blocks cannot be written to disk; pausing");
+                    }
+                }
+            }
+        }
+        buffers.give(payload);
+    }
+}

@@ -1,0 +1,293 @@
+//! KV blocks on disk: a restarted engine goes on from them, and no fault of the disk harms an answer.
+
+mod common;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use common::{Answer, CONFIG, ask, assert_whole, collect, eventually, model, prompt, request};
+use rudder_engine::{DiskTier, Engine, EngineConfig, TierConfig, TierError};
+use rudder_kvstore::{Disk, Medium, SegmentFile, StoreError};
+
+const ROOMY: EngineConfig = EngineConfig { kv_blocks: 512, max_context: 512, max_sequences: 8, ..CONFIG };
+const CAPACITY: u64 = 256 << 20;
+
+/// An engine whose disk misbehaves as the switches say.
+fn start_on(folder: &Path, switches: &Arc<Switches>) -> Engine {
+    let model = model(&ROOMY);
+    // The threads of the engine before let the folder go a moment after its last handle is gone.
+    let mut disk = None;
+    eventually("a free folder", || {
+        disk = Disk::open(folder).ok();
+        disk.is_some()
+    });
+    let medium = Arc::new(Failing { disk: disk.unwrap(), switches: switches.clone() });
+    let tier = DiskTier::open_on(medium, CAPACITY, &*model).unwrap();
+    Engine::start_with(model, ROOMY, Some(tier))
+}
+
+fn start(folder: &Path) -> Engine {
+    start_on(folder, &Arc::default())
+}
+
+/// Waits until everything is written or dropped; ends the engine.
+fn stop(engine: Engine) {
+    assert_whole(&engine);
+    eventually("an empty queue", || engine.stats().tier.queued == 0);
+    drop(engine);
+}
+
+const TURN: usize = 400;
+
+/// What an engine without a disk says.
+fn expected(seed: u32) -> Answer {
+    ask(&Engine::start(model(&ROOMY), ROOMY), request(prompt(seed, TURN), 40))
+}
+
+fn turn(engine: &Engine, seed: u32) -> Answer {
+    ask(engine, request(prompt(seed, TURN), 40))
+}
+
+#[test]
+fn a_restarted_engine_finds_its_blocks_and_answers_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let wanted = expected(1);
+    let engine = start(folder.path());
+    let first = turn(&engine, 1);
+    assert_eq!((first.ids(), first.usage.cached_tokens), (wanted.ids(), 0));
+    eventually("all blocks on disk", || engine.stats().tier.store.written == (TURN as u64 + 39) / 16);
+    stop(engine);
+
+    let engine = start(folder.path());
+    let again = turn(&engine, 1);
+    assert_eq!(again.ids(), wanted.ids());
+    assert_eq!(again.usage.cached_tokens, (TURN - 1) / 16 * 16);
+    // A follow-up turn goes on from the answer's blocks too, which this engine computed.
+    let longer = [prompt(1, TURN), wanted.ids(), prompt(5, 20)].concat();
+    let without = ask(&Engine::start(model(&ROOMY), ROOMY), request(longer.clone(), 20));
+    let follow_up = ask(&engine, request(longer, 20));
+    assert_eq!(follow_up.ids(), without.ids());
+    assert_eq!(follow_up.usage.cached_tokens, (TURN + 39) / 16 * 16);
+    assert_whole(&engine);
+    let stats = engine.stats().tier;
+    assert_eq!((stats.loads, stats.given_up, stats.dropped), (1, 0, 0), "{stats:?}");
+    assert_eq!(stats.store.read, (TURN as u64 - 1) / 16);
+}
+
+#[test]
+fn many_sequences_resume_side_by_side_with_others_that_compute() {
+    let folder = tempfile::tempdir().unwrap();
+    let wanted: Vec<_> = (0..6).map(|seed| expected(seed).ids()).collect();
+    let engine = start(folder.path());
+    (0..4).for_each(|seed| drop(turn(&engine, seed)));
+    stop(engine);
+    let engine = start(folder.path());
+    let running: Vec<_> = (0..6)
+        .chain(0..6)
+        .map(|seed| (seed as usize, engine.submit(request(prompt(seed, TURN), 40)).unwrap()))
+        .collect();
+    let cancelled: Vec<_> =
+        (0..4).map(|seed| engine.submit(request(prompt(seed, TURN), 40)).unwrap()).collect();
+    drop(cancelled);
+    for (seed, generation) in running {
+        assert_eq!(collect(generation).ids(), wanted[seed], "seed {seed}");
+    }
+    assert_whole(&engine);
+    assert!(engine.stats().tier.loads >= 4);
+}
+
+#[test]
+fn short_sequences_and_scored_prompts_keep_away_from_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    ask(&engine, request(prompt(1, 100), 20));
+    stop(engine);
+    let engine = start(folder.path());
+    turn(&engine, 1);
+    stop(engine);
+    let engine = start(folder.path());
+    let mut scored = request(prompt(1, TURN), 1);
+    scored.prompt_logprobs = true;
+    let answer = ask(&engine, scored);
+    assert_eq!((answer.scores.len(), answer.usage.cached_tokens), (TURN, 0));
+    assert_eq!(engine.stats().tier.store.read, 0);
+    assert!(engine.stats().tier.store.blocks > 0);
+}
+
+#[test]
+fn flipped_bytes_are_never_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let wanted = expected(1);
+    let engine = start(folder.path());
+    turn(&engine, 1);
+    stop(engine);
+    for file in std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().path()) {
+        if file.extension().is_some_and(|e| e == "kv") {
+            let mut bytes = std::fs::read(&file).unwrap();
+            let payloads = bytes.len() / 2;
+            bytes[payloads..].iter_mut().step_by(1000).for_each(|b| *b ^= 4);
+            std::fs::write(&file, bytes).unwrap();
+        }
+    }
+    let engine = start(folder.path());
+    let answer = turn(&engine, 1);
+    assert_eq!(answer.ids(), wanted.ids());
+    assert!(answer.usage.cached_tokens < (TURN - 1) / 16 * 16);
+    assert_whole(&engine);
+    let stats = engine.stats().tier;
+    assert_eq!((stats.given_up, stats.store.damaged), (1, 1), "{stats:?}");
+}
+
+#[test]
+fn an_unreadable_disk_is_left_alone_after_a_while_and_every_turn_is_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    (0..6).for_each(|seed| drop(turn(&engine, seed)));
+    stop(engine);
+    let switches = Arc::new(Switches::default());
+    let engine = start_on(folder.path(), &switches);
+    switches.unreadable.store(true, Ordering::SeqCst);
+    for seed in 0..6 {
+        let answer = turn(&engine, seed);
+        assert_eq!((answer.ids(), answer.usage.cached_tokens), (expected(seed).ids(), 0));
+    }
+    assert_whole(&engine);
+    let stats = engine.stats().tier;
+    assert_eq!((stats.loads, stats.given_up, stats.prefills), (3, 3, 3), "{stats:?}");
+    assert!(!stats.reads && stats.store.read_errors == 3);
+}
+
+#[test]
+fn a_full_disk_costs_nothing_but_what_it_would_have_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let switches = Arc::new(Switches::default());
+    let engine = start_on(folder.path(), &switches);
+    switches.room.store(100_000, Ordering::SeqCst);
+    switches.limited.store(true, Ordering::SeqCst);
+    for seed in 0..3 {
+        assert_eq!(turn(&engine, seed).ids(), expected(seed).ids());
+    }
+    assert_whole(&engine);
+    let stats = engine.stats().tier;
+    assert!(stats.store.write_errors >= 3 && stats.dropped > 0, "{stats:?}");
+    stop(engine);
+    let engine = start(folder.path());
+    assert_eq!(turn(&engine, 0).ids(), expected(0).ids());
+}
+
+#[test]
+fn a_slow_disk_holds_nobody_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    turn(&engine, 1);
+    stop(engine);
+    let switches = Arc::new(Switches::default());
+    let engine = start_on(folder.path(), &switches);
+    switches.millis.store(60_000, Ordering::SeqCst);
+    let resumed = engine.submit(request(prompt(1, TURN), 40)).unwrap();
+    assert_eq!(turn(&engine, 2).ids(), expected(2).ids(), "another goes on meanwhile");
+    assert_eq!(collect(resumed).ids(), expected(1).ids());
+    assert_whole(&engine);
+    let stats = engine.stats().tier;
+    assert_eq!((stats.loads, stats.given_up), (1, 1), "{stats:?}");
+    switches.millis.store(0, Ordering::SeqCst);
+}
+
+#[test]
+fn a_client_that_leaves_while_its_blocks_are_read_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    turn(&engine, 1);
+    stop(engine);
+    let switches = Arc::new(Switches::default());
+    let engine = start_on(folder.path(), &switches);
+    switches.millis.store(60_000, Ordering::SeqCst);
+    let resumed = engine.submit(request(prompt(1, TURN), 40)).unwrap();
+    eventually("a read", || switches.reads.load(Ordering::SeqCst) > 0);
+    drop(resumed);
+    assert_whole(&engine);
+    switches.millis.store(0, Ordering::SeqCst);
+    assert_eq!(turn(&engine, 1).ids(), expected(1).ids());
+    assert_whole(&engine);
+}
+
+#[test]
+fn a_tier_that_cannot_be_is_refused_with_a_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = |capacity| TierConfig { folder: folder.path().to_owned(), capacity };
+    let model = model(&ROOMY);
+    assert!(matches!(
+        DiskTier::open(&config(10), &*model),
+        Err(TierError::Store(StoreError::TooSmall { .. }))
+    ));
+    let _open = DiskTier::open(&config(CAPACITY), &*model).unwrap();
+    assert!(matches!(DiskTier::open(&config(CAPACITY), &*model), Err(TierError::Store(StoreError::InUse))));
+}
+
+/// A folder whose disk can be full, slow or broken.
+struct Failing {
+    disk: Disk,
+    switches: Arc<Switches>,
+}
+
+#[derive(Default)]
+struct Switches {
+    /// Bytes that can still be written, if limited.
+    room: AtomicU64,
+    limited: AtomicBool,
+    unreadable: AtomicBool,
+    /// How long a read takes; it ends early when this is lowered.
+    millis: AtomicU64,
+    reads: AtomicUsize,
+}
+
+struct FailingFile(Box<dyn SegmentFile>, Arc<Switches>);
+
+impl Medium for Failing {
+    fn names(&self) -> io::Result<Vec<String>> {
+        self.disk.names()
+    }
+    fn create(&self, name: &str) -> io::Result<Box<dyn SegmentFile>> {
+        Ok(Box::new(FailingFile(self.disk.create(name)?, self.switches.clone())))
+    }
+    fn open(&self, name: &str) -> io::Result<Box<dyn SegmentFile>> {
+        Ok(Box::new(FailingFile(self.disk.open(name)?, self.switches.clone())))
+    }
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.disk.remove(name)
+    }
+}
+
+impl SegmentFile for FailingFile {
+    fn size(&self) -> io::Result<u64> {
+        self.0.size()
+    }
+    fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut waited = 0;
+        self.1.reads.fetch_add(1, Ordering::SeqCst);
+        while waited < self.1.millis.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(5));
+            waited += 5;
+        }
+        match self.1.unreadable.load(Ordering::SeqCst) {
+            true => Err(io::Error::other("the disk is broken")),
+            false => self.0.read_at(out, offset),
+        }
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if !self.1.limited.load(Ordering::SeqCst) {
+            return self.0.write_at(bytes, offset);
+        }
+        let room = self.1.room.load(Ordering::SeqCst);
+        let fits = room.min(bytes.len() as u64);
+        self.1.room.store(room - fits, Ordering::SeqCst);
+        self.0.write_at(&bytes[..fits as usize], offset)?;
+        if fits == bytes.len() as u64 { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) }
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+}

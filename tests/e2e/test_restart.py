@@ -1,0 +1,60 @@
+"""KV on disk outlives a killed process: conversations go on from there, and damage costs only time."""
+
+import pathlib
+import signal
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Within 16 tokens of its end nothing of a prompt is a full block; what was on its way when the process
+# died may be lost.
+LOST = 16 + 4 * 16
+
+
+def code(tokens, server):
+    """Some code of this repository, about so many tokens long."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "crates" / "scheduler" / "src").glob("*.rs")))
+    return server.detokenize(server.tokenize(text)[:tokens])
+
+
+def cached(answer):
+    return answer.usage.prompt_tokens_details.cached_tokens
+
+
+def test_twenty_kills_in_mid_generation_lose_nothing(server, start, tmp_path):
+    flags = ("--kv-disk", "1GiB", "--kv-dir", str(tmp_path / "kv"))
+    text = code(1200, server)
+    killed = start(*flags)
+    for turn in range(20):
+        stream = killed.complete(text, max_tokens=500, stream=True, extra_body={"ignore_eos": True})
+        heard = "".join(next(stream).choices[0].text for _ in range(2 + turn % 7))
+        killed.stop(signal.SIGKILL)
+
+        killed = start(*flags)
+        answer = killed.complete(text)
+        wanted = server.complete(text)
+        assert answer.choices[0].text == wanted.choices[0].text, f"after kill {turn}"
+        assert wanted.choices[0].text.startswith(heard)
+        assert cached(answer) >= answer.usage.prompt_tokens - LOST, f"after kill {turn}"
+        text += answer.choices[0].text + f"\n\n// Part {turn} follows.\n"
+    metrics = killed.wait_idle()
+    assert metrics["rudder_kv_disk_read_bytes_total"] > 0
+    assert metrics["rudder_kv_disk_bytes"] <= 1 << 30
+
+
+def test_damaged_kv_is_computed_again_and_counted(server, start, tmp_path):
+    flags = ("--kv-disk", "1GiB", "--kv-dir", str(tmp_path / "kv"))
+    text = code(600, server)
+    first = start(*flags)
+    answer = first.complete(text, max_tokens=8)
+    assert cached(answer) == 0
+    first.stop()
+    for file in (tmp_path / "kv").glob("*.kv"):
+        with open(file, "r+b") as segment:
+            for offset in range(256 * 1024, file.stat().st_size, 100_000):
+                segment.seek(offset)
+                segment.write(b"flipped")
+    second = start(*flags)
+    again = second.complete(text, max_tokens=8)
+    assert again.choices[0].text == answer.choices[0].text
+    assert cached(again) < 600 - LOST
+    metrics = second.http.get("/metrics").text
+    assert 'reason="damaged"} 1' in metrics and 'outcome="gave_up"} 1' in metrics
