@@ -3,21 +3,27 @@
 mod common;
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use common::{Answer, CONFIG, ask, assert_whole, collect, eventually, model, prompt, request};
+use common::{
+    Answer, CONFIG, ask, assert_whole, checkpoint, collect, eventually, model, model_at, prompt, request,
+};
 use rudder_engine::{DiskTier, Engine, EngineConfig, TierConfig, TierError};
 use rudder_kvstore::{Disk, Medium, SegmentFile, StoreError};
+use rudder_model::Model;
 
 const ROOMY: EngineConfig = EngineConfig { kv_blocks: 512, max_context: 512, max_sequences: 8, ..CONFIG };
 const CAPACITY: u64 = 256 << 20;
 
 /// An engine whose disk misbehaves as the switches say.
 fn start_on(folder: &Path, switches: &Arc<Switches>) -> Engine {
-    let model = model(&ROOMY);
+    start_as(model(&ROOMY), folder, switches)
+}
+
+fn start_as(model: Box<dyn Model>, folder: &Path, switches: &Arc<Switches>) -> Engine {
     // The threads of the engine before let the folder go a moment after its last handle is gone.
     let mut disk = None;
     eventually("a free folder", || {
@@ -38,6 +44,12 @@ fn stop(engine: Engine) {
     assert_whole(&engine);
     eventually("an empty queue", || engine.stats().tier.queued == 0);
     drop(engine);
+}
+
+/// The files that blocks are kept in.
+fn segments(folder: &Path) -> Vec<PathBuf> {
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|path| path.extension().is_some_and(|e| e == "kv")).collect()
 }
 
 const TURN: usize = 400;
@@ -124,13 +136,11 @@ fn flipped_bytes_are_never_used() {
     let engine = start(folder.path());
     turn(&engine, 1);
     stop(engine);
-    for file in std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().path()) {
-        if file.extension().is_some_and(|e| e == "kv") {
-            let mut bytes = std::fs::read(&file).unwrap();
-            let payloads = bytes.len() / 2;
-            bytes[payloads..].iter_mut().step_by(1000).for_each(|b| *b ^= 4);
-            std::fs::write(&file, bytes).unwrap();
-        }
+    for file in segments(folder.path()) {
+        let mut bytes = std::fs::read(&file).unwrap();
+        let payloads = bytes.len() / 2;
+        bytes[payloads..].iter_mut().step_by(1000).for_each(|b| *b ^= 4);
+        std::fs::write(&file, bytes).unwrap();
     }
     let engine = start(folder.path());
     let answer = turn(&engine, 1);
@@ -139,6 +149,71 @@ fn flipped_bytes_are_never_used() {
     assert_whole(&engine);
     let stats = engine.stats().tier;
     assert_eq!((stats.given_up, stats.store.damaged), (1, 1), "{stats:?}");
+}
+
+#[test]
+fn a_torn_file_gives_what_is_whole_and_the_rest_is_computed() {
+    let folder = tempfile::tempdir().unwrap();
+    let wanted = expected(1);
+    let engine = start(folder.path());
+    turn(&engine, 1);
+    stop(engine);
+    let file = &segments(folder.path())[0];
+    let whole = std::fs::metadata(file).unwrap().len();
+    let payload = model(&ROOMY).kv_block().unwrap().bytes as u64;
+    std::fs::OpenOptions::new().write(true).open(file).unwrap().set_len(whole - 10 * payload).unwrap();
+    let engine = start(folder.path());
+    let answer = turn(&engine, 1);
+    assert_eq!(answer.ids(), wanted.ids());
+    let cached = answer.usage.cached_tokens;
+    assert!((1..(TURN - 1) / 16 * 16).contains(&cached), "{cached}");
+    let stats = engine.stats().tier;
+    assert!((10..=12).contains(&stats.store.torn) && stats.loads == 1 && stats.given_up == 0, "{stats:?}");
+    assert_whole(&engine);
+}
+
+#[test]
+fn a_model_with_other_weights_uses_nothing_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    turn(&engine, 1);
+    stop(engine);
+    let altered = tempfile::tempdir().unwrap();
+    std::fs::copy(checkpoint().join("config.json"), altered.path().join("config.json")).unwrap();
+    let mut weights = std::fs::read(checkpoint().join("model.safetensors")).unwrap();
+    let half = weights.len() / 2;
+    weights[half..].iter_mut().step_by(64).for_each(|b| *b ^= 1);
+    std::fs::write(altered.path().join("model.safetensors"), weights).unwrap();
+    let other = || model_at(altered.path(), &ROOMY);
+
+    let engine = start_as(other(), folder.path(), &Arc::default());
+    let answer = turn(&engine, 1);
+    let wanted = ask(&Engine::start(other(), ROOMY), request(prompt(1, TURN), 40));
+    assert_eq!((answer.ids(), answer.usage.cached_tokens), (wanted.ids(), 0));
+    let stats = engine.stats().tier;
+    assert_eq!((stats.store.foreign, stats.store.read, stats.loads), (1, 0, 0), "{stats:?}");
+    stop(engine);
+    let engine = start(folder.path());
+    assert!(turn(&engine, 1).usage.cached_tokens > 0, "the first model's blocks are still there");
+}
+
+#[test]
+fn no_time_of_day_bears_on_what_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let wanted = expected(1);
+    let engine = start(folder.path());
+    turn(&engine, 1);
+    stop(engine);
+    let year = Duration::from_secs(365 * 24 * 3600);
+    for time in [SystemTime::UNIX_EPOCH, SystemTime::now() + 20 * year] {
+        for file in segments(folder.path()) {
+            std::fs::File::options().write(true).open(file).unwrap().set_modified(time).unwrap();
+        }
+        let engine = start(folder.path());
+        let answer = turn(&engine, 1);
+        assert_eq!((answer.ids(), answer.usage.cached_tokens), (wanted.ids(), (TURN - 1) / 16 * 16));
+        stop(engine);
+    }
 }
 
 #[test]

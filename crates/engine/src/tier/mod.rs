@@ -25,7 +25,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rudder_kvstore::{BLOCK_TOKENS, BlockKey, Disk, Fingerprint, Medium, Store, StoreError, StoreStats};
+use rudder_kvstore::{
+    BLOCK_TOKENS, BlockKey, Disk, Fingerprint, Medium, ReadError, Store, StoreError, StoreStats,
+};
 use rudder_model::Model;
 use rudder_scheduler::{BLOCK_SIZE, Scheduler, Sequence, SequenceId, StepPlan};
 
@@ -276,7 +278,9 @@ impl DiskTier {
                 Arrival::End { ticket, bytes, took, outcome } => {
                     self.speeds.read(bytes, took);
                     match outcome {
-                        Ok(()) => self.reads.success(),
+                        Ok(()) if bytes > 0 => self.reads.success(),
+                        // Cancelled before it began, or evicted meanwhile: that says nothing of the disk.
+                        Ok(()) | Err(ReadError::Missing) => (),
                         Err(error) => self.read_failed(&error.to_string()),
                     }
                     self.find(ticket)

@@ -1,7 +1,7 @@
 //! What the engine's tests share: a tiny real checkpoint on the cpu backend, questions and answers.
 #![allow(dead_code, missing_docs)] // each test file uses its part
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rudder_engine::{
@@ -22,15 +22,25 @@ pub const CONFIG: EngineConfig = EngineConfig {
     prefix_cache: true,
 };
 
+/// The folder of the checkpoint.
+pub fn checkpoint() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/qwen2")
+}
+
 pub fn model(config: &EngineConfig) -> Box<dyn Model> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/qwen2");
+    model_at(&checkpoint(), config)
+}
+
+pub fn model_at(folder: &Path, config: &EngineConfig) -> Box<dyn Model> {
     let options = LoadOptions {
         max_batch_tokens: config.max_batch_tokens,
         max_outputs: config.max_sequences,
         kv: KvSize::Blocks(config.kv_blocks),
         max_context: config.max_context,
     };
-    rudder_model::load(&path, Cpu::new(2, KvDType::F32), options, |_, _| ()).expect("the fixture loads").model
+    rudder_model::load(folder, Cpu::new(2, KvDType::F32), options, |_, _| ())
+        .expect("the fixture loads")
+        .model
 }
 
 pub fn start(config: EngineConfig) -> Engine {
