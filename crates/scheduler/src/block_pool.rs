@@ -1,12 +1,13 @@
-//! The block pool: reference counts, the free list, and least-recently-used eviction.
+//! The block pool: reference counts, the free list, and eviction.
 //!
 //! Every block is in exactly one state: *used* (held by sequences), *cached* (held by none, kept
-//! in the prefix tree, evictable) or *free*. Sequences release their blocks from the tail, and a
-//! sequence that holds a block holds the whole path to it, so the oldest cached block is always a
-//! leaf of the tree and eviction is O(1).
+//! in the prefix tree, evictable) or *free*. A sequence that holds a block holds the whole path to it,
+//! so what comes after an unheld block is unheld too, and all cached blocks can be evicted, leaves
+//! first. `retention` chooses which.
 
 use crate::BLOCK_SIZE;
 use crate::prefix_tree::PrefixTree;
+use crate::retention::{Retention, SessionHandle};
 
 /// A block's index in the KV cache.
 pub type BlockId = u32;
@@ -28,7 +29,7 @@ pub(crate) struct BlockPool {
     references: Vec<u32>,
     free: Vec<BlockId>,
     tree: PrefixTree,
-    unused: LruList,
+    pub(crate) retention: Retention,
 }
 
 impl BlockPool {
@@ -37,29 +38,52 @@ impl BlockPool {
             references: vec![0; blocks],
             free: (0..blocks as BlockId).rev().collect(),
             tree: PrefixTree::new(blocks),
-            unused: LruList::new(blocks),
+            retention: Retention::new(blocks),
         }
     }
 
     /// Blocks that can be had now, cached ones included.
     pub(crate) fn available(&self) -> usize {
-        self.free.len() + self.unused.len
+        self.free.len() + self.retention.cached()
     }
 
     pub(crate) fn counts(&self) -> BlockCounts {
-        let (cached, free) = (self.unused.len, self.free.len());
+        let (cached, free) = (self.retention.cached(), self.free.len());
         BlockCounts { used: self.references.len() - cached - free, cached, free }
     }
 
-    /// A block for writing, held once; evicts the least recently used cached block if none is free.
+    /// A block for writing, held once; evicts a cached block if none is free.
     pub(crate) fn allocate(&mut self) -> Option<BlockId> {
         let block = self.free.pop().or_else(|| {
-            let oldest = self.unused.pop_oldest()?;
-            self.tree.remove(oldest);
-            Some(oldest)
+            let victim = self.retention.choose()?;
+            self.leave_tree(victim);
+            Some(victim)
         })?;
         self.references[block as usize] = 1;
         Some(block)
+    }
+
+    /// Evicts what this session alone has used and nobody holds; returns how many blocks.
+    pub(crate) fn drop_exclusive(&mut self, session: SessionHandle) -> usize {
+        let before = self.free.len();
+        while let Some(block) = self.retention.next_exclusive(session) {
+            self.leave_tree(block);
+            self.free.push(block);
+        }
+        self.free.len() - before
+    }
+
+    /// An unheld leaf leaves the tree, here and nowhere else.
+    fn leave_tree(&mut self, block: BlockId) {
+        debug_assert!(!self.is_used(block), "a held block is evicted");
+        self.retention.take(block);
+        if let Some(parent) = self.tree.remove(block)
+            && !self.is_used(parent)
+            && self.tree.is_leaf(parent)
+        {
+            self.retention.becomes_leaf(parent, block);
+        }
+        self.retention.forget(block);
     }
 
     /// The cached or used block that continues `parent` with these tokens; not held yet.
@@ -75,19 +99,34 @@ impl BlockPool {
     /// Holds a block once more.
     pub(crate) fn retain(&mut self, block: BlockId) {
         let references = &mut self.references[block as usize];
-        if *references == 0 {
-            self.unused.remove(block);
-        }
         *references += 1;
+        if *references == 1 {
+            self.retention.take(block);
+        }
     }
 
-    /// Lets go of a block. Call from the tail of a sequence to its head.
-    pub(crate) fn release(&mut self, block: BlockId) {
+    /// Lets go of a sequence's blocks, of which the first `indexed` are in the tree.
+    pub(crate) fn release_path(
+        &mut self,
+        blocks: &mut Vec<BlockId>,
+        indexed: usize,
+        session: Option<SessionHandle>,
+    ) {
+        if let Some(session) = session {
+            self.retention.remember(session, &blocks[..indexed]);
+        }
+        self.retention.begin_use();
+        for block in blocks.drain(..).rev() {
+            self.release(block, session);
+        }
+    }
+
+    fn release(&mut self, block: BlockId, session: Option<SessionHandle>) {
         let references = &mut self.references[block as usize];
         *references = references.checked_sub(1).expect("only a held block is released");
         if *references == 0 {
             if self.tree.contains(block) {
-                self.unused.push_newest(block);
+                self.retention.add(block, self.tree.is_leaf(block), session);
             } else {
                 self.free.push(block);
             }
@@ -105,53 +144,10 @@ impl BlockPool {
         match self.tree.insert(parent, tokens, block) {
             Some(present) => {
                 self.retain(present);
-                self.release(block);
+                self.release(block, None);
                 present
             }
             None => block,
         }
-    }
-}
-
-/// A doubly linked list threaded through the blocks: O(1) at both ends and in the middle.
-#[derive(Debug)]
-struct LruList {
-    /// (older, newer) of each block in the list; the last entry is the list's sentinel.
-    links: Vec<(BlockId, BlockId)>,
-    len: usize,
-}
-
-impl LruList {
-    fn new(blocks: usize) -> Self {
-        let sentinel = blocks as BlockId;
-        Self { links: vec![(sentinel, sentinel); blocks + 1], len: 0 }
-    }
-
-    fn sentinel(&self) -> BlockId {
-        (self.links.len() - 1) as BlockId
-    }
-
-    fn push_newest(&mut self, block: BlockId) {
-        let sentinel = self.sentinel();
-        let newest = self.links[sentinel as usize].0;
-        self.links[block as usize] = (newest, sentinel);
-        self.links[newest as usize].1 = block;
-        self.links[sentinel as usize].0 = block;
-        self.len += 1;
-    }
-
-    fn remove(&mut self, block: BlockId) {
-        let (older, newer) = self.links[block as usize];
-        self.links[older as usize].1 = newer;
-        self.links[newer as usize].0 = older;
-        self.len -= 1;
-    }
-
-    fn pop_oldest(&mut self) -> Option<BlockId> {
-        let oldest = self.links[self.sentinel() as usize].1;
-        (self.len > 0).then(|| {
-            self.remove(oldest);
-            oldest
-        })
     }
 }

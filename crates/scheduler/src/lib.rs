@@ -22,12 +22,16 @@
 //! ```
 
 mod block_pool;
+mod key_heap;
 mod prefix_tree;
 mod restore;
+mod retention;
 mod scheduler;
 mod sequence;
+mod sessions;
 
 pub use block_pool::{BlockCounts, BlockId};
+pub use retention::{MAX_SESSIONS, PROTECTED_SHARE, RetentionStats, SessionBlocks, SessionHandle, Tick};
 pub use scheduler::{Chunk, PrefixStats, Scheduler, SchedulerConfig, StepPlan};
 pub use sequence::{Sequence, SequenceId};
 

@@ -55,16 +55,22 @@ impl PrefixTree {
         self.edges[block as usize].is_some()
     }
 
-    /// Takes a leaf out of the tree.
+    /// Whether the block has no children.
+    pub(crate) fn is_leaf(&self, block: BlockId) -> bool {
+        self.edges[block as usize].is_some_and(|(_, children)| children == 0)
+    }
+
+    /// Takes a leaf out of the tree; returns its parent.
     ///
     /// # Panics
     /// If the block is no leaf: its children would then hang below whatever the block holds next.
-    pub(crate) fn remove(&mut self, block: BlockId) {
+    pub(crate) fn remove(&mut self, block: BlockId) -> Option<BlockId> {
         let (edge, children) = self.edges[block as usize].take().expect("the block is in the tree");
         assert_eq!(children, 0, "block {block} is evicted before its children");
         self.nodes.remove(&edge);
         if let Some((_, children)) = edge.0.and_then(|p| self.edges[p as usize].as_mut()) {
             *children -= 1;
         }
+        edge.0
     }
 }

@@ -76,7 +76,7 @@ pub struct PrefixStats {
 #[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
-    pool: BlockPool,
+    pub(crate) pool: BlockPool,
     pub(crate) sequences: HashMap<SequenceId, Sequence>,
     /// Ascending by arrival, since ids are.
     waiting: BTreeSet<SequenceId>,
@@ -356,11 +356,9 @@ impl Budget {
     }
 }
 
-/// Lets go of all blocks, from the tail, so that tails are evicted before the prefixes they need.
+/// Lets go of all blocks.
 fn release_blocks(pool: &mut BlockPool, sequence: &mut Sequence) {
-    for block in sequence.blocks.drain(..).rev() {
-        pool.release(block);
-    }
+    pool.release_path(&mut sequence.blocks, sequence.indexed, sequence.session);
     sequence.computed = 0;
     sequence.indexed = 0;
     sequence.held = false;

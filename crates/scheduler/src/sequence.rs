@@ -1,5 +1,6 @@
 //! A sequence: its tokens and its place in the KV cache.
 
+use crate::retention::SessionHandle;
 use crate::{BLOCK_SIZE, BlockId};
 
 /// Names a sequence; chosen by the engine, ascending by arrival.
@@ -22,6 +23,8 @@ pub struct Sequence {
     pub(crate) score_prompt: bool,
     /// Its next blocks are being filled from outside: nothing of it is planned.
     pub(crate) held: bool,
+    /// Whose blocks its own are once it lets go of them.
+    pub(crate) session: Option<SessionHandle>,
 }
 
 impl Sequence {
@@ -35,6 +38,7 @@ impl Sequence {
             indexed: 0,
             score_prompt,
             held: false,
+            session: None,
         }
     }
 

@@ -1,0 +1,414 @@
+//! Which cached block goes next when blocks run out: the one least likely to be wanted again.
+//!
+//! Only leaves of the prefix tree can go, as a block is worth nothing without those before it. Every
+//! unheld leaf waits in a session's list, in order of use; blocks without a session share one list. A
+//! block belongs to the session that used it, of several to the one that was protected the longest then.
+//! A session is *protected* until a tick that the engine chooses. Then
+//!
+//! - first goes the least recently used leaf of all sessions that are not protected,
+//! - after these, the leaves of the protected session of the least rank,
+//! - or before these, while the protected hold more than [`PROTECTED_SHARE`] of the pool.
+//!
+//! So protection decides who goes first and never whether somebody goes. What is protected keeps the
+//! prefix that it needs, whoever that belongs to: a block goes after all that continue it.
+//!
+//! A choice costs O(log sessions), all else O(1) a block; nothing is allocated but the path that a session
+//! is remembered by. Order of use is exact for all but a prefix whose last continuation was evicted
+//! before its time: it counts as just used.
+
+use crate::BlockId;
+use crate::key_heap::KeyHeap;
+
+/// Time in the engine's unit; it only grows.
+pub type Tick = u64;
+
+/// Most sessions known at once.
+pub const MAX_SESSIONS: usize = 1024;
+/// Of the pool, how much may be cached for protected sessions before they lose blocks to others.
+pub const PROTECTED_SHARE: f64 = 0.75;
+
+/// Names a session. A handle of one that was closed names none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SessionHandle {
+    slot: u32,
+    epoch: u32,
+}
+
+/// The slot of blocks that belong to no session.
+const NOBODY: SessionHandle = SessionHandle { slot: MAX_SESSIONS as u32, epoch: 0 };
+
+/// What has been evicted so far, and what is protected now, in blocks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RetentionStats {
+    /// Cached for protected sessions.
+    pub protected: usize,
+    /// Evicted although protected.
+    pub evicted_protected: u64,
+    /// Evicted besides.
+    pub evicted_unprotected: u64,
+}
+
+/// What is kept of a session, in blocks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SessionBlocks {
+    /// Of its longest path.
+    pub path: usize,
+    /// Of these, still there.
+    pub cached: usize,
+    /// Cached blocks that belong to it, over all its paths.
+    pub own: usize,
+    /// Whether they are protected.
+    pub protected: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Retention {
+    blocks: Vec<Block>,
+    lists: LeafLists,
+    slots: Vec<Slot>,
+    /// Slots not in use.
+    vacant: Vec<u32>,
+    /// Slots with leaves that are not protected, by the use of their oldest leaf.
+    plain: KeyHeap,
+    /// Slots with leaves that are protected, by rank.
+    guarded: KeyHeap,
+    /// Protected slots, by the end of their protection.
+    expiring: KeyHeap,
+    /// Counts releases of sequences.
+    uses: u64,
+    /// Unheld blocks in the tree, in all slots.
+    cached: usize,
+    stats: RetentionStats,
+    /// Most protected blocks.
+    limit: usize,
+}
+
+/// What is known of a block.
+#[derive(Debug, Clone, Copy)]
+struct Block {
+    /// Whose it is.
+    session: SessionHandle,
+    /// When it was let go of last.
+    used: u64,
+    /// How often it has held something else.
+    generation: u32,
+    /// Another session has used it too.
+    shared: bool,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    epoch: u32,
+    /// Protected before this tick; 0 is not.
+    until: Tick,
+    rank: u64,
+    /// Its unheld blocks.
+    blocks: usize,
+    /// Its longest path, each block with its generation.
+    path: Vec<(BlockId, u32)>,
+}
+
+impl Retention {
+    pub fn new(blocks: usize) -> Self {
+        let fresh = Block { session: NOBODY, used: 0, generation: 0, shared: false };
+        Self {
+            blocks: vec![fresh; blocks],
+            lists: LeafLists::new(blocks, MAX_SESSIONS + 1),
+            slots: (0..=MAX_SESSIONS).map(|_| Slot::default()).collect(),
+            vacant: (0..MAX_SESSIONS as u32).rev().collect(),
+            plain: KeyHeap::new(MAX_SESSIONS + 1),
+            guarded: KeyHeap::new(MAX_SESSIONS + 1),
+            expiring: KeyHeap::new(MAX_SESSIONS + 1),
+            uses: 0,
+            cached: 0,
+            stats: RetentionStats::default(),
+            limit: (blocks as f64 * PROTECTED_SHARE) as usize,
+        }
+    }
+
+    /// Unheld blocks in the tree: all can be evicted, if their turn comes.
+    pub fn cached(&self) -> usize {
+        self.cached
+    }
+
+    pub fn stats(&self) -> RetentionStats {
+        self.stats
+    }
+
+    /// A new session; none if there are [`MAX_SESSIONS`].
+    pub fn open(&mut self) -> Option<SessionHandle> {
+        let slot = self.vacant.pop()?;
+        Some(SessionHandle { slot, epoch: self.slots[slot as usize].epoch })
+    }
+
+    /// Forgets a session. Its blocks are nobody's then.
+    pub fn close(&mut self, session: SessionHandle) {
+        let Some(slot) = self.slot_of(session) else { return };
+        self.protect(session, 0, 0);
+        self.give_leaves_to_nobody(slot);
+        self.file(slot);
+        self.file(NOBODY.slot);
+        let closed = std::mem::take(&mut self.slots[slot as usize]);
+        self.slots[NOBODY.slot as usize].blocks += closed.blocks;
+        self.slots[slot as usize].epoch = closed.epoch.wrapping_add(1);
+        self.vacant.push(slot);
+    }
+
+    /// The leaves go to that end of nobody's list where their order is kept best.
+    fn give_leaves_to_nobody(&mut self, slot: u32) {
+        let used = |leaf: BlockId| self.blocks[leaf as usize].used;
+        let last = self.lists.newest(NOBODY.slot).map(used);
+        let append = self.lists.oldest(slot).is_some_and(|leaf| last.is_none_or(|last| last <= used(leaf)));
+        while let Some(leaf) = if append { self.lists.oldest(slot) } else { self.lists.newest(slot) } {
+            self.lists.unlink(leaf);
+            match append {
+                true => self.lists.push_newest(NOBODY.slot, leaf),
+                false => self.lists.push_oldest(NOBODY.slot, leaf),
+            }
+        }
+    }
+
+    /// Protects a session's blocks before `until`; 0 ends it. Of the protected, the least rank goes first.
+    pub fn protect(&mut self, session: SessionHandle, until: Tick, rank: u64) {
+        let Some(slot) = self.slot_of(session) else { return };
+        let entry = &mut self.slots[slot as usize];
+        let before = entry.is_protected();
+        (entry.until, entry.rank) = (until, rank);
+        match (before, entry.is_protected()) {
+            (false, true) => self.stats.protected += entry.blocks,
+            (true, false) => self.stats.protected -= entry.blocks,
+            _ => {}
+        }
+        match until {
+            0 => self.expiring.remove(slot),
+            _ => self.expiring.set(slot, until),
+        }
+        self.file(slot);
+    }
+
+    /// It is `now`: ends the protection of sessions whose time is over.
+    pub fn advance(&mut self, now: Tick) {
+        while let Some((slot, _)) = self.expiring.first().filter(|&(_, until)| until <= now) {
+            let epoch = self.slots[slot as usize].epoch;
+            self.protect(SessionHandle { slot, epoch }, 0, 0);
+        }
+    }
+
+    /// What is kept of a session.
+    pub fn session(&self, session: SessionHandle) -> Option<SessionBlocks> {
+        let slot = &self.slots[self.slot_of(session)? as usize];
+        let there = |&(block, generation): &(BlockId, u32)| self.generation(block) == generation;
+        Some(SessionBlocks {
+            path: slot.path.len(),
+            // Tails go before prefixes, so what is left is a prefix.
+            cached: slot.path.partition_point(there),
+            own: slot.blocks,
+            protected: slot.is_protected(),
+        })
+    }
+
+    /// Remembers the path of a session's sequence, if it is longer than what is left of the last one.
+    pub fn remember(&mut self, session: SessionHandle, path: &[BlockId]) {
+        let Some(kept) = self.session(session).filter(|kept| kept.cached <= path.len()) else { return };
+        let slot = &mut self.slots[session.slot as usize];
+        // What both have in common need not be written again.
+        let common = slot.path[..kept.cached].iter().zip(path).take_while(|((a, _), b)| a == *b).count();
+        slot.path.truncate(common);
+        slot.path.extend(path[common..].iter().map(|&block| (block, self.blocks[block as usize].generation)));
+    }
+
+    /// How often a block has held something else.
+    pub fn generation(&self, block: BlockId) -> u32 {
+        self.blocks[block as usize].generation
+    }
+
+    /// The releases that follow, up to the next call, are one use.
+    pub fn begin_use(&mut self) {
+        self.uses += 1;
+    }
+
+    /// Nobody holds a block of the tree any more; a sequence of this session was the last.
+    pub fn add(&mut self, block: BlockId, is_leaf: bool, session: Option<SessionHandle>) {
+        self.blocks[block as usize].used = self.uses;
+        if let Some(session) = session {
+            self.assign(block, session);
+        }
+        self.cached += 1;
+        let slot = self.count(block, 1);
+        if is_leaf {
+            self.lists.push_newest(slot, block);
+            self.file(slot);
+        }
+    }
+
+    /// A block that a session has used becomes its own, unless it is another's that is protected as long.
+    fn assign(&mut self, block: BlockId, session: SessionHandle) {
+        let before = self.blocks[block as usize].session;
+        let Some(slot) = self.slot_of(session).filter(|_| session != before) else { return };
+        let other = self.slot_of(before);
+        let until = |slot: u32| self.slots[slot as usize].until;
+        let takes = other.is_none_or(|other| until(other) < until(slot));
+        let entry = &mut self.blocks[block as usize];
+        entry.shared |= other.is_some();
+        if takes {
+            entry.session = session;
+        }
+    }
+
+    /// A block is held again, or leaves the tree.
+    pub fn take(&mut self, block: BlockId) {
+        self.cached -= 1;
+        let slot = self.count(block, -1);
+        if self.lists.unlink(block) {
+            self.file(slot);
+        }
+    }
+
+    /// The last block after an unheld one has left the tree.
+    pub fn becomes_leaf(&mut self, block: BlockId, after: BlockId) {
+        let slot = self.slot_of_block(block);
+        // Let go of together with what came after it, it is now the oldest; else it was used since.
+        match self.blocks[block as usize].used == self.blocks[after as usize].used {
+            true => self.lists.push_oldest(slot, block),
+            false => self.lists.push_newest(slot, block),
+        }
+        self.file(slot);
+    }
+
+    /// A block has left the tree.
+    pub fn forget(&mut self, block: BlockId) {
+        let Block { used, generation, .. } = self.blocks[block as usize];
+        let generation = generation.wrapping_add(1);
+        self.blocks[block as usize] = Block { session: NOBODY, used, generation, shared: false };
+    }
+
+    /// The leaf to evict now.
+    pub fn choose(&mut self) -> Option<BlockId> {
+        let crowded = self.stats.protected > self.limit;
+        let (plain, guarded) = (self.plain.first(), self.guarded.first());
+        let (first, second) = if crowded { (guarded, plain) } else { (plain, guarded) };
+        let (slot, _) = first.or(second)?;
+        match self.slots[slot as usize].is_protected() {
+            true => self.stats.evicted_protected += 1,
+            false => self.stats.evicted_unprotected += 1,
+        }
+        self.lists.oldest(slot)
+    }
+
+    /// A leaf that this session alone has used. Others become nobody's.
+    pub fn next_exclusive(&mut self, session: SessionHandle) -> Option<BlockId> {
+        let slot = self.slot_of(session)?;
+        while let Some(leaf) = self.lists.oldest(slot) {
+            if !self.blocks[leaf as usize].shared {
+                return Some(leaf);
+            }
+            self.take(leaf);
+            self.blocks[leaf as usize].session = NOBODY;
+            self.add(leaf, true, None);
+        }
+        None
+    }
+
+    fn slot_of(&self, session: SessionHandle) -> Option<u32> {
+        let is_open = session != NOBODY && self.slots[session.slot as usize].epoch == session.epoch;
+        is_open.then_some(session.slot)
+    }
+
+    fn slot_of_block(&self, block: BlockId) -> u32 {
+        self.slot_of(self.blocks[block as usize].session).unwrap_or(NOBODY.slot)
+    }
+
+    /// Counts an unheld block in or out of its slot, which is returned.
+    fn count(&mut self, block: BlockId, change: isize) -> u32 {
+        let slot = self.slot_of_block(block);
+        let entry = &mut self.slots[slot as usize];
+        entry.blocks = entry.blocks.strict_add_signed(change);
+        if entry.is_protected() {
+            self.stats.protected = self.stats.protected.strict_add_signed(change);
+        }
+        slot
+    }
+
+    /// Puts a slot where it belongs after a change.
+    fn file(&mut self, slot: u32) {
+        let entry = &self.slots[slot as usize];
+        match self.lists.oldest(slot) {
+            None => {
+                self.plain.remove(slot);
+                self.guarded.remove(slot);
+            }
+            Some(_) if entry.is_protected() => {
+                self.plain.remove(slot);
+                self.guarded.set(slot, entry.rank);
+            }
+            Some(oldest) => {
+                self.guarded.remove(slot);
+                self.plain.set(slot, self.blocks[oldest as usize].used);
+            }
+        }
+    }
+}
+
+impl Slot {
+    fn is_protected(&self) -> bool {
+        self.until > 0
+    }
+}
+
+/// Doubly linked lists threaded through the blocks, one for each slot: O(1) at both ends and in the middle.
+#[derive(Debug)]
+struct LeafLists {
+    /// (older, newer) of each block; after the blocks come the lists' sentinels.
+    links: Vec<(u32, u32)>,
+    blocks: u32,
+}
+
+const UNLINKED: (u32, u32) = (u32::MAX, u32::MAX);
+
+impl LeafLists {
+    fn new(blocks: usize, lists: usize) -> Self {
+        let sentinels = (blocks..blocks + lists).map(|sentinel| (sentinel as u32, sentinel as u32));
+        Self {
+            links: std::iter::repeat_n(UNLINKED, blocks).chain(sentinels).collect(),
+            blocks: blocks as u32,
+        }
+    }
+
+    fn oldest(&self, slot: u32) -> Option<BlockId> {
+        let block = self.links[(self.blocks + slot) as usize].1;
+        (block < self.blocks).then_some(block)
+    }
+
+    fn newest(&self, slot: u32) -> Option<BlockId> {
+        let block = self.links[(self.blocks + slot) as usize].0;
+        (block < self.blocks).then_some(block)
+    }
+
+    fn push_newest(&mut self, slot: u32, block: BlockId) {
+        let sentinel = self.blocks + slot;
+        self.insert(self.links[sentinel as usize].0, block, sentinel);
+    }
+
+    fn push_oldest(&mut self, slot: u32, block: BlockId) {
+        let sentinel = self.blocks + slot;
+        self.insert(sentinel, block, self.links[sentinel as usize].1);
+    }
+
+    fn insert(&mut self, older: u32, block: BlockId, newer: u32) {
+        self.links[block as usize] = (older, newer);
+        self.links[older as usize].1 = block;
+        self.links[newer as usize].0 = block;
+    }
+
+    /// Takes a block out; returns whether it was in a list.
+    fn unlink(&mut self, block: BlockId) -> bool {
+        let (older, newer) = std::mem::replace(&mut self.links[block as usize], UNLINKED);
+        let linked = (older, newer) != UNLINKED;
+        if linked {
+            self.links[older as usize].1 = newer;
+            self.links[newer as usize].0 = older;
+        }
+        linked
+    }
+}

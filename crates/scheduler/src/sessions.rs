@@ -1,0 +1,52 @@
+//! Sessions as the engine sees them: opened, joined by sequences, protected until a tick, closed.
+
+use crate::retention::{RetentionStats, SessionBlocks, SessionHandle, Tick};
+use crate::{Scheduler, SequenceId};
+
+impl Scheduler {
+    /// A new session, not protected; none if there are [`crate::MAX_SESSIONS`].
+    pub fn open_session(&mut self) -> Option<SessionHandle> {
+        self.pool.retention.open()
+    }
+
+    /// Forgets a session. What is cached of it stays as nobody's, protected no more.
+    pub fn close_session(&mut self, session: SessionHandle) {
+        self.pool.retention.close(session);
+    }
+
+    /// Evicts what only this session has used, but for what its sequences hold, and forgets it. Returns
+    /// how many blocks are free now that were not.
+    pub fn drop_session(&mut self, session: SessionHandle) -> usize {
+        let dropped = self.pool.drop_exclusive(session);
+        self.close_session(session);
+        dropped
+    }
+
+    /// A sequence is a turn of this session: its blocks will be the session's. Unknown ids are fine.
+    pub fn join_session(&mut self, id: SequenceId, session: SessionHandle) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.session = Some(session);
+        }
+    }
+
+    /// Protects what is cached of a session before `until`; 0 ends the protection. When protected blocks
+    /// must go, those of the least `rank` go first.
+    pub fn protect(&mut self, session: SessionHandle, until: Tick, rank: u64) {
+        self.pool.retention.protect(session, until, rank);
+    }
+
+    /// It is `now`: protections until then are over.
+    pub fn advance(&mut self, now: Tick) {
+        self.pool.retention.advance(now);
+    }
+
+    /// What is kept of a session; none if it was closed.
+    pub fn session(&self, session: SessionHandle) -> Option<SessionBlocks> {
+        self.pool.retention.session(session)
+    }
+
+    /// What was evicted, and what is protected.
+    pub fn retention_stats(&self) -> RetentionStats {
+        self.pool.retention.stats()
+    }
+}
