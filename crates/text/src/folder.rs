@@ -15,6 +15,7 @@ use crate::infill::FimTokens;
 use crate::listed::Listed;
 use crate::pretokenizer::PreTokenizer;
 use crate::template::{Template, TemplateSource};
+use crate::token_cache::TokenCache;
 use crate::tokenizer::{Marker, Markup, Pipeline, Tokenizer};
 use crate::vocab::{Kind, MAX_VOCAB, Spelling, Vocab};
 use crate::{Parts, Text, TextError};
@@ -136,6 +137,7 @@ impl Text {
                     bpe,
                     pipeline: file.pipeline()?,
                     markup: Markup::new(file.markers())?,
+                    cache: TokenCache::new(),
                 }),
                 grammars: Grammars::default(),
                 vocab,

@@ -8,6 +8,7 @@ use crate::grammar::Grammars;
 use crate::infill::FimTokens;
 use crate::pretokenizer::{PreTokenizer, takes_whole_words};
 use crate::template::{Template, TemplateSource};
+use crate::token_cache::TokenCache;
 use crate::tokenizer::{Marker, Markup, Pipeline, Tokenizer};
 use crate::vocab::{Kind, Spelling, Vocab};
 use crate::{Parts, Text, TextError};
@@ -111,7 +112,7 @@ impl Text {
                 leading_space: matches!(pipeline, Pipeline::SentencePiece { leading_space: true }),
                 bos: source.bos,
                 add_bos: source.add_bos.unwrap_or(add_bos),
-                tokenizer: Arc::new(Tokenizer { bpe, pipeline, markup }),
+                tokenizer: Arc::new(Tokenizer { bpe, pipeline, markup, cache: TokenCache::new() }),
                 grammars: Grammars::default(),
                 vocab,
             }),

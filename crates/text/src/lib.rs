@@ -11,6 +11,7 @@ mod output;
 mod pretokenizer;
 mod stop;
 mod template;
+mod token_cache;
 mod tokenizer;
 mod tool;
 mod vocab;

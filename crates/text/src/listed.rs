@@ -2,6 +2,7 @@
 
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizer::Range;
+use tokenizers::pre_tokenizers::metaspace::PrependScheme;
 use tokenizers::{
     Model, NormalizedString, Normalizer, NormalizerWrapper, OffsetType, PreTokenizedString, PreTokenizer,
     PreTokenizerWrapper, Token,
@@ -17,6 +18,18 @@ pub(crate) struct Listed {
 }
 
 impl Listed {
+    /// Whether a text's first stretch is encoded otherwise than the same stretch after markup.
+    pub(crate) fn sees_the_start(&self) -> bool {
+        fn sees(pre_tokenizer: &PreTokenizerWrapper) -> bool {
+            match pre_tokenizer {
+                PreTokenizerWrapper::Metaspace(metaspace) => metaspace.prepend_scheme == PrependScheme::First,
+                PreTokenizerWrapper::Sequence(parts) => parts.as_ref().iter().any(sees),
+                _ => false,
+            }
+        }
+        self.pre_tokenizer.as_ref().is_some_and(sees)
+    }
+
     /// Appends the tokens of `text`, as the library encodes it, but with our spans of markup.
     pub(crate) fn encode(
         &self,

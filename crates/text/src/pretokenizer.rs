@@ -12,6 +12,8 @@ use crate::TextError;
 /// One cut of the text after another; each piece of a stage is cut further by the next.
 pub(crate) struct PreTokenizer {
     stages: Vec<Stage>,
+    /// Whether a space between two ASCII letters always begins a piece.
+    cuts_words: bool,
 }
 
 /// One regular expression: its matches and what lies between them are the pieces.
@@ -42,6 +44,10 @@ const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const DEEPSEEK3: &str =
     r"[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Expressions that take a space and the letters after it as one match and, like all of [`FAMILIES`],
+/// never match a letter and a space after it.
+const WORDS: [&str; 8] = [GPT2, LLAMA3, QWEN2, QWEN35, GPT4O, TEKKEN, DEEPSEEK3, r"\s?\p{L}+"];
 
 /// GGUF names (`tokenizer.ggml.pre`) and the stages they stand for.
 const FAMILIES: &[(&[&str], &[&str])] = &[
@@ -81,8 +87,27 @@ impl PreTokenizer {
 
     /// From regular expressions; `None` if one needs more look-around than can be done by hand.
     pub(crate) fn new<'p>(patterns: impl IntoIterator<Item = &'p str>) -> Option<Self> {
+        let patterns: Vec<&str> = patterns.into_iter().collect();
+        let known = |pattern| FAMILIES.iter().any(|(_, stages)| stages.contains(pattern));
+        let cuts_words = patterns.iter().all(known) && patterns.iter().any(|cut| WORDS.contains(cut));
         let stages = patterns.into_iter().map(Stage::new).collect::<Option<_>>()?;
-        Some(Self { stages })
+        Some(Self { stages, cuts_words })
+    }
+
+    /// Where the first word from byte `from` on begins, with the space before it: what stands before
+    /// and what stands after is cut the same when it is cut apart. `None` if there is no such place,
+    /// or if the expressions are not known well enough.
+    pub(crate) fn word_after(&self, text: &str, from: usize) -> Option<usize> {
+        if !self.cuts_words {
+            return None;
+        }
+        // No expression looks further back than the match it makes, and of a word's end none looks
+        // further ahead than the space. Unicode's composed form does not join letters over a space.
+        let word = |around: &[u8]| {
+            around[0].is_ascii_alphabetic() && around[1] == b' ' && around[2].is_ascii_alphabetic()
+        };
+        let at = text.as_bytes().get(from.saturating_sub(1)..)?.windows(3).position(word)?;
+        Some(from.saturating_sub(1) + at + 1)
     }
 
     /// The pattern that byte-level pre-tokenizing means in a tokenizer.json unless told otherwise.
@@ -146,15 +171,22 @@ impl Stage {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use proptest::test_runner::TestRunner;
+
     use super::*;
 
     fn pieces(name: &str, text: &str) -> Vec<String> {
+        pieces_of(&PreTokenizer::named(name).unwrap(), text)
+    }
+
+    fn pieces_of(pre_tokenizer: &PreTokenizer, text: &str) -> Vec<String> {
         let mut out = Vec::new();
         let mut piece = |piece: &str| -> Result<(), ()> {
             out.push(piece.to_owned());
             Ok(())
         };
-        PreTokenizer::named(name).unwrap().split(text, &mut piece).unwrap();
+        pre_tokenizer.split(text, &mut piece).unwrap();
         out
     }
 
@@ -190,6 +222,42 @@ mod tests {
     fn contractions_go_by_family() {
         assert_eq!(pieces("qwen2", "I'LL don't"), ["I", "'LL", " don", "'t"]);
         assert_eq!(pieces("gpt-2", "I'LL"), ["I", "'", "LL"]);
+    }
+
+    #[test]
+    fn a_text_cut_between_words_is_cut_the_same() {
+        let named = |(names, _): &(&[&'static str], _)| (names[0], PreTokenizer::named(names[0]).unwrap());
+        let families: Vec<_> = FAMILIES.iter().map(named).collect();
+        let part = "[a-cS'9é中\u{301}]{0,3}[ \n\t./\u{a0}]{0,3}|a b|'s";
+        let parts = prop::collection::vec(part, 0..40);
+        let config = ProptestConfig { failure_persistence: None, ..Default::default() };
+        let cuts_the_same = |(parts, from): (Vec<String>, usize)| {
+            let text = parts.concat();
+            for (name, family) in &families {
+                let Some(word) = family.word_after(&text, from) else { continue };
+                prop_assert!(word >= from);
+                let (head, tail) = text.split_at(word);
+                let apart = [pieces_of(family, head), pieces_of(family, tail)].concat();
+                prop_assert_eq!(pieces_of(family, &text), apart, "{}", name);
+            }
+            Ok(())
+        };
+        TestRunner::new(config).run(&(parts, 0usize..60), cuts_the_same).unwrap();
+    }
+
+    #[test]
+    fn words_are_found_and_only_where_the_expressions_are_known() {
+        let qwen = PreTokenizer::named("qwen2").unwrap();
+        assert_eq!(qwen.word_after("ab cd ef", 0), Some(2));
+        assert_eq!(qwen.word_after("ab cd ef", 2), Some(2));
+        assert_eq!(qwen.word_after("ab cd ef", 3), Some(5));
+        for without in ["", "a", "ab\ncd", "ab 1", "1 b", "ab  c", "ab "] {
+            assert_eq!(qwen.word_after(without, 0), None, "{without:?}");
+        }
+        assert_eq!(qwen.word_after("a b", 9), None);
+        assert!(FAMILIES.iter().all(|(names, _)| PreTokenizer::named(names[0]).unwrap().cuts_words));
+        assert!(!PreTokenizer::new([QWEN2, r"\w \w"]).unwrap().cuts_words);
+        assert!(!PreTokenizer::new([r"\p{N}"]).unwrap().cuts_words, "digits alone leave words together");
     }
 
     #[test]

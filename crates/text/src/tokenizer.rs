@@ -8,13 +8,19 @@ use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
 use crate::TextError;
 use crate::listed::Listed;
 use crate::pretokenizer::PreTokenizer;
+use crate::token_cache::TokenCache;
 use crate::vocab::CHAR_OF_BYTE;
+
+/// Length from which on a text between markup is cut into pieces that are remembered apart. A text
+/// that grows is encoded anew from its last cut on.
+const PIECE_BYTES: usize = 4096;
 
 /// Encodes text with a byte-pair vocabulary.
 pub(crate) struct Tokenizer {
     pub(crate) bpe: BPE,
     pub(crate) pipeline: Pipeline,
     pub(crate) markup: Markup,
+    pub(crate) cache: TokenCache,
 }
 
 /// What happens to a text before merging.
@@ -65,14 +71,26 @@ impl Tokenizer {
     pub(crate) fn encode(&self, text: &str, special: bool, out: &mut Vec<u32>) -> Result<(), TextError> {
         let finder = if special { &self.markup.all } else { &self.markup.plain };
         let spans = finder.spans(text);
-        if let Pipeline::Listed(listed) = &self.pipeline {
+        if let Pipeline::Listed(listed) = &self.pipeline
+            && listed.sees_the_start()
+        {
             return listed.encode(&self.bpe, text, &spans, out);
         }
         for span in spans {
             match span {
                 Span::Token(token, _) => out.push(token),
-                Span::Text(text) => self.encode_plain(text, true, out)?,
+                Span::Text(text) => self.encode_remembered(text, out)?,
             }
+        }
+        Ok(())
+    }
+
+    /// Appends the tokens of a text between markup, of which much may have been encoded before.
+    fn encode_remembered(&self, mut text: &str, out: &mut Vec<u32>) -> Result<(), TextError> {
+        while !text.is_empty() {
+            let (piece, rest) = text.split_at(self.pipeline.independent_piece(text));
+            self.cache.encode(piece, out, |out| self.encode_plain(piece, true, out))?;
+            text = rest;
         }
         Ok(())
     }
@@ -117,6 +135,18 @@ impl Tokenizer {
         let tokens = self.bpe.tokenize(spelled).map_err(broken)?;
         out.extend(tokens.iter().map(|token| token.id));
         Ok(())
+    }
+}
+
+impl Pipeline {
+    /// Bytes of the text's first piece that is encoded the same whatever follows it.
+    fn independent_piece(&self, text: &str) -> usize {
+        match self {
+            Self::ByteLevel { pre_tokenizer, .. } if text.len() > PIECE_BYTES => {
+                pre_tokenizer.word_after(text, PIECE_BYTES).unwrap_or(text.len())
+            }
+            _ => text.len(),
+        }
     }
 }
 
@@ -175,7 +205,133 @@ impl Finder {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use proptest::test_runner::TestRunner;
+    use rudder_model::Gguf;
+    use tokenizers::models::bpe::Vocab;
+
     use super::*;
+    use crate::{Text, TextSource};
+
+    /// Bytes, a few merges, and two markers.
+    fn small() -> Tokenizer {
+        let tokens = CHAR_OF_BYTE.iter().map(char::to_string);
+        let merges = [("a", "b"), ("Ġ", "a"), ("Ġa", "b"), ("b", "c"), ("Ċ", "Ċ")];
+        let merged = merges.iter().map(|(left, right)| format!("{left}{right}"));
+        let vocab: Vocab = tokens.chain(merged).zip(0..).collect();
+        let merges = merges.map(|(left, right)| (left.to_owned(), right.to_owned())).to_vec();
+        let bpe = BPE::builder().vocab_and_merges(vocab, merges);
+        Tokenizer {
+            bpe: bpe.build().unwrap(),
+            pipeline: Pipeline::ByteLevel {
+                compose: true,
+                pre_tokenizer: PreTokenizer::named("qwen2").unwrap(),
+            },
+            markup: Markup::new(vec![marker("<s>", 900), marker("<e>", 901)]).unwrap(),
+            cache: TokenCache::new(),
+        }
+    }
+
+    fn real() -> Text {
+        let path = std::env::var("RUDDER_TEST_MODEL").expect("RUDDER_TEST_MODEL is the path of a GGUF file");
+        let file = Gguf::open(path.as_ref()).unwrap();
+        let strings = |key: &str| file.strings(key).unwrap().into_iter().map(Into::into).collect();
+        Text::from_gguf(TextSource {
+            model: file.str("tokenizer.ggml.model").unwrap().into_owned(),
+            pre: file.str("tokenizer.ggml.pre").map(Into::into),
+            tokens: strings("tokenizer.ggml.tokens"),
+            token_types: file
+                .ints("tokenizer.ggml.token_type")
+                .unwrap()
+                .into_iter()
+                .map(|kind| kind as i32)
+                .collect(),
+            merges: strings("tokenizer.ggml.merges"),
+            ..TextSource::default()
+        })
+        .unwrap()
+    }
+
+    /// The tokens with nothing remembered and no text between markup cut.
+    fn encode_whole(tokenizer: &Tokenizer, text: &str, special: bool) -> Vec<u32> {
+        let finder = if special { &tokenizer.markup.all } else { &tokenizer.markup.plain };
+        let mut tokens = Vec::new();
+        for span in finder.spans(text) {
+            match span {
+                Span::Token(token, _) => tokens.push(token),
+                Span::Text(text) => tokenizer.encode_plain(text, true, &mut tokens).unwrap(),
+            }
+        }
+        tokens
+    }
+
+    /// A conversation that grows by one text after another has, each time, the tokens that it has when
+    /// nothing is remembered.
+    fn grows_exactly(tokenizer: &Tokenizer, start: &str, end: &str, cases: u32) {
+        let word = "[a-eA-E]{1,9} |[ \\n\\t]{1,3}|[0-9.,;'(){}/*_-]{1,3}|[é中😀\u{301}ſ]|\\PC";
+        let words = prop::collection::vec(word, 1..40).prop_map(|words| words.concat());
+        let length = prop_oneof![3 => 0usize..300, 1 => 3900usize..4300, 1 => 8000usize..9000];
+        let text = (words, length).prop_map(|(words, length)| {
+            let mut text = words.repeat(length / words.len() + 1);
+            let cut = (0..=length).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+            text.truncate(cut);
+            text
+        });
+        let glue = prop_oneof![
+            Just(String::new()),
+            Just(start.to_owned()),
+            Just(end.to_owned()),
+            Just(format!("{end}\n{start}x\n")),
+        ];
+        let turns = prop::collection::vec((text, glue), 1..6);
+        let config = ProptestConfig { failure_persistence: None, cases, ..Default::default() };
+        TestRunner::new(config)
+            .run(&(turns, any::<bool>()), |(turns, special)| {
+                let mut conversation = String::new();
+                for (text, glue) in turns {
+                    conversation += &text;
+                    conversation += &glue;
+                    let mut tokens = Vec::new();
+                    tokenizer.encode(&conversation, special, &mut tokens).unwrap();
+                    prop_assert!(
+                        tokens == encode_whole(tokenizer, &conversation, special),
+                        "{conversation:?}"
+                    );
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn a_growing_conversation_has_the_tokens_that_it_has_at_once() {
+        grows_exactly(&small(), "<s>", "<e>", 24);
+    }
+
+    #[test]
+    #[ignore = "needs the default model; run by .ci/run"]
+    fn a_growing_conversation_has_the_tokens_that_it_has_at_once_in_a_real_vocabulary() {
+        grows_exactly(&real().parts.tokenizer, "<|im_start|>", "<|im_end|>", 200);
+    }
+
+    #[test]
+    fn of_a_text_that_grows_only_the_end_is_encoded_anew() {
+        let tokenizer = small();
+        let pieces = |text: &str| {
+            let (mut text, mut pieces) = (text, Vec::new());
+            while !text.is_empty() {
+                let (piece, rest) = text.split_at(tokenizer.pipeline.independent_piece(text));
+                pieces.push(piece.to_owned());
+                text = rest;
+            }
+            pieces
+        };
+        let text = "some words 1 2 3\n".repeat(2000);
+        let (before, after) = (pieces(&text), pieces(&(text.clone() + "and more")));
+        assert!(before.len() > 5 && before.iter().all(|piece| piece.len() < PIECE_BYTES + 100));
+        assert_eq!(before[..before.len() - 1], after[..before.len() - 1]);
+        assert_eq!(pieces(&"x".repeat(3 * PIECE_BYTES)).len(), 1, "a word is never cut");
+    }
 
     fn marker(text: &str, token: u32) -> Marker {
         Marker { text: text.into(), token, strip_left: false, strip_right: false }

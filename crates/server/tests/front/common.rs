@@ -204,7 +204,7 @@ fn start_answering(config: ServerConfig, answers: &[&str], step: Duration, templ
     start_text(config, engine, manner, text_with(true, template))
 }
 
-fn start_text(config: ServerConfig, engine: EngineConfig, manner: Manner, text: Text) -> Fixture {
+pub fn start_text(config: ServerConfig, engine: EngineConfig, manner: Manner, text: Text) -> Fixture {
     let model = Reciter {
         config: ModelConfig {
             architecture: "llama".into(),
