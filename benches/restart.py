@@ -2,7 +2,7 @@
 """Time to first token of a conversation that a killed server left on disk, against a cold prefill.
 
     cargo build --release
-    benches/restart.py --model qwen2.5-coder-0.5b --tokens 4000
+    benches/restart.py --model qwen2.5-coder-0.5b --tokens 500 4000
 
 Starts the server without KV on disk and with it, in turn. Cold: the first request of a fresh server.
 Resumed: the same prompt after SIGKILL in mid-generation and a restart. Medians over --repeats, each
@@ -85,36 +85,53 @@ def prompt(server, tokens, repeat):
     return server.post("/tokenize", {"content": text})["tokens"][:tokens]
 
 
+def measure(arguments, count, repeat):
+    """One prompt of `count` tokens: cold, cold with KV written behind, and resumed after a kill."""
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        data = ("--data-dir", os.path.join(folder, "data"))
+        flags = (*data, "--kv-disk", "8GiB", "--kv-dir", os.path.join(folder, "kv"))
+        server = Server(arguments, *data)
+        tokens = prompt(server, count, repeat)
+        cold, _, wanted = server.first_token(tokens)
+        server.stop()
+        server = Server(arguments, *flags)
+        writing, _, _ = server.first_token(tokens, kill_after=8)
+        if arguments.drop_caches:
+            os.sync()
+            pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
+        server = Server(arguments, *flags)
+        resumed, cached, text = server.first_token(tokens)
+        server.stop()
+    assert text == wanted, "the resumed answer differs"
+    return {"tokens": len(tokens), "cold_s": cold, "cold_while_writing_s": writing, "resumed_s": resumed,
+            "cached_tokens": cached}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
     parser.add_argument("--binary", default=str(ROOT / "target" / "release" / "rudder"))
-    parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4000], help="lengths of prompts")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", help="parent of the folder for KV, on the disk to measure")
+    parser.add_argument("--drop-caches", action="store_true",
+                        help="empty the page cache between kill and restart, as a reboot would (needs root)")
     parser.add_argument("--output", help="file for the result as JSON")
     arguments = parser.parse_args()
-    rows = []
-    for repeat in range(arguments.repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            flags = ("--kv-disk", "4GiB", "--kv-dir", os.path.join(folder, "kv"))
-            server = Server(arguments)
-            tokens = prompt(server, arguments.tokens, repeat)
-            cold, _, wanted = server.first_token(tokens)
-            server.stop()
-            server = Server(arguments, *flags)
-            writing, _, _ = server.first_token(tokens, kill_after=8)
-            server = Server(arguments, *flags)
-            resumed, cached, text = server.first_token(tokens)
-            server.stop()
-        assert text == wanted, "the resumed answer differs"
-        rows.append({"cold_s": cold, "cold_while_writing_s": writing, "resumed_s": resumed, "cached_tokens": cached})
-        print(f"repeat {repeat}: cold {cold:.3f} s, with KV written behind {writing:.3f} s, "
-              f"resumed {resumed:.3f} s with {cached} of {len(tokens)} tokens from disk", flush=True)
-    middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-    print(f"median: cold {middle['cold_s']:.3f} s, resumed {middle['resumed_s']:.3f} s: "
-          f"{middle['cold_s'] / middle['resumed_s']:.1f} times as fast")
+    rows, medians = [], []
+    for count in arguments.tokens:
+        for repeat in range(arguments.repeats):
+            rows.append(row := measure(arguments, count, repeat))
+            print(f"repeat {repeat}: cold {row['cold_s']:.3f} s, with KV written behind "
+                  f"{row['cold_while_writing_s']:.3f} s, resumed {row['resumed_s']:.3f} s with "
+                  f"{row['cached_tokens']} of {row['tokens']} tokens from disk", flush=True)
+        middle = {key: statistics.median(row[key] for row in rows[-arguments.repeats:]) for key in rows[0]}
+        medians.append(middle | {"faster": middle["cold_s"] / middle["resumed_s"]})
+        print(f"median of {count} tokens: cold {middle['cold_s']:.3f} s, resumed {middle['resumed_s']:.3f} s: "
+              f"{medians[-1]['faster']:.1f} times as fast", flush=True)
     if arguments.output:
-        result = {"model": arguments.model, "tokens": arguments.tokens, "rows": rows, "median": middle}
+        result = {"model": arguments.model, "drop_caches": arguments.drop_caches, "cpus": os.cpu_count(),
+                  "load": os.getloadavg(), "rows": rows, "medians": medians}
         pathlib.Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
 
 

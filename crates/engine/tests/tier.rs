@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use common::{
     Answer, CONFIG, ask, assert_whole, checkpoint, collect, eventually, model, model_at, prompt, request,
 };
-use rudder_engine::{DiskTier, Engine, EngineConfig, TierConfig, TierError};
+use rudder_engine::{Constraint, DiskTier, Engine, EngineConfig, Grammar, Next, TierConfig, TierError};
 use rudder_kvstore::{Disk, Medium, SegmentFile, StoreError};
 use rudder_model::Model;
 
@@ -24,6 +24,15 @@ fn start_on(folder: &Path, switches: &Arc<Switches>) -> Engine {
 }
 
 fn start_as(model: Box<dyn Model>, folder: &Path, switches: &Arc<Switches>) -> Engine {
+    start_with(model, ROOMY, folder, switches)
+}
+
+fn start_with(
+    model: Box<dyn Model>,
+    config: EngineConfig,
+    folder: &Path,
+    switches: &Arc<Switches>,
+) -> Engine {
     // The threads of the engine before let the folder go a moment after its last handle is gone.
     let mut disk = None;
     eventually("a free folder", || {
@@ -32,7 +41,7 @@ fn start_as(model: Box<dyn Model>, folder: &Path, switches: &Arc<Switches>) -> E
     });
     let medium = Arc::new(Failing { disk: disk.unwrap(), switches: switches.clone() });
     let tier = DiskTier::open_on(medium, CAPACITY, &*model).unwrap();
-    Engine::start_with(model, ROOMY, Some(tier))
+    Engine::start_with(model, config, Some(tier))
 }
 
 fn start(folder: &Path) -> Engine {
@@ -254,6 +263,28 @@ fn a_full_disk_costs_nothing_but_what_it_would_have_kept() {
 }
 
 #[test]
+fn what_a_waiting_sequence_will_load_is_fetched_ahead() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    turn(&engine, 1);
+    stop(engine);
+    let single = EngineConfig { max_sequences: 1, ..ROOMY };
+    let switches = Arc::new(Switches::default());
+    let engine = start_with(model(&single), single, folder.path(), &switches);
+    let mut slow = request(prompt(2, 100), 400);
+    slow.grammar = Some(Arc::new(Slow));
+    let first = engine.submit(slow).unwrap();
+    let waiting = engine.submit(request(prompt(1, TURN), 40)).unwrap();
+    eventually("hints", || switches.hints.load(Ordering::SeqCst) == (TURN - 1) / 16);
+    assert_eq!(switches.reads.load(Ordering::SeqCst), 2, "a header and a table, as yet no block");
+    drop(first);
+    assert_eq!(collect(waiting).ids(), expected(1).ids());
+    let stats = engine.stats().tier;
+    assert_eq!((stats.ahead, stats.loads), ((TURN as u64 - 1) / 16, 1), "{stats:?}");
+    assert_whole(&engine);
+}
+
+#[test]
 fn a_slow_disk_holds_nobody_up() {
     let folder = tempfile::tempdir().unwrap();
     let engine = start(folder.path());
@@ -269,6 +300,22 @@ fn a_slow_disk_holds_nobody_up() {
     let stats = engine.stats().tier;
     assert_eq!((stats.loads, stats.given_up), (1, 1), "{stats:?}");
     switches.millis.store(0, Ordering::SeqCst);
+}
+
+#[test]
+fn a_disk_that_writes_slowly_holds_nobody_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let switches = Arc::new(Switches::default());
+    let engine = start_on(folder.path(), &switches);
+    switches.write_millis.store(60_000, Ordering::SeqCst);
+    for seed in 0..3 {
+        assert_eq!(turn(&engine, seed).ids(), expected(seed).ids());
+    }
+    assert_whole(&engine);
+    let stats = engine.stats().tier;
+    assert!(stats.queued > 0 && stats.store.written == 0, "{stats:?}");
+    switches.write_millis.store(0, Ordering::SeqCst);
+    stop(engine);
 }
 
 #[test]
@@ -302,6 +349,27 @@ fn a_tier_that_cannot_be_is_refused_with_a_reason() {
     assert!(matches!(DiskTier::open(&config(CAPACITY), &*model), Err(TierError::Store(StoreError::InUse))));
 }
 
+/// A grammar that allows everything, and takes its time.
+#[derive(Debug)]
+struct Slow;
+
+impl Grammar for Slow {
+    fn start(&self) -> Result<Box<dyn Constraint>, String> {
+        Ok(Box::new(Self))
+    }
+}
+
+impl Constraint for Slow {
+    fn accept(&mut self, _: u32) -> Result<(), String> {
+        Ok(())
+    }
+    fn next(&mut self, mask: &mut [u32], _: Option<&mut Vec<u32>>) -> Result<Next, String> {
+        std::thread::sleep(Duration::from_millis(10));
+        mask.fill(u32::MAX);
+        Ok(Next::Draw)
+    }
+}
+
 /// A folder whose disk can be full, slow or broken.
 struct Failing {
     disk: Disk,
@@ -316,10 +384,22 @@ struct Switches {
     unreadable: AtomicBool,
     /// How long a read takes; it ends early when this is lowered.
     millis: AtomicU64,
+    /// How long a write takes, likewise.
+    write_millis: AtomicU64,
     reads: AtomicUsize,
+    /// Hints that a block will be read.
+    hints: AtomicUsize,
 }
 
 struct FailingFile(Box<dyn SegmentFile>, Arc<Switches>);
+
+fn linger(millis: &AtomicU64) {
+    let mut waited = 0;
+    while waited < millis.load(Ordering::SeqCst) {
+        std::thread::sleep(Duration::from_millis(5));
+        waited += 5;
+    }
+}
 
 impl Medium for Failing {
     fn names(&self) -> io::Result<Vec<String>> {
@@ -341,18 +421,15 @@ impl SegmentFile for FailingFile {
         self.0.size()
     }
     fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
-        let mut waited = 0;
         self.1.reads.fetch_add(1, Ordering::SeqCst);
-        while waited < self.1.millis.load(Ordering::SeqCst) {
-            std::thread::sleep(Duration::from_millis(5));
-            waited += 5;
-        }
+        linger(&self.1.millis);
         match self.1.unreadable.load(Ordering::SeqCst) {
             true => Err(io::Error::other("the disk is broken")),
             false => self.0.read_at(out, offset),
         }
     }
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        linger(&self.1.write_millis);
         if !self.1.limited.load(Ordering::SeqCst) {
             return self.0.write_at(bytes, offset);
         }
@@ -364,5 +441,9 @@ impl SegmentFile for FailingFile {
     }
     fn sync(&self) -> io::Result<()> {
         self.0.sync()
+    }
+    fn read_ahead(&self, offset: u64, len: u64) {
+        self.1.hints.fetch_add(1, Ordering::SeqCst);
+        self.0.read_ahead(offset, len);
     }
 }

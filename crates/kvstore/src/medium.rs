@@ -2,6 +2,8 @@
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
+#[cfg(target_os = "linux")]
+use std::num::NonZeroU64;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -51,6 +53,8 @@ pub trait SegmentFile: Send + Sync {
     /// # Errors
     /// If the device refuses.
     fn sync(&self) -> io::Result<()>;
+    /// Says that `len` bytes from `offset` on will be read soon. Only a hint; it may be ignored.
+    fn read_ahead(&self, offset: u64, len: u64);
 }
 
 /// A folder, locked for this process, and closed to other users: conversations can be read from it.
@@ -113,5 +117,15 @@ impl SegmentFile for File {
 
     fn sync(&self) -> io::Result<()> {
         self.sync_data()
+    }
+
+    fn read_ahead(&self, offset: u64, len: u64) {
+        #[cfg(target_os = "linux")]
+        if let Some(len) = NonZeroU64::new(len) {
+            // A file that cannot be advised on is read when it is wanted.
+            let _ = rustix::fs::fadvise(self, offset, Some(len), rustix::fs::Advice::WillNeed);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (offset, len);
     }
 }

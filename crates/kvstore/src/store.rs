@@ -353,6 +353,15 @@ impl Store {
         outcome
     }
 
+    /// Has those of the first keys that are stored fetched into the system's page cache. It may wait for
+    /// the disk, but reads nothing into memory of this process.
+    pub fn read_ahead(&self, keys: &[BlockKey]) {
+        for key in keys {
+            let Some((file, _, slot, _)) = self.find(key) else { return };
+            file.read_ahead(self.geometry.payload_at(slot), self.geometry.block_bytes as u64);
+        }
+    }
+
     fn find(&self, key: &BlockKey) -> Option<(Arc<dyn SegmentFile>, u64, u32, u64)> {
         let mut index = self.lock();
         let Some(&Place::At { segment, slot, checksum }) = index.places.get(key) else { return None };

@@ -295,6 +295,9 @@ impl SegmentFile for FailingFile {
     fn sync(&self) -> io::Result<()> {
         self.0.sync()
     }
+    fn read_ahead(&self, offset: u64, len: u64) {
+        self.0.read_ahead(offset, len);
+    }
 }
 
 #[test]

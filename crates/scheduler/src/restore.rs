@@ -30,6 +30,11 @@ impl Scheduler {
         self.index_full_blocks(id);
     }
 
+    /// How many blocks a waiting sequence would find in the prefix tree if it were admitted now.
+    pub fn cached_blocks(&self, id: SequenceId) -> usize {
+        self.sequences.get(&id).map_or(0, |sequence| self.cached_path(sequence).len())
+    }
+
     /// Lets a held sequence go on with what it has.
     pub fn go_on(&mut self, id: SequenceId) {
         if let Some(sequence) = self.sequences.get_mut(&id) {

@@ -284,7 +284,7 @@ impl Scheduler {
 
     /// The cached blocks that a sequence can begin with. At least its last token is left to
     /// compute, since the next token's logits come from it.
-    fn cached_path(&self, sequence: &Sequence) -> Vec<BlockId> {
+    pub(crate) fn cached_path(&self, sequence: &Sequence) -> Vec<BlockId> {
         let mut path = Vec::new();
         if self.config.prefix_cache && !sequence.is_scoring() {
             for index in 0..(sequence.tokens.len() - 1) / BLOCK_SIZE {

@@ -13,6 +13,7 @@ pub(crate) struct TierMetrics {
     readable: IntGauge,
     written: IntCounter,
     read: IntCounter,
+    ahead: IntCounter,
     dropped: IntCounterVec,
     restores: IntCounterVec,
 }
@@ -29,6 +30,10 @@ impl TierMetrics {
             readable: builder.gauge("kv_disk_reads_enabled", "0 while the disk is left alone after faults."),
             written: builder.counter("kv_disk_written_bytes_total", "Bytes of KV blocks written to disk."),
             read: builder.counter("kv_disk_read_bytes_total", "Bytes of KV blocks read from disk and whole."),
+            ahead: builder.counter(
+                "kv_disk_read_ahead_blocks_total",
+                "KV blocks on disk that the system was told of while their request waited.",
+            ),
             dropped: counters(
                 "kv_disk_dropped_blocks_total",
                 "KV blocks not kept, or kept and lost, by reason: queue (the disk did not keep up), \
@@ -54,6 +59,7 @@ impl TierMetrics {
         self.readable.set(i64::from(stats.reads));
         raise(&self.written, store.written * stats.block_bytes);
         raise(&self.read, store.read * stats.block_bytes);
+        raise(&self.ahead, stats.ahead);
         for (reason, total) in [
             ("queue", stats.dropped),
             ("write_error", store.write_errors),

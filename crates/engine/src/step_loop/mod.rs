@@ -142,6 +142,7 @@ impl StepLoop {
     fn submit(&mut self, submission: Submission) {
         let request = &submission.request;
         self.scheduler.add(submission.id, request.prompt.to_vec(), request.prompt_logprobs);
+        self.expect_blocks(submission.id);
         let counts = request.sampling.needs_counts().then(|| TokenCounts::of_prompt(&request.prompt));
         let id = submission.id;
         let grammar = request.grammar.clone().filter(|_| submission.max_tokens > 0).map(|grammar| {

@@ -18,10 +18,18 @@ impl StepLoop {
         });
     }
 
+    /// A sequence was queued.
+    pub(super) fn expect_blocks(&mut self, id: SequenceId) {
+        if let Some(tier) = &mut self.tier {
+            tier.expect(id);
+        }
+    }
+
     /// After it is planned: who finds more on disk waits for that. If that is everybody, so does the loop.
     pub(super) fn hold_for_tier(&mut self, plan: &mut StepPlan) {
         let Some(tier) = &mut self.tier else { return };
         tier.hold(&mut self.scheduler, plan);
+        tier.read_ahead(&self.scheduler);
         if plan.chunks.is_empty() {
             tier.wait();
         }

@@ -7,12 +7,15 @@
 //!   [`speeds`] decide: the blocks are loaded, or the prompt is computed as without a disk. While a
 //!   sequence's blocks are read, by another thread, the scheduler holds it and others run; blocks are
 //!   put in place between steps. A load that takes as long as the prefill would have is given up.
+//!   A sequence that has to wait before it is admitted has its blocks brought into the page cache
+//!   meanwhile ([`ahead`]).
 //! - **Faults.** A block that cannot be read or is damaged is forgotten, and its sequence computes from
 //!   there on. A disk that fails again and again is left alone for a while ([`breaker`]).
 //!
 //! Device memory is host memory on the CPU backend, so there is no tier between. A backend with memory
 //! of its own goes through the same two calls, `Model::export_block` and `Model::import_block`.
 
+mod ahead;
 mod breaker;
 mod buffers;
 mod reader;
@@ -31,6 +34,7 @@ use rudder_kvstore::{
 use rudder_model::Model;
 use rudder_scheduler::{BLOCK_SIZE, Scheduler, Sequence, SequenceId, StepPlan};
 
+use self::ahead::Ahead;
 use self::breaker::Breaker;
 use self::reader::{Arrival, Order, Reader};
 use self::speeds::Speeds;
@@ -85,6 +89,8 @@ pub struct TierStats {
     pub loads: u64,
     /// Admissions whose next blocks lay on disk and were computed, because that was thought faster.
     pub prefills: u64,
+    /// Blocks that were asked for ahead of the admission of their sequences.
+    pub ahead: u64,
     /// Loads cut short, by a fault or because they took too long; the rest was computed.
     pub given_up: u64,
     /// Whether loads are tried now.
@@ -96,6 +102,9 @@ pub struct DiskTier {
     store: Arc<Store>,
     writer: Writer,
     reader: Reader,
+    ahead: Ahead,
+    /// Sequences that arrived since the last plan.
+    arrived: Vec<SequenceId>,
     reads: Breaker,
     speeds: Speeds,
     /// Live sequences that have begun to run.
@@ -171,6 +180,8 @@ impl DiskTier {
         Ok(Self {
             writer: Writer::start(store.clone()).map_err(TierError::Thread)?,
             reader: Reader::start(store.clone()).map_err(TierError::Thread)?,
+            ahead: Ahead::start(store.clone()).map_err(TierError::Thread)?,
+            arrived: Vec::new(),
             reads: Breaker::default(),
             speeds: Speeds::default(),
             chains: HashMap::new(),
@@ -207,6 +218,25 @@ impl DiskTier {
     }
 
     // ---- in --------------------------------------------------------------------------------
+
+    /// A sequence has arrived.
+    pub(crate) fn expect(&mut self, id: SequenceId) {
+        self.arrived.push(id);
+    }
+
+    /// After a plan: those that arrived and must wait will soon want what the disk has of them.
+    pub(crate) fn read_ahead(&mut self, scheduler: &Scheduler) {
+        for id in std::mem::take(&mut self.arrived) {
+            // Who was admitted has blocks.
+            let waiting = scheduler.sequence(id).filter(|sequence| sequence.blocks.is_empty());
+            let Some(sequence) = waiting.filter(|_| self.reads.allows(Instant::now())) else { continue };
+            let keys = self.keys_on_disk(id, sequence, scheduler.cached_blocks(id));
+            if !keys.is_empty() {
+                self.stats.ahead += keys.len() as u64;
+                self.ahead.fetch(keys);
+            }
+        }
+    }
 
     /// Of the sequences that `plan` admits, holds those whose next blocks come sooner from disk.
     pub(crate) fn hold(&mut self, scheduler: &mut Scheduler, plan: &mut StepPlan) {
