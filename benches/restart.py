@@ -85,6 +85,13 @@ def prompt(server, tokens, repeat):
     return server.post("/tokenize", {"content": text})["tokens"][:tokens]
 
 
+def leave_page_cache(folder):
+    os.sync()
+    for path in pathlib.Path(folder).glob("*.kv"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure(arguments, count, repeat):
     """One prompt of `count` tokens: cold, cold with KV written behind, and resumed after a kill."""
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -96,9 +103,8 @@ def measure(arguments, count, repeat):
         server.stop()
         server = Server(arguments, *flags)
         writing, _, _ = server.first_token(tokens, kill_after=8)
-        if arguments.drop_caches:
-            os.sync()
-            pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
+        if arguments.cold_disk:
+            leave_page_cache(os.path.join(folder, "kv"))
         server = Server(arguments, *flags)
         resumed, cached, text = server.first_token(tokens)
         server.stop()
@@ -114,8 +120,8 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[4000], help="lengths of prompts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", help="parent of the folder for KV, on the disk to measure")
-    parser.add_argument("--drop-caches", action="store_true",
-                        help="empty the page cache between kill and restart, as a reboot would (needs root)")
+    parser.add_argument("--cold-disk", action="store_true",
+                        help="have the files leave the page cache between kill and restart, as a reboot would")
     parser.add_argument("--output", help="file for the result as JSON")
     arguments = parser.parse_args()
     rows, medians = [], []
@@ -130,7 +136,7 @@ def main():
         print(f"median of {count} tokens: cold {middle['cold_s']:.3f} s, resumed {middle['resumed_s']:.3f} s: "
               f"{medians[-1]['faster']:.1f} times as fast", flush=True)
     if arguments.output:
-        result = {"model": arguments.model, "drop_caches": arguments.drop_caches, "cpus": os.cpu_count(),
+        result = {"model": arguments.model, "cold_disk": arguments.cold_disk, "cpus": os.cpu_count(),
                   "load": os.getloadavg(), "rows": rows, "medians": medians}
         pathlib.Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
 

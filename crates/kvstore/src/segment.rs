@@ -26,8 +26,10 @@ const PAGE: u64 = 4096;
 const ENTRY: usize = 128;
 /// Bytes of the header that carry something, its checksum included.
 const HEADER: usize = 80;
-/// A segment is about so large, so that one that goes takes little with it.
+/// A segment is about so large, so that one that goes takes little with it,
 const SEGMENT_BYTES: u64 = 64 << 20;
+/// but a store has about so many at most, since each is an open file.
+const MOST_SEGMENTS: u64 = 256;
 /// A store has room for at least so many segments, or else for one block a segment.
 const LEAST_SEGMENTS: u64 = 8;
 /// Bounds the table, in files of others too.
@@ -67,7 +69,7 @@ pub struct Header {
 impl Geometry {
     /// For blocks of `block_bytes` in a store of `capacity` bytes.
     pub fn new(block_bytes: usize, capacity: u64) -> Self {
-        let bytes = SEGMENT_BYTES.min(capacity / LEAST_SEGMENTS);
+        let bytes = SEGMENT_BYTES.max(capacity / MOST_SEGMENTS).min(capacity / LEAST_SEGMENTS);
         let slots = bytes / (page_up(block_bytes as u64) + ENTRY as u64);
         Self { block_bytes, slots: slots.clamp(1, u64::from(MOST_SLOTS)) as u32 }
     }

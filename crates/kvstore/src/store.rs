@@ -8,6 +8,9 @@ use crate::medium::{Medium, SegmentFile};
 use crate::segment::{self, Entry, Geometry, HEADER_BYTES, Header};
 use crate::{BLOCK_TOKENS, BlockKey, Fingerprint};
 
+/// Most segment files, each of which is open: more than a full store has, for every start begins one anew.
+const MOST_FILES: usize = 400;
+
 /// Why a store cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -307,12 +310,12 @@ impl Store {
         }
     }
 
-    /// Removes segments until `bytes` more fit: other models' first, then those used longest ago.
+    /// Removes segments until `bytes` more fit, in one more file: other models' first, then those used longest ago.
     fn make_room(&self, bytes: u64) {
         loop {
             let number = {
                 let mut index = self.lock();
-                if index.stats.bytes + bytes <= self.capacity {
+                if index.stats.bytes + bytes <= self.capacity && index.segments.len() < MOST_FILES {
                     return;
                 }
                 match index.least_valuable() {

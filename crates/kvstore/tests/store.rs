@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use proptest::prelude::*;
+use rudder_kvstore::segment::{Geometry, Header};
 use rudder_kvstore::{
     BLOCK_TOKENS, BlockKey, Disk, Fingerprint, Medium, ReadError, SegmentFile, Store, StoreError,
 };
@@ -229,6 +230,32 @@ fn the_store_stays_below_its_capacity_and_drops_what_was_used_longest_ago() {
     drop(store);
     let store = open_as(folder.path(), capacity / 2, MODEL);
     assert!(store.stats().bytes <= capacity / 2 && on_disk() <= capacity / 2, "a lowered cap holds at once");
+}
+
+#[test]
+fn a_large_store_has_few_files_and_a_small_one_several() {
+    for (capacity, files) in
+        [(1 << 40, 128..=257), (20 << 30, 128..=330), (1 << 30, 16..=17), (8 * MIB, 8..=9)]
+    {
+        let geometry = Geometry::new(196_608, capacity);
+        let segments = capacity / geometry.file_bytes(geometry.slots);
+        assert!(files.contains(&segments), "{segments} in {capacity}");
+    }
+}
+
+#[test]
+fn a_server_that_starts_again_and_again_does_not_gather_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = fill(&open(folder.path()), 1);
+    let geometry = Geometry::new(BYTES, 64 * MIB);
+    for number in 1..600 {
+        let header = Header { geometry, number, fingerprint: MODEL };
+        std::fs::write(folder.path().join(format!("{number:016x}.kv")), header.encode()).unwrap();
+    }
+    let store = open(folder.path());
+    fill(&store, 3);
+    assert_eq!(files(folder.path()).len(), 400);
+    assert_eq!(store.readable(&keys), 1, "written again");
 }
 
 #[test]
