@@ -1,6 +1,7 @@
 //! The command lines of `rudder bench`.
 
 use crate::dist::Length;
+use crate::trace::Trace;
 use std::path::PathBuf;
 
 /// `rudder bench serve`: measure any OpenAI-compatible server over HTTP.
@@ -24,6 +25,41 @@ pub struct ServeArgs {
     /// What to send.
     #[command(flatten)]
     pub workload: WorkloadArgs,
+    /// What to write.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// `rudder bench agent-trace`: replay what coding agents sent.
+#[derive(Debug, Clone, clap::Args)]
+pub struct AgentTraceArgs {
+    /// The trace: benches/traces holds some, and the script that makes them from a git repository.
+    #[arg(value_name = "TRACE.json")]
+    pub trace: PathBuf,
+    /// Address of the server, as in http://127.0.0.1:8000 (a trailing /v1 is allowed).
+    #[arg(long, default_value = "http://127.0.0.1:8000")]
+    pub url: String,
+    /// Model name to send; the first that /v1/models lists unless given.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Go on from the recorded answers instead of the server's own: all servers get the same prompts.
+    #[arg(long)]
+    pub recorded: bool,
+    /// Let the model end its answers; otherwise `ignore_eos` is sent so that lengths are as recorded.
+    #[arg(long)]
+    pub respect_eos: bool,
+    /// Pauses are this many times as long as recorded; 0 leaves them out.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = not_negative)]
+    pub pause_scale: f64,
+    /// Replays; every figure is the median over them. No replay finds another's prompts in a cache.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    pub repeats: usize,
+    /// Makes the replay's prompts unlike those of other seeds from the first line on.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Give a request up after this many seconds and count it as an error.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600.0, value_parser = positive)]
+    pub timeout: f64,
     /// What to write.
     #[command(flatten)]
     pub output: OutputArgs,
@@ -141,10 +177,32 @@ impl WorkloadArgs {
     }
 }
 
+impl AgentTraceArgs {
+    /// The replay in words, for the head of a report.
+    pub(crate) fn describe(&self, trace: &Trace) -> String {
+        let turns = trace.turns().count();
+        let answers = if self.recorded { "recorded answers" } else { "the server's own answers" };
+        format!(
+            "agent trace {}: {} sessions, {turns} turns, {answers}, pauses x {}, {} run(s)",
+            trace.name,
+            trace.sessions.len(),
+            self.pause_scale,
+            self.repeats
+        )
+    }
+}
+
 fn positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(x) if x.is_finite() && x > 0.0 => Ok(x),
         _ => Err("must be a number above 0".into()),
+    }
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if (0.0..=1e6).contains(&x) => Ok(x),
+        _ => Err("must be a number, not below 0".into()),
     }
 }
 

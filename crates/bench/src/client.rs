@@ -110,8 +110,14 @@ struct Delta {
 const MAX_BODY: usize = 64 << 20;
 
 impl Client {
-    /// Finds the server's model and how to make prompts of a known length for it.
-    pub(crate) async fn connect(args: &ServeArgs) -> anyhow::Result<Self> {
+    /// A server that is not asked anything yet; without `model`, [`Client::find_model`] is to be called.
+    pub(crate) fn new(
+        url: &str,
+        model: Option<String>,
+        endpoint: Endpoint,
+        respect_eos: bool,
+        timeout: f64,
+    ) -> anyhow::Result<Self> {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
@@ -119,21 +125,33 @@ impl Client {
             // Shorter than any server's keep-alive, so that none closes a connection being reused.
             .pool_idle_timeout(Duration::from_secs(2))
             .build(connector);
-        let mut client = Self {
+        Ok(Self {
             http,
-            base: base_url(&args.url)?,
-            model: args.model.clone().unwrap_or_default(),
-            endpoint: args.endpoint,
-            respect_eos: args.respect_eos,
-            timeout: Duration::from_secs_f64(args.timeout),
+            base: base_url(url)?,
+            model: model.unwrap_or_default(),
+            endpoint,
+            respect_eos,
+            timeout: Duration::from_secs_f64(timeout),
             tokenize: true,
             tokens_per_piece: TOKENS_PER_PIECE,
-        };
-        if args.model.is_none() {
-            client.model = client.first_model().await?;
-        }
+        })
+    }
+
+    /// Finds the server's model and how to make prompts of a known length for it.
+    pub(crate) async fn connect(args: &ServeArgs) -> anyhow::Result<Self> {
+        let mut client =
+            Self::new(&args.url, args.model.clone(), args.endpoint, args.respect_eos, args.timeout)?;
+        client.find_model().await?;
         client.calibrate().await;
         Ok(client)
+    }
+
+    /// Takes the first model that the server lists, unless one was named.
+    pub(crate) async fn find_model(&mut self) -> anyhow::Result<()> {
+        if self.model.is_empty() {
+            self.model = self.first_model().await?;
+        }
+        Ok(())
     }
 
     /// The model that requests name.

@@ -1,6 +1,7 @@
 //! What a measurement holds, as the JSON result says it, and the figures derived from it.
 
 use crate::stats::{self, Spread};
+use crate::trace::TurnKind;
 use serde::{Deserialize, Serialize};
 
 /// One request as the client saw it. Times are seconds.
@@ -27,6 +28,12 @@ pub struct RequestRecord {
     /// What went wrong, if anything did.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
+    /// What a turn of an agent trace asked for.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub kind: Option<TurnKind>,
+    /// FNV-1a of the text that a turn of an agent trace was answered, in hexadecimal.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub output_hash: Option<String>,
 }
 
 impl RequestRecord {
@@ -95,6 +102,81 @@ pub struct Summary {
     pub turn_ttft: Vec<f64>,
     /// Share of prompt tokens that the server found in its cache.
     pub cached_share: f64,
+    /// Only of agent traces.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub replay: Option<ReplaySummary>,
+}
+
+/// What is told apart in an agent trace.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ReplaySummary {
+    /// Time in which at least one request was under way, seconds: the replay without its pauses.
+    pub busy: f64,
+    /// Time to first token of the turns that begin a conversation, seconds.
+    pub first_ttft: Option<Spread>,
+    /// Time to first token of all others, of forks' first turns too, seconds.
+    pub follow_up_ttft: Option<Spread>,
+    /// Output tokens after the first of each turn over the time that they took, all turns.
+    pub decode_tokens_per_second: Option<f64>,
+    /// The same of turns that repeat a text with a change.
+    pub edit_tokens_per_second: Option<f64>,
+}
+
+impl ReplaySummary {
+    /// `None` if these are no turns of an agent trace.
+    fn of(answered: &[&RequestRecord]) -> Option<Self> {
+        answered.iter().find(|r| r.kind.is_some())?;
+        let ttft = |first: bool| {
+            let turns = answered.iter().filter(|r| (r.turn == 0) == first);
+            Spread::of(turns.map(|r| r.first_token()))
+        };
+        let edits: Vec<_> = answered.iter().copied().filter(|r| r.kind == Some(TurnKind::Edit)).collect();
+        Some(Self {
+            busy: busy(answered),
+            first_ttft: ttft(true),
+            follow_up_ttft: ttft(false),
+            decode_tokens_per_second: decode_rate(answered),
+            edit_tokens_per_second: decode_rate(&edits),
+        })
+    }
+
+    fn median_of(runs: &[&Self]) -> Option<Self> {
+        let of = |figure: fn(&Self) -> Option<f64>| stats::median(runs.iter().filter_map(|run| figure(run)));
+        let spread = |figure: fn(&Self) -> Option<Spread>| {
+            Spread::median_of(&runs.iter().map(|run| figure(run)).collect::<Vec<_>>())
+        };
+        Some(Self {
+            busy: of(|s| Some(s.busy))?,
+            first_ttft: spread(|s| s.first_ttft),
+            follow_up_ttft: spread(|s| s.follow_up_ttft),
+            decode_tokens_per_second: of(|s| s.decode_tokens_per_second),
+            edit_tokens_per_second: of(|s| s.edit_tokens_per_second),
+        })
+    }
+}
+
+/// Tokens after each request's first over the sum of the times from its first chunk to its last.
+fn decode_rate(requests: &[&RequestRecord]) -> Option<f64> {
+    let (mut tokens, mut seconds) = (0, 0.0);
+    for request in requests {
+        if let [first, .., last] = request.chunks[..] {
+            tokens += request.output_tokens.saturating_sub(1);
+            seconds += last - first;
+        }
+    }
+    (seconds > 0.0).then(|| tokens as f64 / seconds)
+}
+
+/// Seconds covered by at least one request.
+fn busy(requests: &[&RequestRecord]) -> f64 {
+    let mut spans: Vec<(f64, f64)> = requests.iter().map(|r| (r.start, r.start + r.end)).collect();
+    spans.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (mut covered, mut until) = (0.0, 0.0f64);
+    for (start, end) in spans {
+        covered += (end - start.max(until)).max(0.0);
+        until = until.max(end);
+    }
+    covered
 }
 
 impl Summary {
@@ -123,6 +205,7 @@ impl Summary {
             conversation: if turns > 1 { Spread::of(conversations(requests)) } else { None },
             turn_ttft: if turns > 1 { turn_ttft(&answered, turns) } else { Vec::new() },
             cached_share: if input > 0 { total(|r| r.cached_tokens) as f64 / input as f64 } else { 0.0 },
+            replay: ReplaySummary::of(&answered),
         }
     }
 
@@ -150,6 +233,7 @@ impl Summary {
                 .filter_map(|turn| stats::median(all().filter_map(|s| s.turn_ttft.get(turn).copied())))
                 .collect(),
             cached_share: of(|s| s.cached_share),
+            replay: ReplaySummary::median_of(&all().filter_map(|s| s.replay.as_ref()).collect::<Vec<_>>()),
         }
     }
 }
@@ -236,6 +320,24 @@ mod tests {
         let s = Summary::of(&run);
         assert_eq!(s.conversation.map(|c| c.median), Some(1.5));
         assert_eq!(s.turn_ttft, [2.0, 0.5]);
+    }
+
+    #[test]
+    fn a_traces_figures_tell_first_turns_from_others_and_edits_from_the_rest() {
+        let turn = |turn, start, chunks: &[f64], kind| RequestRecord {
+            kind: Some(kind),
+            ..request(0, turn, start, chunks)
+        };
+        let run = [
+            turn(0, 0.0, &[4.0, 5.0], TurnKind::Work),
+            turn(1, 4.0, &[1.0, 2.0, 3.0], TurnKind::Work),
+            turn(2, 9.0, &[2.0, 2.5, 3.0], TurnKind::Edit),
+        ];
+        let s = Summary::of(&run).replay.unwrap();
+        assert_eq!((s.busy, s.first_ttft.unwrap().median), (10.0, 4.0));
+        assert_eq!(s.follow_up_ttft.unwrap().median, 1.5);
+        assert_eq!((s.decode_tokens_per_second, s.edit_tokens_per_second), (Some(1.25), Some(2.0)));
+        assert_eq!(Summary::of(&[request(0, 0, 0.0, &[1.0])]).replay, None);
     }
 
     #[test]

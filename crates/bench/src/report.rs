@@ -1,7 +1,7 @@
 //! From a measurement to its reports: terminal, JSON, HTML.
 
 use crate::args::{OutputArgs, WorkloadArgs};
-use crate::record::{Report, Summary};
+use crate::record::{Report, Run, Summary};
 use crate::target::Target;
 use crate::{html, load, table};
 use anyhow::{Context, bail};
@@ -16,31 +16,47 @@ pub(crate) async fn measure(
     workload: &WorkloadArgs,
     output: &OutputArgs,
 ) -> anyhow::Result<()> {
-    let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |t| t.as_secs());
+    let started = now();
     let runs = load::run(target, workload).await?;
-    let report = Report {
-        format: Report::FORMAT,
-        label: output.label.clone().unwrap_or_else(|| address.clone()),
-        target: address,
-        model,
-        workload: workload.describe(),
-        started,
-        summary: Summary::median_of(&runs),
-        runs,
-    };
-    print!("{}", table::of(&report));
-    if let Some(path) = &output.json {
-        write(path, &serde_json::to_string(&report)?)?;
+    Measured { target: address, model, workload: workload.describe(), started, runs }.report(output)
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |t| t.as_secs())
+}
+
+/// What was measured, and how.
+pub(crate) struct Measured {
+    pub(crate) target: String,
+    pub(crate) model: String,
+    pub(crate) workload: String,
+    pub(crate) started: u64,
+    pub(crate) runs: Vec<Run>,
+}
+
+impl Measured {
+    /// Prints and writes what `output` asks for; fails if every request did.
+    pub(crate) fn report(self, output: &OutputArgs) -> anyhow::Result<()> {
+        let Self { target, model, workload, started, runs } = self;
+        let label = output.label.clone().unwrap_or_else(|| target.clone());
+        let summary = Summary::median_of(&runs);
+        let report =
+            Report { format: Report::FORMAT, label, target, model, workload, started, summary, runs };
+        print!("{}", table::of(&report));
+        if let Some(path) = &output.json {
+            write(path, &serde_json::to_string(&report)?)?;
+        }
+        if let Some(path) = &output.html {
+            write(path, &html::page(std::slice::from_ref(&report)))?;
+        }
+        let mut requests = report.runs.iter().flat_map(|run| &run.requests);
+        if requests.all(|r| r.error.is_some()) {
+            let first = report.runs.iter().flat_map(|run| &run.requests).find_map(|r| r.error.as_deref());
+            bail!("every request failed; the first: {}", first.unwrap_or("none was sent"));
+        }
+        Ok(())
     }
-    if let Some(path) = &output.html {
-        write(path, &html::page(std::slice::from_ref(&report)))?;
-    }
-    let mut requests = report.runs.iter().flat_map(|run| &run.requests);
-    if requests.all(|r| r.error.is_some()) {
-        let first = report.runs.iter().flat_map(|run| &run.requests).find_map(|r| r.error.as_deref());
-        bail!("every request failed; the first: {}", first.unwrap_or("none was sent"));
-    }
-    Ok(())
 }
 
 /// Reads a JSON result.

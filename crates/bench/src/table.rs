@@ -23,7 +23,7 @@ const fn time(name: &'static str, of: fn(&Summary) -> Option<f64>) -> Figure {
 }
 
 /// All figures that a comparison shows.
-pub(crate) const FIGURES: [Figure; 18] = [
+pub(crate) const FIGURES: [Figure; 25] = [
     rate("output tokens/s", |s| Some(s.output_tokens_per_second)),
     rate("input tokens/s", |s| Some(s.input_tokens_per_second)),
     rate("decode tokens/s, one request", |s| s.decode_tokens_per_second),
@@ -39,6 +39,13 @@ pub(crate) const FIGURES: [Figure; 18] = [
     time("end to end, p90 s", |s| s.end_to_end.map(|x| x.p90)),
     time("end to end, p99 s", |s| s.end_to_end.map(|x| x.p99)),
     time("conversation, median s", |s| s.conversation.map(|x| x.median)),
+    time("trace, s", |s| s.replay.is_some().then_some(s.wall)),
+    time("trace without pauses, s", |s| s.replay.as_ref().map(|r| r.busy)),
+    time("first turn, first token, median ms", |s| s.replay.as_ref()?.first_ttft.map(|x| x.median * 1e3)),
+    time("follow-up, first token, median ms", |s| s.replay.as_ref()?.follow_up_ttft.map(|x| x.median * 1e3)),
+    time("follow-up, first token, p90 ms", |s| s.replay.as_ref()?.follow_up_ttft.map(|x| x.p90 * 1e3)),
+    rate("decode tokens/s in turns", |s| s.replay.as_ref()?.decode_tokens_per_second),
+    rate("decode tokens/s in edits", |s| s.replay.as_ref()?.edit_tokens_per_second),
     rate("cached share of input, %", |s| Some(s.cached_share * 1e2)),
     rate("answered", |s| Some(s.answered)),
     time("errors", |s| Some(s.errors)),
@@ -67,8 +74,11 @@ pub(crate) fn of(report: &Report) -> String {
     let s = &report.summary;
     let mut out = format!("\n{}  {}\n{}\n\n", report.label, report.model, report.workload);
     let _ = writeln!(out, "{:<22}{:>10}{:>10}{:>10}{:>10}", "", "median", "p90", "p99", "mean");
+    let replay = s.replay.as_ref();
     let rows = [
         ("first token, ms", s.ttft, 1e3),
+        ("  of first turns", replay.and_then(|r| r.first_ttft), 1e3),
+        ("  of follow-ups", replay.and_then(|r| r.follow_up_ttft), 1e3),
         ("inter-token, ms", s.inter_token, 1e3),
         ("end to end, s", s.end_to_end, 1.0),
         ("conversation, s", s.conversation, 1.0),
@@ -83,7 +93,12 @@ pub(crate) fn of(report: &Report) -> String {
     }
     out.push('\n');
     for figure in FIGURES.iter().filter(|f| f.more_is_better && f.name != "answered") {
-        let _ = writeln!(out, "{:<32}{:>10}", figure.name, number((figure.of)(s)));
+        if let Some(value) = (figure.of)(s) {
+            let _ = writeln!(out, "{:<32}{:>10}", figure.name, number(Some(value)));
+        }
+    }
+    if let Some(replay) = &s.replay {
+        let _ = writeln!(out, "{:<32}{:>10}", "without pauses, s", number(Some(replay.busy)));
     }
     if !s.turn_ttft.is_empty() {
         let turns: Vec<String> = s.turn_ttft.iter().map(|t| number(Some(t * 1e3))).collect();

@@ -1,7 +1,7 @@
 //! What is measured: a server over HTTP or an engine in this process, asked in the same way.
 
 use crate::args::Endpoint;
-use crate::client::Client;
+use crate::client::{Answer, Client, Fault};
 use crate::dist::Random;
 use crate::prompt::Fit;
 use crate::record::RequestRecord;
@@ -107,24 +107,31 @@ async fn ask_server(
         }
     };
     let (answer, fault) = client.send(client.body(body, output), chunk).await;
-    let mut record = RequestRecord {
-        chunks: answer.chunks.iter().map(Duration::as_secs_f64).map(microseconds).collect(),
-        end: microseconds(answer.end.as_secs_f64()),
-        prompt_tokens: conversation.asked,
-        output_tokens: answer.chunks.len(),
-        error: fault.map(|f| f.to_string()),
-        ..Default::default()
-    };
-    if let Some(usage) = answer.usage {
-        record.usage = true;
-        record.prompt_tokens = usage.prompt_tokens;
-        record.output_tokens = usage.completion_tokens;
-        record.cached_tokens = usage.prompt_tokens_details.and_then(|d| d.cached_tokens).unwrap_or(0);
-    }
+    let record = record(&answer, fault, conversation.asked);
     conversation.asked += record.output_tokens;
     match client.endpoint() {
         Endpoint::Completions => conversation.text += &answer.text,
         Endpoint::Chat => conversation.messages.push(json!({"role": "assistant", "content": answer.text})),
+    }
+    record
+}
+
+/// What a server's answer shows; `prompt_tokens` stands in for a count that it did not give.
+pub(crate) fn record(answer: &Answer, fault: Option<Fault>, prompt_tokens: usize) -> RequestRecord {
+    let mut record = RequestRecord {
+        chunks: answer.chunks.iter().map(Duration::as_secs_f64).map(microseconds).collect(),
+        end: microseconds(answer.end.as_secs_f64()),
+        prompt_tokens,
+        output_tokens: answer.chunks.len(),
+        error: fault.map(|f| f.to_string()),
+        ..Default::default()
+    };
+    if let Some(usage) = &answer.usage {
+        record.usage = true;
+        record.prompt_tokens = usage.prompt_tokens;
+        record.output_tokens = usage.completion_tokens;
+        record.cached_tokens =
+            usage.prompt_tokens_details.as_ref().and_then(|d| d.cached_tokens).unwrap_or(0);
     }
     record
 }

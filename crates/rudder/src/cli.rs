@@ -139,6 +139,8 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// Any OpenAI-compatible server, over HTTP
     Serve(rudder_bench::ServeArgs),
+    /// Any OpenAI-compatible server, by a replay of what coding agents sent
+    AgentTrace(rudder_bench::AgentTraceArgs),
     /// The engine in this process
     Throughput {
         /// The model's side.

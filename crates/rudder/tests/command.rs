@@ -150,16 +150,7 @@ fn the_example_configs_are_sound() {
 fn doctor_says_what_will_be_used() {
     let cache = tempfile::tempdir().unwrap();
     let report = succeed(cache.path(), &["doctor"]);
-    for part in [
-        "cpu",
-        "kernels",
-        "threads",
-        "memory",
-        "gpu",
-        "cache",
-        "not in the cache",
-        "device    cpu",
-    ] {
+    for part in ["cpu", "kernels", "threads", "memory", "gpu", "cache", "not in the cache", "device    cpu"] {
         assert!(report.contains(part), "{part} is missing:\n{report}");
     }
 }
