@@ -28,11 +28,15 @@ extern "C" __global__ void rms_norm(float* x, const float* delta, const float* w
 }
 KERNEL(rms_norm)
 
-// Rows [gate | up] to silu(gate) * up. A thread an element.
-extern "C" __global__ void silu_mul(const void* gate_up, int is_f32, bf16* out, int width, long long elements) {
+// Rows [gate | up] to silu(gate) * up, each row of out followed by zeros up to `padded` elements. A thread an element of out.
+extern "C" __global__ void silu_mul(const void* gate_up, int is_f32, bf16* out, int width, int padded, long long elements) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= elements) return;
-    long long row = i / width, column = i % width;
+    long long row = i / padded, column = i % padded;
+    if (column >= width) {
+        out[i] = to_bf16(0.0f);
+        return;
+    }
     float gate = load(gate_up, is_f32, row * 2 * width + column);
     float up = load(gate_up, is_f32, row * 2 * width + width + column);
     out[i] = to_bf16(gate / (1.0f + expf(-gate)) * up);
@@ -60,3 +64,10 @@ extern "C" __global__ void pack_rows(const void* x, int is_f32, bf16* out, int w
         out[to + i] = i < width ? to_bf16(load(x, is_f32, from + i)) : to_bf16(0.0f);
 }
 KERNEL(pack_rows)
+
+// x += bias, row by row. A thread an element.
+extern "C" __global__ void add_bias(float* x, const float* bias, int width, long long elements) {
+    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < elements) x[i] += bias[i % width];
+}
+KERNEL(add_bias)

@@ -82,6 +82,7 @@ fn emulate(kernels: &Path) {
         .define("RUDDER_EMULATE", None)
         // Fibers leave their stacks by longjmp, which fortified builds take for an attack.
         .flag("-U_FORTIFY_SOURCE")
+        .flag("-Wno-unknown-pragmas")
         // One rounding an operation, where the kernels ask for it and everywhere else.
         .flag("-ffp-contract=off")
         .include(kernels)

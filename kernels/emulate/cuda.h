@@ -70,13 +70,18 @@ inline unsigned lane() { return threadIdx.x % 32; }
 struct Kernel {
     Kernel* next;
     const char* name;
+    unsigned arguments;
     void (*call)(void** arguments);
     static Kernel*& first() {
         static Kernel* head = nullptr;
         return head;
     }
-    Kernel(const char* name, void (*call)(void**)) : next(first()), name(name), call(call) { first() = this; }
+    Kernel(const char* name, unsigned arguments, void (*call)(void**)) : next(first()), name(name), arguments(arguments), call(call) {
+        first() = this;
+    }
 };
+template <typename... A>
+constexpr unsigned count(void (*)(A...)) { return sizeof...(A); }
 
 template <typename... A, std::size_t... I>
 void call_with(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
@@ -86,7 +91,7 @@ template <typename... A>
 void call_with(void (*kernel)(A...), void** arguments) {
     call_with(kernel, arguments, std::index_sequence_for<A...>());
 }
-#define KERNEL(name) static Kernel kernel_##name(#name, [](void** arguments) { call_with(name, arguments); });
+#define KERNEL(name) static Kernel kernel_##name(#name, count(name), [](void** arguments) { call_with(name, arguments); });
 
 // ---- warps ----
 

@@ -36,7 +36,6 @@ std::vector<Fiber> fibers;
 std::vector<unsigned char> shared_memory;
 unsigned char slots[32][32][64];
 jmp_buf scheduler;
-ucontext_t first;
 unsigned running;
 void (*kernel)(void**);
 void** kernel_arguments;
@@ -136,13 +135,16 @@ void copy_wait_for(int pending) {
 }
 
 // Runs a kernel; 0 if there is one of that name. Callers take turns.
-extern "C" int rudder_emulate(const char* name, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments) {
+extern "C" int rudder_emulate(const char* name, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments,
+                              unsigned count) {
     Kernel* found = Kernel::first();
     while (found && strcmp(found->name, name)) found = found->next;
     if (!found) return 1;
     if (!grid) return 0;
     kernel = found->call;
     kernel_name = found->name;
+    if (count != found->arguments) fail("more or fewer arguments than the kernel has");
+    if (grid[0] > 0x7fffffffu || grid[1] > 65535 || grid[2] > 65535) fail("a grid larger than the hardware's");
     kernel_arguments = arguments;
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {block[0], block[1], block[2]};

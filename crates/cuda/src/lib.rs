@@ -1,7 +1,27 @@
 //! The CUDA backend of the op set.
 //!
 //! The kernels (`kernels/*.cu`) are compiled by build.rs and embedded; the driver and cuBLASLt are loaded at run time, so that
-//! one binary starts with and without a GPU.
+//! one binary starts with and without a GPU. With the feature `emulate` the same kernels run on the CPU, slowly: that is how
+//! all of this is tested where there is no GPU.
 
+mod backend;
+mod cublaslt;
+mod device;
+#[cfg(feature = "emulate")]
+mod emulated;
+mod gpu;
 pub mod kernels;
+mod kv;
+mod matmul;
+mod moe;
 pub mod probe;
+mod sample;
+mod step;
+mod tensor;
+mod upload;
+
+pub use backend::{Cuda, Embedding};
+pub use kv::KvCache;
+pub use matmul::{Matrix, Vector};
+pub use moe::Experts;
+pub use tensor::Tensor;

@@ -1,6 +1,6 @@
 //! The decoder that all architectures share: a pre-norm transformer over the op set.
 
-use rudder_ops::{Backend, Batch, OpError, QkNorm, SampleRow, Sampled};
+use rudder_ops::{BLOCK_SIZE, Backend, Batch, OpError, QkNorm, SampleRow, Sampled, SamplingParams};
 
 use crate::{KvBlock, Model, ModelConfig};
 
@@ -163,6 +163,32 @@ impl<B: Backend> Decoder<B> {
         if let Some(block) = batch.block_tables.iter().find(|&&block| block as usize >= kv_blocks) {
             return refuse(format!("KV block {block} of {kv_blocks}"));
         }
+        Ok(())
+    }
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Runs a largest step, so that everything that grows with steps has grown.
+    pub(crate) fn rehearse(&mut self) -> Result<(), OpError> {
+        let Limits { batch_tokens, outputs, context, .. } = self.limits;
+        let mut batch = Batch::default();
+        let mut free = 0..self.limits.kv_blocks as u32;
+        while batch.rows() < batch_tokens {
+            let len = context.min(batch_tokens - batch.rows());
+            let blocks: Vec<u32> = free.by_ref().take(len.div_ceil(BLOCK_SIZE)).collect();
+            let wanted = len.min(outputs - batch.outputs.len());
+            batch.push(&vec![0; len], 0, &blocks, wanted);
+        }
+        self.forward(&batch)?;
+        let params = SamplingParams { top_p: 0.9, logprobs: Some(20), ..Default::default() };
+        let row = SampleRow { params: &params, counts: None, position: 0, mask: None, forced: None };
+        self.sample(&vec![row; batch.outputs.len()], &mut Vec::new())
+    }
+
+    /// Puts a KV cache of so many blocks in the place of the one there is.
+    pub(crate) fn set_kv_blocks(&mut self, blocks: usize) -> Result<(), OpError> {
+        self.cache = self.backend.kv_cache(self.config.layers, &self.config.attention, blocks)?;
+        self.limits.kv_blocks = blocks;
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use rudder_ops::{Backend, RawTensor};
+use rudder_ops::{BLOCK_SIZE, Backend, RawTensor};
 
 use crate::arch::{self, Architecture};
 use crate::decoder::{Decoder, Layer, Limits, Mlp, Workspace};
@@ -12,8 +12,11 @@ use crate::safetensors::Checkpoint;
 use crate::weights::Weights;
 use crate::{KvBlock, LoadError, Model, ModelConfig, config, hf_config};
 
+/// Slots are numbered in 32 bits, and the last number means none.
+const MOST_KV_BLOCKS: usize = u32::MAX as usize / BLOCK_SIZE;
+
 /// How large a loaded model's steps and KV cache are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoadOptions {
     /// Most tokens in a step.
     pub max_batch_tokens: usize,
@@ -26,12 +29,14 @@ pub struct LoadOptions {
 }
 
 /// Size of a KV cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum KvSize {
     /// So many blocks of [`rudder_ops::BLOCK_SIZE`] tokens.
     Blocks(usize),
     /// As many blocks as fit in so many bytes.
     Bytes(u64),
+    /// As many blocks as this share of the device's memory has room for beside all else, measured after a largest step.
+    DeviceShare(f64),
 }
 
 /// A loaded model and what it takes.
@@ -140,7 +145,6 @@ impl ModelSource {
         progress: impl FnMut(u64, u64),
     ) -> Result<Loaded, LoadError> {
         let limits = self.limits(&backend, options)?;
-        let kv_bytes = self.kv_block_bytes(&backend).saturating_mul(limits.kv_blocks as u64);
         let weight_bytes = self.weight_bytes();
         let fingerprint = Fingerprint::new(&self.config);
         let mut loader = Loader { source: self, backend: &mut backend, done: 0, progress, fingerprint };
@@ -158,7 +162,7 @@ impl ModelSource {
         let cache = backend.kv_cache(self.config.layers, &self.config.attention, limits.kv_blocks)?;
         let workspace = Workspace::new(&mut backend, &self.config, &limits)?;
         let config = self.config.clone();
-        let decoder = Decoder {
+        let mut decoder = Decoder {
             backend,
             config,
             limits,
@@ -170,7 +174,14 @@ impl ModelSource {
             cache,
             workspace,
         };
-        Ok(Loaded { model: Box::new(decoder), kv_blocks: limits.kv_blocks, kv_bytes, weight_bytes })
+        if let KvSize::DeviceShare(share) = options.kv {
+            decoder.rehearse()?;
+            let blocks = kv_blocks_in(share, decoder.backend.memory()?, block_bytes as u64)?;
+            decoder.set_kv_blocks(blocks)?;
+        }
+        let kv_blocks = decoder.limits.kv_blocks;
+        let kv_bytes = (block_bytes as u64).saturating_mul(kv_blocks as u64);
+        Ok(Loaded { model: Box::new(decoder), kv_blocks, kv_bytes, weight_bytes })
     }
 
     fn limits<B: Backend>(&self, backend: &B, options: LoadOptions) -> Result<Limits, LoadError> {
@@ -189,14 +200,31 @@ impl ModelSource {
         let kv_blocks = match kv {
             KvSize::Blocks(blocks) => blocks,
             KvSize::Bytes(bytes) => usize::try_from(bytes / block_bytes).unwrap_or(usize::MAX),
+            // For the largest step, whose sequences each fill their last block in part.
+            KvSize::DeviceShare(_) => {
+                max_batch_tokens.div_ceil(BLOCK_SIZE) + max_batch_tokens.div_ceil(max_context)
+            }
         };
-        // Slots are numbered in 32 bits.
-        if kv_blocks == 0 || kv_blocks > u32::MAX as usize / rudder_ops::BLOCK_SIZE {
+        if kv_blocks == 0 || kv_blocks > MOST_KV_BLOCKS {
             let reason =
                 format!("a KV cache of {kv_blocks} blocks ({block_bytes} bytes each) is not possible");
             return Err(LoadError::Options(reason));
         }
         Ok(Limits { batch_tokens: max_batch_tokens, outputs: max_outputs, context: max_context, kv_blocks })
+    }
+}
+
+/// KV blocks of `block_bytes` that `share` of a device's memory (free and total) has room for beside what is in use.
+fn kv_blocks_in(share: f64, memory: Option<(u64, u64)>, block_bytes: u64) -> Result<usize, LoadError> {
+    let (free, total) =
+        memory.ok_or_else(|| LoadError::Options("this device does not say how much memory it has".into()))?;
+    let room = ((total as f64 * share) as u64).saturating_sub(total - free.min(total));
+    match usize::try_from(room / block_bytes.max(1)).unwrap_or(usize::MAX).min(MOST_KV_BLOCKS) {
+        0 => Err(LoadError::Options(format!(
+            "{share} of the device's memory ({total} bytes) has no room for a KV cache: {free} bytes are free after \
+             weights and workspace; use more of it, a smaller model or fewer max_batch_tokens"
+        ))),
+        blocks => Ok(blocks),
     }
 }
 
@@ -307,5 +335,19 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
             self.uploaded(&parts);
         }
         Ok(Mlp::Moe { router, experts })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_of_the_memory_holds_what_is_not_in_use() {
+        // 20 of 100 in use: 70 of 90 are left.
+        assert_eq!(kv_blocks_in(0.9, Some((80, 100)), 7).unwrap(), 10);
+        let refusal = kv_blocks_in(0.5, Some((50, 100)), 7).unwrap_err().to_string();
+        assert!(refusal.contains("no room for a KV cache"), "{refusal}");
+        assert!(kv_blocks_in(0.9, None, 7).is_err());
     }
 }

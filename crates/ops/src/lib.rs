@@ -2,8 +2,8 @@
 //!
 //! [`Backend`] is the one seam between a model and a device. A model calls some fifteen ops over
 //! flat tokens (no padding; prefill chunks and decodes side by side) and never learns which
-//! backend runs them. Three implement it or will: [`reference`] (candle, f32, the oracle of the
-//! others), [`cpu`] (our kernels, quantised weights) and, in an issue of its own, `cuda`.
+//! backend runs them. Three implement it: [`reference`] (candle, f32, the oracle of the
+//! others), [`cpu`] (our kernels, quantised weights) and, in a crate of its own, `cuda`.
 //!
 //! Shapes are row-major and written `[rows, width]`.
 
@@ -19,6 +19,7 @@ pub use batch::{BLOCK_SIZE, Batch, Span};
 pub use raw::{DType, RawTensor, UnsupportedDType};
 pub use sampling::{
     LogitBias, SampleRow, Sampled, SamplerScratch, SamplingParams, TokenCounts, TokenLogprob, sample_row,
+    uniform,
 };
 
 /// What an op or a weight upload can fail with.
@@ -122,7 +123,8 @@ pub struct QkNorm<'a, V> {
 ///   path, except in `reference`.
 /// - Row `i` of any output depends on row `i` of the inputs (and, in attention, its own
 ///   sequence's KV) alone, bit for bit, whatever the other rows are: answers do not depend on
-///   neighbours. The one exception is `reference`, which is an oracle within a tolerance.
+///   neighbours. `reference` is an oracle within a tolerance and does not promise it; nor does `cuda`, which multiplies few rows
+///   with another kernel than many: there neighbours move a result by roundings.
 pub trait Backend: Send + Sized + 'static {
     /// Activations, `[rows <= max_rows, width]`.
     type Tensor: Send;
@@ -139,6 +141,11 @@ pub trait Backend: Send + Sized + 'static {
 
     /// A short name for logs and errors: `cpu`, `reference`, `cuda:0`.
     fn name(&self) -> &str;
+
+    /// Bytes free and in all of the memory that tensors and KV caches lie in, where that is the device's own.
+    fn memory(&self) -> Result<Option<(u64, u64)>> {
+        Ok(None)
+    }
 
     // ---- load time -------------------------------------------------------------------------
 

@@ -79,6 +79,11 @@ impl TokenCounts {
         Self { output: prompt.iter().map(|&token| (token, 0)).collect() }
     }
 
+    /// Every token seen, with its occurrences in the output.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.output.iter().map(|(&token, &n)| (token, n))
+    }
+
     /// Counts one token of the output.
     pub fn add(&mut self, token: u32) {
         *self.output.entry(token).or_insert(0) += 1;
@@ -340,9 +345,9 @@ fn pick(weighted: impl Iterator<Item = (u32, f32)> + Clone, u: f64) -> u32 {
     last
 }
 
-/// A number in [0, 1) for this seed and position: two rounds of the SplitMix64 finaliser
+/// The random number in [0, 1) that the draw of this seed and position uses: two rounds of the SplitMix64 finaliser
 /// (Steele, Lea and Flood 2014).
-fn uniform(seed: u64, position: u64) -> f64 {
+pub fn uniform(seed: u64, position: u64) -> f64 {
     let mix = |z: u64| {
         let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -20,12 +20,14 @@ pub struct Choice {
 /// If a GPU is asked for and cannot be used; says why.
 pub fn choose(asked: Device) -> Result<Choice> {
     let choice = pick(asked, probe)?;
-    match (&choice.gpu, asked) {
-        // The kernels are built and GPUs found, but no model runs on one yet.
-        (Some(gpu), Device::Cuda(_)) => bail!("device {gpu} cannot be used: no model runs on CUDA yet"),
-        (Some(gpu), _) => Ok(Choice { reason: format!("cpu: no model runs on CUDA yet ({gpu})"), gpu: None }),
-        (None, _) => Ok(choice),
-    }
+    Ok(match (&choice.gpu, asked) {
+        // No GPU has run the backend yet: whoever wants it says so.
+        (Some(gpu), Device::Auto) => Choice {
+            reason: format!("cpu: the CUDA backend is untried; --device cuda takes {gpu}"),
+            gpu: None,
+        },
+        _ => choice,
+    })
 }
 
 fn pick(asked: Device, probe: impl FnOnce() -> Result<Vec<Gpu>, NoCuda>) -> Result<Choice> {

@@ -140,7 +140,15 @@ fn gpu() {
 
 fn device(settings: &ModelSettings) {
     match crate::device::choose(settings.device.unwrap_or_default()) {
-        Ok(choice) => line("device", choice.reason),
+        Ok(choice) => {
+            line("device", choice.reason);
+            if choice.gpu.is_some() {
+                line(
+                    "",
+                    "the CUDA backend has not run on a GPU yet: its kernels were tested on a CPU in its place",
+                );
+            }
+        }
         Err(reason) => line("device", format_args!("! {reason}")),
     }
 }

@@ -6,13 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rudder_engine::{DiskTier, Engine, EngineConfig, TierConfig};
-use rudder_hub::{ModelRef, Progress, bytes, catalog, default_root};
-use rudder_model::{KvSize, LoadOptions, Model, ModelSource};
-use rudder_ops::cpu::{Cpu, KvDType};
+use rudder_hub::{ModelRef, Progress, catalog, default_root};
+use rudder_model::{LoadOptions, Model, ModelSource};
 use rudder_ops::{BLOCK_SIZE, DType};
 use rudder_text::Text;
 
-use crate::kv::KvNeeds;
+use crate::place::{Place, fit};
 use crate::settings::ModelSettings;
 use crate::{device, machine, models, text_source};
 
@@ -69,44 +68,31 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
     let began = Instant::now();
     let source = ModelSource::open(&path)?;
     let threads = settings.threads.unwrap_or_else(machine::default_threads);
-    let backend = Cpu::new(threads, KvDType::F16);
     let config = source.config().clone();
-
-    let weight_bytes = source.weight_bytes();
-    let available = machine::memory().available;
-    if weight_bytes > available {
-        bail!(
-            "the weights take {}, but only {} of memory are available; choose a smaller model or quantisation",
-            bytes(weight_bytes),
-            bytes(available)
-        );
-    }
-    let needs = KvNeeds {
-        block_bytes: source.kv_block_bytes(&backend),
-        context_length: config.context_length,
-        available: available - weight_bytes,
-        max_context: settings.max_context,
-        kv_memory: settings.kv_memory.map(|b| b.0),
+    let place = match &device.gpu {
+        Some(gpu) => Place::gpu(&source, settings, gpu.index)?,
+        None => Place::cpu(&source, settings, threads)?,
     };
-    let plan = needs.plan()?;
-    let limits = Limits::of(settings)?;
+    let weight_bytes = source.weight_bytes();
+    let limits = Limits::of(settings, device.gpu.is_some())?;
     let formats = formats(&source, &path);
     let options = LoadOptions {
         max_batch_tokens: limits.batch_tokens,
         // The scheduler asks for at most one row of logits a running sequence.
         max_outputs: limits.sequences,
-        kv: KvSize::Blocks(plan.blocks),
-        max_context: plan.max_context,
+        kv: place.kv,
+        max_context: place.max_context,
     };
     let mut progress = Progress::new("loading", weight_bytes);
     // The tokenizer takes a thread as long as the weights take it: build both at the same time.
     let (text, loaded) = std::thread::scope(|scope| {
         let text = scope.spawn(|| text(&source, &path));
-        let loaded = source.load(backend, options, |done, _| progress.set(done));
+        let loaded = place.load(&source, options, |done, _| progress.set(done));
         (text.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), loaded)
     });
     drop(progress);
     let (text, loaded) = (text?, loaded?);
+    let max_context = fit(options.max_context, settings.max_context.is_some(), loaded.kv_blocks)?;
 
     let tier = tier(settings, &*loaded.model)?;
     let kv_disk = tier.as_ref().map(|tier| (tier.capacity(), tier.tokens()));
@@ -114,7 +100,7 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
         loaded.model,
         EngineConfig {
             kv_blocks: loaded.kv_blocks,
-            max_context: plan.max_context,
+            max_context,
             max_sequences: limits.sequences,
             max_batch_tokens: limits.batch_tokens,
             max_waiting: settings.max_waiting.unwrap_or(256),
@@ -162,9 +148,10 @@ struct Limits {
 }
 
 impl Limits {
-    fn of(settings: &ModelSettings) -> Result<Self> {
-        let sequences = settings.max_sequences.unwrap_or(64);
-        let batch_tokens = settings.max_batch_tokens.unwrap_or(512.max(sequences));
+    fn of(settings: &ModelSettings, gpu: bool) -> Result<Self> {
+        let (sequences, tokens) = if gpu { (256, 4096) } else { (64, 512) };
+        let sequences = settings.max_sequences.unwrap_or(sequences);
+        let batch_tokens = settings.max_batch_tokens.unwrap_or(tokens.max(sequences));
         if batch_tokens < sequences {
             bail!(
                 "max_batch_tokens is {batch_tokens}, less than max_sequences ({sequences}); \

@@ -9,6 +9,7 @@ mod kv;
 mod launch;
 mod machine;
 mod models;
+mod place;
 mod serve;
 mod settings;
 mod text_source;

@@ -34,10 +34,13 @@ pub struct ModelSettings {
     /// Memory for the KV cache, as in 4GiB [default: four full contexts, at most a quarter of available memory]
     #[arg(long, env = "RUDDER_KV_MEMORY", value_name = "BYTES")]
     pub kv_memory: Option<ByteSize>,
-    /// Most sequences that run at once [default: 64]
+    /// Share of a GPU's memory for weights, workspace and KV cache together, where kv_memory does not say [default: 0.9]
+    #[arg(long, env = "RUDDER_GPU_MEMORY_UTILIZATION", value_name = "SHARE")]
+    pub gpu_memory_utilization: Option<f64>,
+    /// Most sequences that run at once [default: 64, on a GPU 256]
     #[arg(long, env = "RUDDER_MAX_SEQUENCES", value_name = "N")]
     pub max_sequences: Option<usize>,
-    /// Most tokens computed in one step [default: 512]
+    /// Most tokens computed in one step [default: 512, on a GPU 4096]
     #[arg(long, env = "RUDDER_MAX_BATCH_TOKENS", value_name = "TOKENS")]
     pub max_batch_tokens: Option<usize>,
     /// Most requests that wait before new ones are turned away [default: 256]
@@ -233,6 +236,7 @@ impl ModelSettings {
             threads: self.threads.or(file.threads),
             max_context: self.max_context.or(file.max_context),
             kv_memory: self.kv_memory.or(file.kv_memory),
+            gpu_memory_utilization: self.gpu_memory_utilization.or(file.gpu_memory_utilization),
             max_sequences: self.max_sequences.or(file.max_sequences),
             max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
             max_waiting: self.max_waiting.or(file.max_waiting),
@@ -261,6 +265,9 @@ impl ModelSettings {
                 let least = if name == "max_context" { 2 } else { 1 };
                 bail!("{name} must be at least {least}");
             }
+        }
+        if merged.gpu_memory_utilization.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
+            bail!("gpu_memory_utilization must be a share above 0 and up to 1");
         }
         Ok(merged)
     }
@@ -370,6 +377,7 @@ mod tests {
             threads = 1
             max_context = 2
             kv_memory = 3
+            gpu_memory_utilization = 0.5
             max_sequences = 4
             max_batch_tokens = 5
             max_waiting = 6
@@ -419,6 +427,9 @@ mod tests {
         assert!(server("api_key = \"\"").is_err());
         assert!(server("keep_alive = 0").is_err() && server("keep_alive = nan").is_err());
         assert!(ModelSettings { threads: Some(0), ..ModelSettings::default() }.over(None).is_err());
+        let share = |share| ModelSettings { gpu_memory_utilization: Some(share), ..ModelSettings::default() };
+        assert!([0.0, -1.0, 1.1, f64::NAN].into_iter().all(|s| share(s).over(None).is_err()));
+        assert!(share(1.0).over(None).is_ok());
         assert!(ModelSettings { max_context: Some(1), ..ModelSettings::default() }.over(None).is_err());
     }
 

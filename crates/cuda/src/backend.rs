@@ -1,0 +1,393 @@
+//! The op set on a GPU.
+//!
+//! Weights are bf16 whatever they are stored in; so are what matrices read, and keys and values. The residual stream, what
+//! matrices put out and logits are f32.
+
+use crate::device::{Buffer, Device, Grid};
+use crate::kv::{self, KvCache, Parts, Rotations, half_block};
+use crate::matmul::{Matrix, Multiplier, Vector, padded};
+use crate::moe::{self, Experts, MOST_EXPERTS, Moe};
+use crate::sample::Sampler;
+use crate::step::{List, Step};
+use crate::tensor::{Format, Tensor, check};
+use crate::upload::Uploader;
+use rudder_ops::{
+    AttentionShape, Backend, Batch, DType, OpError, QkNorm, RawTensor, Result, Rope, SampleRow, Sampled,
+    SamplerScratch, sample_row,
+};
+
+/// A GPU as a [`Backend`].
+pub struct Cuda {
+    name: String,
+    device: Device,
+    uploader: Uploader,
+    multiplier: Multiplier,
+    moe: moe::Buffers,
+    sampler: Sampler,
+    scratch: SamplerScratch,
+    step: Step,
+    /// Rotations, and the longest context that they are for.
+    rope: Option<(Rotations, usize)>,
+    parts: Option<Parts>,
+}
+
+/// An embedding table `[vocab, hidden]`: f32 where its file has it so, else bf16.
+pub struct Embedding {
+    buffer: Buffer,
+    is_f32: bool,
+    vocab: usize,
+    hidden: usize,
+}
+
+/// An error that names a weight whose shape is wrong.
+fn expect_shape(tensor: &RawTensor, holds: bool, expected: impl FnOnce() -> String) -> Result<()> {
+    if holds {
+        return Ok(());
+    }
+    Err(OpError::Shape {
+        name: tensor.name.clone(),
+        expected: expected(),
+        found: format!("{:?}", tensor.shape),
+    })
+}
+
+/// Bytes of a matrix in bf16.
+fn matrix_bytes(n: usize, k: usize) -> Result<usize> {
+    let bytes = k.checked_next_multiple_of(64).and_then(|k| n.checked_mul(k)?.checked_mul(2));
+    // Kernels count features, and elements of a row, in 31 bits.
+    bytes
+        .filter(|_| n <= i32::MAX as usize && k <= i32::MAX as usize)
+        .ok_or_else(|| OpError::Backend(format!("a matrix of [{n}, {k}] is too large")))
+}
+
+impl Cuda {
+    /// The GPU of this number.
+    ///
+    /// # Errors
+    /// If there is none that the kernels run on, or the driver fails; says why.
+    pub fn new(index: usize) -> Result<Self> {
+        Self::on(format!("cuda:{index}"), Device::gpu(index)?)
+    }
+
+    /// The CPU in a GPU's place, for tests.
+    ///
+    /// # Errors
+    /// If memory is short.
+    #[cfg(feature = "emulate")]
+    pub fn emulated() -> Result<Self> {
+        Self::on("cuda emulated".into(), Device::emulated())
+    }
+
+    fn on(name: String, device: Device) -> Result<Self> {
+        Ok(Self {
+            name,
+            uploader: Uploader::new(&device)?,
+            multiplier: Multiplier::new(&device),
+            moe: moe::Buffers::default(),
+            sampler: Sampler::default(),
+            scratch: SamplerScratch::default(),
+            step: Step::new(),
+            rope: None,
+            parts: None,
+            device,
+        })
+    }
+
+    /// Waits until all that was queued is done.
+    ///
+    /// # Errors
+    /// If any of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device.synchronize()
+    }
+
+    /// Draws rows that the kernel cannot on the host.
+    fn sample_on_host(
+        &mut self,
+        logits: &Tensor,
+        rows: &[SampleRow<'_>],
+        out: &mut Vec<Sampled>,
+    ) -> Result<()> {
+        let mut data = self.to_host(logits)?;
+        let scratch = &mut self.scratch;
+        out.clear();
+        let drawn = data.chunks_exact_mut(logits.width).zip(rows);
+        out.extend(drawn.map(|(logits, row)| sample_row(logits, row, scratch)));
+        Ok(())
+    }
+}
+
+impl Backend for Cuda {
+    type Tensor = Tensor;
+    type Matrix = Matrix;
+    type Embedding = Embedding;
+    type Vector = Vector;
+    type Experts = Experts;
+    type KvCache = KvCache;
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn memory(&self) -> Result<Option<(u64, u64)>> {
+        self.device.memory().map(Some)
+    }
+
+    fn load_matrix(&mut self, parts: &[RawTensor]) -> Result<Matrix> {
+        let k = parts.first().and_then(|part| part.shape.get(1).copied()).unwrap_or(0);
+        for part in parts {
+            expect_shape(part, part.shape.len() == 2 && part.shape[1] == k, || format!("[any, {k}]"))?;
+        }
+        let n = parts.iter().map(|part| part.shape[0]).sum();
+        let buffer = self.device.buffer(matrix_bytes(n, k)?)?;
+        let mut offset = 0;
+        for part in parts {
+            self.uploader.matrix_bf16(part, padded(k), &buffer, offset)?;
+            offset += matrix_bytes(part.shape[0], k)?;
+        }
+        Ok(Matrix { buffer, n, k })
+    }
+
+    fn load_embedding(&mut self, table: &RawTensor) -> Result<Embedding> {
+        expect_shape(table, table.shape.len() == 2, || "[vocab, hidden]".to_owned())?;
+        let (vocab, hidden) = (table.shape[0], table.shape[1]);
+        let is_f32 = table.dtype == DType::F32;
+        let buffer = self.device.buffer(table.elements() * if is_f32 { 4 } else { 2 })?;
+        match is_f32 {
+            true => self.uploader.f32(table, hidden, &buffer, 0)?,
+            false => self.uploader.matrix_bf16(table, hidden, &buffer, 0)?,
+        }
+        Ok(Embedding { buffer, is_f32, vocab, hidden })
+    }
+
+    fn load_vector(&mut self, parts: &[RawTensor]) -> Result<Vector> {
+        for part in parts {
+            expect_shape(part, part.shape.len() == 1, || "[any]".to_owned())?;
+        }
+        let len = parts.iter().map(RawTensor::elements).sum();
+        let buffer = self.device.buffer(4 * len)?;
+        let mut offset = 0;
+        for part in parts {
+            self.uploader.f32(part, part.elements(), &buffer, offset)?;
+            offset += 4 * part.elements();
+        }
+        Ok(Vector { buffer, len })
+    }
+
+    fn load_experts(&mut self, gate: &[RawTensor], up: &[RawTensor], down: &[RawTensor]) -> Result<Experts> {
+        let experts = gate.len();
+        check((1..=MOST_EXPERTS).contains(&experts) && experts == up.len() && experts == down.len(), || {
+            format!("{experts} gate, {} up and {} down matrices of experts", up.len(), down.len())
+        })?;
+        expect_shape(&gate[0], gate[0].shape.len() == 2, || "[intermediate, hidden]".to_owned())?;
+        let (intermediate, hidden) = (gate[0].shape[0], gate[0].shape[1]);
+        let (inner, outer) = (matrix_bytes(intermediate, hidden)?, matrix_bytes(hidden, intermediate)?);
+        let gate_up = self.device.buffer(2 * experts * inner)?;
+        let outers = self.device.buffer(experts * outer)?;
+        for (i, ((gate, up), down)) in gate.iter().zip(up).zip(down).enumerate() {
+            for (tensor, shape) in
+                [(gate, [intermediate, hidden]), (up, [intermediate, hidden]), (down, [hidden, intermediate])]
+            {
+                expect_shape(tensor, tensor.shape == shape, || format!("{shape:?}"))?;
+            }
+            self.uploader.matrix_bf16(gate, padded(hidden), &gate_up, 2 * i * inner)?;
+            self.uploader.matrix_bf16(up, padded(hidden), &gate_up, (2 * i + 1) * inner)?;
+            self.uploader.matrix_bf16(down, padded(intermediate), &outers, i * outer)?;
+        }
+        Ok(Experts { gate_up, down: outers, experts, hidden, intermediate })
+    }
+
+    fn tensor(&mut self, max_rows: usize, width: usize) -> Result<Tensor> {
+        Tensor::new(&self.device, max_rows, width)
+    }
+
+    fn kv_cache(&mut self, layers: usize, shape: &AttentionShape, blocks: usize) -> Result<KvCache> {
+        let cache = KvCache::new(&self.device, layers, shape, blocks)?;
+        let context = self.rope.as_ref().map_or(0, |(_, context)| *context);
+        self.parts = None; // first give back, then take
+        self.parts = Some(Parts::new(&self.device, shape, context)?);
+        self.step.shape = Some(*shape);
+        Ok(cache)
+    }
+
+    fn kv_block_bytes(&self, shape: &AttentionShape) -> usize {
+        2 * half_block(shape)
+    }
+
+    fn kv_format(&self) -> Option<String> {
+        Some("cuda bf16 [kv_heads, 16, head_dim], keys then values 1".to_owned())
+    }
+
+    fn read_kv_block(&mut self, cache: &KvCache, block: u32, out: &mut [u8]) -> Result<()> {
+        cache.read_block(block, out)
+    }
+
+    fn write_kv_block(&mut self, cache: &mut KvCache, block: u32, bytes: &[u8]) -> Result<()> {
+        cache.write_block(block, bytes)
+    }
+
+    fn load_rope(&mut self, rope: &Rope, max_positions: usize) -> Result<()> {
+        self.rope = Some((Rotations::new(&self.device, rope)?, max_positions));
+        Ok(())
+    }
+
+    fn begin(&mut self, batch: &Batch) -> Result<()> {
+        self.step.set(batch, &self.device)
+    }
+
+    fn embed(&mut self, table: &Embedding, out: &mut Tensor) -> Result<()> {
+        let (rows, token) = (self.step.rows, self.step.largest_token);
+        check(rows == 0 || (token as usize) < table.vocab, || {
+            format!("token {token} is not in a vocabulary of {}", table.vocab)
+        })?;
+        out.set(rows, table.hidden, Format::F32)?;
+        let args = [
+            self.step.arg(List::Tokens),
+            (&table.buffer).into(),
+            table.is_f32.into(),
+            (&*out).into(),
+            table.hidden.into(),
+        ];
+        self.device.launch("embed", Grid::new(rows, 256), 0, &args)
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &mut Tensor,
+        delta: Option<&Tensor>,
+        weight: &Vector,
+        eps: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (rows, width) = (x.rows, x.width);
+        check(weight.len == width, || format!("a norm of {} for rows of {width}", weight.len))?;
+        expect_residual(x, delta)?;
+        out.set(rows, width, Format::Bf16)?;
+        let args =
+            [(&*x).into(), delta.into(), (&weight.buffer).into(), eps.into(), (&*out).into(), width.into()];
+        self.device.launch("rms_norm", Grid::new(rows, norm_threads(width)), 0, &args)
+    }
+
+    fn linear(&mut self, x: &Tensor, w: &Matrix, bias: Option<&Vector>, out: &mut Tensor) -> Result<()> {
+        self.multiplier.linear(x, w, bias, out)
+    }
+
+    fn rope_and_cache(
+        &mut self,
+        qkv: &mut Tensor,
+        shape: &AttentionShape,
+        norm: Option<QkNorm<'_, Vector>>,
+        layer: usize,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        expect_cache(shape, cache)?;
+        let Some((rope, _)) = &self.rope else {
+            return Err(OpError::Backend("no rope is loaded".to_owned()));
+        };
+        rope.apply(&self.device, &self.step, qkv, norm, layer, cache)
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &Tensor,
+        shape: &AttentionShape,
+        layer: usize,
+        cache: &KvCache,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        expect_cache(shape, cache)?;
+        let Some(parts) = &self.parts else {
+            return Err(OpError::Backend("attention without a KV cache".to_owned()));
+        };
+        check(self.step.shape == Some(*shape), || {
+            format!("{shape:?} is not the shape of the KV cache made last")
+        })?;
+        kv::attention(&self.device, &self.step, parts, qkv, layer, cache, out)
+    }
+
+    fn silu_mul(&mut self, gate_up: &Tensor, out: &mut Tensor) -> Result<()> {
+        let width = gate_up.width / 2;
+        out.set(gate_up.rows, width, Format::Bf16)?;
+        let elements = out.elements();
+        let args =
+            [gate_up.into(), gate_up.is_f32(), (&*out).into(), width.into(), width.into(), elements.into()];
+        self.device.launch("silu_mul", Grid::elements(elements), 0, &args)
+    }
+
+    fn moe(
+        &mut self,
+        x: &Tensor,
+        router_logits: &Tensor,
+        experts: &Experts,
+        top_k: usize,
+        renormalise: bool,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (multiplier, buffers) = (&mut self.multiplier, &mut self.moe);
+        let mut op = Moe { device: &self.device, multiplier, buffers, experts, top_k };
+        op.run(x, router_logits, renormalise, out)
+    }
+
+    fn gather(&mut self, x: &Tensor, delta: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
+        let outputs = self.step.len(List::Outputs);
+        check(x.rows == self.step.rows, || "gather from rows that are not the batch's".to_owned())?;
+        if delta.is_some() {
+            expect_residual(x, delta)?;
+        }
+        out.set(outputs, x.width, x.format)?;
+        let args = [
+            x.into(),
+            x.is_f32(),
+            delta.into(),
+            self.step.arg(List::Outputs),
+            (&*out).into(),
+            x.width.into(),
+        ];
+        self.device.launch("gather", Grid::new(outputs, 256), 0, &args)
+    }
+
+    fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()> {
+        check(logits.rows == rows.len(), || format!("{} rows to sample of {}", rows.len(), logits.rows))?;
+        logits.expect_f32("logits")?;
+        if rows.is_empty() {
+            out.clear();
+            return Ok(());
+        }
+        if !rows.iter().all(Sampler::can) {
+            return self.sample_on_host(logits, rows, out);
+        }
+        self.sampler.run(&self.device, &logits.buffer, logits.width, rows, out)
+    }
+
+    fn to_host(&mut self, x: &Tensor) -> Result<Vec<f32>> {
+        match x.format {
+            Format::F32 => {
+                let mut data = vec![0f32; x.elements()];
+                x.buffer.read(0, crate::step::bytes_mut(&mut data))?;
+                Ok(data)
+            }
+            Format::Bf16 => {
+                let mut data = vec![0u16; x.elements()];
+                x.buffer.read(0, crate::step::bytes_mut(&mut data))?;
+                Ok(data.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect())
+            }
+        }
+    }
+}
+
+/// Refuses a residual stream, or what is added to it, of another format or shape.
+fn expect_residual(x: &Tensor, delta: Option<&Tensor>) -> Result<()> {
+    x.expect_f32("the residual stream")?;
+    let Some(delta) = delta else { return Ok(()) };
+    delta.expect_f32("a residual")?;
+    check((delta.rows, delta.width) == (x.rows, x.width), || "a residual of another shape".to_owned())
+}
+
+fn expect_cache(shape: &AttentionShape, cache: &KvCache) -> Result<()> {
+    check(cache.shape == *shape, || format!("{shape:?} is not in the KV cache"))
+}
+
+/// Threads for a row's norm: few where it is narrow.
+fn norm_threads(width: usize) -> u32 {
+    (width.div_ceil(4).next_multiple_of(32) as u32).clamp(32, 512)
+}

@@ -1,0 +1,362 @@
+//! A device's memory and its queue of work: a GPU, or the CPU that emulates one.
+//!
+//! Work is queued on one stream and runs in the order of the calls.
+
+use crate::gpu::Gpu;
+use rudder_ops::{OpError, Result};
+use std::sync::Arc;
+
+/// Every kernel that is launched by name, with the dynamic shared memory that it may ask for.
+pub(crate) const KERNELS: &[(&str, u32)] = &[
+    ("embed", 0),
+    ("rms_norm", 0),
+    ("silu_mul", 0),
+    ("gather", 0),
+    ("pack_rows", 0),
+    ("add_bias", 0),
+    ("matmul_few_8", 0),
+    ("matmul_few_16", 0),
+    ("matmul_few_experts", 0),
+    ("matmul_tiles", MATMUL_TILES_SHARED),
+    ("rope_and_cache", 0),
+    ("attention_combine", 0),
+    ("attention_any", 0),
+    ("attention_decode_64", 0),
+    ("attention_decode_96", 0),
+    ("attention_decode_128", 0),
+    ("attention_decode_256", 0),
+    ("attention_prefill_64", attention_prefill_shared(64)),
+    ("attention_prefill_96", attention_prefill_shared(96)),
+    ("attention_prefill_128", attention_prefill_shared(128)),
+    ("attention_prefill_256", attention_prefill_shared(256)),
+    ("moe_route", 0),
+    ("moe_count", 0),
+    ("moe_offsets", 0),
+    ("moe_sort", 0),
+    ("moe_combine", 0),
+    ("sample", 0),
+];
+
+/// Three stages of two tiles of 128 x 64 bf16.
+pub(crate) const MATMUL_TILES_SHARED: u32 = 3 * 2 * 128 * 64 * 2;
+
+/// Two stages of 64 keys and values, each row padded by 16 bytes.
+pub(crate) const fn attention_prefill_shared(head_dim: u32) -> u32 {
+    2 * 2 * 64 * (head_dim + 8) * 2
+}
+
+/// A device; clones are the same one.
+#[derive(Clone)]
+pub(crate) struct Device(Arc<Kind>);
+
+enum Kind {
+    Gpu(Gpu),
+    #[cfg(feature = "emulate")]
+    Emulated,
+}
+
+/// Memory of a device, zeros at first; given back when dropped.
+pub(crate) struct Buffer {
+    device: Device,
+    address: u64,
+    bytes: usize,
+}
+
+/// Page-locked memory of the host: copies from it to the device run beside other work.
+pub(crate) struct Staging {
+    device: Device,
+    at: *mut u8,
+    bytes: usize,
+    sent: Sent,
+}
+
+/// When a stage's last copy is done.
+enum Sent {
+    Gpu(crate::gpu::Event),
+    #[cfg(feature = "emulate")]
+    Emulated,
+}
+
+// SAFETY: the memory belongs to this value alone, the event's calls bind the context.
+unsafe impl Send for Staging {}
+
+/// A kernel's argument: its bytes, from the lowest on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arg(u64);
+
+/// Where a kernel runs: blocks, and threads in a block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Grid {
+    pub blocks: [u32; 3],
+    pub threads: u32,
+}
+
+impl Device {
+    /// The GPU of this number.
+    pub fn gpu(index: usize) -> Result<Self> {
+        Ok(Self(Arc::new(Kind::Gpu(Gpu::new(index)?))))
+    }
+
+    /// The CPU in a GPU's place.
+    #[cfg(feature = "emulate")]
+    pub fn emulated() -> Self {
+        Self(Arc::new(Kind::Emulated))
+    }
+
+    /// The GPU, unless it is emulated.
+    pub fn as_gpu(&self) -> Option<&Gpu> {
+        match &*self.0 {
+            Kind::Gpu(gpu) => Some(gpu),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => None,
+        }
+    }
+
+    /// Allocates zeros.
+    pub fn buffer(&self, bytes: usize) -> Result<Buffer> {
+        let bytes = bytes.max(1);
+        let address = match &*self.0 {
+            Kind::Gpu(gpu) => gpu.allocate(bytes)?,
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => crate::emulated::allocate(bytes)?,
+        };
+        Ok(Buffer { device: self.clone(), address, bytes })
+    }
+
+    /// Queues a kernel. `args` must be what the kernel's source asks for, in its order.
+    pub fn launch(&self, kernel: &'static str, grid: Grid, shared: u32, args: &[Arg]) -> Result<()> {
+        // A grid without blocks is an error to the driver, and nothing to do.
+        if grid.blocks.contains(&0) {
+            return Ok(());
+        }
+        match &*self.0 {
+            Kind::Gpu(gpu) => gpu.launch(kernel, grid, shared, args),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => crate::emulated::launch(kernel, grid, shared, args),
+        }
+    }
+
+    /// Bytes of memory that are free, and all; emulated, those of a small GPU whatever was allocated.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        match &*self.0 {
+            Kind::Gpu(gpu) => gpu.memory().map(|(free, total)| (free as u64, total as u64)),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => Ok((1 << 20, 2 << 20)),
+        }
+    }
+
+    /// Waits until all that was queued is done.
+    pub fn synchronize(&self) -> Result<()> {
+        match &*self.0 {
+            Kind::Gpu(gpu) => gpu.synchronize(),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => Ok(()),
+        }
+    }
+}
+
+impl Buffer {
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn check(&self, offset: usize, len: usize) -> Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.bytes => Ok(()),
+            _ => {
+                let all = self.bytes;
+                Err(OpError::Backend(format!("{len} bytes at {offset} lie outside a buffer of {all}")))
+            }
+        }
+    }
+
+    /// Queues a copy of `data` to `offset`; `data` may change once this returns.
+    pub fn write(&self, offset: usize, data: &[u8]) -> Result<()> {
+        self.check(offset, data.len())?;
+        match &*self.device.0 {
+            Kind::Gpu(gpu) => gpu.write(self.address + offset as u64, data),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => {
+                crate::emulated::write(self.address + offset as u64, data);
+                Ok(())
+            }
+        }
+    }
+
+    /// Copies what lies at `offset` when all that was queued before is done.
+    pub fn read(&self, offset: usize, data: &mut [u8]) -> Result<()> {
+        self.check(offset, data.len())?;
+        match &*self.device.0 {
+            Kind::Gpu(gpu) => gpu.read(self.address + offset as u64, data),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => {
+                crate::emulated::read(self.address + offset as u64, data);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        match &*self.device.0 {
+            Kind::Gpu(gpu) => gpu.free(self.address),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => crate::emulated::free(self.address, self.bytes),
+        }
+    }
+}
+
+impl Staging {
+    /// Allocates a stage.
+    pub fn new(device: &Device, bytes: usize) -> Result<Self> {
+        let (at, sent) = match &*device.0 {
+            Kind::Gpu(gpu) => (gpu.allocate_host(bytes)?, Sent::Gpu(gpu.event()?)),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => (Box::into_raw(vec![0u8; bytes].into_boxed_slice()).cast(), Sent::Emulated),
+        };
+        Ok(Self { device: device.clone(), at, bytes, sent })
+    }
+
+    /// Its memory, once what was sent last has left it.
+    pub fn memory(&mut self) -> Result<&mut [u8]> {
+        match (&*self.device.0, &self.sent) {
+            (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.wait(event)?,
+            #[cfg(feature = "emulate")]
+            _ => {}
+        }
+        // SAFETY: `bytes` initialised bytes that belong to this value; no copy from them is under way.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) })
+    }
+
+    /// Queues the copy of the first `len` bytes to `offset` of `to`.
+    pub fn send(&mut self, len: usize, to: &Buffer, offset: usize) -> Result<()> {
+        to.check(offset, len)?;
+        assert!(len <= self.bytes, "a stage of {} bytes holds no {len}", self.bytes);
+        // SAFETY: within the stage's own memory, which is not written before the copy is done (`memory` waits).
+        let data = unsafe { std::slice::from_raw_parts(self.at, len) };
+        to.write(offset, data)?;
+        match (&*self.device.0, &self.sent) {
+            (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.record(event),
+            #[cfg(feature = "emulate")]
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        match (&*self.device.0, &self.sent) {
+            (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.free_host(self.at, event),
+            #[cfg(feature = "emulate")]
+            // SAFETY: the boxed slice that `new` made.
+            _ => drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(self.at, self.bytes)) }),
+        }
+    }
+}
+
+impl Grid {
+    /// `blocks` blocks in a row.
+    pub fn new(blocks: usize, threads: u32) -> Self {
+        Self::of([blocks, 1, 1], threads)
+    }
+
+    pub fn of(blocks: [usize; 3], threads: u32) -> Self {
+        Self { blocks: blocks.map(|n| u32::try_from(n).unwrap_or(u32::MAX)), threads }
+    }
+
+    /// A thread an element, 256 to a block.
+    pub fn elements(n: usize) -> Self {
+        Self::new(n.div_ceil(256), 256)
+    }
+}
+
+impl Arg {
+    /// The pointer that a kernel takes for "not given".
+    pub const NULL: Arg = Arg(0);
+
+    /// `offset` bytes into a buffer.
+    pub fn at(buffer: &Buffer, offset: usize) -> Self {
+        Self(buffer.address + offset as u64)
+    }
+
+    /// The argument's bytes as a number: of a pointer, its address.
+    pub(crate) fn value(self) -> u64 {
+        self.0
+    }
+
+    pub(crate) fn bits(&self) -> *mut std::ffi::c_void {
+        std::ptr::from_ref(&self.0).cast_mut().cast()
+    }
+}
+
+impl From<&Buffer> for Arg {
+    fn from(buffer: &Buffer) -> Self {
+        Self(buffer.address)
+    }
+}
+
+/// A size or count: the kernels' `int` and `long long` both read it from the lower bytes.
+impl From<usize> for Arg {
+    fn from(n: usize) -> Self {
+        Self(n as u64)
+    }
+}
+
+impl From<bool> for Arg {
+    fn from(holds: bool) -> Self {
+        Self(u64::from(holds))
+    }
+}
+
+impl From<f32> for Arg {
+    fn from(x: f32) -> Self {
+        Self(u64::from(x.to_bits()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_memory_fits_a_multiprocessor_of_hopper() {
+        assert!(KERNELS.iter().all(|(_, shared)| *shared <= 227 * 1024));
+    }
+
+    #[test]
+    fn arguments_lie_in_their_lowest_bytes() {
+        let arg = Arg::from(1.5f32);
+        // SAFETY: reads the first four of eight bytes.
+        assert_eq!(unsafe { *arg.bits().cast::<f32>() }, 1.5);
+        let arg = Arg::from(7usize);
+        // SAFETY: as above.
+        assert_eq!(unsafe { *arg.bits().cast::<i32>() }, 7);
+    }
+
+    #[cfg(feature = "emulate")]
+    #[test]
+    fn every_kernel_that_is_launched_exists() {
+        for (name, _) in KERNELS {
+            assert!(crate::emulated::exists(name), "{name}");
+        }
+    }
+
+    #[cfg(feature = "emulate")]
+    #[test]
+    fn buffers_are_zero_and_refuse_what_lies_outside() -> Result<()> {
+        let buffer = Device::emulated().buffer(5000)?;
+        let mut data = vec![1; 5000];
+        buffer.read(0, &mut data)?;
+        assert!(data.iter().all(|&b| b == 0));
+        buffer.write(4990, &[7; 10])?;
+        assert!(buffer.write(4991, &[7; 10]).is_err() && buffer.read(usize::MAX, &mut data).is_err());
+        buffer.read(0, &mut data)?;
+        assert_eq!((data[4989], data[4999]), (0, 7));
+        Ok(())
+    }
+}

@@ -1,0 +1,89 @@
+//! The CPU in a GPU's place: kernels compiled as C++, memory with a page behind it that faults.
+
+use crate::device::{Arg, Grid, KERNELS};
+use rudder_ops::{OpError, Result};
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::sync::{Mutex, PoisonError};
+
+unsafe extern "C" {
+    fn rudder_emulate(
+        name: *const c_char,
+        grid: *const u32,
+        block: *const u32,
+        shared: u32,
+        arguments: *mut *mut c_void,
+        count: u32,
+    ) -> c_int;
+}
+
+/// The emulator's blocks and threads are globals: one kernel at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Whether there is a kernel of this name.
+#[cfg(test)]
+pub fn exists(name: &str) -> bool {
+    let name = CString::new(name).expect("a kernel's name");
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: without a grid nothing is run.
+    unsafe {
+        rudder_emulate(name.as_ptr(), std::ptr::null(), std::ptr::null(), 0, std::ptr::null_mut(), 0) == 0
+    }
+}
+
+pub fn launch(kernel: &str, grid: Grid, shared: u32, args: &[Arg]) -> Result<()> {
+    let declared = KERNELS.iter().find(|(name, _)| *name == kernel).map(|(_, shared)| *shared);
+    // What a GPU gives without being asked for more.
+    if declared.is_none_or(|most| shared > most.max(48 * 1024)) {
+        return Err(OpError::Backend(format!("kernel {kernel} is not declared to use {shared} bytes")));
+    }
+    let name = CString::new(kernel).expect("a kernel's name");
+    let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::bits).collect();
+    let block = [grid.threads, 1, 1];
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: the arguments are the kernel's own (the parity tests' concern); reads outside of buffers fault.
+    let status = unsafe {
+        let (blocks, count) = (grid.blocks.as_ptr(), pointers.len() as u32);
+        rudder_emulate(name.as_ptr(), blocks, block.as_ptr(), shared, pointers.as_mut_ptr(), count)
+    };
+    if status == 0 { Ok(()) } else { Err(OpError::Backend(format!("there is no kernel {kernel}"))) }
+}
+
+/// Bytes of the mapping behind `bytes`: whole pages and one that nothing may touch.
+fn mapping(bytes: usize) -> Option<(usize, usize)> {
+    // SAFETY: asks for a constant.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+    let inside = bytes.checked_next_multiple_of(16)?.checked_next_multiple_of(page)?;
+    Some((inside, inside.checked_add(page)?))
+}
+
+/// The buffer ends, but for rounding to 16 bytes, where the page that faults begins.
+pub fn allocate(bytes: usize) -> Result<u64> {
+    let refused = || OpError::Backend(format!("no memory for {bytes} bytes"));
+    let (inside, all) = mapping(bytes).filter(|(_, all)| *all < 1 << 40).ok_or_else(refused)?;
+    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping, touched by nobody else.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), all, access, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        return Err(refused());
+    }
+    // SAFETY: the last page of the mapping just made.
+    unsafe { libc::mprotect(at.byte_add(inside), all - inside, libc::PROT_NONE) };
+    Ok(at as u64 + (inside - bytes.next_multiple_of(16)) as u64)
+}
+
+pub fn free(address: u64, bytes: usize) {
+    let Some((inside, all)) = mapping(bytes) else { return };
+    let start = address - (inside - bytes.next_multiple_of(16)) as u64;
+    // SAFETY: the mapping that `allocate` made for so many bytes.
+    unsafe { libc::munmap(start as *mut c_void, all) };
+}
+
+pub fn write(address: u64, data: &[u8]) {
+    // SAFETY: the caller checked that the bytes lie in a buffer.
+    unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), address as *mut u8, data.len()) };
+}
+
+pub fn read(address: u64, data: &mut [u8]) {
+    // SAFETY: the caller checked that the bytes lie in a buffer.
+    unsafe { std::ptr::copy_nonoverlapping(address as *const u8, data.as_mut_ptr(), data.len()) };
+}

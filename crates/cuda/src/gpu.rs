@@ -1,0 +1,197 @@
+//! A GPU through CUDA's driver: context, stream, memory, kernels by name.
+
+use crate::device::{Arg, Grid, KERNELS};
+use crate::kernels::IMAGES;
+use crate::probe::probe;
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+use rudder_ops::{OpError, Result};
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+
+/// One GPU with the kernels loaded.
+pub(crate) struct Gpu {
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    functions: HashMap<&'static str, sys::CUfunction>,
+}
+
+/// A point in the queue of work.
+pub(crate) struct Event(sys::CUevent);
+
+// SAFETY: the driver may be called from any thread once that thread has the context, which every call here sees to.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; the driver synchronises its own state.
+unsafe impl Sync for Gpu {}
+
+/// Says what failed, and how the driver words it.
+fn failed(what: &str) -> impl Fn(DriverError) -> OpError + '_ {
+    move |e| OpError::Backend(format!("{what}: {e}"))
+}
+
+impl Gpu {
+    pub fn new(index: usize) -> Result<Self> {
+        let gpus = probe().map_err(|reason| OpError::Backend(reason.to_string()))?;
+        let gpu = gpus.get(index).filter(|gpu| gpu.supported()).ok_or_else(|| {
+            OpError::Backend(format!("cuda:{index} does not exist, or is older than the kernels support"))
+        })?;
+        let what = gpu.to_string();
+        let device = result::device::get(index as i32).map_err(failed(&what))?;
+        // SAFETY: the device exists; its primary context lives until the process ends.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed(&what))?;
+        // SAFETY: just retained.
+        unsafe { result::ctx::set_current(context) }.map_err(failed(&what))?;
+        let stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed(&what))?;
+        let functions = load().map_err(failed("the embedded kernels cannot be loaded"))?;
+        if let Some((name, _)) = KERNELS.iter().find(|(name, _)| !functions.contains_key(name)) {
+            return Err(OpError::Backend(format!("kernel {name} is in none of the embedded images")));
+        }
+        Ok(Self { context, stream, functions })
+    }
+
+    /// The stream that all work is queued on.
+    pub fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Makes the context this thread's.
+    pub fn bind(&self) -> Result<()> {
+        // SAFETY: the context lives as long as the process.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("the GPU's context cannot be set"))
+    }
+
+    pub fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.bind()?;
+        let failed = |e| OpError::Backend(format!("no GPU memory for {bytes} bytes: {e}"));
+        // SAFETY: the memory is set to zeros before anybody reads it; both calls are ordered before later work, because the
+        // null stream's memset is waited for.
+        unsafe {
+            let address = result::malloc_sync(bytes).map_err(failed)?;
+            result::memset_d8_sync(address, 0, bytes).map_err(failed)?;
+            result::ctx::synchronize().map_err(failed)?;
+            Ok(address)
+        }
+    }
+
+    pub fn free(&self, address: u64) {
+        let freed = self.synchronize().and_then(|()| {
+            // SAFETY: freed once, by the buffer that owns it; work that uses it was waited for.
+            unsafe { result::free_sync(address) }.map_err(failed("GPU memory cannot be freed"))
+        });
+        if let Err(e) = freed {
+            tracing::warn!("{e}");
+        }
+    }
+
+    /// Page-locked memory of the host, zeros at first.
+    pub fn allocate_host(&self, bytes: usize) -> Result<*mut u8> {
+        self.bind()?;
+        let failed = |e| OpError::Backend(format!("no page-locked memory for {bytes} bytes: {e}"));
+        // SAFETY: the memory is set to zeros before anybody sees it.
+        unsafe {
+            let at = result::malloc_host(bytes, 0).map_err(failed)?.cast::<u8>();
+            at.write_bytes(0, bytes);
+            Ok(at)
+        }
+    }
+
+    /// Gives back a stage: its memory and its event, once the copies from it are done.
+    pub fn free_host(&self, at: *mut u8, event: &Event) {
+        let freed = self.synchronize().and_then(|()| {
+            // SAFETY: freed once, by the stage that owns both; copies from it were waited for.
+            let freed = unsafe { result::free_host(at.cast()).and(result::event::destroy(event.0)) };
+            freed.map_err(failed("page-locked memory cannot be freed"))
+        });
+        if let Err(e) = freed {
+            tracing::warn!("{e}");
+        }
+    }
+
+    /// An event; until it is recorded it counts as come.
+    pub fn event(&self) -> Result<Event> {
+        self.bind()?;
+        let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING;
+        result::event::create(flags).map(Event).map_err(failed("no event"))
+    }
+
+    /// Queues an event's coming.
+    pub fn record(&self, event: &Event) -> Result<()> {
+        self.bind()?;
+        // SAFETY: both live as long as their owners.
+        unsafe { result::event::record(event.0, self.stream) }.map_err(failed("an event cannot be recorded"))
+    }
+
+    /// Waits until an event has come.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the event lives as long as its owner.
+        unsafe { result::event::synchronize(event.0) }.map_err(failed("work on the GPU failed"))
+    }
+
+    pub fn write(&self, address: u64, data: &[u8]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller checked the range; pageable memory is taken over before the call returns, page-locked memory is
+        // a stage's, which waits before it is written again.
+        unsafe { result::memcpy_htod_async(address, data, self.stream) }.map_err(failed("copy to the GPU"))
+    }
+
+    pub fn read(&self, address: u64, data: &mut [u8]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller checked the range; the stream is waited for before `data` is looked at.
+        unsafe { result::memcpy_dtoh_async(data, address, self.stream) }
+            .map_err(failed("copy from the GPU"))?;
+        self.synchronize()
+    }
+
+    pub fn launch(&self, kernel: &'static str, grid: Grid, shared: u32, args: &[Arg]) -> Result<()> {
+        self.bind()?;
+        let Some(&function) = self.functions.get(kernel) else {
+            return Err(OpError::Backend(format!("there is no kernel {kernel}")));
+        };
+        let mut pointers: [*mut c_void; 24] = [std::ptr::null_mut(); 24];
+        for (pointer, arg) in pointers.iter_mut().zip(args) {
+            *pointer = arg.bits();
+        }
+        let [x, y, z] = grid.blocks;
+        // SAFETY: the arguments are the kernel's own, which the parity tests and the emulator check.
+        unsafe {
+            let pointers = &mut pointers[..args.len()];
+            result::launch_kernel(function, (x, y, z), (grid.threads, 1, 1), shared, self.stream, pointers)
+        }
+        .map_err(|e| OpError::Backend(format!("kernel {kernel} with {grid:?}: {e}")))
+    }
+
+    pub fn synchronize(&self) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as this.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("work on the GPU failed"))
+    }
+
+    /// Bytes of GPU memory that are free, and all.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.bind()?;
+        result::mem_get_info().map_err(failed("the GPU's memory is unknown"))
+    }
+}
+
+/// Loads every image, finds every kernel, and lets those that need it use more shared memory than the usual 48 KiB.
+fn load() -> std::result::Result<HashMap<&'static str, sys::CUfunction>, DriverError> {
+    let mut functions = HashMap::new();
+    for image in IMAGES {
+        // SAFETY: a fat binary that nvcc made; modules are never unloaded.
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }?;
+        for &(name, shared) in KERNELS {
+            let c_name = CString::new(name).expect("a kernel's name");
+            // SAFETY: the module was just loaded.
+            let Ok(function) = (unsafe { result::module::get_function(module, c_name) }) else { continue };
+            if shared > 0 {
+                let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: the function was just found.
+                unsafe { result::function::set_function_attribute(function, most, shared as i32) }?;
+            }
+            functions.insert(name, function);
+        }
+    }
+    Ok(functions)
+}

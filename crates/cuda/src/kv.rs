@@ -1,0 +1,301 @@
+//! Keys and values on a device, and attention over them.
+//!
+//! Keys and values of a layer are arrays `[blocks, kv_heads, BLOCK_SIZE, head_dim]` of bf16; the layers of each lie one after
+//! another.
+
+use crate::device::{Arg, Buffer, Device, Grid, attention_prefill_shared};
+use crate::matmul::Vector;
+use crate::step::{HEAD_DIMS, List, SPLIT, Step};
+use crate::tensor::{Format, Tensor, check};
+use rudder_ops::{AttentionShape, BLOCK_SIZE, OpError, QkNorm, Result, Rope, RopePairing};
+
+/// What parts of split contexts may take before rows are done in turns.
+const PARTS: usize = 64 << 20;
+/// The largest head that `attention_any` takes; `MOST_DIM` in attention.cu.
+const MOST_DIM: usize = 512;
+
+/// The paged keys and values of all layers.
+pub struct KvCache {
+    keys: Buffer,
+    values: Buffer,
+    pub(crate) shape: AttentionShape,
+    layers: usize,
+    blocks: usize,
+}
+
+/// Bytes of one block's keys, or of its values, in one layer.
+pub(crate) fn half_block(shape: &AttentionShape) -> usize {
+    2 * BLOCK_SIZE * shape.kv_heads * shape.head_dim
+}
+
+impl KvCache {
+    pub(crate) fn new(device: &Device, layers: usize, shape: &AttentionShape, blocks: usize) -> Result<Self> {
+        let grouped = shape.kv_heads > 0 && shape.heads.is_multiple_of(shape.kv_heads);
+        check(grouped, || format!("{} query heads cannot share {} key heads", shape.heads, shape.kv_heads))?;
+        check(shape.head_dim <= MOST_DIM && shape.head_dim.is_multiple_of(2), || {
+            format!("heads of {}; the kernels take even sizes up to {MOST_DIM}", shape.head_dim)
+        })?;
+        let bytes = layers.checked_mul(blocks).and_then(|n| n.checked_mul(half_block(shape)));
+        let bytes = bytes.ok_or_else(|| {
+            OpError::Backend(format!("no memory for {blocks} KV blocks of {layers} layers"))
+        })?;
+        let (keys, values) = (device.buffer(bytes)?, device.buffer(bytes)?);
+        Ok(Self { keys, values, shape: *shape, layers, blocks })
+    }
+
+    fn layer(&self, layer: usize) -> [Arg; 2] {
+        let offset = layer * self.blocks * half_block(&self.shape);
+        [&self.keys, &self.values].map(|buffer| Arg::at(buffer, offset))
+    }
+
+    /// Where each layer's part of a block lies: buffer, offset and range of the block's bytes.
+    fn parts(&self, block: u32, bytes: usize) -> Result<impl Iterator<Item = (&Buffer, usize, usize)> + '_> {
+        let (half, block) = (half_block(&self.shape), block as usize);
+        check(block < self.blocks, || format!("KV block {block} of {}", self.blocks))?;
+        check(bytes == 2 * half * self.layers, || {
+            format!("{bytes} bytes for a KV block of {}", 2 * half * self.layers)
+        })?;
+        Ok((0..2 * self.layers).map(move |i| {
+            let buffer = if i % 2 == 0 { &self.keys } else { &self.values };
+            (buffer, (i / 2 * self.blocks + block) * half, i * half)
+        }))
+    }
+
+    /// Copies a block of all layers to the host: keys, then values, layer by layer.
+    pub(crate) fn read_block(&self, block: u32, out: &mut [u8]) -> Result<()> {
+        let half = half_block(&self.shape);
+        for (buffer, offset, at) in self.parts(block, out.len())? {
+            buffer.read(offset, &mut out[at..at + half])?;
+        }
+        Ok(())
+    }
+
+    /// The way back.
+    pub(crate) fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()> {
+        let half = half_block(&self.shape);
+        for (buffer, offset, at) in self.parts(block, bytes.len())? {
+            buffer.write(offset, &bytes[at..at + half])?;
+        }
+        Ok(())
+    }
+
+    /// Checks what the two ops on the cache need.
+    fn check(&self, qkv: &Tensor, shape: &AttentionShape, layer: usize, step: &Step) -> Result<()> {
+        check(self.shape == *shape && layer < self.layers, || {
+            format!("layer {layer} with {shape:?} is not in the KV cache")
+        })?;
+        check(step.blocks <= self.blocks, || {
+            format!("the batch uses KV block {}, the cache has {}", step.blocks - 1, self.blocks)
+        })?;
+        qkv.expect_f32("q, k and v")?;
+        check(qkv.width == shape.qkv_width() && qkv.rows == step.rows, || {
+            format!("q, k and v are [{}, {}], not as the batch and {shape:?} say", qkv.rows, qkv.width)
+        })
+    }
+}
+
+/// Rotations, as the kernel reads them.
+pub(crate) struct Rotations {
+    inv_freq: Buffer,
+    len: usize,
+    pairing: RopePairing,
+}
+
+impl Rotations {
+    pub fn new(device: &Device, rope: &Rope) -> Result<Self> {
+        let inv_freq = device.buffer(4 * rope.inv_freq.len())?;
+        inv_freq.write(0, crate::step::bytes(&rope.inv_freq))?;
+        device.synchronize()?;
+        Ok(Self { inv_freq, len: rope.inv_freq.len(), pairing: rope.pairing })
+    }
+
+    /// Normalises and rotates queries and keys in place; writes keys and values to their slots.
+    pub fn apply(
+        &self,
+        device: &Device,
+        step: &Step,
+        qkv: &mut Tensor,
+        norm: Option<QkNorm<'_, Vector>>,
+        layer: usize,
+        cache: &mut KvCache,
+    ) -> Result<()> {
+        let shape = cache.shape;
+        cache.check(qkv, &shape, layer, step)?;
+        let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        check(2 * self.len == head_dim, || format!("{} frequencies for heads of {head_dim}", self.len))?;
+        check(norm.as_ref().is_none_or(|n| n.q.len == head_dim && n.k.len == head_dim), || {
+            "a query or key norm of another length than a head".to_owned()
+        })?;
+        let [keys, values] = cache.layer(layer);
+        let (q_norm, k_norm, eps) = match &norm {
+            Some(n) => ((&n.q.buffer).into(), (&n.k.buffer).into(), n.eps),
+            None => (Arg::NULL, Arg::NULL, 0.0),
+        };
+        let args = [
+            (&*qkv).into(),
+            step.arg(List::Positions),
+            step.arg(List::Slots),
+            (&self.inv_freq).into(),
+            (self.pairing == RopePairing::Interleaved).into(),
+            q_norm,
+            k_norm,
+            eps.into(),
+            keys,
+            values,
+            heads.into(),
+            kv_heads.into(),
+            head_dim.into(),
+        ];
+        let grid = Grid::of([step.rows, (heads + 2 * kv_heads).div_ceil(4), 1], 128);
+        device.launch("rope_and_cache", grid, 0, &args)
+    }
+}
+
+/// Where parts of split contexts meet, allocated with the cache.
+pub(crate) struct Parts {
+    sums: Buffer,
+    outputs: Buffer,
+    /// (head, split) pairs that they have room for.
+    room: usize,
+}
+
+impl Parts {
+    /// For contexts of up to `context` tokens, a row at a time at least.
+    pub fn new(device: &Device, shape: &AttentionShape, context: usize) -> Result<Self> {
+        let one = shape.heads * context.div_ceil(SPLIT);
+        let room = one.max(PARTS / (4 * shape.head_dim));
+        let (sums, outputs) = (device.buffer(8 * room)?, device.buffer(4 * room * shape.head_dim)?);
+        Ok(Self { sums, outputs, room })
+    }
+}
+
+/// Causal attention of the step's rows, `out` in bf16.
+pub(crate) fn attention(
+    device: &Device,
+    step: &Step,
+    parts: &Parts,
+    qkv: &Tensor,
+    layer: usize,
+    cache: &KvCache,
+    out: &mut Tensor,
+) -> Result<()> {
+    let shape = cache.shape;
+    cache.check(qkv, &shape, layer, step)?;
+    out.set(qkv.rows, shape.out_width(), Format::Bf16)?;
+    let call = Call { device, step, parts, qkv, kv: cache.layer(layer), out, shape };
+    match kernels(shape.head_dim) {
+        Some((decode, prefill)) => {
+            call.prefill(prefill)?;
+            call.decode(decode)
+        }
+        None => call.any(),
+    }
+}
+
+/// The kernels for decode and for prefill of heads of this size.
+fn kernels(head_dim: usize) -> Option<(&'static str, &'static str)> {
+    let at = HEAD_DIMS.iter().position(|&dim| dim == head_dim)?;
+    let decode =
+        ["attention_decode_64", "attention_decode_96", "attention_decode_128", "attention_decode_256"];
+    let prefill =
+        ["attention_prefill_64", "attention_prefill_96", "attention_prefill_128", "attention_prefill_256"];
+    Some((decode[at], prefill[at]))
+}
+
+/// One call of attention.
+struct Call<'a> {
+    device: &'a Device,
+    step: &'a Step,
+    parts: &'a Parts,
+    qkv: &'a Tensor,
+    kv: [Arg; 2],
+    out: &'a Tensor,
+    shape: AttentionShape,
+}
+
+impl Call<'_> {
+    fn prefill(&self, kernel: &'static str) -> Result<()> {
+        let AttentionShape { heads, kv_heads, head_dim, scale } = self.shape;
+        let args = [
+            self.qkv.into(),
+            self.kv[0],
+            self.kv[1],
+            self.step.arg(List::Tiles),
+            self.step.arg(List::Tables),
+            self.out.into(),
+            heads.into(),
+            kv_heads.into(),
+            scale.into(),
+        ];
+        let grid = Grid::of([kv_heads, self.step.len(List::Tiles) / 4, 1], 128);
+        self.device.launch(kernel, grid, attention_prefill_shared(head_dim as u32), &args)
+    }
+
+    /// As many rows at a time as there is room for the parts of.
+    fn decode(&self, kernel: &'static str) -> Result<()> {
+        let AttentionShape { heads, kv_heads, head_dim, scale } = self.shape;
+        let (rows, splits) = (self.step.len(List::Alone), self.step.splits);
+        let most = if splits == 1 { rows } else { self.parts.room / (heads * splits) };
+        check(most > 0 || rows == 0, || {
+            format!("a context of {splits} x {SPLIT} tokens is longer than rope was loaded for")
+        })?;
+        let groups = kv_heads * (heads / kv_heads).div_ceil(16);
+        for first in (0..rows).step_by(most.max(1)) {
+            let rows = most.min(rows - first);
+            let args = [
+                self.qkv.into(),
+                self.kv[0],
+                self.kv[1],
+                self.step.arg_from(List::Alone, first),
+                self.step.arg(List::Tables),
+                self.step.arg(List::RowTables),
+                self.step.arg(List::RowContexts),
+                self.out.into(),
+                (&self.parts.outputs).into(),
+                (&self.parts.sums).into(),
+                heads.into(),
+                kv_heads.into(),
+                scale.into(),
+            ];
+            self.device.launch(kernel, Grid::of([splits, groups, rows], 128), 0, &args)?;
+            if splits > 1 {
+                self.combine(first, rows, head_dim)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn combine(&self, first: usize, rows: usize, head_dim: usize) -> Result<()> {
+        let args = [
+            self.step.arg_from(List::Alone, first),
+            self.step.arg(List::RowContexts),
+            self.out.into(),
+            (&self.parts.outputs).into(),
+            (&self.parts.sums).into(),
+            self.shape.heads.into(),
+            head_dim.into(),
+            self.step.splits.into(),
+        ];
+        self.device.launch("attention_combine", Grid::of([self.shape.heads, rows, 1], 128), 0, &args)
+    }
+
+    fn any(&self) -> Result<()> {
+        let AttentionShape { heads, kv_heads, head_dim, scale } = self.shape;
+        let args = [
+            self.qkv.into(),
+            self.kv[0],
+            self.kv[1],
+            self.step.arg(List::Alone),
+            self.step.arg(List::Tables),
+            self.step.arg(List::RowTables),
+            self.step.arg(List::RowContexts),
+            self.out.into(),
+            heads.into(),
+            kv_heads.into(),
+            head_dim.into(),
+            scale.into(),
+        ];
+        let grid = Grid::of([heads, self.step.len(List::Alone), 1], 128);
+        self.device.launch("attention_any", grid, 0, &args)
+    }
+}

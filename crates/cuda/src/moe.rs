@@ -1,0 +1,173 @@
+//! A mixture of experts: few rows pair by pair, many rows sorted by expert.
+
+use crate::device::{Arg, Buffer, Device, Grid, MATMUL_TILES_SHARED};
+use crate::matmul::{Multiplier, TILE, padded};
+use crate::sample::room;
+use crate::tensor::{Format, Tensor, check};
+use rudder_ops::Result;
+
+/// Most experts of a layer; `MOST_EXPERTS` in moe.cu.
+pub(crate) const MOST_EXPERTS: usize = 512;
+/// (row, expert) pairs that a block of the sort takes; `CHUNK` in moe.cu.
+const CHUNK: usize = 256;
+/// Up to so many pairs each reads its expert's weights for itself: sorting would cost more than it saves.
+const FEW_PAIRS: usize = 64;
+
+/// One layer's experts in bf16, rows padded as a [`crate::matmul::Matrix`]'s.
+pub struct Experts {
+    /// `[experts, 2 * intermediate, hidden]`: gate, then up.
+    pub(crate) gate_up: Buffer,
+    /// `[experts, hidden, intermediate]`.
+    pub(crate) down: Buffer,
+    pub(crate) experts: usize,
+    pub(crate) hidden: usize,
+    pub(crate) intermediate: usize,
+}
+
+/// What lies between the op's kernels; grows to the largest step and stays.
+#[derive(Default)]
+pub(crate) struct Buffers {
+    /// Experts chosen, a pair each.
+    chosen: Option<Buffer>,
+    /// Their weights.
+    weights: Option<Buffer>,
+    /// Pairs of each expert in each chunk, then where they begin.
+    counts: Option<Buffer>,
+    groups: Option<Buffer>,
+    sorted: Option<Buffer>,
+    places: Option<Buffer>,
+    /// Gates and ups, f32.
+    gate_up: Option<Buffer>,
+    /// Gated, bf16, padded.
+    gated: Option<Buffer>,
+    /// What each pair's expert made, f32.
+    made: Option<Buffer>,
+}
+
+/// The sorted order of a step's pairs.
+struct Order {
+    groups: Arg,
+    /// Groups that there may be.
+    most: usize,
+    sorted: Arg,
+    places: Arg,
+}
+
+/// What one call works with.
+pub(crate) struct Moe<'a> {
+    pub device: &'a Device,
+    pub multiplier: &'a mut Multiplier,
+    pub buffers: &'a mut Buffers,
+    pub experts: &'a Experts,
+    pub top_k: usize,
+}
+
+impl Moe<'_> {
+    pub fn run(
+        &mut self,
+        x: &Tensor,
+        router_logits: &Tensor,
+        renormalise: bool,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let (experts, top_k) = (self.experts, self.top_k);
+        let (rows, count, hidden) = (x.rows, experts.experts, experts.hidden);
+        router_logits.expect_f32("the router's logits")?;
+        check(x.width == hidden && router_logits.width == count && router_logits.rows == rows, || {
+            format!("{count} experts of width {hidden} for other inputs")
+        })?;
+        check((1..=count).contains(&top_k), || format!("{top_k} of {count} experts"))?;
+        out.set(rows, hidden, Format::F32)?;
+        let pairs = rows * top_k;
+        let chosen: Arg = room(&mut self.buffers.chosen, self.device, 4 * pairs)?.into();
+        let weights: Arg = room(&mut self.buffers.weights, self.device, 4 * pairs)?.into();
+        let args = [
+            router_logits.into(),
+            rows.into(),
+            count.into(),
+            top_k.into(),
+            renormalise.into(),
+            chosen,
+            weights,
+        ];
+        self.device.launch("moe_route", Grid::new(rows.div_ceil(4), 128), 0, &args)?;
+        let x = self.multiplier.pack(x)?.data;
+        let order = if pairs <= FEW_PAIRS { None } else { Some(self.sort(chosen, pairs)?) };
+        let made = self.multiply(x, pairs, chosen, order.as_ref())?;
+        let places = order.map_or(Arg::NULL, |order| order.places);
+        let args = [made, places, weights, top_k.into(), (&*out).into(), hidden.into()];
+        self.device.launch("moe_combine", Grid::new(rows, 256), 0, &args)
+    }
+
+    /// Sorts pairs by expert, in tiles of one expert each.
+    fn sort(&mut self, chosen: Arg, pairs: usize) -> Result<Order> {
+        let (device, experts) = (self.device, self.experts.experts);
+        let chunks = pairs.div_ceil(CHUNK);
+        // Every expert may end with a group that is not full.
+        let most = pairs / TILE + experts.min(pairs);
+        let counts: Arg = room(&mut self.buffers.counts, device, 4 * chunks * experts)?.into();
+        let groups: Arg = room(&mut self.buffers.groups, device, 16 * most)?.into();
+        let sorted: Arg = room(&mut self.buffers.sorted, device, 4 * pairs)?.into();
+        let places: Arg = room(&mut self.buffers.places, device, 4 * pairs)?.into();
+        let args = [chosen, pairs.into(), experts.into(), counts];
+        device.launch("moe_count", Grid::new(chunks, CHUNK as u32), 0, &args)?;
+        let args = [counts, chunks.into(), experts.into(), groups, most.into()];
+        device.launch("moe_offsets", Grid::new(1, MOST_EXPERTS as u32), 0, &args)?;
+        let args = [chosen, pairs.into(), experts.into(), counts, sorted, places];
+        device.launch("moe_sort", Grid::new(chunks, CHUNK as u32), 0, &args)?;
+        Ok(Order { groups, most, sorted, places })
+    }
+
+    /// Every pair's gated MLP, in sorted order where there is one.
+    fn multiply(&mut self, x: Arg, pairs: usize, chosen: Arg, order: Option<&Order>) -> Result<Arg> {
+        let (device, experts) = (self.device, self.experts);
+        let (hidden, intermediate) = (experts.hidden, experts.intermediate);
+        let gate_up: Arg = room(&mut self.buffers.gate_up, device, 8 * pairs * intermediate)?.into();
+        let gated: Arg = room(&mut self.buffers.gated, device, 2 * pairs * padded(intermediate))?.into();
+        let made: Arg = room(&mut self.buffers.made, device, 4 * pairs * hidden)?.into();
+        let product = Product { device, pairs, chosen, order };
+        // The pairs of a row share its activations.
+        product.run(x, Some(self.top_k), &experts.gate_up, [2 * intermediate, hidden], gate_up)?;
+        let (width, elements) = (padded(intermediate), pairs * padded(intermediate));
+        let args = [gate_up, true.into(), gated, intermediate.into(), width.into(), elements.into()];
+        device.launch("silu_mul", Grid::elements(elements), 0, &args)?;
+        product.run(gated, None, &experts.down, [hidden, intermediate], made)?;
+        Ok(made)
+    }
+}
+
+/// Products of each pair's activations with its expert's matrix.
+struct Product<'a> {
+    device: &'a Device,
+    pairs: usize,
+    chosen: Arg,
+    order: Option<&'a Order>,
+}
+
+impl Product<'_> {
+    /// `out[pair] = x[pair] * w[expert of pair]^T`, pairs in sorted order where there is one. `shared_by`: `x` has a row for so
+    /// many consecutive pairs, in the order of rows; else one a pair, in the order of `out`.
+    fn run(&self, x: Arg, shared_by: Option<usize>, w: &Buffer, [n, k]: [usize; 2], out: Arg) -> Result<()> {
+        let (k, share) = (padded(k), shared_by.unwrap_or(1));
+        let Some(order) = self.order else {
+            let args = [x, w.into(), self.chosen, out, share.into(), n.into(), k.into()];
+            let grid = Grid::of([n.div_ceil(16), self.pairs, 1], 256);
+            return self.device.launch("matmul_few_experts", grid, 0, &args);
+        };
+        let index = shared_by.map_or(Arg::NULL, |_| order.sorted);
+        let args = [
+            x,
+            w.into(),
+            Arg::NULL,
+            out,
+            self.pairs.into(),
+            n.into(),
+            k.into(),
+            order.groups,
+            index,
+            share.into(),
+        ];
+        let grid = Grid::of([order.most, n.div_ceil(TILE), 1], 256);
+        self.device.launch("matmul_tiles", grid, MATMUL_TILES_SHARED, &args)
+    }
+}

@@ -1,0 +1,181 @@
+//! What the sampling kernel is told of each row, and what it answers; the structs mirror those of kernels/sample.cu.
+
+use crate::device::{Arg, Buffer, Device, Grid};
+use crate::step::{bytes, bytes_mut};
+use rudder_ops::{Result, SampleRow, Sampled, TokenLogprob, uniform};
+
+/// The most alternatives that the kernel reports; a row that wants more is sampled on the host.
+pub(crate) const MOST_ALTERNATIVES: usize = 32;
+const NONE: u32 = u32::MAX;
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Request {
+    uniform: f64,
+    scale: f32,
+    top_p: f32,
+    min_p: f32,
+    repetition: f32,
+    presence: f32,
+    frequency: f32,
+    top_k: u32,
+    greedy: u32,
+    forced: u32,
+    logprobs: u32,
+    mask: u32,
+    mask_words: u32,
+    biases: u32,
+    bias_count: u32,
+    counts: u32,
+    count_count: u32,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+struct Answer {
+    token: u32,
+    fault: u32,
+    logprob: f32,
+    alternatives: u32,
+}
+
+/// Lists of all rows, reused from step to step.
+#[derive(Default)]
+pub(crate) struct Sampler {
+    requests: Vec<Request>,
+    masks: Vec<u32>,
+    /// Token and the bits of its bias.
+    biases: Vec<[u32; 2]>,
+    /// Token and its occurrences.
+    counts: Vec<[u32; 2]>,
+    packed: Vec<u8>,
+    input: Option<Buffer>,
+    raw: Option<Buffer>,
+    output: Option<Buffer>,
+    answers: Vec<Answer>,
+    tops: Vec<[u32; 2]>,
+}
+
+impl Sampler {
+    /// Whether the kernel can draw this row.
+    pub fn can(row: &SampleRow<'_>) -> bool {
+        row.params.logprobs.is_none_or(|n| n as usize <= MOST_ALTERNATIVES)
+    }
+
+    /// Draws from every row of `logits`, `[rows.len(), vocab]`.
+    pub fn run(
+        &mut self,
+        device: &Device,
+        logits: &Buffer,
+        vocab: usize,
+        rows: &[SampleRow<'_>],
+        out: &mut Vec<Sampled>,
+    ) -> Result<()> {
+        self.collect(rows);
+        let (n, most) = (rows.len(), MOST_ALTERNATIVES);
+        self.packed.clear();
+        let mut offsets = [0; 4];
+        let lists = [bytes(&self.requests), bytes(&self.masks), bytes(&self.biases), bytes(&self.counts)];
+        for (offset, list) in offsets.iter_mut().zip(lists) {
+            *offset = self.packed.len();
+            self.packed.extend_from_slice(list);
+            self.packed.resize(self.packed.len().next_multiple_of(16), 0);
+        }
+        let answer_bytes = n * size_of::<Answer>();
+        let input = room(&mut self.input, device, self.packed.len())?;
+        let raw = room(&mut self.raw, device, 4 * (self.biases.len() + self.counts.len()))?;
+        let output = room(&mut self.output, device, answer_bytes + n * most * 8)?;
+        input.write(0, &self.packed)?;
+        let [requests, masks, biases, counts] = offsets.map(|offset| Arg::at(input, offset));
+        let args = [
+            logits.into(),
+            vocab.into(),
+            requests,
+            masks,
+            biases,
+            counts,
+            raw.into(),
+            Arg::at(raw, 4 * self.biases.len()),
+            output.into(),
+            Arg::at(output, answer_bytes),
+            most.into(),
+        ];
+        device.launch("sample", Grid::new(n, threads(vocab)), 0, &args)?;
+        self.answers.resize(n, Answer::default());
+        output.read(0, bytes_mut(&mut self.answers))?;
+        if rows.iter().any(|row| row.params.logprobs.is_some_and(|n| n > 0)) {
+            self.tops.resize(n * most, [0; 2]);
+            output.read(answer_bytes, bytes_mut(&mut self.tops))?;
+        }
+        out.clear();
+        out.extend(rows.iter().enumerate().map(|(i, row)| self.answer(i, row)));
+        Ok(())
+    }
+
+    fn collect(&mut self, rows: &[SampleRow<'_>]) {
+        self.requests.clear();
+        self.masks.clear();
+        self.biases.clear();
+        self.counts.clear();
+        for row in rows {
+            let params = row.params;
+            let (biases, counts, mask) = (self.biases.len(), self.counts.len(), self.masks.len());
+            self.biases.extend(params.logit_bias.iter().map(|b| [b.token, b.bias.to_bits()]));
+            self.counts.extend(row.counts.into_iter().flat_map(|c| c.iter()).map(|(token, n)| [token, n]));
+            self.masks.extend_from_slice(row.mask.unwrap_or_default());
+            self.requests.push(Request {
+                uniform: uniform(params.seed, row.position),
+                scale: 1.0 / params.temperature,
+                top_p: params.top_p,
+                min_p: params.min_p,
+                repetition: params.repetition_penalty,
+                presence: params.presence_penalty,
+                frequency: params.frequency_penalty,
+                top_k: params.top_k,
+                greedy: u32::from(params.temperature == 0.0),
+                forced: row.forced.unwrap_or(NONE),
+                logprobs: params.logprobs.unwrap_or(NONE),
+                mask: if row.mask.is_some() { mask as u32 } else { NONE },
+                mask_words: row.mask.map_or(0, |words| words.len() as u32),
+                biases: biases as u32,
+                bias_count: (self.biases.len() - biases) as u32,
+                counts: counts as u32,
+                count_count: (self.counts.len() - counts) as u32,
+            });
+        }
+    }
+
+    fn answer(&self, i: usize, row: &SampleRow<'_>) -> Sampled {
+        let answer = &self.answers[i];
+        // The words are those of the host's sampler.
+        let fault = match answer.fault {
+            0 => None,
+            1 => Some("the model produced logits that are not finite"),
+            _ => Some("no token was allowed here"),
+        };
+        let reported = row.params.logprobs.is_some() || row.forced.is_some();
+        let alternatives = if self.tops.is_empty() { 0 } else { answer.alternatives as usize };
+        let first = i * MOST_ALTERNATIVES;
+        let top = (first..first + alternatives).map(|i| self.tops[i]);
+        Sampled {
+            token: answer.token,
+            logprob: (reported && fault.is_none()).then_some(answer.logprob),
+            top: top.map(|[token, bits]| TokenLogprob { token, logprob: f32::from_bits(bits) }).collect(),
+            fault,
+        }
+    }
+}
+
+/// Threads of a row's block: few where the vocabulary is small.
+fn threads(vocab: usize) -> u32 {
+    (vocab.next_multiple_of(32) as u32).clamp(32, 1024)
+}
+
+/// A buffer of at least `bytes`; a larger one takes its place where it is too small.
+pub(crate) fn room<'a>(slot: &'a mut Option<Buffer>, device: &Device, bytes: usize) -> Result<&'a Buffer> {
+    if slot.as_ref().is_none_or(|buffer| buffer.bytes() < bytes) {
+        *slot = None; // first give back, then take
+        *slot = Some(device.buffer(bytes.next_power_of_two().max(4096))?);
+    }
+    Ok(slot.as_ref().expect("allocated above"))
+}

@@ -1,0 +1,243 @@
+//! A step's batch on the device: what the kernels need to know of it, in one buffer, brought there by one copy.
+
+use crate::device::{Arg, Buffer, Device, Staging};
+use rudder_ops::{AttentionShape, BLOCK_SIZE, Batch, OpError, Result};
+
+/// (token, head) rows that a tile of prefill attention holds.
+const TILE_ROWS: usize = 64;
+/// Tokens in one split of decode attention; `SPLIT` in attention.cu.
+pub(crate) const SPLIT: usize = 256;
+/// Head sizes that the fast attention kernels are compiled for.
+pub(crate) const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+
+/// Where each list of a step begins in its buffer, in bytes, in the order of [`List`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub(crate) enum List {
+    /// Token ids, one a row.
+    Tokens,
+    /// Positions, one a row.
+    Positions,
+    /// KV slots, one a row.
+    Slots,
+    /// Where a row's block table begins, one a row.
+    RowTables,
+    /// Keys that a row sees, one a row.
+    RowContexts,
+    /// Rows whose logits are wanted.
+    Outputs,
+    /// Rows that attention computes one by one.
+    Alone,
+    /// Tiles of prefill attention, four words each: first row, tokens, first token's position, block table.
+    Tiles,
+    /// All block tables.
+    Tables,
+}
+
+const LISTS: usize = List::Tables as usize + 1;
+
+/// The open step.
+pub(crate) struct Step {
+    lists: [Vec<u32>; LISTS],
+    offsets: [usize; LISTS],
+    words: Vec<u32>,
+    staging: Option<Staging>,
+    buffer: Option<Buffer>,
+    /// Rows of the batch.
+    pub rows: usize,
+    /// Largest token id of the batch.
+    pub largest_token: u32,
+    /// Blocks that a cache must have for the step's slots and block tables to lie in it.
+    pub blocks: usize,
+    /// Splits of the longest context among the rows computed alone.
+    pub splits: usize,
+    /// For which attention the rows were divided into tiles.
+    pub shape: Option<AttentionShape>,
+}
+
+impl Step {
+    pub fn new() -> Self {
+        Self {
+            lists: Default::default(),
+            offsets: [0; LISTS],
+            words: Vec::new(),
+            staging: None,
+            buffer: None,
+            rows: 0,
+            largest_token: 0,
+            blocks: 0,
+            splits: 1,
+            shape: None,
+        }
+    }
+
+    /// Entries of a list; of tiles, words.
+    pub fn len(&self, list: List) -> usize {
+        self.lists[list as usize].len()
+    }
+
+    /// A list as a kernel's argument.
+    pub fn arg(&self, list: List) -> Arg {
+        self.arg_from(list, 0)
+    }
+
+    /// A list from its entry `first` on.
+    pub fn arg_from(&self, list: List, first: usize) -> Arg {
+        let at = self.offsets[list as usize] + 4 * first;
+        self.buffer.as_ref().map_or(Arg::NULL, |buffer| Arg::at(buffer, at))
+    }
+
+    /// Takes over a batch, after checking that it does not contradict itself, and queues its copy to the device.
+    pub fn set(&mut self, batch: &Batch, device: &Device) -> Result<()> {
+        check(batch)?;
+        self.rows = batch.rows();
+        self.largest_token = batch.tokens.iter().copied().max().unwrap_or(0);
+        let used =
+            batch.block_tables.iter().copied().chain(batch.slots.iter().map(|s| s / BLOCK_SIZE as u32));
+        self.blocks = used.max().map_or(0, |block| block as usize + 1);
+        self.fill(batch);
+        self.layout();
+        self.send(device)
+    }
+
+    /// Queues the copy of the lists; the buffers grow to the largest step and stay.
+    fn send(&mut self, device: &Device) -> Result<()> {
+        let words = bytes(&self.words);
+        if self.buffer.as_ref().is_none_or(|buffer| buffer.bytes() < words.len()) {
+            let room = words.len().next_power_of_two().max(1 << 16);
+            (self.staging, self.buffer) = (None, None);
+            (self.staging, self.buffer) = (Some(Staging::new(device, room)?), Some(device.buffer(room)?));
+        }
+        if let (Some(staging), Some(buffer)) = (&mut self.staging, &self.buffer) {
+            staging.memory()?[..words.len()].copy_from_slice(words);
+            staging.send(words.len(), buffer, 0)?;
+        }
+        Ok(())
+    }
+
+    fn fill(&mut self, batch: &Batch) {
+        self.lists.iter_mut().for_each(Vec::clear);
+        let mut put = |list: List, values: &[u32]| self.lists[list as usize].extend_from_slice(values);
+        put(List::Tokens, &batch.tokens);
+        put(List::Positions, &batch.positions);
+        put(List::Slots, &batch.slots);
+        put(List::Outputs, &batch.outputs);
+        put(List::Tables, &batch.block_tables);
+        // A row of no sequence sees nothing and is computed by nobody.
+        for list in [List::RowTables, List::RowContexts] {
+            self.lists[list as usize].resize(batch.rows(), 0);
+        }
+        let tokens_a_tile = self.shape.as_ref().map_or(0, tile_tokens);
+        let mut longest = 0;
+        for span in &batch.spans {
+            let computed = span.context - span.len;
+            for i in 0..span.len {
+                self.lists[List::RowTables as usize][span.start + i] = span.table as u32;
+                self.lists[List::RowContexts as usize][span.start + i] = (computed + i + 1) as u32;
+            }
+            if span.len > 1 && tokens_a_tile > 0 {
+                for first in (0..span.len).step_by(tokens_a_tile) {
+                    let tokens = tokens_a_tile.min(span.len - first);
+                    let tile = [span.start + first, tokens, computed + first, span.table];
+                    self.lists[List::Tiles as usize].extend(tile.map(|n| n as u32));
+                }
+            } else {
+                let rows = span.start as u32..(span.start + span.len) as u32;
+                self.lists[List::Alone as usize].extend(rows);
+                longest = longest.max(span.context);
+            }
+        }
+        self.splits = longest.div_ceil(SPLIT).max(1);
+    }
+
+    /// Lays the lists side by side, each on 16 bytes.
+    fn layout(&mut self) {
+        self.words.clear();
+        for (list, offset) in self.lists.iter().zip(&mut self.offsets) {
+            *offset = 4 * self.words.len();
+            self.words.extend_from_slice(list);
+            self.words.resize(self.words.len().next_multiple_of(4), 0);
+        }
+    }
+}
+
+/// Tokens in a tile of prefill attention; 0 where there is no such kernel.
+fn tile_tokens(shape: &AttentionShape) -> usize {
+    if HEAD_DIMS.contains(&shape.head_dim) { TILE_ROWS / (shape.heads / shape.kv_heads) } else { 0 }
+}
+
+fn check(batch: &Batch) -> Result<()> {
+    let refuse = |what: String| Err(OpError::Backend(what));
+    let rows = batch.rows();
+    if batch.positions.len() != rows || batch.slots.len() != rows {
+        return refuse("a batch's tokens, positions and slots differ in number".to_owned());
+    }
+    for span in &batch.spans {
+        let table = span.table.saturating_add(span.context.div_ceil(BLOCK_SIZE));
+        let fits = span.len <= span.context && table <= batch.block_tables.len();
+        if !fits || span.start.saturating_add(span.len) > rows {
+            return refuse(format!("a batch holds a bad {span:?}"));
+        }
+    }
+    if batch.outputs.iter().any(|&row| row as usize >= rows) {
+        return refuse("a batch wants the output of a row that it does not have".to_owned());
+    }
+    Ok(())
+}
+
+/// The bytes of plain numbers.
+pub(crate) fn bytes<T: Copy>(data: &[T]) -> &[u8] {
+    // SAFETY: used with types without padding; any initialised memory is bytes.
+    unsafe { std::slice::from_raw_parts(data.as_ptr().cast(), std::mem::size_of_val(data)) }
+}
+
+/// The bytes of plain numbers, to be written.
+pub(crate) fn bytes_mut<T: Copy>(data: &mut [T]) -> &mut [u8] {
+    // SAFETY: used with types that any bytes are a value of.
+    unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr().cast(), std::mem::size_of_val(data)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(shape: Option<AttentionShape>, batch: &Batch) -> Step {
+        let mut step = Step { shape, ..Step::new() };
+        step.fill(batch);
+        step.layout();
+        step
+    }
+
+    fn list(step: &Step, list: List) -> &[u32] {
+        &step.lists[list as usize]
+    }
+
+    #[test]
+    fn decodes_are_alone_and_prompts_in_tiles_of_64_heads() {
+        let mut batch = Batch::default();
+        batch.push(&[1; 21], 5, &[0, 1], 1);
+        batch.push(&[2], 600, &(10..48).collect::<Vec<_>>(), 1);
+        let shape = AttentionShape { heads: 14, kv_heads: 2, head_dim: 64, scale: 1.0 };
+        let tiled = step(Some(shape), &batch);
+        // 64 / 7 heads: nine tokens a tile.
+        assert_eq!(list(&tiled, List::Tiles), [0, 9, 5, 0, 9, 9, 14, 0, 18, 3, 23, 0]);
+        assert_eq!((list(&tiled, List::Alone), tiled.splits), (&[21u32][..], 3));
+        assert_eq!(list(&tiled, List::RowContexts)[19..], [25, 26, 601]);
+        assert_eq!(list(&tiled, List::RowTables)[20..], [0, 2]);
+
+        let odd = step(Some(AttentionShape { head_dim: 80, ..shape }), &batch);
+        assert_eq!((odd.len(List::Tiles), odd.len(List::Alone)), (0, 22));
+    }
+
+    #[test]
+    fn lists_begin_on_16_bytes_and_keep_what_they_hold() {
+        let mut batch = Batch::default();
+        batch.push(&[7, 8, 9], 0, &[4], 2);
+        let step = step(None, &batch);
+        assert!(step.offsets.iter().all(|offset| offset.is_multiple_of(16)));
+        let at = step.offsets[List::Outputs as usize] / 4;
+        assert_eq!(step.words[at..at + 2], [1, 2]);
+        let at = step.offsets[List::Tables as usize] / 4;
+        assert_eq!(step.words[at], 4);
+    }
+}

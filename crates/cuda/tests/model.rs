@@ -1,0 +1,89 @@
+//! Whole models on the cuda backend: tiny checkpoints of every architecture against the reference backend, however a sequence is
+//! cut into steps.
+
+mod common;
+
+use common::{cuda, on_gpu};
+use rudder_model::{KvSize, LoadOptions, Model, load};
+use rudder_ops::reference::Reference;
+use rudder_ops::{Backend, Batch};
+use std::path::{Path, PathBuf};
+
+const OPTIONS: LoadOptions =
+    LoadOptions { max_batch_tokens: 80, max_outputs: 80, kv: KvSize::Blocks(8), max_context: 64 };
+/// Blocks of the two sequences, out of order and interleaved.
+const BLOCKS: [[u32; 3]; 2] = [[5, 0, 3], [1, 6, 2]];
+const LENGTH: usize = 37;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures").join(name)
+}
+
+fn model<B: Backend>(name: &str, backend: B, kv: KvSize) -> Box<dyn Model> {
+    load(&fixture(name), backend, LoadOptions { kv, ..OPTIONS }, |_, _| ()).expect("the fixture loads").model
+}
+
+/// Logits of two sequences side by side, each by its own number of tokens a step: by sequence, then token.
+fn logits(model: &mut dyn Model, chunks: [usize; 2]) -> [Vec<f32>; 2] {
+    let vocab = model.config().vocab;
+    let tokens: Vec<u32> = (0..LENGTH as u32).map(|i| (i * i + 7 * i) % vocab as u32).collect();
+    let mut found = [Vec::new(), Vec::new()];
+    let mut batch = Batch::default();
+    while found.iter().any(|f| f.len() < LENGTH * vocab) {
+        batch.clear();
+        let mut rows = [0; 2];
+        for s in 0..2 {
+            let done = found[s].len() / vocab;
+            let end = LENGTH.min(done + chunks[s]);
+            rows[s] = end - done;
+            if end > done {
+                batch.push(&tokens[done..end], done, &BLOCKS[s], end - done);
+            }
+        }
+        model.forward(&batch).expect("a step");
+        let logits = model.logits().expect("logits");
+        let (first, second) = logits.split_at(rows[0] * vocab);
+        found[0].extend_from_slice(first);
+        found[1].extend_from_slice(second);
+    }
+    found
+}
+
+#[test]
+fn every_architecture_says_what_the_reference_says() {
+    for name in ["qwen2", "llama", "llama3-rope", "qwen3", "qwen3moe"] {
+        let Some(cuda) = cuda() else { return };
+        let [expected, _] = logits(&mut *model(name, Reference::new(), OPTIONS.kv), [LENGTH; 2]);
+        let largest = expected.iter().fold(0f32, |a, x| a.max(x.abs()));
+        let mut model = model(name, cuda, OPTIONS.kv);
+        // Whole, in chunks that end inside and on blocks, token by token, decode beside prefill.
+        for chunks in [[LENGTH, LENGTH], [16, 7], [1, 20]] {
+            for (s, found) in logits(&mut *model, chunks).iter().enumerate() {
+                let worst = found.iter().zip(&expected).fold(0f32, |a, (x, y)| a.max((x - y).abs()));
+                assert!(found.iter().all(|x| x.is_finite()));
+                // A few layers of roundings to bf16.
+                assert!(worst < 0.03 * largest, "{name} {chunks:?} {s}: {worst} of {largest}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_share_of_the_memory_becomes_kv_cache_after_a_largest_step() {
+    let Some(cuda) = cuda() else { return };
+    let emulated = !on_gpu(&cuda);
+    let path = fixture("qwen2");
+    let share = if emulated { 0.75 } else { 0.05 };
+    let options = LoadOptions { kv: KvSize::DeviceShare(share), ..OPTIONS };
+    let loaded = load(&path, cuda, options, |_, _| ()).expect("the fixture loads");
+    // Emulated, 1 of 2 MiB is free, so that a half is left below three quarters.
+    assert!(loaded.kv_blocks > 8 && (!emulated || loaded.kv_bytes <= 512 * 1024));
+    assert_eq!(loaded.kv_bytes % loaded.kv_blocks as u64, 0);
+    let mut model = loaded.model;
+    let found = logits(&mut *model, [16, 7]);
+    assert!(found.iter().flatten().all(|x| x.is_finite()));
+    let Some(cuda) = common::cuda() else { return };
+    let options = LoadOptions { kv: KvSize::DeviceShare(0.0001), ..OPTIONS };
+    let refusal = load(&path, cuda, options, |_, _| ()).err().expect("no room").to_string();
+    assert!(refusal.contains("no room for a KV cache"), "{refusal}");
+}

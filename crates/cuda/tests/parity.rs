@@ -1,0 +1,616 @@
+//! The cuda backend against the reference: every op on random shapes, odd sizes and extreme values, on a GPU or on the CPU in
+//! its place.
+//!
+//! Tolerances are those of bf16: one rounding is off by at most 1/256 of the value, a little less on average. Inputs are exact
+//! in bf16 where that makes the comparison sharper.
+
+mod common;
+
+use common::{Random, Rows, assert_close, cuda, matrix, on_gpu, plain_batch, upload, vector};
+use half::{bf16, f16};
+use rudder_cuda::Cuda;
+use rudder_ops::reference::Reference;
+use rudder_ops::{
+    AttentionShape, Backend, Batch, DType, LogitBias, OpError, QkNorm, RawTensor, Result, Rope, RopePairing,
+    SampleRow, Sampled, SamplingParams, TokenCounts,
+};
+use std::sync::Arc;
+
+/// Largest relative error of one rounding to bf16.
+const BF16: f32 = 1.0 / 256.0;
+
+#[test]
+fn rms_norm_agrees_with_and_without_residual() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(1);
+    for width in [1, 7, 31, 64, 65, 896, 1537, 4096] {
+        for (rows, scale) in [(1, 1.0), (3, 1e-18), (7, 1e15)] {
+            let (x, delta) = (random.vec(rows * width, scale), random.vec(rows * width, scale));
+            let weight = random.vec(width, 3.0);
+            fn run<B: Backend>(
+                b: &mut B,
+                x: Rows,
+                delta: Option<Rows>,
+                weight: &[f32],
+            ) -> Result<[Vec<f32>; 2]> {
+                let (mut x, w) = (upload(b, x)?, vector(b, weight)?);
+                let delta = delta.map(|d| upload(b, d)).transpose()?;
+                let mut out = b.tensor(64, weight.len())?;
+                b.rms_norm(&mut x, delta.as_ref(), &w, 1e-6, &mut out)?;
+                Ok([b.to_host(&x)?, b.to_host(&out)?])
+            }
+            for delta in [None, Some((delta.as_slice(), width))] {
+                let [sum, out] = run(&mut cuda, (&x, width), delta, &weight)?;
+                let [expected_sum, expected] = run(&mut Reference::new(), (&x, width), delta, &weight)?;
+                assert_eq!(sum, expected_sum, "the residual stream");
+                assert_close(&out, &expected, BF16, 1e-30, &format!("width {width}, scale {scale}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn run_silu_mul<B: Backend>(b: &mut B, data: Rows) -> Result<Vec<f32>> {
+    let x = upload(b, data)?;
+    let mut out = b.tensor(64, data.1 / 2)?;
+    b.silu_mul(&x, &mut out)?;
+    b.to_host(&out)
+}
+
+#[test]
+fn silu_mul_agrees_on_odd_widths_and_extremes() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(2);
+    for width in [1, 5, 16, 33, 200, 4864] {
+        let x = random.vec(3 * 2 * width, 20.0);
+        let (ours, theirs) = (
+            run_silu_mul(&mut cuda, (&x, 2 * width))?,
+            run_silu_mul(&mut Reference::new(), (&x, 2 * width))?,
+        );
+        assert_close(&ours, &theirs, BF16, 1e-6, &format!("width {width}"));
+    }
+    let extremes = [-1e30, -100.0, -88.1, 0.0, 88.1, 1e30, f32::INFINITY, f32::NAN];
+    let x: Vec<f32> = extremes.into_iter().chain([0.5; 8]).collect();
+    let (ours, theirs) = (run_silu_mul(&mut cuda, (&x, 16))?, run_silu_mul(&mut Reference::new(), (&x, 16))?);
+    assert_close(&ours, &theirs, BF16, 1e-6, "extremes");
+    Ok(())
+}
+
+/// A tensor of `dtype` with usable scales and random quants.
+fn stored(random: &mut Random, dtype: DType, shape: Vec<usize>) -> RawTensor {
+    let n = shape.iter().product();
+    let values = random.vec(n, 1.0);
+    let bytes: Vec<u8> = match dtype {
+        DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        DType::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+        DType::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+        DType::Q8_0 => values
+            .chunks(32)
+            .flat_map(|block| {
+                let scale = f16::from_f32(1.0 / 127.0).to_le_bytes();
+                scale.into_iter().chain(block.iter().map(|x| (x * 127.0) as i8 as u8)).collect::<Vec<_>>()
+            })
+            .collect(),
+        other => unreachable!("no test data for {other:?}"),
+    };
+    RawTensor::new("stored", shape, dtype, Arc::new(bytes), 0).expect("whole blocks")
+}
+
+#[test]
+fn embed_and_vectors_widen_every_kind_of_format() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(3);
+    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8_0] {
+        let table = stored(&mut random, dtype, vec![50, 96]);
+        let parts = [stored(&mut random, dtype, vec![64]), stored(&mut random, dtype, vec![32])];
+        fn run<B: Backend>(b: &mut B, table: &RawTensor, parts: &[RawTensor]) -> Result<[Vec<f32>; 2]> {
+            let (table, weight) = (b.load_embedding(table)?, b.load_vector(parts)?);
+            let mut batch = Batch::default();
+            batch.push(&[3, 49, 0, 3], 0, &[0], 0);
+            b.begin(&batch)?;
+            let (mut x, mut out) = (b.tensor(9, 96)?, b.tensor(9, 96)?);
+            b.embed(&table, &mut x)?;
+            b.rms_norm(&mut x, None, &weight, 1e-5, &mut out)?;
+            Ok([b.to_host(&x)?, b.to_host(&out)?])
+        }
+        let ours = run(&mut cuda, &table, &parts)?;
+        let theirs = run(&mut Reference::new(), &table, &parts)?;
+        let exact = matches!(dtype, DType::F32 | DType::BF16);
+        assert_close(&ours[0], &theirs[0], if exact { 0.0 } else { BF16 }, 0.0, &format!("{dtype:?}"));
+        assert_close(&ours[1], &theirs[1], 4.0 * BF16, 1e-6, &format!("{dtype:?}, normed"));
+    }
+    Ok(())
+}
+
+fn run_linear<B: Backend>(b: &mut B, x: Rows, parts: &[RawTensor], bias: Option<&[f32]>) -> Result<Vec<f32>> {
+    let n = parts.iter().map(|part| part.shape[0]).sum();
+    let (x, w) = (upload(b, x)?, b.load_matrix(parts)?);
+    let bias = bias.map(|bias| vector(b, bias)).transpose()?;
+    let mut out = b.tensor(1024, n)?;
+    b.linear(&x, &w, bias.as_ref(), &mut out)?;
+    b.to_host(&out)
+}
+
+/// Every kernel that multiplies, at its bounds: rows 8, 16 and a tile's 128; 16 features and a tile's; rows of weights that are
+/// shorter than a step of 64 and longer than eight warps' 512.
+#[test]
+fn linear_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(4);
+    let mut shapes = vec![
+        (1, 1, 1),
+        (1, 200, 64),
+        (3, 33, 700),
+        (8, 16, 65),
+        (9, 17, 128),
+        (16, 130, 63),
+        (17, 40, 200),
+        (40, 129, 100),
+        (128, 128, 64),
+        (131, 150, 260),
+    ];
+    if on_gpu(&cuda) {
+        shapes.extend([
+            (1, 4096, 14336),
+            (7, 151_936, 896),
+            (16, 6144, 4096),
+            (64, 6144, 4096),
+            (1000, 1537, 4864),
+        ]);
+    }
+    for (rows, n, k) in shapes {
+        let (x, w) = (random.exact(rows * k, 1.0), random.exact(n * k, 1.0));
+        let bias = random.vec(n, 1.0);
+        let parts = [matrix("w", n, &w)];
+        for bias in [None, Some(bias.as_slice())] {
+            let ours = run_linear(&mut cuda, (&x, k), &parts, bias)?;
+            let theirs = run_linear(&mut Reference::new(), (&x, k), &parts, bias)?;
+            // Sums of k products, in another order, in f32.
+            assert_close(&ours, &theirs, 4e-7 * k as f32, 1.0, &format!("{rows} rows, [{n}, {k}]"));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn linear_agrees_for_stacked_parts_of_several_formats() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(5);
+    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8_0] {
+        for rows in [1, 40] {
+            let parts =
+                [stored(&mut random, dtype, vec![19, 96]), stored(&mut random, DType::F32, vec![5, 96])];
+            let x = random.vec(rows * 96, 1.0);
+            let ours = run_linear(&mut cuda, (&x, 96), &parts, None)?;
+            let theirs = run_linear(&mut Reference::new(), (&x, 96), &parts, None)?;
+            // 96 products of two rounded values below 1.
+            assert_close(&ours, &theirs, 0.05, 1.0, &format!("{dtype:?}, {rows} rows"));
+        }
+    }
+    Ok(())
+}
+
+/// What an attention case needs; its rows are those of `steps` one after another.
+struct AttentionCase {
+    shape: AttentionShape,
+    rope: Rope,
+    norm: Option<[Vec<f32>; 2]>,
+    qkv: Vec<f32>,
+    steps: Vec<Batch>,
+    blocks: usize,
+}
+
+impl AttentionCase {
+    /// Three sequences of up to `longest` tokens, which is more than 45; each step takes a random number of each one's next ones, the second takes few.
+    fn random(
+        random: &mut Random,
+        shape: AttentionShape,
+        norm: bool,
+        pairing: RopePairing,
+        scale: f32,
+        longest: usize,
+    ) -> Self {
+        let inv_freq =
+            (0..shape.head_dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / shape.head_dim as f32));
+        let rope = Rope { inv_freq: inv_freq.collect(), pairing };
+        let norm = norm.then(|| [random.vec(shape.head_dim, 2.0), random.vec(shape.head_dim, 2.0)]);
+        let table = longest.div_ceil(16);
+        let tables: [Vec<u32>; 3] =
+            std::array::from_fn(|s| (0..table as u32).map(|i| i * 3 + s as u32).rev().collect());
+        let mut computed = [0; 3];
+        let mut steps = Vec::new();
+        for most in [longest - 45, 1, 40, 1] {
+            let mut batch = Batch::default();
+            for (s, computed) in computed.iter_mut().enumerate() {
+                let n = if s == 1 { 1 + random.below(3) } else { 1 + random.below(most) };
+                batch.push(&vec![0; n], *computed, &tables[s], 0);
+                *computed += n;
+            }
+            steps.push(batch);
+        }
+        let rows: usize = steps.iter().map(Batch::rows).sum();
+        let qkv = random.exact(rows * shape.qkv_width(), scale);
+        Self { shape, rope, norm, qkv, steps, blocks: 3 * table }
+    }
+
+    /// Rotated rows, and outputs, of every step, on layer 1 of 2.
+    fn run<B: Backend>(&self, b: &mut B) -> Result<[Vec<f32>; 2]> {
+        b.load_rope(&self.rope, 16 * self.blocks)?;
+        let mut cache = b.kv_cache(2, &self.shape, self.blocks)?;
+        let norm = match &self.norm {
+            Some([q, k]) => Some((vector(b, q)?, vector(b, k)?)),
+            None => None,
+        };
+        let width = self.shape.qkv_width();
+        let (mut results, mut start) = ([Vec::new(), Vec::new()], 0);
+        for step in &self.steps {
+            let rows = &self.qkv[start * width..(start + step.rows()) * width];
+            start += step.rows();
+            let mut qkv = upload(b, (rows, width))?;
+            let mut out = b.tensor(step.rows(), self.shape.out_width())?;
+            b.begin(step)?;
+            let norm = norm.as_ref().map(|(q, k)| QkNorm { q, k, eps: 1e-6 });
+            b.rope_and_cache(&mut qkv, &self.shape, norm, 1, &mut cache)?;
+            b.attention(&qkv, &self.shape, 1, &cache, &mut out)?;
+            results[0].extend(b.to_host(&qkv)?);
+            results[1].extend(b.to_host(&out)?);
+        }
+        Ok(results)
+    }
+}
+
+fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> AttentionShape {
+    AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+}
+
+/// Head sizes with kernels of their own and without, groups of one to 20 heads (two fragments), contexts of several splits.
+#[test]
+fn rope_and_attention_agree_over_shapes_chunks_and_splits() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(6);
+    let mut cases = vec![
+        (shape(1, 1, 2), 200),
+        (shape(4, 2, 64), 600),
+        (shape(14, 2, 64), 150),
+        (shape(20, 1, 64), 80),
+        (shape(3, 3, 96), 300),
+        (shape(4, 1, 128), 300),
+        (shape(2, 1, 256), 280),
+        (shape(5, 5, 24), 90),
+        (shape(3, 1, 80), 90),
+        (shape(65, 1, 64), 60),
+        (shape(1, 1, 512), 70),
+    ];
+    if on_gpu(&cuda) {
+        cases.extend([(shape(32, 8, 128), 3000), (shape(14, 2, 64), 3000), (shape(64, 4, 128), 1500)]);
+    }
+    for (i, (shape, longest)) in cases.into_iter().enumerate() {
+        let pairing = [RopePairing::Halves, RopePairing::Interleaved][i % 2];
+        let case = AttentionCase::random(&mut random, shape, i % 3 == 1, pairing, 2.0, longest);
+        let ([qkv, out], [expected_qkv, expected]) = (case.run(&mut cuda)?, case.run(&mut Reference::new())?);
+        assert_close(&qkv, &expected_qkv, 3e-5, 1.0, &format!("{shape:?}, rotated"));
+        // Keys, values and weights are rounded, then averaged; values are below 2.
+        assert_close(&out, &expected, 0.02, 1.0, &format!("{shape:?}"));
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_agrees_when_scores_are_extreme() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(7);
+    for head_dim in [16, 64] {
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim, scale: 1.0 };
+        for scale in [1e-20, 1e8] {
+            let mut case = AttentionCase::random(&mut random, shape, false, RopePairing::Halves, scale, 300);
+            // No rotation: rounding angles alone would move products of 1e16 by more than their gaps.
+            case.rope.inv_freq.fill(0.0);
+            let ([_, found], [_, expected]) = (case.run(&mut cuda)?, case.run(&mut Reference::new())?);
+            assert!(expected.iter().all(|x| x.is_finite()));
+            assert_close(&found, &expected, 0.01, scale, &format!("scale {scale}, heads of {head_dim}"));
+        }
+    }
+    Ok(())
+}
+
+/// Random experts as raw tensors: gates, ups and downs.
+fn experts(random: &mut Random, n: usize, hidden: usize, intermediate: usize) -> [Vec<RawTensor>; 3] {
+    [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)].map(|(rows, width)| {
+        (0..n).map(|i| matrix(&format!("expert {i}"), rows, &random.exact(rows * width, 0.5))).collect()
+    })
+}
+
+fn run_moe<B: Backend>(
+    b: &mut B,
+    x: Rows,
+    logits: Rows,
+    [gate, up, down]: &[Vec<RawTensor>; 3],
+    top_k: usize,
+    renormalise: bool,
+) -> Result<Vec<f32>> {
+    let experts = b.load_experts(gate, up, down)?;
+    let (xs, logits) = (upload(b, x)?, upload(b, logits)?);
+    let mut out = b.tensor(1024, x.1)?;
+    b.moe(&xs, &logits, &experts, top_k, renormalise, &mut out)?;
+    b.to_host(&out)
+}
+
+/// Few pairs, each by itself, and many, sorted: up to several chunks of the sort and several tiles of an expert.
+#[test]
+fn moe_agrees_for_every_top_k_and_ties_go_to_the_lower_expert() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(8);
+    let mut cases = vec![(1, 1, 24, 40), (4, 9, 24, 40), (19, 30, 72, 33), (3, 150, 24, 40)];
+    if on_gpu(&cuda) {
+        cases.push((128, 700, 256, 96));
+    }
+    for (n, rows, hidden, intermediate) in cases {
+        let stack = experts(&mut random, n, hidden, intermediate);
+        let x = random.exact(rows * hidden, 1.0);
+        let mut logits = random.vec(rows * n, 3.0);
+        logits[..n].fill(0.25);
+        for top_k in [1, 2, 8, 19].into_iter().filter(|&k| k <= n) {
+            let renormalise = top_k % 2 == 0;
+            let (x, logits) = ((x.as_slice(), hidden), (logits.as_slice(), n));
+            let ours = run_moe(&mut cuda, x, logits, &stack, top_k, renormalise)?;
+            let theirs = run_moe(&mut Reference::new(), x, logits, &stack, top_k, renormalise)?;
+            // The gated row is rounded once.
+            assert_close(&ours, &theirs, 0.02, 1.0, &format!("{top_k} of {n}, {rows} rows"));
+        }
+    }
+    Ok(())
+}
+
+/// Rows 0 and 2 of what is computed beside a row of NaN.
+#[test]
+fn a_row_of_nan_harms_no_other_row() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(9);
+    let stack = experts(&mut random, 5, 24, 40);
+    let w = [matrix("w", 30, &random.exact(30 * 24, 1.0))];
+    for rows in [3, 60] {
+        let (mut x, mut logits) = (random.exact(rows * 24, 1.0), random.vec(rows * 5, 1.0));
+        let clean = run_moe(&mut cuda, (&x, 24), (&logits, 5), &stack, 2, true)?;
+        let clean_linear = run_linear(&mut cuda, (&x, 24), &w, None)?;
+        x[24..48].fill(f32::NAN);
+        logits[5..10].fill(f32::NAN);
+        let found = run_moe(&mut cuda, (&x, 24), (&logits, 5), &stack, 2, true)?;
+        assert!(found[24..48].iter().all(|x| x.is_nan()));
+        assert_eq!((&found[..24], &found[48..]), (&clean[..24], &clean[48..]));
+        let found = run_linear(&mut cuda, (&x, 24), &w, None)?;
+        assert!(found[30..60].iter().all(|x| x.is_nan()));
+        assert_eq!((&found[..30], &found[60..]), (&clean_linear[..30], &clean_linear[60..]));
+    }
+    Ok(())
+}
+
+/// A block that held NaN before is used again: what lies behind the context must not show.
+#[test]
+fn what_a_block_held_before_does_not_show() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(10);
+    for shape in [shape(4, 2, 64), shape(2, 1, 96), shape(2, 1, 20)] {
+        let width = shape.qkv_width();
+        let qkv = random.exact(19 * width, 1.0);
+        let rope = Rope { inv_freq: vec![0.5; shape.head_dim / 2], pairing: RopePairing::Halves };
+        cuda.load_rope(&rope, 64)?;
+        let run = |cuda: &mut Cuda, before: f32| -> Result<Vec<f32>> {
+            let mut cache = cuda.kv_cache(1, &shape, 2)?;
+            let mut out = cuda.tensor(32, shape.out_width())?;
+            let mut results = Vec::new();
+            let rows = [vec![before; 32 * width], qkv[..18 * width].to_vec(), qkv[18 * width..].to_vec()];
+            for (rows, computed) in rows.iter().zip([0, 0, 18]) {
+                let mut x = upload(cuda, (rows, width))?;
+                let mut batch = Batch::default();
+                batch.push(&vec![0; rows.len() / width], computed, &[1, 0], 0);
+                cuda.begin(&batch)?;
+                cuda.rope_and_cache(&mut x, &shape, None, 0, &mut cache)?;
+                cuda.attention(&x, &shape, 0, &cache, &mut out)?;
+                results.push(cuda.to_host(&out)?);
+            }
+            Ok(results[1..].concat())
+        };
+        let (clean, found) = (run(&mut cuda, 0.0)?, run(&mut cuda, f32::NAN)?);
+        assert!(found.iter().all(|x| x.is_finite()));
+        assert_eq!(clean, found, "{shape:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn gather_takes_the_wanted_rows_and_adds_the_residual() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(11);
+    let (x, delta) = (random.vec(7 * 33, 1.0), random.vec(7 * 33, 1.0));
+    fn run<B: Backend>(b: &mut B, x: Rows, delta: Option<Rows>) -> Result<Vec<f32>> {
+        let x = upload(b, x)?;
+        let delta = delta.map(|d| upload(b, d)).transpose()?;
+        let mut batch = Batch::default();
+        batch.push(&[0; 4], 0, &[0], 2);
+        batch.push(&[0; 3], 5, &[1], 1);
+        b.begin(&batch)?;
+        let mut out = b.tensor(3, 33)?;
+        b.gather(&x, delta.as_ref(), &mut out)?;
+        b.to_host(&out)
+    }
+    for delta in [None, Some((delta.as_slice(), 33))] {
+        let ours = run(&mut cuda, (&x, 33), delta)?;
+        assert_eq!(ours, run(&mut Reference::new(), (&x, 33), delta)?);
+        assert_eq!(ours.len(), 3 * 33);
+    }
+    Ok(())
+}
+
+fn sample<B: Backend>(b: &mut B, logits: Rows, rows: &[SampleRow]) -> Result<Vec<Sampled>> {
+    let mut logits = upload(b, logits)?;
+    let mut out = vec![Sampled::default(); 77]; // what is left from an earlier step
+    b.sample(&mut logits, rows, &mut out)?;
+    Ok(out)
+}
+
+/// Same tokens and faults, log-probabilities within rounding.
+#[track_caller]
+fn assert_same_draws(ours: &[Sampled], theirs: &[Sampled], what: &str) {
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    for (row, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+        assert_eq!((ours.token, ours.fault), (theirs.token, theirs.fault), "{what}, row {row}");
+        assert_eq!(ours.logprob.is_some(), theirs.logprob.is_some(), "{what}, row {row}");
+        let tokens = |s: &Sampled| s.top.iter().map(|t| t.token).collect::<Vec<_>>();
+        assert_eq!(tokens(ours), tokens(theirs), "{what}, row {row}");
+        let logprobs =
+            |s: &Sampled| s.logprob.into_iter().chain(s.top.iter().map(|t| t.logprob)).collect::<Vec<_>>();
+        assert_close(&logprobs(ours), &logprobs(theirs), 1e-5, 1.0, what);
+    }
+}
+
+/// Every parameter, alone and with others, on vocabularies around the block's and the warp's size.
+#[test]
+fn draws_are_the_hosts() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(12);
+    let vocabs = if on_gpu(&cuda) { vec![1, 33, 1024, 5003, 151_936] } else { vec![1, 31, 33, 1024, 2003] };
+    for vocab in vocabs {
+        let n = 24;
+        let mut logits = random.vec(n * vocab, 6.0);
+        logits[..vocab].fill(1.5); // all the same
+        let mut masks = Vec::new();
+        let mut all_counts = Vec::new();
+        let params: Vec<SamplingParams> = (0..n)
+            .map(|i| {
+                let pick = |values: &[f32], random: &mut Random| values[random.below(values.len())];
+                masks.push((0..vocab.div_ceil(32)).map(|_| random.next() as u32 | 1).collect::<Vec<u32>>());
+                let mut counts = TokenCounts::of_prompt(&[0, random.below(vocab) as u32]);
+                (0..5).for_each(|_| counts.add(random.below(vocab) as u32));
+                all_counts.push(counts);
+                SamplingParams {
+                    temperature: pick(&[0.0, 0.3, 1.0, 2.0], &mut random),
+                    top_p: pick(&[1.0, 0.9, 0.5, 0.0], &mut random),
+                    top_k: [0, 1, 3, 40, 100_000][random.below(5)],
+                    min_p: pick(&[0.0, 0.05, 0.5], &mut random),
+                    repetition_penalty: pick(&[1.0, 1.3], &mut random),
+                    presence_penalty: pick(&[0.0, 0.7], &mut random),
+                    frequency_penalty: pick(&[0.0, 0.2], &mut random),
+                    seed: i as u64,
+                    logprobs: [None, Some(0), Some(1), Some(32)][random.below(4)],
+                    logit_bias: vec![
+                        LogitBias { token: random.below(vocab) as u32, bias: 4.0 },
+                        LogitBias { token: vocab as u32 + 9, bias: 4.0 },
+                    ],
+                }
+            })
+            .collect();
+        let rows: Vec<SampleRow> = params
+            .iter()
+            .enumerate()
+            .map(|(i, params)| SampleRow {
+                params,
+                counts: params.needs_counts().then_some(&all_counts[i]),
+                position: 1000 + i as u64,
+                mask: (i % 3 == 1).then_some(&masks[i]),
+                forced: (i % 7 == 6).then_some(random.below(vocab) as u32),
+            })
+            .collect();
+        let theirs = sample(&mut Reference::new(), (&logits, vocab), &rows)?;
+        assert_same_draws(&sample(&mut cuda, (&logits, vocab), &rows)?, &theirs, &format!("{vocab} tokens"));
+    }
+    Ok(())
+}
+
+#[test]
+fn bad_rows_are_faults_of_their_own_and_many_alternatives_come_from_the_host() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(13);
+    let vocab = 200;
+    let mut logits = random.vec(5 * vocab, 5.0);
+    logits[17] = f32::NAN;
+    logits[vocab + 3] = f32::INFINITY;
+    logits[2 * vocab + 5] = f32::NEG_INFINITY;
+    let params = SamplingParams { logprobs: Some(2), ..Default::default() };
+    let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
+    let nothing = [0u32; 7];
+    let row = |params| SampleRow { params, counts: None, position: 3, mask: None, forced: None };
+    let blocked = SampleRow { mask: Some(&nothing), ..row(&greedy) };
+    let rows = [row(&params), row(&params), row(&params), blocked, row(&greedy)];
+    let theirs = sample(&mut Reference::new(), (&logits, vocab), &rows)?;
+    let faults: Vec<bool> = theirs.iter().map(|s| s.fault.is_some()).collect();
+    assert_eq!(faults, [true, true, false, true, false]);
+    assert_same_draws(&sample(&mut cuda, (&logits, vocab), &rows)?, &theirs, "faults");
+
+    let many = SamplingParams { logprobs: Some(100), ..Default::default() };
+    let rows = [row(&many), row(&params)];
+    let logits = (&logits[3 * vocab..], vocab);
+    let theirs = sample(&mut Reference::new(), logits, &rows)?;
+    assert_same_draws(&sample(&mut cuda, logits, &rows)?, &theirs, "many alternatives");
+    assert!(sample(&mut cuda, logits, &rows[..1]).is_err());
+    Ok(())
+}
+
+#[test]
+fn blocks_leave_the_cache_and_come_back_elsewhere() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(14);
+    let shape = shape(2, 2, 64);
+    let mut cache = cuda.kv_cache(3, &shape, 4)?;
+    let bytes: Vec<u8> = (0..3 * cuda.kv_block_bytes(&shape)).map(|_| random.next() as u8).collect();
+    let mut found = vec![0; bytes.len()];
+    cuda.write_kv_block(&mut cache, 3, &bytes)?;
+    cuda.read_kv_block(&cache, 3, &mut found)?;
+    assert!(found == bytes);
+    cuda.read_kv_block(&cache, 2, &mut found)?;
+    assert!(found.iter().all(|&b| b == 0), "a neighbour was written");
+    assert!(cuda.read_kv_block(&cache, 4, &mut found).is_err());
+    assert!(cuda.write_kv_block(&mut cache, 0, &bytes[1..]).is_err());
+    Ok(())
+}
+
+#[test]
+fn weights_of_wrong_shape_are_refused_by_name() {
+    let Some(mut cuda) = cuda() else { return };
+    let raw = |name: &str, shape: &[usize]| {
+        RawTensor::from_f32(name, shape.to_vec(), &vec![0.0; shape.iter().product()])
+    };
+    let good = [raw("good", &[6, 8])];
+    let refusals = [
+        cuda.load_matrix(&[raw("good", &[6, 8]), raw("bad", &[6, 9])]).err(),
+        cuda.load_matrix(&[raw("bad", &[8])]).err(),
+        cuda.load_matrix(&[raw("bad", &[2, 3, 4])]).err(),
+        cuda.load_embedding(&raw("bad", &[8])).err(),
+        cuda.load_vector(&[raw("good", &[8]), raw("bad", &[8, 1])]).err(),
+        cuda.load_experts(&good, &[raw("bad", &[6, 7])], &[raw("good", &[8, 6])]).err(),
+        cuda.load_experts(&good, &good, &[raw("bad", &[6, 8])]).err(),
+    ];
+    for error in refusals {
+        assert!(matches!(&error, Some(OpError::Shape { name, .. }) if name == "bad"), "{error:?}");
+    }
+}
+
+#[test]
+fn steps_that_do_not_fit_are_errors() -> Result<()> {
+    let Some(mut b) = cuda() else { return Ok(()) };
+    let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 4, scale: 1.0 };
+    let table = b.load_embedding(&RawTensor::from_f32("table", vec![3, 16], &[0.5; 48]))?;
+    let mut cache = b.kv_cache(2, &shape, 4)?;
+    let (mut qkv, mut out) = (b.tensor(2, 16)?, b.tensor(2, 8)?);
+    let mut step = |b: &mut Cuda, tokens: &[u32], block, layer| {
+        let mut batch = Batch::default();
+        batch.push(tokens, 0, &[block], 1);
+        b.begin(&batch)?;
+        b.embed(&table, &mut qkv)?;
+        b.rope_and_cache(&mut qkv, &shape, None, layer, &mut cache)?;
+        b.attention(&qkv, &shape, layer, &cache, &mut out)
+    };
+    assert!(step(&mut b, &[0], 0, 0).is_err_and(|e| e.to_string().contains("rope")));
+    b.load_rope(&Rope { inv_freq: vec![1.0, 0.1], pairing: RopePairing::Halves }, 16)?;
+    assert!(step(&mut b, &[0, 3], 0, 0).is_err_and(|e| e.to_string().contains("token 3")));
+    assert!(step(&mut b, &[0; 3], 0, 0).is_err_and(|e| e.to_string().contains("3 rows")));
+    assert!(step(&mut b, &[0], 4, 0).is_err_and(|e| e.to_string().contains("KV block 4")));
+    assert!(step(&mut b, &[0], 0, 2).is_err_and(|e| e.to_string().contains("layer 2")));
+    step(&mut b, &[0, 2], 3, 1)?;
+    b.synchronize()?;
+    let mut batch = plain_batch(2);
+    batch.spans[0].context = 40;
+    assert!(b.begin(&batch).is_err());
+    assert!(b.kv_cache(usize::MAX / 2, &shape, 64).is_err());
+    assert!(b.kv_cache(1 << 20, &shape, 1 << 40).is_err());
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! Where a model runs, and how much KV it holds there.
+
+use anyhow::{Result, bail};
+use rudder_cuda::Cuda;
+use rudder_hub::bytes;
+use rudder_model::{KvSize, LoadError, LoadOptions, Loaded, ModelSource};
+use rudder_ops::BLOCK_SIZE;
+use rudder_ops::cpu::{Cpu, KvDType};
+
+use crate::kv::KvNeeds;
+use crate::machine;
+use crate::settings::ModelSettings;
+
+/// Share of a GPU's memory that weights, workspace and KV take together, unless told otherwise.
+const GPU_MEMORY_UTILIZATION: f64 = 0.9;
+
+/// A backend, and what it is asked to hold.
+pub struct Place {
+    backend: Backend,
+    /// Size of the KV cache.
+    pub kv: KvSize,
+    /// Longest sequence in tokens, if the KV cache holds so many.
+    pub max_context: usize,
+}
+
+enum Backend {
+    Cpu(Box<Cpu>),
+    Cuda(Box<Cuda>),
+}
+
+impl Place {
+    /// The CPU: weights and KV must fit in the memory that is available.
+    ///
+    /// # Errors
+    /// If they do not, or wishes do not fit each other.
+    pub fn cpu(source: &ModelSource, settings: &ModelSettings, threads: usize) -> Result<Self> {
+        let backend = Cpu::new(threads, KvDType::F16);
+        let weight_bytes = source.weight_bytes();
+        let available = machine::memory().available;
+        if weight_bytes > available {
+            bail!(
+                "the weights take {}, but only {} of memory are available; choose a smaller model or quantisation",
+                bytes(weight_bytes),
+                bytes(available)
+            );
+        }
+        let needs = KvNeeds {
+            block_bytes: source.kv_block_bytes(&backend),
+            context_length: source.config().context_length,
+            available: available - weight_bytes,
+            max_context: settings.max_context,
+            kv_memory: settings.kv_memory.map(|b| b.0),
+        };
+        let plan = needs.plan()?;
+        let kv = KvSize::Blocks(plan.blocks);
+        Ok(Self { backend: Backend::Cpu(Box::new(backend)), kv, max_context: plan.max_context })
+    }
+
+    /// A GPU: the KV cache gets what a largest step leaves of the memory.
+    ///
+    /// # Errors
+    /// If the GPU cannot be used.
+    pub fn gpu(source: &ModelSource, settings: &ModelSettings, index: usize) -> Result<Self> {
+        let backend = Backend::Cuda(Box::new(Cuda::new(index)?));
+        let kv = match settings.kv_memory {
+            Some(asked) => KvSize::Bytes(asked.0),
+            None => KvSize::DeviceShare(settings.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION)),
+        };
+        let max_context = settings.max_context.unwrap_or(source.config().context_length);
+        Ok(Self { backend, kv, max_context })
+    }
+
+    /// Loads the model here. `progress` is told the bytes of weights done and to do.
+    ///
+    /// # Errors
+    /// See [`ModelSource::load`].
+    pub fn load(
+        self,
+        source: &ModelSource,
+        options: LoadOptions,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<Loaded, LoadError> {
+        match self.backend {
+            Backend::Cpu(cpu) => source.load(*cpu, options, progress),
+            Backend::Cuda(cuda) => source.load(*cuda, options, progress),
+        }
+    }
+}
+
+/// The longest sequence that `kv_blocks` hold: `max_context`, unless nobody asked for that.
+///
+/// # Errors
+/// If it was asked for and does not fit.
+pub fn fit(max_context: usize, asked: bool, kv_blocks: usize) -> Result<usize> {
+    let holds = kv_blocks.saturating_mul(BLOCK_SIZE);
+    if asked && holds < max_context {
+        bail!(
+            "the KV cache holds {holds} tokens, less than max_context = {max_context}; set max_context or \
+             max_batch_tokens lower, or gpu_memory_utilization higher"
+        );
+    }
+    Ok(max_context.min(holds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_context_that_was_asked_for_is_held_or_refused_and_another_gives_way() {
+        assert_eq!((fit(100, true, 7).unwrap(), fit(100, false, 7).unwrap()), (100, 100));
+        assert_eq!(fit(100, false, 6).unwrap(), 96);
+        assert!(fit(100, true, 6).unwrap_err().to_string().contains("holds 96 tokens"));
+    }
+}
