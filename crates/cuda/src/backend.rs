@@ -8,7 +8,7 @@ use crate::kv::{self, KvCache, Parts, Rotations, half_block};
 use crate::matmul::{Matrix, Multiplier, Vector, padded};
 use crate::moe::{self, Experts, MOST_EXPERTS, Moe};
 use crate::sample::Sampler;
-use crate::step::{List, Step};
+use crate::step::{List, Step, is_decode};
 use crate::tensor::{Format, Tensor, check};
 use crate::upload::Uploader;
 use rudder_ops::{
@@ -99,6 +99,19 @@ impl Cuda {
     /// If any of it failed.
     pub fn synchronize(&self) -> Result<()> {
         self.device.synchronize()
+    }
+
+    /// Whether decode steps that come again run as CUDA graphs; they do unless told otherwise.
+    ///
+    /// # Errors
+    /// If what was queued before cannot be run.
+    pub fn set_graphs(&mut self, on: bool) -> Result<()> {
+        self.device.set_graphs(on)
+    }
+
+    /// Kinds of decode steps that run as CUDA graphs by now.
+    pub fn graphs(&self) -> usize {
+        self.device.graphs()
     }
 
     /// Draws rows that the kernel cannot on the host.
@@ -198,6 +211,7 @@ impl Backend for Cuda {
     }
 
     fn tensor(&mut self, max_rows: usize, width: usize) -> Result<Tensor> {
+        self.step.room = self.step.room.min(max_rows);
         Tensor::new(&self.device, max_rows, width)
     }
 
@@ -232,7 +246,8 @@ impl Backend for Cuda {
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
-        self.step.set(batch, &self.device)
+        self.step.set(batch, &self.device)?;
+        if is_decode(batch) { self.device.gather() } else { Ok(()) }
     }
 
     fn embed(&mut self, table: &Embedding, out: &mut Tensor) -> Result<()> {
@@ -347,7 +362,8 @@ impl Backend for Cuda {
     }
 
     fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()> {
-        check(logits.rows == rows.len(), || format!("{} rows to sample of {}", rows.len(), logits.rows))?;
+        let real = self.step.real_of(logits.rows);
+        check(real == rows.len(), || format!("{} rows to sample of {real}", rows.len()))?;
         logits.expect_f32("logits")?;
         if rows.is_empty() {
             out.clear();
@@ -360,14 +376,15 @@ impl Backend for Cuda {
     }
 
     fn to_host(&mut self, x: &Tensor) -> Result<Vec<f32>> {
+        let elements = self.step.real_of(x.rows) * x.width;
         match x.format {
             Format::F32 => {
-                let mut data = vec![0f32; x.elements()];
+                let mut data = vec![0f32; elements];
                 x.buffer.read(0, crate::step::bytes_mut(&mut data))?;
                 Ok(data)
             }
             Format::Bf16 => {
-                let mut data = vec![0u16; x.elements()];
+                let mut data = vec![0u16; elements];
                 x.buffer.read(0, crate::step::bytes_mut(&mut data))?;
                 Ok(data.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect())
             }

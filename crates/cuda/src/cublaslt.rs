@@ -3,10 +3,8 @@
 //! cuBLASLt thinks in columns: our row-major `out = x * w^T` is its column-major `out^T = w * x^T`, where `w` lies transposed
 //! as it is and `x^T` is `x`.
 
-use crate::device::{Buffer, Device};
 use crate::gpu::Gpu;
-use crate::matmul::{Matrix, Rows};
-use crate::tensor::Tensor;
+use crate::queue::Product;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use rudder_ops::{OpError, Result};
@@ -19,11 +17,11 @@ const TRANSPOSED: i32 = 1;
 /// Shapes whose plans are kept; prompts come in any number of rows.
 const MOST_PLANS: usize = 4096;
 
-/// A handle to the library, and how it multiplies each shape seen so far.
+/// A handle to the library, and how it multiplies each shape seen so far. Like a GPU's context, it lives until the process ends.
 pub(crate) struct CublasLt {
     handle: sys::cublasLtHandle_t,
-    device: Device,
-    workspace: Buffer,
+    /// Address of [`WORKSPACE`] bytes, which live as long as the process.
+    workspace: u64,
     /// By rows, n and k; `None` where the library knows no way.
     plans: HashMap<[usize; 3], Option<Plan>>,
 }
@@ -47,7 +45,7 @@ fn failed(e: CublasError) -> OpError {
 impl CublasLt {
     /// # Errors
     /// If the library cannot be loaded, or there is no memory for its workspace.
-    pub fn new(device: &Device, gpu: &Gpu) -> Result<Self> {
+    pub fn new(gpu: &Gpu) -> Result<Self> {
         // SAFETY: loads libcublasLt, whose initialisers are NVIDIA's own.
         if !unsafe { sys::is_culib_present() } {
             return Err(OpError::Backend(
@@ -56,46 +54,49 @@ impl CublasLt {
         }
         gpu.bind()?;
         let handle = result::create_handle().map_err(failed)?;
-        let workspace = device.buffer(WORKSPACE)?;
-        Ok(Self { handle, device: device.clone(), workspace, plans: HashMap::new() })
+        Ok(Self { handle, workspace: gpu.allocate(WORKSPACE)?, plans: HashMap::new() })
     }
 
-    /// `out = x * w^T`; false if the library knows no way to do it.
-    pub fn multiply(&mut self, x: Rows, w: &Matrix, out: &Tensor) -> Result<bool> {
-        let Some(gpu) = self.device.as_gpu() else { return Ok(false) };
-        gpu.bind()?;
-        let shape = [x.rows, w.n, x.k];
+    /// Whether the library knows a way to do products of these rows, n and k.
+    pub fn can(&mut self, shape: [usize; 3]) -> bool {
         if self.plans.len() >= MOST_PLANS && !self.plans.contains_key(&shape) {
             self.plans.clear();
         }
         let handle = self.handle;
-        let plan = self.plans.entry(shape).or_insert_with(|| Plan::find(handle, shape));
-        let Some(plan) = plan else { return Ok(false) };
+        self.plans.entry(shape).or_insert_with(|| Plan::find(handle, shape)).is_some()
+    }
+
+    /// `out = x * w^T`, for a shape that [`CublasLt::can`] do.
+    pub fn multiply(&mut self, gpu: &Gpu, product: &Product) -> Result<()> {
+        gpu.bind()?;
+        if !self.can(product.shape) {
+            return Err(OpError::Backend(format!("cuBLASLt does not multiply {:?}", product.shape)));
+        }
+        let Some(Some(plan)) = self.plans.get(&product.shape) else { unreachable!("found just now") };
         let (one, zero) = (1f32, 0f32);
         let pointer = |address: u64| address as *mut std::ffi::c_void;
         // SAFETY: layouts and buffers are of the same shapes (`linear` checked them); scale factors are read at once.
         unsafe {
             result::matmul(
-                handle,
+                self.handle,
                 plan.product,
                 (&raw const one).cast(),
                 (&raw const zero).cast(),
-                pointer(w.buffer.address()),
+                pointer(product.w),
                 plan.w,
-                pointer(x.data.value()),
+                pointer(product.x),
                 plan.x,
-                pointer(out.buffer.address()),
+                pointer(product.out),
                 plan.out,
-                pointer(out.buffer.address()),
+                pointer(product.out),
                 plan.out,
                 &raw const plan.algorithm,
-                pointer(self.workspace.address()),
+                pointer(self.workspace),
                 WORKSPACE,
                 gpu.stream().cast(),
             )
         }
-        .map_err(failed)?;
-        Ok(true)
+        .map_err(failed)
     }
 }
 
@@ -154,17 +155,6 @@ impl Drop for Plan {
             for layout in [self.w, self.x, self.out] {
                 let _ = result::destroy_matrix_layout(layout);
             }
-        }
-    }
-}
-
-impl Drop for CublasLt {
-    fn drop(&mut self) {
-        self.plans.clear();
-        // SAFETY: freed once; the device is waited for before.
-        let freed = self.device.synchronize().is_ok().then(|| unsafe { result::destroy_handle(self.handle) });
-        if let Some(Err(e)) = freed {
-            tracing::warn!("{}", failed(e));
         }
     }
 }

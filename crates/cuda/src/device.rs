@@ -2,9 +2,11 @@
 //!
 //! Work is queued on one stream and runs in the order of the calls.
 
+use crate::cublaslt::CublasLt;
 use crate::gpu::Gpu;
+use crate::queue::{Launch, Product, Queue, Work};
 use rudder_ops::{OpError, Result};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Every kernel that is launched by name, with the dynamic shared memory that it may ask for.
 pub(crate) const KERNELS: &[(&str, u32)] = &[
@@ -47,7 +49,12 @@ pub(crate) const fn attention_prefill_shared(head_dim: u32) -> u32 {
 
 /// A device; clones are the same one.
 #[derive(Clone)]
-pub(crate) struct Device(Arc<Kind>);
+pub(crate) struct Device(Arc<Inner>);
+
+struct Inner {
+    kind: Kind,
+    queue: Mutex<Queue>,
+}
 
 enum Kind {
     Gpu(Gpu),
@@ -81,11 +88,11 @@ enum Sent {
 unsafe impl Send for Staging {}
 
 /// A kernel's argument: its bytes, from the lowest on.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Arg(u64);
 
 /// Where a kernel runs: blocks, and threads in a block.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Grid {
     pub blocks: [u32; 3],
     pub threads: u32,
@@ -94,28 +101,72 @@ pub(crate) struct Grid {
 impl Device {
     /// The GPU of this number.
     pub fn gpu(index: usize) -> Result<Self> {
-        Ok(Self(Arc::new(Kind::Gpu(Gpu::new(index)?))))
+        let gpu = Gpu::new(index)?;
+        let cublaslt = match CublasLt::new(&gpu) {
+            Ok(cublaslt) => Some(cublaslt),
+            Err(reason) => {
+                tracing::warn!("prompts will be slow, products of many rows run on a plain kernel: {reason}");
+                None
+            }
+        };
+        Ok(Self::new(Kind::Gpu(gpu), Queue { cublaslt, ..Queue::default() }))
     }
 
     /// The CPU in a GPU's place.
     #[cfg(feature = "emulate")]
     pub fn emulated() -> Self {
-        Self(Arc::new(Kind::Emulated))
+        Self::new(Kind::Emulated, Queue::default())
     }
 
-    /// The GPU, unless it is emulated.
-    pub fn as_gpu(&self) -> Option<&Gpu> {
-        match &*self.0 {
-            Kind::Gpu(gpu) => Some(gpu),
-            #[cfg(feature = "emulate")]
-            Kind::Emulated => None,
+    fn new(kind: Kind, queue: Queue) -> Self {
+        Self(Arc::new(Inner { kind, queue: Mutex::new(queue) }))
+    }
+
+    fn kind(&self) -> &Kind {
+        &self.0.kind
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps launches from here on until something asks for what they do (see [`crate::queue`]).
+    pub fn gather(&self) -> Result<()> {
+        self.flush()?;
+        self.queue().open = true;
+        Ok(())
+    }
+
+    /// Runs the launches that were kept; from here on they run at once.
+    pub fn flush(&self) -> Result<()> {
+        let mut queue = self.queue();
+        queue.open = false;
+        if queue.pending.is_empty() {
+            return Ok(());
         }
+        match self.kind() {
+            Kind::Gpu(gpu) => queue.run(gpu),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => queue.pending.drain(..).try_for_each(|work| emulate(&work)),
+        }
+    }
+
+    /// Whether launches may run as graphs; they do unless told otherwise.
+    pub fn set_graphs(&self, on: bool) -> Result<()> {
+        self.flush()?;
+        self.queue().without_graphs = !on;
+        Ok(())
+    }
+
+    /// Sequences of launches that run as graphs.
+    pub fn graphs(&self) -> usize {
+        self.queue().graphs()
     }
 
     /// Allocates zeros.
     pub fn buffer(&self, bytes: usize) -> Result<Buffer> {
         let bytes = bytes.max(1);
-        let address = match &*self.0 {
+        let address = match self.kind() {
             Kind::Gpu(gpu) => gpu.allocate(bytes)?,
             #[cfg(feature = "emulate")]
             Kind::Emulated => crate::emulated::allocate(bytes)?,
@@ -129,16 +180,34 @@ impl Device {
         if grid.blocks.contains(&0) {
             return Ok(());
         }
-        match &*self.0 {
-            Kind::Gpu(gpu) => gpu.launch(kernel, grid, shared, args),
+        self.submit(Work::Kernel(Launch::new(kernel, grid, shared, args)))
+    }
+
+    /// Queues a product through cuBLASLt; false if that is not there or knows no way to do it.
+    pub fn multiply(&self, product: Product) -> Result<bool> {
+        let can = self.queue().cublaslt.as_mut().is_some_and(|cublaslt| cublaslt.can(product.shape));
+        if can {
+            self.submit(Work::Product(product))?;
+        }
+        Ok(can)
+    }
+
+    fn submit(&self, work: Work) -> Result<()> {
+        let mut queue = self.queue();
+        if queue.open {
+            queue.pending.push(work);
+            return Ok(());
+        }
+        match self.kind() {
+            Kind::Gpu(gpu) => queue.run_one(gpu, &work),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => crate::emulated::launch(kernel, grid, shared, args),
+            Kind::Emulated => emulate(&work),
         }
     }
 
     /// Bytes of memory that are free, and all; emulated, those of a small GPU whatever was allocated.
     pub fn memory(&self) -> Result<(u64, u64)> {
-        match &*self.0 {
+        match self.kind() {
             Kind::Gpu(gpu) => gpu.memory().map(|(free, total)| (free as u64, total as u64)),
             #[cfg(feature = "emulate")]
             Kind::Emulated => Ok((1 << 20, 2 << 20)),
@@ -147,11 +216,22 @@ impl Device {
 
     /// Waits until all that was queued is done.
     pub fn synchronize(&self) -> Result<()> {
-        match &*self.0 {
+        self.flush()?;
+        match self.kind() {
             Kind::Gpu(gpu) => gpu.synchronize(),
             #[cfg(feature = "emulate")]
             Kind::Emulated => Ok(()),
         }
+    }
+}
+
+#[cfg(feature = "emulate")]
+fn emulate(work: &Work) -> Result<()> {
+    match work {
+        Work::Kernel(launch) => {
+            crate::emulated::launch(launch.kernel, launch.grid, launch.shared, launch.args())
+        }
+        Work::Product(_) => Err(OpError::Backend("there is no cuBLASLt here".to_owned())),
     }
 }
 
@@ -177,7 +257,8 @@ impl Buffer {
     /// Queues a copy of `data` to `offset`; `data` may change once this returns.
     pub fn write(&self, offset: usize, data: &[u8]) -> Result<()> {
         self.check(offset, data.len())?;
-        match &*self.device.0 {
+        self.device.flush()?;
+        match self.device.kind() {
             Kind::Gpu(gpu) => gpu.write(self.address + offset as u64, data),
             #[cfg(feature = "emulate")]
             Kind::Emulated => {
@@ -190,7 +271,8 @@ impl Buffer {
     /// Copies what lies at `offset` when all that was queued before is done.
     pub fn read(&self, offset: usize, data: &mut [u8]) -> Result<()> {
         self.check(offset, data.len())?;
-        match &*self.device.0 {
+        self.device.flush()?;
+        match self.device.kind() {
             Kind::Gpu(gpu) => gpu.read(self.address + offset as u64, data),
             #[cfg(feature = "emulate")]
             Kind::Emulated => {
@@ -203,7 +285,10 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        match &*self.device.0 {
+        if let Err(e) = self.device.flush() {
+            tracing::warn!("{e}");
+        }
+        match self.device.kind() {
             Kind::Gpu(gpu) => gpu.free(self.address),
             #[cfg(feature = "emulate")]
             Kind::Emulated => crate::emulated::free(self.address, self.bytes),
@@ -214,7 +299,7 @@ impl Drop for Buffer {
 impl Staging {
     /// Allocates a stage.
     pub fn new(device: &Device, bytes: usize) -> Result<Self> {
-        let (at, sent) = match &*device.0 {
+        let (at, sent) = match device.kind() {
             Kind::Gpu(gpu) => (gpu.allocate_host(bytes)?, Sent::Gpu(gpu.event()?)),
             #[cfg(feature = "emulate")]
             Kind::Emulated => (Box::into_raw(vec![0u8; bytes].into_boxed_slice()).cast(), Sent::Emulated),
@@ -224,7 +309,7 @@ impl Staging {
 
     /// Its memory, once what was sent last has left it.
     pub fn memory(&mut self) -> Result<&mut [u8]> {
-        match (&*self.device.0, &self.sent) {
+        match (self.device.kind(), &self.sent) {
             (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.wait(event)?,
             #[cfg(feature = "emulate")]
             _ => {}
@@ -240,7 +325,7 @@ impl Staging {
         // SAFETY: within the stage's own memory, which is not written before the copy is done (`memory` waits).
         let data = unsafe { std::slice::from_raw_parts(self.at, len) };
         to.write(offset, data)?;
-        match (&*self.device.0, &self.sent) {
+        match (self.device.kind(), &self.sent) {
             (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.record(event),
             #[cfg(feature = "emulate")]
             _ => Ok(()),
@@ -250,7 +335,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        match (&*self.device.0, &self.sent) {
+        match (self.device.kind(), &self.sent) {
             (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.free_host(self.at, event),
             #[cfg(feature = "emulate")]
             // SAFETY: the boxed slice that `new` made.

@@ -19,6 +19,19 @@ pub(crate) struct Gpu {
 /// A point in the queue of work.
 pub(crate) struct Event(sys::CUevent);
 
+/// A captured sequence of launches, ready to run.
+pub(crate) struct Graph(sys::CUgraphExec);
+
+// SAFETY: a graph's calls bind the context; one thread at a time uses it.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: freed once; a graph that still runs ends first. Nothing could be done about an error.
+        let _ = unsafe { result::graph::exec_destroy(self.0) };
+    }
+}
+
 // SAFETY: the driver may be called from any thread once that thread has the context, which every call here sees to.
 unsafe impl Send for Gpu {}
 // SAFETY: as above; the driver synchronises its own state.
@@ -160,6 +173,33 @@ impl Gpu {
             result::launch_kernel(function, (x, y, z), (grid.threads, 1, 1), shared, self.stream, pointers)
         }
         .map_err(|e| OpError::Backend(format!("kernel {kernel} with {grid:?}: {e}")))
+    }
+
+    /// What `queue` queues, as a graph; nothing of it is run.
+    pub fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        self.bind()?;
+        let refused = failed("a step cannot be captured");
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives as long as this; the capture is ended below whatever `queue` says.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(&refused)?;
+        let queued = queue();
+        // SAFETY: as above.
+        let captured = unsafe { result::stream::end_capture(self.stream) }.map_err(&refused);
+        let graph = queued.and(captured)?;
+        // SAFETY: just captured; its executable form does not need it any more.
+        let executable = unsafe {
+            let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            result::graph::destroy(graph).map_err(&refused)?;
+            executable.map_err(&refused)?
+        };
+        Ok(Graph(executable))
+    }
+
+    /// Queues a graph.
+    pub fn launch_graph(&self, graph: &Graph) -> Result<()> {
+        self.bind()?;
+        // SAFETY: both live as long as their owners.
+        unsafe { result::graph::launch(graph.0, self.stream) }.map_err(failed("a step's graph cannot be run"))
     }
 
     pub fn synchronize(&self) -> Result<()> {

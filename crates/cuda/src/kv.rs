@@ -162,7 +162,8 @@ pub(crate) struct Parts {
 impl Parts {
     /// For contexts of up to `context` tokens, a row at a time at least.
     pub fn new(device: &Device, shape: &AttentionShape, context: usize) -> Result<Self> {
-        let one = shape.heads * context.div_ceil(SPLIT);
+        // Decode steps round their splits up.
+        let one = shape.heads * context.div_ceil(SPLIT).next_power_of_two();
         let room = one.max(PARTS / (4 * shape.head_dim));
         let (sums, outputs) = (device.buffer(8 * room)?, device.buffer(4 * room * shape.head_dim)?);
         Ok(Self { sums, outputs, room })

@@ -15,6 +15,7 @@ mod kv;
 mod matmul;
 mod moe;
 pub mod probe;
+mod queue;
 mod sample;
 mod step;
 mod tensor;

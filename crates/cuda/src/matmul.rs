@@ -1,7 +1,7 @@
 //! `x * w^T + bias`: which kernel multiplies, and the weights it reads.
 
-use crate::cublaslt::CublasLt;
 use crate::device::{Arg, Buffer, Device, Grid, MATMUL_TILES_SHARED};
+use crate::queue::Product;
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
 use rudder_ops::Result;
@@ -34,7 +34,6 @@ pub(crate) const fn padded(k: usize) -> usize {
 /// What multiplications need beside their operands.
 pub(crate) struct Multiplier {
     device: Device,
-    cublaslt: Option<CublasLt>,
     packed: Option<Buffer>,
 }
 
@@ -47,16 +46,8 @@ pub(crate) struct Rows {
 }
 
 impl Multiplier {
-    /// With cuBLASLt where it can be loaded; own kernels do everything otherwise.
     pub fn new(device: &Device) -> Self {
-        let cublaslt = device.as_gpu().and_then(|gpu| match CublasLt::new(device, gpu) {
-            Ok(cublaslt) => Some(cublaslt),
-            Err(reason) => {
-                tracing::warn!("prompts will be slow, products of many rows run on a plain kernel: {reason}");
-                None
-            }
-        });
-        Self { device: device.clone(), cublaslt, packed: None }
+        Self { device: device.clone(), packed: None }
     }
 
     /// A tensor as the matrix kernels read it: itself, or a copy in bf16 with padding.
@@ -82,9 +73,14 @@ impl Multiplier {
             let grid = Grid::new(if x.rows == 0 { 0 } else { w.n.div_ceil(16) }, 256);
             return self.device.launch(kernel, grid, 0, &args(x, w, bias, out));
         }
-        if let Some(cublaslt) = &mut self.cublaslt
-            && cublaslt.multiply(x, w, out)?
-        {
+        // In the terms of cuBLASLt where that is there.
+        let product = Product {
+            shape: [x.rows, w.n, x.k],
+            x: x.data.value(),
+            w: w.buffer.address(),
+            out: out.buffer.address(),
+        };
+        if self.device.multiply(product)? {
             let Some(bias) = bias else { return Ok(()) };
             let args = [(&*out).into(), (&bias.buffer).into(), w.n.into(), out.elements().into()];
             return self.device.launch("add_bias", Grid::elements(out.elements()), 0, &args);

@@ -10,6 +10,9 @@ pub(crate) const SPLIT: usize = 256;
 /// Head sizes that the fast attention kernels are compiled for.
 pub(crate) const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 
+/// The slot of a row that writes no keys and values; as in attention.cu.
+const NO_SLOT: u32 = u32::MAX;
+
 /// Where each list of a step begins in its buffer, in bytes, in the order of [`List`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(usize)]
@@ -43,8 +46,13 @@ pub(crate) struct Step {
     words: Vec<u32>,
     staging: Option<Staging>,
     buffer: Option<Buffer>,
-    /// Rows of the batch.
+    /// Rows that kernels compute: those of the batch, and in a decode step rows of nothing behind them, so that steps of about as
+    /// many sequences are the same launches.
     pub rows: usize,
+    /// Rows of the batch.
+    pub real: usize,
+    /// Most rows that a step may be padded to: what every tensor has room for.
+    pub room: usize,
     /// Largest token id of the batch.
     pub largest_token: u32,
     /// Blocks that a cache must have for the step's slots and block tables to lie in it.
@@ -64,6 +72,8 @@ impl Step {
             staging: None,
             buffer: None,
             rows: 0,
+            real: 0,
+            room: usize::MAX,
             largest_token: 0,
             blocks: 0,
             splits: 1,
@@ -90,7 +100,8 @@ impl Step {
     /// Takes over a batch, after checking that it does not contradict itself, and queues its copy to the device.
     pub fn set(&mut self, batch: &Batch, device: &Device) -> Result<()> {
         check(batch)?;
-        self.rows = batch.rows();
+        self.real = batch.rows();
+        self.rows = if is_decode(batch) { padded_rows(self.real, self.room) } else { self.real };
         self.largest_token = batch.tokens.iter().copied().max().unwrap_or(0);
         let used =
             batch.block_tables.iter().copied().chain(batch.slots.iter().map(|s| s / BLOCK_SIZE as u32));
@@ -123,10 +134,11 @@ impl Step {
         put(List::Slots, &batch.slots);
         put(List::Outputs, &batch.outputs);
         put(List::Tables, &batch.block_tables);
-        // A row of no sequence sees nothing and is computed by nobody.
-        for list in [List::RowTables, List::RowContexts] {
-            self.lists[list as usize].resize(batch.rows(), 0);
+        // A row of no sequence sees nothing, and its keys and values go nowhere.
+        for list in [List::Tokens, List::Positions, List::RowTables, List::RowContexts] {
+            self.lists[list as usize].resize(self.rows, 0);
         }
+        self.lists[List::Slots as usize].resize(self.rows, NO_SLOT);
         let tokens_a_tile = self.shape.as_ref().map_or(0, tile_tokens);
         let mut longest = 0;
         for span in &batch.spans {
@@ -148,6 +160,17 @@ impl Step {
             }
         }
         self.splits = longest.div_ceil(SPLIT).max(1);
+        if is_decode(batch) {
+            self.splits = self.splits.next_power_of_two();
+            for list in [List::Outputs, List::Alone] {
+                self.lists[list as usize].extend(self.real as u32..self.rows as u32);
+            }
+        }
+    }
+
+    /// Of a tensor's rows those that are no padding.
+    pub fn real_of(&self, rows: usize) -> usize {
+        if rows == self.rows { self.real } else { rows }
     }
 
     /// Lays the lists side by side, each on 16 bytes.
@@ -164,6 +187,19 @@ impl Step {
 /// Tokens in a tile of prefill attention; 0 where there is no such kernel.
 fn tile_tokens(shape: &AttentionShape) -> usize {
     if HEAD_DIMS.contains(&shape.head_dim) { TILE_ROWS / (shape.heads / shape.kv_heads) } else { 0 }
+}
+
+/// Whether every row is a sequence's next token, and its logits are wanted.
+pub(crate) fn is_decode(batch: &Batch) -> bool {
+    let rows = batch.rows();
+    rows > 0 && batch.spans.len() == rows && batch.outputs.len() == rows
+}
+
+/// Rows that a decode step of `rows` is padded to: up to an eighth more, as far as there is room.
+fn padded_rows(rows: usize, room: usize) -> usize {
+    let step = (rows.next_power_of_two() / 8).max(1);
+    let padded = rows.next_multiple_of(step);
+    if padded <= room { padded } else { rows }
 }
 
 fn check(batch: &Batch) -> Result<()> {
@@ -202,7 +238,8 @@ mod tests {
     use super::*;
 
     fn step(shape: Option<AttentionShape>, batch: &Batch) -> Step {
-        let mut step = Step { shape, ..Step::new() };
+        let rows = batch.rows();
+        let mut step = Step { shape, rows, real: rows, ..Step::new() };
         step.fill(batch);
         step.layout();
         step
@@ -227,6 +264,26 @@ mod tests {
 
         let odd = step(Some(AttentionShape { head_dim: 80, ..shape }), &batch);
         assert_eq!((odd.len(List::Tiles), odd.len(List::Alone)), (0, 22));
+    }
+
+    #[test]
+    fn decode_steps_are_padded_by_rows_of_nothing() {
+        assert_eq!(
+            [1, 8, 9, 15, 17, 33, 100, 129].map(|n| padded_rows(n, 1000)),
+            [1, 8, 10, 16, 20, 40, 112, 160]
+        );
+        assert_eq!((padded_rows(9, 10), padded_rows(9, 9)), (10, 9));
+        let mut batch = Batch::default();
+        (0..9).for_each(|i| batch.push(&[i], 300 + i as usize, &(0..20).collect::<Vec<_>>(), 1));
+        assert!(is_decode(&batch));
+        let mut step = Step { rows: 10, real: 9, ..Step::new() };
+        step.fill(&batch);
+        assert_eq!(list(&step, List::Alone), (0..10).collect::<Vec<_>>());
+        assert_eq!((list(&step, List::Outputs).len(), list(&step, List::Slots)[9]), (10, NO_SLOT));
+        assert_eq!((list(&step, List::RowContexts)[8], list(&step, List::RowContexts)[9]), (309, 0));
+        assert_eq!((step.splits, step.real_of(10), step.real_of(7)), (2, 9, 7));
+        batch.push(&[1, 2], 0, &[21], 1);
+        assert!(!is_decode(&batch));
     }
 
     #[test]

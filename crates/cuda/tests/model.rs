@@ -6,7 +6,7 @@ mod common;
 use common::{cuda, on_gpu};
 use rudder_model::{KvSize, LoadOptions, Model, load};
 use rudder_ops::reference::Reference;
-use rudder_ops::{Backend, Batch};
+use rudder_ops::{Backend, Batch, SampleRow, SamplingParams};
 use std::path::{Path, PathBuf};
 
 const OPTIONS: LoadOptions =
@@ -15,8 +15,10 @@ const OPTIONS: LoadOptions =
 const BLOCKS: [[u32; 3]; 2] = [[5, 0, 3], [1, 6, 2]];
 const LENGTH: usize = 37;
 
+/// A tiny checkpoint; RUDDER_FIXTURES says where they lie on a machine without the sources.
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures").join(name)
+    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures");
+    std::env::var_os("RUDDER_FIXTURES").map_or_else(here, PathBuf::from).join(name)
 }
 
 fn model<B: Backend>(name: &str, backend: B, kv: KvSize) -> Box<dyn Model> {
@@ -86,4 +88,46 @@ fn a_share_of_the_memory_becomes_kv_cache_after_a_largest_step() {
     let options = LoadOptions { kv: KvSize::DeviceShare(0.0001), ..OPTIONS };
     let refusal = load(&path, cuda, options, |_, _| ()).err().expect("no room").to_string();
     assert!(refusal.contains("no room for a KV cache"), "{refusal}");
+}
+
+/// Tokens that `sequences` greedy streams of their own prompts draw in `steps` steps.
+fn decode(model: &mut dyn Model, sequences: usize, steps: usize) -> Vec<u32> {
+    let params = SamplingParams { temperature: 0.0, ..Default::default() };
+    let row = |position| SampleRow { params: &params, counts: None, position, mask: None, forced: None };
+    let (mut tokens, mut drawn, mut batch) = (Vec::new(), Vec::new(), Batch::default());
+    for s in 0..sequences as u32 {
+        batch.push(&[s + 1, 2 * s + 3, 5], 0, &[s], 1);
+    }
+    for step in 0..steps {
+        model.forward(&batch).expect("a step");
+        let logits = model.logits().expect("logits");
+        assert_eq!(logits.len(), sequences * model.config().vocab);
+        model.sample(&vec![row(step as u64); sequences], &mut drawn).expect("tokens");
+        tokens.extend(drawn.iter().map(|sampled| sampled.token));
+        batch.clear();
+        for (s, sampled) in drawn.iter().enumerate() {
+            batch.push(&[sampled.token], 3 + step, &[s as u32], 1);
+        }
+    }
+    tokens
+}
+
+/// Nine sequences are padded to ten rows; each decode step comes again, so that on a GPU it runs as a graph.
+#[test]
+fn padded_decode_steps_draw_what_plain_ones_draw() {
+    for name in ["qwen2", "qwen3moe"] {
+        let Some(mut plain) = cuda() else { return };
+        let Some(cuda) = cuda() else { return };
+        plain.set_graphs(false).expect("nothing was queued");
+        let options = LoadOptions { kv: KvSize::Blocks(16), ..OPTIONS };
+        let load = |cuda| load(&fixture(name), cuda, options, |_, _| ()).expect("the fixture loads").model;
+        let (mut plain, mut graphs) = (load(plain), load(cuda));
+        let alone = decode(&mut *plain, 1, 8);
+        let expected = decode(&mut *plain, 9, 8);
+        assert_eq!(expected.iter().step_by(9).copied().collect::<Vec<_>>(), alone);
+        // Twice, so that the second time finds every graph there.
+        for _ in 0..2 {
+            assert_eq!(decode(&mut *graphs, 9, 8), expected, "{name}");
+        }
+    }
 }

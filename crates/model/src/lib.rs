@@ -7,6 +7,7 @@
 mod arch;
 mod config;
 mod decoder;
+mod dummy;
 mod error;
 mod fingerprint;
 mod gguf;

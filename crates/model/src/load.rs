@@ -6,6 +6,7 @@ use rudder_ops::{BLOCK_SIZE, Backend, RawTensor};
 
 use crate::arch::{self, Architecture};
 use crate::decoder::{Decoder, Layer, Limits, Mlp, Workspace};
+use crate::dummy::{self, Dummy};
 use crate::fingerprint::Fingerprint;
 use crate::gguf::Gguf;
 use crate::safetensors::Checkpoint;
@@ -85,6 +86,27 @@ impl ModelSource {
             true => Self::open_folder(path),
             false => Self::open_gguf(path),
         }
+    }
+
+    /// A model of random weights: of the configuration compiled in under this name, or of a folder's config.json. It
+    /// is as fast as the real one and says nothing.
+    ///
+    /// # Errors
+    /// If there is neither, or the architecture is not supported.
+    pub fn dummy(name: &str) -> Result<Self, LoadError> {
+        let file = Path::new(name).join("config.json");
+        let hf = match (dummy::preset(name), std::fs::read(&file)) {
+            (Some(json), _) => hf_config::parse(json.as_bytes()),
+            (None, Ok(json)) => hf_config::parse(&json),
+            (None, Err(e)) => Err(format!(
+                "no configuration to fill with random weights ({e}; compiled in: {})",
+                dummy::preset_names()
+            )),
+        };
+        let hf = hf.map_err(|reason| LoadError::invalid(&file, reason))?;
+        let tied = hf.tied.unwrap_or(false);
+        let weights = Weights::dummy(Dummy::new(&hf.config, hf.arch, tied));
+        Ok(Self { path: name.into(), arch: hf.arch, config: hf.config, weights, tied })
     }
 
     fn open_gguf(path: &Path) -> Result<Self, LoadError> {
@@ -349,5 +371,27 @@ mod tests {
         let refusal = kv_blocks_in(0.5, Some((50, 100)), 7).unwrap_err().to_string();
         assert!(refusal.contains("no room for a KV cache"), "{refusal}");
         assert!(kv_blocks_in(0.9, None, 7).is_err());
+    }
+
+    #[test]
+    fn random_weights_fit_every_architecture() {
+        for name in ["llama", "qwen2", "qwen3", "qwen3moe"] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
+            let source = ModelSource::dummy(&folder.to_string_lossy()).expect("a configuration");
+            let checkpoint = ModelSource::open(&folder).expect("a checkpoint");
+            // Checkpoints of f32 are twice as large.
+            assert_eq!(2 * source.weight_bytes(), checkpoint.weight_bytes(), "{name}");
+            let options =
+                LoadOptions { max_batch_tokens: 8, max_outputs: 8, kv: KvSize::Blocks(2), max_context: 32 };
+            let loaded = source.load(rudder_ops::reference::Reference::new(), options, |_, _| ());
+            let mut model = loaded.expect("every tensor is there").model;
+            let mut batch = rudder_ops::Batch::default();
+            batch.push(&[1, 2, 3], 0, &[1], 1);
+            model.forward(&batch).expect("a step");
+            let logits = model.logits().expect("logits");
+            assert!(logits.iter().all(|x| x.is_finite()) && logits.iter().any(|x| *x != logits[0]), "{name}");
+        }
+        let refusal = ModelSource::dummy("nowhere").err().expect("nothing there").to_string();
+        assert!(refusal.contains("qwen3-coder-30b-a3b"), "{refusal}");
     }
 }

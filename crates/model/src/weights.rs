@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use rudder_ops::RawTensor;
 
 use crate::LoadError;
+use crate::dummy::Dummy;
 use crate::gguf::Gguf;
 use crate::safetensors::Checkpoint;
 
@@ -34,6 +35,8 @@ pub struct Weights {
 enum Format {
     Gguf(Gguf),
     HuggingFace(Checkpoint),
+    /// Random, under Hugging Face's names.
+    Dummy(Dummy),
 }
 
 impl Weights {
@@ -45,11 +48,15 @@ impl Weights {
         Self { path: folder.to_owned(), format: Format::HuggingFace(checkpoint) }
     }
 
+    pub(crate) fn dummy(dummy: Dummy) -> Self {
+        Self { path: PathBuf::new(), format: Format::Dummy(dummy) }
+    }
+
     /// The GGUF file, if it is one.
     pub fn gguf(&self) -> Option<&Gguf> {
         match &self.format {
             Format::Gguf(gguf) => Some(gguf),
-            Format::HuggingFace(_) => None,
+            Format::HuggingFace(_) | Format::Dummy(_) => None,
         }
     }
 
@@ -58,6 +65,7 @@ impl Weights {
         match &self.format {
             Format::Gguf(gguf) => gguf.tensor_bytes(),
             Format::HuggingFace(checkpoint) => checkpoint.tensor_bytes(),
+            Format::Dummy(dummy) => dummy.bytes(),
         }
     }
 
@@ -110,7 +118,7 @@ impl Weights {
                 let stacked = self.tensor(&name, &[count, shape[0], shape[1]])?;
                 Ok((0..count).map(|expert| stacked.index(expert)).collect())
             }
-            Format::HuggingFace(_) => (0..count)
+            Format::HuggingFace(_) | Format::Dummy(_) => (0..count)
                 .map(|expert| {
                     let kind = format!("{expert}.{name}_proj.weight");
                     self.tensor(&self.layer_name(layer, "experts", &kind), &shape)
@@ -125,20 +133,21 @@ impl Weights {
         match &self.format {
             Format::Gguf(gguf) => gguf.release(tensor),
             Format::HuggingFace(checkpoint) => checkpoint.release(tensor),
+            Format::Dummy(_) => {}
         }
     }
 
     fn pick<'a>(&self, gguf: &'a str, hugging_face: &'a str) -> &'a str {
         match self.format {
             Format::Gguf(_) => gguf,
-            Format::HuggingFace(_) => hugging_face,
+            Format::HuggingFace(_) | Format::Dummy(_) => hugging_face,
         }
     }
 
     fn layer_name(&self, layer: usize, name: &str, kind: &str) -> String {
         match self.format {
             Format::Gguf(_) => format!("blk.{layer}.{name}.{kind}"),
-            Format::HuggingFace(_) => {
+            Format::HuggingFace(_) | Format::Dummy(_) => {
                 let theirs =
                     LAYER_NAMES.iter().find(|(ours, _)| *ours == name).map_or(name, |(_, theirs)| theirs);
                 format!("model.layers.{layer}.{theirs}.{kind}")
@@ -150,6 +159,7 @@ impl Weights {
         match &self.format {
             Format::Gguf(gguf) => gguf.contains(name),
             Format::HuggingFace(checkpoint) => checkpoint.contains(name),
+            Format::Dummy(dummy) => dummy.contains(name),
         }
     }
 
@@ -157,6 +167,9 @@ impl Weights {
         let tensor = match &self.format {
             Format::Gguf(gguf) => gguf.tensor(name)?,
             Format::HuggingFace(checkpoint) => checkpoint.tensor(name)?,
+            Format::Dummy(dummy) => dummy.tensor(name, shape).ok_or_else(|| {
+                LoadError::invalid(&self.path, format!("tensor {name} is larger than any was expected to be"))
+            })?,
         };
         if tensor.shape != shape {
             let reason =

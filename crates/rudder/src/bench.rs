@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::cli::BenchCommand;
-use crate::launch::launch;
+use crate::launch::{Launched, launch, launch_dummy};
+use crate::settings::LoadFormat;
 
 /// Runs one of the benches.
 pub fn run(command: BenchCommand, config: Option<&Path>) -> Result<()> {
@@ -15,9 +16,19 @@ pub fn run(command: BenchCommand, config: Option<&Path>) -> Result<()> {
         BenchCommand::AgentTrace(args) => runtime.block_on(rudder_bench::agent_trace(args)),
         BenchCommand::Compare(args) => rudder_bench::compare(&args),
         BenchCommand::Throughput { model, mut bench } => {
-            let launched = launch(&model.over(config)?)?;
-            bench.model_name = launched.name;
-            runtime.block_on(rudder_bench::throughput(launched.engine, bench))
+            let settings = model.over(config)?;
+            let engine;
+            (engine, bench.model_name) = match settings.load_format {
+                Some(LoadFormat::Dummy) => {
+                    let Launched { engine, name, .. } = launch_dummy(&settings)?;
+                    (engine, name)
+                }
+                _ => {
+                    let Launched { engine, name, .. } = launch(&settings)?;
+                    (engine, name)
+                }
+            };
+            runtime.block_on(rudder_bench::throughput(engine, bench))
         }
     }
 }

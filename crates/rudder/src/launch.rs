@@ -11,16 +11,17 @@ use rudder_model::{LoadOptions, Model, ModelSource};
 use rudder_ops::{BLOCK_SIZE, DType};
 use rudder_text::Text;
 
+use crate::device::Choice;
 use crate::place::{Place, fit};
-use crate::settings::ModelSettings;
+use crate::settings::{LoadFormat, ModelSettings};
 use crate::{device, machine, models, text_source};
 
 /// A model that runs.
-pub struct Launched {
+pub struct Launched<T = Text> {
     /// Its step loop.
     pub engine: Engine,
     /// Its tokenizer and chat template.
-    pub text: Text,
+    pub text: T,
     /// What to call it.
     pub name: String,
     /// Facts for the startup summary.
@@ -61,12 +62,51 @@ pub struct Summary {
 /// # Errors
 /// If the model cannot be found, fetched, read or held in memory; each says what to do.
 pub fn launch(settings: &ModelSettings) -> Result<Launched> {
+    if settings.load_format == Some(LoadFormat::Dummy) {
+        bail!("random weights have no tokenizer; only `rudder bench throughput` runs them");
+    }
     let device = device::choose(settings.device.unwrap_or_default())?;
     let asked = settings.model.as_deref().unwrap_or(&catalog()[0].name);
     let reference = ModelRef::parse(asked)?;
     let path = models::cache(settings.cache.clone()).pull(&reference, &models::sources())?;
-    let began = Instant::now();
     let source = ModelSource::open(&path)?;
+    let licence = match &reference {
+        ModelRef::Catalog(entry) => Some(&*entry.licence),
+        _ => None,
+    };
+    let opened = Opened { formats: formats(&source, &path), source, name: name(&reference), licence };
+    bring_up(settings, device, opened, |source| text(source, &path))
+}
+
+/// Brings up random weights in a model's shape, without a tokenizer.
+///
+/// # Errors
+/// If there is no such shape, or it cannot be held in memory.
+pub fn launch_dummy(settings: &ModelSettings) -> Result<Launched<()>> {
+    let device = device::choose(settings.device.unwrap_or_default())?;
+    let name = settings.model.clone().context("random weights in which model's shape? set --model")?;
+    let source = ModelSource::dummy(&name)?;
+    let opened = Opened { source, name, licence: None, formats: "random BF16".to_owned() };
+    bring_up(settings, device, opened, |_| Ok(()))
+}
+
+/// A model that was found, and what to say of it.
+struct Opened {
+    source: ModelSource,
+    name: String,
+    licence: Option<&'static str>,
+    formats: String,
+}
+
+/// Loads a model and starts its engine, `text` beside it.
+fn bring_up<T: Send>(
+    settings: &ModelSettings,
+    device: Choice,
+    opened: Opened,
+    text: impl FnOnce(&ModelSource) -> Result<T> + Send,
+) -> Result<Launched<T>> {
+    let began = Instant::now();
+    let Opened { source, name, licence, formats } = opened;
     let threads = settings.threads.unwrap_or_else(machine::default_threads);
     let config = source.config().clone();
     let place = match &device.gpu {
@@ -75,7 +115,6 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
     };
     let weight_bytes = source.weight_bytes();
     let limits = Limits::of(settings, device.gpu.is_some())?;
-    let formats = formats(&source, &path);
     let options = LoadOptions {
         max_batch_tokens: limits.batch_tokens,
         // The scheduler asks for at most one row of logits a running sequence.
@@ -86,7 +125,7 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
     let mut progress = Progress::new("loading", weight_bytes);
     // The tokenizer takes a thread as long as the weights take it: build both at the same time.
     let (text, loaded) = std::thread::scope(|scope| {
-        let text = scope.spawn(|| text(&source, &path));
+        let text = scope.spawn(|| text(&source));
         let loaded = place.load(&source, options, |done, _| progress.set(done));
         (text.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), loaded)
     });
@@ -111,10 +150,7 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
     let summary = Summary {
         architecture: config.architecture,
         formats,
-        licence: match &reference {
-            ModelRef::Catalog(entry) => Some(&entry.licence),
-            _ => None,
-        },
+        licence,
         weight_bytes: loaded.weight_bytes,
         kv_bytes: loaded.kv_bytes,
         kv_tokens: loaded.kv_blocks * BLOCK_SIZE,
@@ -125,7 +161,7 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
         threads,
         took: began.elapsed(),
     };
-    Ok(Launched { engine, text, name: name(&reference), summary })
+    Ok(Launched { engine, text, name, summary })
 }
 
 /// The tier on disk, if one is asked for.

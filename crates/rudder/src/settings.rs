@@ -22,6 +22,11 @@ pub struct ModelSettings {
     /// Folder for downloaded models [default: rudder/models in the user's cache folder]
     #[arg(long, env = "RUDDER_CACHE", value_name = "FOLDER")]
     pub cache: Option<PathBuf>,
+    /// Where weights come from: the model's files, or random numbers in its shape (auto, dummy), to measure with
+    /// `rudder bench throughput`; the model is then llama-3.1-8b, qwen3-8b, qwen3-coder-30b-a3b or a folder with a
+    /// config.json [default: auto]
+    #[arg(long, env = "RUDDER_LOAD_FORMAT", value_name = "FORMAT", value_enum)]
+    pub load_format: Option<LoadFormat>,
     /// What to run on: auto, cpu, cuda or cuda:1 (the second GPU) [default: auto]
     #[arg(long, env = "RUDDER_DEVICE", value_name = "DEVICE")]
     pub device: Option<Device>,
@@ -103,6 +108,16 @@ pub struct ServerSettings {
     /// Most bytes of stored responses; those used longest ago make room [default: 1GiB]
     #[arg(long, env = "RUDDER_RESPONSE_STORE_MAX", value_name = "BYTES")]
     pub response_store_max: Option<ByteSize>,
+}
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoadFormat {
+    /// The model's files.
+    Auto,
+    /// Random numbers.
+    Dummy,
 }
 
 /// What a model runs on.
@@ -232,6 +247,7 @@ impl ModelSettings {
         Self {
             model: self.model.or(file.model),
             cache: self.cache.or(file.cache),
+            load_format: self.load_format.or(file.load_format),
             device: self.device.or(file.device),
             threads: self.threads.or(file.threads),
             max_context: self.max_context.or(file.max_context),
@@ -373,6 +389,7 @@ mod tests {
         let text = r#"
             model = "m"
             cache = "/c"
+            load_format = "auto"
             device = "cpu"
             threads = 1
             max_context = 2

@@ -1,0 +1,131 @@
+//! Random weights: a model of any size from its configuration alone, to measure how fast it is, not what it says.
+
+use std::sync::Arc;
+
+use rudder_ops::{DType, RawTensor};
+
+use crate::ModelConfig;
+use crate::arch::Architecture;
+
+/// Configurations that are compiled in, as their checkpoints' config.json has them.
+const PRESETS: [(&str, &str); 3] = [
+    ("llama-3.1-8b", include_str!("../presets/llama-3.1-8b.json")),
+    ("qwen3-8b", include_str!("../presets/qwen3-8b.json")),
+    ("qwen3-coder-30b-a3b", include_str!("../presets/qwen3-coder-30b-a3b.json")),
+];
+/// Tensors begin at different places in their pool, so far apart at most.
+const SHIFT: usize = 1 << 16;
+
+/// The config.json of a preset.
+pub(crate) fn preset(name: &str) -> Option<&'static str> {
+    PRESETS.iter().find(|(preset, _)| *preset == name).map(|(_, json)| *json)
+}
+
+/// The presets' names.
+pub(crate) fn preset_names() -> String {
+    PRESETS.map(|(name, _)| name).join(", ")
+}
+
+/// Tensors of random bf16 that lie over each other in one pool, as large as the largest of them.
+pub(crate) struct Dummy {
+    pool: Arc<Vec<u8>>,
+    ones: Arc<Vec<u8>>,
+    bytes: u64,
+    tied: bool,
+}
+
+impl Dummy {
+    pub fn new(config: &ModelConfig, arch: &Architecture, tied: bool) -> Self {
+        let q = config.attention.out_width();
+        let inner = config.moe.map_or(config.intermediate, |moe| moe.intermediate);
+        let largest = config.hidden * config.vocab.max(inner).max(config.attention.qkv_width());
+        let widest = config.hidden.max(q).max(config.attention.qkv_width());
+        Self {
+            pool: Arc::new(random(2 * (largest + SHIFT))),
+            ones: Arc::new(0x3f80u16.to_le_bytes().repeat(widest)),
+            bytes: 2 * parameters(config, arch, tied),
+            tied,
+        }
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        !(self.tied && name == "lm_head.weight")
+    }
+
+    /// A tensor of this name: norms are ones, all else is small.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Option<RawTensor> {
+        let norm = shape.len() == 1 && name.contains("norm");
+        let pool = if norm { self.ones.clone() } else { self.pool.clone() };
+        let hash = name.bytes().fold(0usize, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+        let start = if norm { 0 } else { 2 * (hash % SHIFT) };
+        RawTensor::new(name, shape.to_vec(), DType::BF16, pool, start)
+    }
+}
+
+/// `bytes` of random bf16 of either sign between 2^-11 and 2^-7, so that rows of a few thousand keep sums about 1.
+fn random(bytes: usize) -> Vec<u8> {
+    let mut state = 0u64;
+    let mut pool = Vec::with_capacity(bytes.next_multiple_of(8));
+    while pool.len() < bytes {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        // Of each 16 bits the sign, the exponent's lowest two and the mantissa are random; 116 is 2^-11.
+        let numbers = (z ^ (z >> 31)) & 0x81ff_81ff_81ff_81ff | 0x3a00_3a00_3a00_3a00;
+        pool.extend_from_slice(&numbers.to_le_bytes());
+    }
+    pool
+}
+
+/// Numbers in all weights together.
+fn parameters(config: &ModelConfig, arch: &Architecture, tied: bool) -> u64 {
+    let (hidden, vocab, attention) = (config.hidden, config.vocab, &config.attention);
+    let mlp = match &config.moe {
+        Some(moe) => hidden * moe.experts + 3 * moe.experts * hidden * moe.intermediate,
+        None => 3 * hidden * config.intermediate,
+    };
+    let qkv = attention.qkv_width();
+    let bias = if arch.qkv_bias { qkv } else { 0 };
+    let norms = 2 * hidden + if arch.qk_norm { 2 * attention.head_dim } else { 0 };
+    let layer = hidden * (qkv + attention.out_width()) + bias + norms + mlp;
+    let tables = if tied { 1 } else { 2 };
+    (tables * vocab * hidden + hidden) as u64 + config.layers as u64 * layer as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hf_config;
+
+    fn config(name: &str) -> (ModelConfig, &'static Architecture) {
+        let parsed = hf_config::parse(preset(name).unwrap().as_bytes()).unwrap();
+        (parsed.config, parsed.arch)
+    }
+
+    #[test]
+    fn presets_are_as_large_as_their_names_say() {
+        // The parameters that the models' cards state.
+        for (name, billions) in [("llama-3.1-8b", 8.03), ("qwen3-8b", 8.19), ("qwen3-coder-30b-a3b", 30.53)] {
+            let (config, arch) = config(name);
+            let found = parameters(&config, arch, false) as f64 / 1e9;
+            assert!((found - billions).abs() < 0.005, "{name}: {found}");
+        }
+        assert!(preset("gpt-2").is_none());
+    }
+
+    #[test]
+    fn random_numbers_are_small_of_either_sign_and_differ() {
+        let bytes = random(4096);
+        let numbers: Vec<f32> = bytes
+            .chunks_exact(2)
+            .map(|b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16))
+            .collect();
+        assert!(numbers.iter().all(|x| (2f32.powi(-11)..2f32.powi(-7)).contains(&x.abs())));
+        let sum: f32 = numbers.iter().sum();
+        assert!(sum.abs() < 0.1 * numbers.iter().map(|x| x.abs()).sum::<f32>());
+        assert!(numbers.windows(2).filter(|w| w[0] == w[1]).count() < 100);
+    }
+}
