@@ -8,6 +8,7 @@ use rudder_model::Model;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::request::{Event, GenerateRequest, SubmitError};
+use crate::sessions::SessionStats;
 use crate::step_loop::{Command, StepLoop, Submission};
 use crate::tier::{DiskTier, TierStats, TierWatch};
 
@@ -58,6 +59,8 @@ pub struct Stats {
     pub prefix_hits: u64,
     /// Sequences preempted because blocks ran out.
     pub preemptions: u64,
+    /// Sessions, and what is kept for them.
+    pub sessions: SessionStats,
     /// The tier on disk; all zero without one.
     pub tier: TierStats,
 }
@@ -77,7 +80,7 @@ pub(crate) struct Shared {
 /// when the last clone and the last [`Generation`] are gone.
 #[derive(Clone)]
 pub struct Engine {
-    commands: mpsc::Sender<Command>,
+    pub(crate) commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
     config: Arc<EngineConfig>,
     tier: Option<TierWatch>,

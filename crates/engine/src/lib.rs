@@ -15,6 +15,7 @@ mod engine;
 mod grammar;
 mod mask_workers;
 mod request;
+mod sessions;
 mod step_loop;
 mod tier;
 
@@ -24,4 +25,6 @@ pub use request::{
     Event, FinishReason, GenerateRequest, LogitBias, SamplingParams, SubmitError, Token, TokenLogprob, Usage,
 };
 pub use rudder_kvstore::StoreStats;
+pub use rudder_scheduler::{MAX_PINNED, PinError, SessionInfo, SessionState};
+pub use sessions::{Session, SessionStats};
 pub use tier::{DiskTier, TierConfig, TierError, TierStats};

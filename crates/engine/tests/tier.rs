@@ -11,7 +11,9 @@ use std::time::{Duration, SystemTime};
 use common::{
     Answer, CONFIG, ask, assert_whole, checkpoint, collect, eventually, model, model_at, prompt, request,
 };
-use rudder_engine::{Constraint, DiskTier, Engine, EngineConfig, Grammar, Next, TierConfig, TierError};
+use rudder_engine::{
+    Constraint, DiskTier, Engine, EngineConfig, GenerateRequest, Grammar, Next, TierConfig, TierError,
+};
 use rudder_kvstore::{Disk, Medium, SegmentFile, StoreError};
 use rudder_model::Model;
 
@@ -446,4 +448,19 @@ impl SegmentFile for FailingFile {
         self.1.hints.fetch_add(1, Ordering::SeqCst);
         self.0.read_ahead(offset, len);
     }
+}
+
+#[tokio::test]
+async fn a_session_tells_how_much_of_it_is_on_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    let session = Some(Arc::from("s"));
+    let turn = GenerateRequest { session, ..request(prompt(1, TURN), 40) };
+    let mut generation = engine.submit(turn).unwrap();
+    while generation.next().await.is_some() {}
+    eventually("an empty queue", || engine.stats().tier.queued == 0);
+    let sessions = engine.sessions(None).await.unwrap();
+    assert_eq!(sessions.len(), 1);
+    // The answer's last token has no KV.
+    assert_eq!((sessions[0].info.tokens, sessions[0].disk_tokens), (TURN + 39, Some(256)));
 }

@@ -19,6 +19,11 @@ impl KeyHeap {
         Self { heap: Vec::with_capacity(items), places: vec![ABSENT; items], keys: vec![0; items] }
     }
 
+    /// Items in it.
+    pub fn len(&self) -> usize {
+        self.heap.len()
+    }
+
     /// The item with the least key.
     pub fn first(&self) -> Option<(u32, u64)> {
         self.heap.first().map(|&item| (item, self.keys[item as usize]))

@@ -23,17 +23,23 @@
 
 mod block_pool;
 mod key_heap;
+mod pauses;
 mod prefix_tree;
 mod restore;
 mod retention;
 mod scheduler;
 mod sequence;
+mod session_table;
 mod sessions;
 
 pub use block_pool::{BlockCounts, BlockId};
 pub use retention::{MAX_SESSIONS, PROTECTED_SHARE, RetentionStats, SessionBlocks, SessionHandle, Tick};
 pub use scheduler::{Chunk, PrefixStats, Scheduler, SchedulerConfig, StepPlan};
 pub use sequence::{Sequence, SequenceId};
+pub use session_table::{
+    KEPT_PAUSES, LONGEST_KEPT, MARGIN, MAX_PINNED, PinError, SHORTEST_KEPT, SessionInfo, SessionState,
+    SessionTable,
+};
 
 /// Tokens in one KV block; the engine checks that it equals the op set's.
 pub const BLOCK_SIZE: usize = 16;

@@ -37,9 +37,13 @@ pub struct SessionHandle {
 /// The slot of blocks that belong to no session.
 const NOBODY: SessionHandle = SessionHandle { slot: MAX_SESSIONS as u32, epoch: 0 };
 
-/// What has been evicted so far, and what is protected now, in blocks.
+/// What has been evicted so far, and what is protected now; in blocks but for the first two.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RetentionStats {
+    /// Sessions open.
+    pub sessions: usize,
+    /// Of these, protected.
+    pub protected_sessions: usize,
     /// Cached for protected sessions.
     pub protected: usize,
     /// Evicted although protected.
@@ -133,7 +137,8 @@ impl Retention {
     }
 
     pub fn stats(&self) -> RetentionStats {
-        self.stats
+        let sessions = MAX_SESSIONS - self.vacant.len();
+        RetentionStats { sessions, protected_sessions: self.expiring.len(), ..self.stats }
     }
 
     /// A new session; none if there are [`MAX_SESSIONS`].
@@ -206,6 +211,22 @@ impl Retention {
             own: slot.blocks,
             protected: slot.is_protected(),
         })
+    }
+
+    /// Whose a block is.
+    pub fn session_of(&self, block: BlockId) -> Option<SessionHandle> {
+        let session = self.blocks[block as usize].session;
+        self.slot_of(session).map(|_| session)
+    }
+
+    /// Whether what is remembered of a session begins with these blocks, as far as they go.
+    pub fn begins_with(&self, session: SessionHandle, blocks: &[BlockId]) -> bool {
+        // One block says it of all before it: it has been only there since it was filled.
+        let (Some(slot), Some((at, &block))) = (self.slot_of(session), blocks.iter().enumerate().next_back())
+        else {
+            return false;
+        };
+        self.slots[slot as usize].path.get(at) == Some(&(block, self.generation(block)))
     }
 
     /// Remembers the path of a session's sequence, if it is longer than what is left of the last one.

@@ -29,6 +29,19 @@ impl Scheduler {
         }
     }
 
+    /// Whose the last of a sequence's first `blocks` blocks is.
+    pub(crate) fn session_before(&self, id: SequenceId, blocks: usize) -> Option<SessionHandle> {
+        let last = *self.sequences.get(&id)?.blocks.get(blocks.checked_sub(1)?)?;
+        self.pool.retention.session_of(last)
+    }
+
+    /// Whether a sequence begins with the same `blocks` blocks as what is kept of a session; at least one.
+    pub(crate) fn shares_path(&self, session: SessionHandle, id: SequenceId, blocks: usize) -> bool {
+        let sequence = self.sequences.get(&id);
+        let begin = sequence.and_then(|sequence| sequence.blocks.get(..blocks));
+        begin.is_some_and(|begin| self.pool.retention.begins_with(session, begin))
+    }
+
     /// Protects what is cached of a session before `until`; 0 ends the protection. When protected blocks
     /// must go, those of the least `rank` go first.
     pub fn protect(&mut self, session: SessionHandle, until: Tick, rank: u64) {

@@ -24,6 +24,8 @@ mod prompt;
 mod responses;
 mod serve;
 mod session;
+mod session_metrics;
+mod sessions;
 mod sse;
 mod tier_metrics;
 mod tokenize;
@@ -190,6 +192,15 @@ fn conversations() -> Router<Arc<Server>> {
         )
 }
 
+fn sessions() -> Router<Arc<Server>> {
+    use sessions as handlers;
+    Router::new()
+        .route("/v1/sessions", get(handlers::list))
+        .route("/v1/sessions/{id}", get(handlers::retrieve).delete(handlers::delete))
+        .route("/v1/sessions/{id}/pin", post(handlers::pin))
+        .route("/v1/sessions/{id}/unpin", post(handlers::unpin))
+}
+
 /// All routes of a server.
 pub fn router(server: Arc<Server>) -> Router {
     let limit = server.config.max_body_bytes;
@@ -207,6 +218,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/v1/responses/{id}/input_items", get(responses::retrieve::input_items))
         .route("/v1/responses/{id}/steer", post(responses::steer_post::steer))
         .merge(conversations())
+        .merge(sessions())
         .route("/v1/models", get(openai::models::list))
         .route("/v1/models/{*model}", get(openai::models::retrieve))
         .route("/infill", post(infill::create))

@@ -15,6 +15,7 @@ use rudder_engine::{Stats, Usage};
 
 use crate::generate::EndReason;
 use crate::responses::store::StoreStats;
+use crate::session_metrics::SessionMetrics;
 use crate::tier_metrics::TierMetrics;
 
 /// Names, less their prefix, that vLLM exports with the same meaning.
@@ -63,6 +64,7 @@ pub(crate) struct Metrics {
     store_bytes: IntGauge,
     store_failures: IntCounter,
     store_evictions: IntCounter,
+    sessions: SessionMetrics,
     tier: TierMetrics,
     /// Held while a scrape moves the counters, so that two scrapes add nothing twice.
     scrape: Mutex<()>,
@@ -106,6 +108,7 @@ impl Metrics {
                 "response_store_evictions_total",
                 "Stored responses and conversations removed before their time, for want of space.",
             ),
+            sessions: SessionMetrics::new(&builder),
             tier: TierMetrics::new(&builder),
             registry: builder.registry,
             scrape: Mutex::new(()),
@@ -139,6 +142,7 @@ impl Metrics {
     pub fn render(&self, stats: &Stats, store: &StoreStats) -> String {
         let _scrape = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         self.take(stats);
+        self.sessions.take(&stats.sessions);
         self.tier.take(&stats.tier);
         self.take_store(store);
         let mut families = self.registry.gather();

@@ -86,6 +86,11 @@ impl Owner {
         format!("{}:{name}", self.tag()).into()
     }
 
+    /// The name in the key of a session of this owner's; a key that the engine made up is one itself.
+    pub fn session_name<'a>(&self, key: &'a str) -> &'a str {
+        key.strip_prefix(&self.tag()).and_then(|rest| rest.strip_prefix(':')).unwrap_or(key)
+    }
+
     /// Whose a request is that belongs to the session of this name.
     pub fn origin(&self, session: Option<&str>) -> Origin {
         Origin {
@@ -96,7 +101,7 @@ impl Owner {
 }
 
 /// A session's name as it is kept: bounded, and never empty.
-fn name(given: &str) -> Option<Arc<str>> {
+pub(crate) fn name(given: &str) -> Option<Arc<str>> {
     let given = given.trim();
     match given.len() {
         0 => None,

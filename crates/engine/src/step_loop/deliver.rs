@@ -104,6 +104,7 @@ impl StepLoop {
     /// Forgets a sequence, however it ended; unknown ids are fine. Its place and its blocks are
     /// free before its client hears of the end, who may send the next request at once.
     pub(super) fn end(&mut self, id: SequenceId) -> Option<Active> {
+        self.end_turn(id);
         self.keep_last_blocks(id);
         self.scheduler.remove(id);
         let active = self.active.remove(&id)?;

@@ -4,6 +4,7 @@ mod active;
 mod compute;
 mod deliver;
 mod grammars;
+mod sessions;
 mod tier;
 
 use std::collections::HashMap;
@@ -16,6 +17,7 @@ use rudder_scheduler::{Scheduler, SchedulerConfig, SequenceId, StepPlan};
 use tokio::sync::mpsc::UnboundedSender;
 
 use self::active::{Active, Held};
+use self::sessions::Sessions;
 use crate::engine::{EngineConfig, Shared, Stats};
 use crate::mask_workers::{MaskJob, MaskWorkers};
 use crate::request::{Event, GenerateRequest};
@@ -27,6 +29,8 @@ const _: () = assert!(rudder_ops::BLOCK_SIZE == rudder_scheduler::BLOCK_SIZE);
 pub(crate) enum Command {
     Submit(Box<Submission>),
     Cancel(SequenceId),
+    /// Between two steps.
+    Do(Box<dyn FnOnce(&mut StepLoop) + Send>),
     Stop,
 }
 
@@ -49,6 +53,7 @@ pub(crate) struct StepLoop {
     active: HashMap<SequenceId, Active>,
     masks: MaskWorkers,
     tier: Option<DiskTier>,
+    sessions: Sessions,
     stats: Stats,
     // Reused from step to step, so that a step allocates nothing of its own.
     plan: StepPlan,
@@ -79,6 +84,7 @@ impl StepLoop {
             active: HashMap::new(),
             masks: MaskWorkers::start(),
             tier,
+            sessions: Sessions::new(),
             stats: Stats::default(),
             plan: StepPlan::default(),
             batch: Batch::default(),
@@ -125,6 +131,7 @@ impl StepLoop {
             match command {
                 Command::Submit(submission) => self.submit(*submission),
                 Command::Cancel(id) => drop(self.end(id)),
+                Command::Do(work) => work(self),
                 Command::Stop => return false,
             }
         }
@@ -161,14 +168,17 @@ impl StepLoop {
             first_token: None,
         };
         self.active.insert(id, active);
+        self.begin_turn(id);
     }
 
     fn step(&mut self) {
         self.follow_grammars();
         self.fetch_blocks();
+        self.end_protections();
         let mut plan = std::mem::take(&mut self.plan);
         self.scheduler.plan(&mut plan);
         self.note_admissions(&plan);
+        self.find_sessions(&plan);
         self.hold_for_tier(&mut plan);
         if !plan.chunks.is_empty() {
             self.run_plan(&plan);
@@ -218,6 +228,7 @@ impl StepLoop {
         stats.kv_blocks_free = blocks.free;
         stats.prefix_queries = prefix.queries;
         stats.prefix_hits = prefix.hits;
+        stats.sessions = self.sessions.stats(&self.scheduler);
         stats.tier = self.tier.as_ref().map(DiskTier::stats).unwrap_or_default();
         *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner) = *stats;
     }

@@ -408,6 +408,18 @@ impl DiskTier {
         }
     }
 
+    /// Names by which it can be told later how much of a live sequence is on disk: of every
+    /// [`LEAST_BLOCKS`]th block.
+    pub(crate) fn marks(&self, id: SequenceId) -> Vec<BlockKey> {
+        let keys = self.chains.get(&id).map_or(&[][..], |chain| &chain.keys);
+        keys.chunks_exact(LEAST_BLOCKS).map(|keys| keys[LEAST_BLOCKS - 1]).collect()
+    }
+
+    /// Tokens on disk of what had these marks; may be short by one mark's.
+    pub(crate) fn tokens_at(&self, marks: &[BlockKey]) -> usize {
+        self.store.readable(marks) * LEAST_BLOCKS * BLOCK_SIZE
+    }
+
     /// Before a sequence is forgotten: has more of its blocks written, as after a step.
     pub(crate) fn end(&mut self, scheduler: &Scheduler, model: &mut dyn Model, id: SequenceId) {
         self.loads.remove(&id);

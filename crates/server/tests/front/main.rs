@@ -8,6 +8,7 @@ mod messages;
 mod models;
 mod refusals;
 mod responses;
+mod sessions;
 mod sockets;
 mod steering;
 mod stored;

@@ -1,0 +1,80 @@
+//! Sessions as a handle to the engine sees them. The step loop owns them, and answers between two steps.
+
+use std::sync::Arc;
+
+use rudder_scheduler::{PinError, SessionInfo};
+use tokio::sync::oneshot;
+
+use crate::Engine;
+use crate::request::SubmitError;
+use crate::step_loop::{Command, StepLoop};
+
+/// A session, and where it is cached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Session {
+    /// All but the disk.
+    pub info: SessionInfo,
+    /// Of its tokens, those whose KV is on disk, to within 256; none without a tier on disk.
+    pub disk_tokens: Option<usize>,
+}
+
+/// Sessions by what they do, and what is kept for them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SessionStats {
+    /// With turns that wait or run.
+    pub running: usize,
+    /// Between turns, protected.
+    pub kept: usize,
+    /// Others.
+    pub idle: usize,
+    /// KV blocks cached for protected sessions.
+    pub protected_blocks: usize,
+    /// Blocks evicted although protected.
+    pub evicted_protected: u64,
+    /// Blocks evicted besides.
+    pub evicted_unprotected: u64,
+}
+
+impl Engine {
+    /// An owner's sessions, those used last first.
+    ///
+    /// # Errors
+    /// If the engine has ended.
+    pub async fn sessions(&self, owner: Option<Arc<str>>) -> Result<Vec<Session>, SubmitError> {
+        self.ask(move |step_loop| step_loop.sessions(owner.as_deref())).await
+    }
+
+    /// Forgets a session and lets go of what it alone has cached in memory; its running turns go on.
+    /// Returns whether it was there.
+    ///
+    /// # Errors
+    /// If the engine has ended.
+    pub async fn remove_session(&self, key: Arc<str>) -> Result<bool, SubmitError> {
+        self.ask(move |step_loop| step_loop.remove_session(&key)).await
+    }
+
+    /// Protects a session until it is unpinned, or no longer.
+    ///
+    /// # Errors
+    /// If the engine has ended; within, see [`PinError`].
+    pub async fn pin_session(
+        &self,
+        key: Arc<str>,
+        pinned: bool,
+    ) -> Result<Result<(), PinError>, SubmitError> {
+        self.ask(move |step_loop| step_loop.pin_session(&key, pinned)).await
+    }
+
+    async fn ask<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut StepLoop) -> T + Send + 'static,
+    ) -> Result<T, SubmitError> {
+        let (reply, answer) = oneshot::channel();
+        let work = move |step_loop: &mut StepLoop| {
+            // Whoever asked may be gone.
+            let _ = reply.send(work(step_loop));
+        };
+        self.commands.send(Command::Do(Box::new(work))).map_err(|_| SubmitError::ShuttingDown)?;
+        answer.await.map_err(|_| SubmitError::ShuttingDown)
+    }
+}
