@@ -8,7 +8,9 @@
 //! chunk of any size, on any number of threads, with or without the pieces computed in parallel.
 //!
 //! Queries that read the same keys (the heads of a group, neighbouring rows of a sequence) are
-//! computed in tiles, so that a key loaded and widened once serves up to eight of them.
+//! computed in tiles, so that a key loaded once serves up to eight of them, and two vectors of keys
+//! are computed beside each other, so that an element of a query loaded once serves both. Where
+//! several tiles read a piece, it is widened to f32 once for all of them.
 
 use super::kv::{Element, KvCache, Layer, Layout};
 use super::pool::Pool;
@@ -24,6 +26,8 @@ const PIECE: usize = 512;
 const ROWS: usize = 16;
 /// Most queries in a tile.
 const MAX_TILE: usize = 8;
+/// Tiles from which on widening a piece once is less work than widening it in each of them.
+const WIDEN: usize = 3;
 /// Multiplications below which one thread is as fast as several.
 const SMALL: usize = 128 * 1024;
 /// Most f32 that partial results may take when pieces are computed in parallel.
@@ -91,9 +95,9 @@ pub(super) struct Buffers {
 /// Buffers of one thread.
 #[derive(Default)]
 struct Worker {
-    /// A tile's queries, `[head_dim, tile]`.
-    queries: Vec<f32>,
-    /// Its scores, `[tile, PIECE]`.
+    /// A piece's keys and values in f32, as blocks of one head.
+    widened: Vec<f32>,
+    /// A tile's scores, `[tile, PIECE]`.
     scores: Vec<f32>,
     /// Its results on one piece, `[tile, state]`.
     partials: Vec<f32>,
@@ -178,7 +182,9 @@ impl<E: Element> Job<'_, E> {
 
     fn reserve(&self, worker: &mut Worker) {
         let grow = |x: &mut Vec<f32>, len: usize| x.resize(x.len().max(len), 0.0);
-        grow(&mut worker.queries, MAX_TILE * self.layout.head_dim);
+        if E::NARROW && self.op.plan.max_rows * self.group() >= WIDEN * self.op.level.tile() {
+            grow(&mut worker.widened, PIECE / BLOCK_SIZE * self.layout.head_len());
+        }
         grow(&mut worker.scores, MAX_TILE * PIECE);
         grow(&mut worker.partials, MAX_TILE * self.state_len());
         grow(&mut worker.states, self.unit_len());
@@ -190,11 +196,11 @@ impl<E: Element> Job<'_, E> {
         let block = &self.op.plan.blocks[self.op.plan.blocks.len() - 1 - unit / self.layout.kv_heads];
         let head = unit % self.layout.kv_heads;
         let len = self.state_len();
-        let Worker { queries, scores, partials, states } = worker;
+        let Worker { widened, scores, partials, states } = worker;
         let states = &mut states[..block.rows * self.group() * len];
         states.fill(0.0);
         for piece in 0..block.pieces {
-            self.tiles(block, head, piece, queries, scores, partials, |first, tile| {
+            self.tiles(block, head, piece, widened, scores, partials, |first, tile| {
                 for (state, partial) in
                     states[first * len..].chunks_exact_mut(len).zip(tile.chunks_exact(len))
                 {
@@ -212,8 +218,8 @@ impl<E: Element> Job<'_, E> {
         let len = self.unit_len();
         // SAFETY: every task has its own part.
         let states = unsafe { shared.part(task * len..(task + 1) * len) };
-        let Worker { queries, scores, partials, .. } = worker;
-        self.tiles(&self.op.plan.blocks[block], head, piece, queries, scores, partials, |first, tile| {
+        let Worker { widened, scores, partials, .. } = worker;
+        self.tiles(&self.op.plan.blocks[block], head, piece, widened, scores, partials, |first, tile| {
             states[first * self.state_len()..][..tile.len()].copy_from_slice(tile);
         });
     }
@@ -242,7 +248,7 @@ impl<E: Element> Job<'_, E> {
         block: &RowBlock,
         head: usize,
         piece: usize,
-        queries: &mut [f32],
+        widened: &mut [f32],
         scores: &mut [f32],
         partials: &mut [f32],
         mut take: impl FnMut(usize, &[f32]),
@@ -252,32 +258,43 @@ impl<E: Element> Job<'_, E> {
             &self.op.batch.block_tables[block.span.table..][..block.span.context.div_ceil(BLOCK_SIZE)];
         let table = &table[piece * PIECE / BLOCK_SIZE..];
         let step = self.op.level.tile();
+        let widen = E::NARROW && count >= WIDEN * step;
+        if widen {
+            let keys = (block.position + block.rows - piece * PIECE).min(PIECE);
+            self.widen(&table[..keys.div_ceil(BLOCK_SIZE)], head, widened);
+        }
         for first in (0..count).step_by(step) {
             let used = step.min(count - first);
             let tile = used.next_power_of_two();
-            let mut limits = [0; MAX_TILE];
+            let (mut limits, mut queries) = ([0; MAX_TILE], [&[][..]; MAX_TILE]);
             for i in 0..tile {
                 let query = first + i.min(used - 1); // lanes beyond the last query repeat it
                 let row = query / group;
                 limits[i] = (block.position + row + 1).saturating_sub(piece * PIECE).min(PIECE);
-                let q = self.query(block.row + row, head * group + query % group);
-                for (d, &x) in q.iter().enumerate() {
-                    queries[d * tile + i] = x;
-                }
+                queries[i] = self.query(block.row + row, head * group + query % group);
             }
+            let (limits, queries) = (&limits[..tile], &queries[..tile]);
+            let (layout, scale) = (self.layout, self.op.shape.scale);
             let states = &mut partials[..tile * self.state_len()];
-            self.op.level.run(Tile {
-                queries: &queries[..tile * self.layout.head_dim],
-                limits: &limits[..tile],
-                kv: self.kv,
-                layout: self.layout,
-                head,
-                table,
-                scale: self.op.shape.scale,
-                scores,
-                states,
-            });
-            take(first, &states[..used * self.state_len()]);
+            if widen {
+                let (kv, layout) = (&*widened, Layout { kv_heads: 1, ..layout });
+                let tile =
+                    Tile { queries, limits, kv, layout, head: 0, table: &IN_ORDER, scale, scores, states };
+                self.op.level.run(tile);
+            } else {
+                let tile = Tile { queries, limits, kv: self.kv, layout, head, table, scale, scores, states };
+                self.op.level.run(tile);
+            }
+            take(first, &partials[..used * self.state_len()]);
+        }
+    }
+
+    /// Widens a head of the blocks of `table` to blocks of one head in order.
+    fn widen(&self, table: &[u32], head: usize, to: &mut [f32]) {
+        let len = self.layout.head_len();
+        for (&block, to) in table.iter().zip(to.chunks_exact_mut(len)) {
+            let from = &self.kv[self.layout.keys(block as usize, head)..][..len];
+            self.op.level.run(Widen { from, to });
         }
     }
 
@@ -343,13 +360,41 @@ fn merge(state: &mut [f32], piece: &[f32]) {
     state[n + 1] = sum * a + piece_sum * b;
 }
 
+/// The block table of a widened piece.
+const IN_ORDER: [u32; PIECE / BLOCK_SIZE] = {
+    let mut table = [0; PIECE / BLOCK_SIZE];
+    let mut i = 0;
+    while i < table.len() {
+        table[i] = i as u32;
+        i += 1;
+    }
+    table
+};
+
+/// Whole vectors of stored elements to f32.
+struct Widen<'a, E> {
+    from: &'a [E],
+    to: &'a mut [f32],
+}
+
+impl<E: Element> Kernel for Widen<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for (from, to) in self.from.chunks_exact(LANES).zip(self.to.chunks_exact_mut(LANES)) {
+            // SAFETY: every chunk is a vector; the instructions are the caller's promise.
+            unsafe { S::store(to.as_mut_ptr(), E::load::<S>(from.as_ptr())) };
+        }
+    }
+}
+
 /// Up to [`Simd::TILE`] queries on one piece of their sequence.
 struct Tile<'a, E> {
-    /// `[head_dim, tile]`.
-    queries: &'a [f32],
+    /// `head_dim` elements each.
+    queries: &'a [&'a [f32]],
     /// How many of the piece's keys each query sees.
     limits: &'a [usize],
-    /// The layer.
+    /// The layer, or a widened piece.
     kv: &'a [E],
     layout: Layout,
     head: usize,
@@ -380,87 +425,135 @@ impl<E: Element> Tile<'_, E> {
     /// Fills `states`; `T` is the number of queries.
     ///
     /// # Safety
-    /// The CPU has the instructions of `S`; so for the two parts below.
+    /// The CPU has the instructions of `S`; so for the parts below.
     #[inline(always)]
     unsafe fn compute<S: Simd, const T: usize>(mut self) {
         let limits: [usize; T] = std::array::from_fn(|i| self.limits[i]);
-        let padded = self.layout.padded();
+        let most = limits.into_iter().fold(0, usize::max);
+        let (blocks, padded) = (most.div_ceil(BLOCK_SIZE), self.layout.padded());
+        // Two vectors of sums for each query where they fit the registers, and one for what is left.
+        let (pairs, pair_parts) = match S::PAIRS {
+            true => (blocks / 2 * 2, padded / LANES / 2 * 2),
+            false => (0, 0),
+        };
         // SAFETY: the caller's promise is the same.
         unsafe {
-            self.products::<S, T>(limits);
+            for block in (0..pairs).step_by(2) {
+                self.products::<S, T, 2>(block);
+            }
+            for block in pairs..blocks {
+                self.products::<S, T, 1>(block);
+            }
             for (i, state) in self.states.chunks_exact_mut(padded + 2).enumerate() {
                 let row = &mut self.scores[i * PIECE..(i + 1) * PIECE];
                 let whole = limits[i].next_multiple_of(LANES);
                 row[limits[i]..whole].fill(f32::NEG_INFINITY);
                 (state[padded], state[padded + 1]) = simd::softmax::<S>(&mut row[..whole]);
             }
-            self.values::<S, T>(limits);
+            for part in (0..pair_parts).step_by(2) {
+                self.values::<S, T, 2>(limits, part * LANES);
+            }
+            for part in pair_parts..padded / LANES {
+                self.values::<S, T, 1>(limits, part * LANES);
+            }
         }
     }
 
-    /// `scores[i, k] = query i * key k * scale`, sixteen keys at a time.
+    /// `scores[i, k] = query i * key k * scale` for the keys of `B` blocks from `block` of the table on.
     #[inline(always)]
-    unsafe fn products<S: Simd, const T: usize>(&mut self, limits: [usize; T]) {
-        let most = limits.into_iter().fold(0, usize::max);
-        let (queries, _) = self.queries.as_chunks::<T>();
-        for (index, &block) in self.table[..most.div_ceil(BLOCK_SIZE)].iter().enumerate() {
-            let start = self.layout.keys(block as usize, self.head);
-            let keys = &self.kv[start..start + BLOCK_SIZE * self.layout.head_dim];
-            // SAFETY: every chunk of keys and of scores is a vector.
-            unsafe {
-                let mut sums = [S::splat(0.0); T];
-                for (keys, query) in keys.chunks_exact(BLOCK_SIZE).zip(queries) {
-                    let keys = E::load::<S>(keys.as_ptr());
-                    for i in 0..T {
-                        sums[i] = S::fma(S::splat(query[i]), keys, sums[i]);
+    unsafe fn products<S: Simd, const T: usize, const B: usize>(&mut self, block: usize) {
+        let dim = self.layout.head_dim;
+        let queries: [&[f32]; T] = std::array::from_fn(|i| &self.queries[i][..dim]);
+        let keys: [&[E]; B] = std::array::from_fn(|b| {
+            let start = self.layout.keys(self.table[block + b] as usize, self.head);
+            &self.kv[start..][..BLOCK_SIZE * dim]
+        });
+        // SAFETY: `d` is below the queries' length; `BLOCK_SIZE` keys' elements `d` and as many scores are a vector.
+        unsafe {
+            let mut sums = [[S::splat(0.0); B]; T];
+            for d in 0..dim {
+                let mut key = [S::splat(0.0); B];
+                for b in 0..B {
+                    key[b] = E::load::<S>(keys[b].as_ptr().add(d * BLOCK_SIZE));
+                }
+                for i in 0..T {
+                    let x = S::splat(*queries[i].get_unchecked(d));
+                    for b in 0..B {
+                        sums[i][b] = S::fma(x, key[b], sums[i][b]);
                     }
                 }
-                for (i, sum) in sums.into_iter().enumerate() {
-                    let scores = &mut self.scores[i * PIECE + index * BLOCK_SIZE..][..BLOCK_SIZE];
+            }
+            for (i, sums) in sums.into_iter().enumerate() {
+                for (b, sum) in sums.into_iter().enumerate() {
+                    let scores = &mut self.scores[i * PIECE + (block + b) * BLOCK_SIZE..][..BLOCK_SIZE];
                     S::store(scores.as_mut_ptr(), S::mul(sum, S::splat(self.scale)));
                 }
             }
         }
     }
 
-    /// `states[i] = sum over k of scores[i, k] * value k`, in the order of the keys.
+    /// `states[i] = sum over k of scores[i, k] * value k`, in the order of the keys, for `P` vectors of
+    /// the values' elements from `part` on.
     #[inline(always)]
-    unsafe fn values<S: Simd, const T: usize>(&mut self, limits: [usize; T]) {
+    unsafe fn values<S: Simd, const T: usize, const P: usize>(&mut self, limits: [usize; T], part: usize) {
         let most = limits.into_iter().fold(0, usize::max);
         let least = limits.into_iter().fold(PIECE, usize::min);
         let padded = self.layout.padded();
-        let scores: [&[f32]; T] = std::array::from_fn(|i| &self.scores[i * PIECE..(i + 1) * PIECE]);
-        for part in (0..padded).step_by(LANES) {
-            // SAFETY: a part of a value is a vector, as is a part of a state.
-            unsafe {
-                let mut sums = [S::splat(0.0); T];
-                for (index, &block) in self.table[..most.div_ceil(BLOCK_SIZE)].iter().enumerate() {
-                    let start = self.layout.values(block as usize, self.head);
-                    let values = &self.kv[start..start + BLOCK_SIZE * padded];
-                    let first = index * BLOCK_SIZE;
-                    if first + BLOCK_SIZE <= least {
-                        let weights: [&[f32]; T] =
-                            std::array::from_fn(|i| &scores[i][first..first + BLOCK_SIZE]);
-                        for (k, value) in values.chunks_exact(padded).enumerate() {
-                            let value = E::load::<S>(value[part..part + LANES].as_ptr());
-                            for i in 0..T {
-                                sums[i] = S::fma(S::splat(weights[i][k]), value, sums[i]);
-                            }
-                        }
-                        continue;
-                    }
-                    // A value some query must not see is not even multiplied by zero: it may be NaN.
-                    for (k, value) in values.chunks_exact(padded).enumerate().take(most - first) {
-                        let value = E::load::<S>(value[part..part + LANES].as_ptr());
-                        for i in 0..T {
-                            if first + k < limits[i] {
-                                sums[i] = S::fma(S::splat(scores[i][first + k]), value, sums[i]);
-                            }
-                        }
-                    }
+        let scores = &self.scores[..T * PIECE];
+        // SAFETY: `P` parts of a value are as many vectors, as are those of a state; a key's index in the
+        // piece is below `PIECE`.
+        unsafe {
+            let mut sums = [[S::splat(0.0); P]; T];
+            for (index, &block) in self.table[..most.div_ceil(BLOCK_SIZE)].iter().enumerate() {
+                let start = self.layout.values(block as usize, self.head);
+                let values = &self.kv[start..start + BLOCK_SIZE * padded];
+                let first = index * BLOCK_SIZE;
+                let (seen_by_all, seen) =
+                    (least.clamp(first, first + BLOCK_SIZE), most.min(first + BLOCK_SIZE));
+                for key in first..seen_by_all {
+                    let value = values[(key - first) * padded + part..][..P * LANES].as_ptr();
+                    add::<S, E, T, P>(&mut sums, value, scores[key..].as_ptr(), None);
                 }
-                for (i, sum) in sums.into_iter().enumerate() {
-                    S::store(self.states[i * (padded + 2) + part..][..LANES].as_mut_ptr(), sum);
+                for key in seen_by_all..seen {
+                    let value = values[(key - first) * padded + part..][..P * LANES].as_ptr();
+                    let sees = limits.map(|limit| key < limit);
+                    add::<S, E, T, P>(&mut sums, value, scores[key..].as_ptr(), Some(sees));
+                }
+            }
+            for (i, sums) in sums.into_iter().enumerate() {
+                let state = &mut self.states[i * (padded + 2) + part..][..P * LANES];
+                for (p, sum) in sums.into_iter().enumerate() {
+                    S::store(state[p * LANES..].as_mut_ptr(), sum);
+                }
+            }
+        }
+    }
+}
+
+/// `sums[i] += scores[i] * value` for the queries that see the value (all if `sees` is none), for `P` vectors
+/// of its elements; the scores lie [`PIECE`] apart.
+///
+/// # Safety
+/// The CPU has the instructions of `S`; the vectors and scores can be read.
+#[inline(always)]
+unsafe fn add<S: Simd, E: Element, const T: usize, const P: usize>(
+    sums: &mut [[S::V; P]; T],
+    value: *const E,
+    scores: *const f32,
+    sees: Option<[bool; T]>,
+) {
+    // SAFETY: the caller's promise is the same.
+    unsafe {
+        let mut parts = [S::splat(0.0); P];
+        for (p, part) in parts.iter_mut().enumerate() {
+            *part = E::load::<S>(value.add(p * LANES));
+        }
+        for (i, sums) in sums.iter_mut().enumerate() {
+            // A value a query must not see is not even multiplied by zero: it may be NaN.
+            if sees.is_none_or(|sees| sees[i]) {
+                let score = S::splat(*scores.add(i * PIECE));
+                for p in 0..P {
+                    sums[p] = S::fma(score, parts[p], sums[p]);
                 }
             }
         }

@@ -206,6 +206,8 @@ impl Layout {
 
 /// A stored element.
 pub(super) trait Element: Copy + Send + Sync {
+    /// Whether loading takes a conversion.
+    const NARROW: bool;
     fn narrow(x: f32) -> Self;
     /// # Safety
     /// As for [`Simd::load`].
@@ -213,6 +215,7 @@ pub(super) trait Element: Copy + Send + Sync {
 }
 
 impl Element for u16 {
+    const NARROW: bool = true;
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         half::f16::from_f32(x).to_bits()
@@ -225,6 +228,7 @@ impl Element for u16 {
 }
 
 impl Element for f32 {
+    const NARROW: bool = false;
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         x

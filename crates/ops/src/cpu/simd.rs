@@ -17,6 +17,8 @@ pub(super) trait Simd {
     type V: Copy;
     /// How many accumulators fit the registers beside a kernel's other values.
     const TILE: usize;
+    /// Whether twice as many fit.
+    const PAIRS: bool;
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;
@@ -201,6 +203,7 @@ pub(super) struct Plain;
 impl Simd for Plain {
     type V = [f32; LANES];
     const TILE: usize = 4;
+    const PAIRS: bool = false;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
@@ -280,6 +283,7 @@ mod x86 {
     impl Simd for Avx512 {
         type V = __m512;
         const TILE: usize = 8;
+        const PAIRS: bool = true;
 
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self::V {
@@ -344,6 +348,7 @@ mod x86 {
     impl Simd for Avx2 {
         type V = [__m256; 2];
         const TILE: usize = 4;
+        const PAIRS: bool = false;
 
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self::V {

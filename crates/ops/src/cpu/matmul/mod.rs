@@ -22,7 +22,7 @@ mod x86;
 use super::pool::Pool;
 use crate::{DType, OpError, RawTensor, Result};
 use isa::Isa;
-use kernel::{Input, Job};
+use kernel::{Input, Job, MANY_ROWS};
 use layout::{BLOCK, LANES, Layout, tile_bytes};
 use memory::Memory;
 use quantize::Activations;
@@ -227,9 +227,21 @@ fn matmul_on(
     let scratch = &*scratch;
     let out = Shared(out.as_mut_ptr());
     let tiles: usize = w.parts.iter().map(Part::tile_count).sum();
-    let pieces = tiles.min(pool.threads() * PIECES);
+    let most = pool.threads() * PIECES;
+    let (pieces, piece_tiles) = match w.parts.iter().all(|part| part.dtype == DType::BF16) {
+        // The kernel for many rows takes two tiles at a time; pieces of one size end at the same time.
+        true if rows >= MANY_ROWS => {
+            let twos = tiles.div_ceil(2).div_ceil(most);
+            (tiles.div_ceil(2 * twos), Some(2 * twos))
+        }
+        _ => (tiles.min(most), None),
+    };
     pool.run(pieces, |piece| {
-        let (first, last) = (piece * tiles / pieces, (piece + 1) * tiles / pieces);
+        let cut = |piece| match piece_tiles {
+            Some(count) => tiles.min(piece * count),
+            None => piece * tiles / pieces,
+        };
+        let (first, last) = (cut(piece), cut(piece + 1));
         let (mut part_tile, mut part_row) = (0, 0);
         for part in &w.parts {
             let from = first.max(part_tile) - part_tile;

@@ -21,6 +21,8 @@ pub(super) trait Unit {
     type Floats: Copy;
     /// 64 bytes.
     type Bytes: Copy;
+    /// Whether 24 vectors of sums fit the registers, and so [`super::kernel::bf16`] has a loop for many rows.
+    const MANY: bool = false;
 
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
     /// Bytes `a >> SHIFT & mask`; `SHIFT` may be negative.

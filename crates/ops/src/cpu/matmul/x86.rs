@@ -13,6 +13,7 @@ impl<const BF16: bool> Unit for Avx512<BF16> {
     type Ints = __m512i;
     type Floats = __m512;
     type Bytes = __m512i;
+    const MANY: bool = true;
 
     #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> __m512i {
