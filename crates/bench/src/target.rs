@@ -7,6 +7,7 @@ use crate::prompt::Fit;
 use crate::record::RequestRecord;
 use rudder_engine::{Engine, Event, GenerateRequest, SamplingParams};
 use serde_json::{Value, json};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What answers requests. Cheap to clone.
@@ -152,6 +153,7 @@ async fn ask_engine(
         grammar: None,
         owner: None,
         session: None,
+        prediction: Arc::from([]),
     };
     let sent = Instant::now();
     let mut record =

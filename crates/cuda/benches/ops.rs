@@ -227,7 +227,8 @@ impl Bench {
         for (name, params) in [("greedy", &greedy), ("top-p and top-k", &filtered)] {
             for rows in [1, 64] {
                 let [_, mut logits] = self.rows(rows, vocab)?;
-                let row = SampleRow { params, counts: None, position: 1, mask: None, forced: None };
+                let row =
+                    SampleRow { params, counts: None, drafted: &[], position: 1, mask: None, forced: None };
                 let (all, mut out) = (vec![row; rows], Vec::new());
                 self.time(
                     format!("sample {name}, {rows} rows"),

@@ -121,7 +121,7 @@ impl Sampler {
             let params = row.params;
             let (biases, counts, mask) = (self.biases.len(), self.counts.len(), self.masks.len());
             self.biases.extend(params.logit_bias.iter().map(|b| [b.token, b.bias.to_bits()]));
-            self.counts.extend(row.counts.into_iter().flat_map(|c| c.iter()).map(|(token, n)| [token, n]));
+            self.counts.extend(row.occurrences().map(|(token, n)| [token, n]));
             self.masks.extend_from_slice(row.mask.unwrap_or_default());
             self.requests.push(Request {
                 uniform: uniform(params.seed, row.position),

@@ -93,7 +93,14 @@ fn a_share_of_the_memory_becomes_kv_cache_after_a_largest_step() {
 /// Tokens that `sequences` greedy streams of their own prompts draw in `steps` steps.
 fn decode(model: &mut dyn Model, sequences: usize, steps: usize) -> Vec<u32> {
     let params = SamplingParams { temperature: 0.0, ..Default::default() };
-    let row = |position| SampleRow { params: &params, counts: None, position, mask: None, forced: None };
+    let row = |position| SampleRow {
+        params: &params,
+        counts: None,
+        drafted: &[],
+        position,
+        mask: None,
+        forced: None,
+    };
     let (mut tokens, mut drawn, mut batch) = (Vec::new(), Vec::new(), Batch::default());
     for s in 0..sequences as u32 {
         batch.push(&[s + 1, 2 * s + 3, 5], 0, &[s], 1);

@@ -499,12 +499,14 @@ fn draws_are_the_hosts() -> Result<()> {
                 }
             })
             .collect();
+        let drafted = [0, 0, vocab as u32 - 1];
         let rows: Vec<SampleRow> = params
             .iter()
             .enumerate()
             .map(|(i, params)| SampleRow {
                 params,
                 counts: params.needs_counts().then_some(&all_counts[i]),
+                drafted: &drafted[..i % 4],
                 position: 1000 + i as u64,
                 mask: (i % 3 == 1).then_some(&masks[i]),
                 forced: (i % 7 == 6).then_some(random.below(vocab) as u32),
@@ -528,7 +530,8 @@ fn bad_rows_are_faults_of_their_own_and_many_alternatives_come_from_the_host() -
     let params = SamplingParams { logprobs: Some(2), ..Default::default() };
     let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
     let nothing = [0u32; 7];
-    let row = |params| SampleRow { params, counts: None, position: 3, mask: None, forced: None };
+    let row =
+        |params| SampleRow { params, counts: None, drafted: &[], position: 3, mask: None, forced: None };
     let blocked = SampleRow { mask: Some(&nothing), ..row(&greedy) };
     let rows = [row(&params), row(&params), row(&params), blocked, row(&greedy)];
     let theirs = sample(&mut Reference::new(), (&logits, vocab), &rows)?;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rudder_model::Model;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+use crate::draft::MAX_DRAFT;
 use crate::request::{Event, GenerateRequest, SubmitError};
 use crate::sessions::SessionStats;
 use crate::step_loop::{Command, StepLoop, Submission};
@@ -30,6 +31,28 @@ pub struct EngineConfig {
     pub max_waiting: usize,
     /// Keep finished sequences' blocks for later requests that begin alike.
     pub prefix_cache: bool,
+    /// Where drafts come from.
+    pub draft: DraftMode,
+}
+
+/// Where drafted tokens come from (speculative decoding). Answers are the same with and without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DraftMode {
+    /// Nowhere.
+    Off,
+    /// What followed the same tokens earlier in the sequence or in its predicted output.
+    Lookup,
+}
+
+impl DraftMode {
+    /// Most drafted tokens of a step: rows of logits that the model needs beside one for each
+    /// running sequence.
+    pub fn max_drafted(self) -> usize {
+        match self {
+            Self::Off => 0,
+            Self::Lookup => 64,
+        }
+    }
 }
 
 /// Counters since the start, and gauges now.
@@ -63,6 +86,12 @@ pub struct Stats {
     pub sessions: SessionStats,
     /// The tier on disk; all zero without one.
     pub tier: TierStats,
+    /// Drafts that were run, and the tokens in them.
+    pub drafts: u64,
+    /// See `drafts`.
+    pub drafted_tokens: u64,
+    /// Drafted tokens accepted, by their place in the draft.
+    pub accepted_at: [u64; MAX_DRAFT],
 }
 
 /// What the handle and the step loop both see.
@@ -204,7 +233,7 @@ impl Engine {
         if request.prompt.len() >= self.max_context {
             return Err(SubmitError::TooLong { tokens: request.prompt.len(), maximum: self.max_context });
         }
-        match request.prompt.iter().find(|&&token| token as usize >= self.vocab) {
+        match request.prompt.iter().chain(&*request.prediction).find(|&&token| token as usize >= self.vocab) {
             Some(&token) => Err(SubmitError::BadToken { token, vocab: self.vocab }),
             None => Ok(()),
         }

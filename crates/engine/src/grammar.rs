@@ -31,6 +31,12 @@ pub trait Constraint: Send {
     /// # Errors
     /// If the grammar gives up; fit for the client.
     fn next(&mut self, mask: &mut [u32], forced: Option<&mut Vec<u32>>) -> Result<Next, String>;
+
+    /// Gives the last `tokens` tokens back, as if they had not been taken: drafted ones are tried.
+    ///
+    /// # Errors
+    /// If it cannot. It is then replaced by a new one that is given all tokens again.
+    fn roll_back(&mut self, tokens: usize) -> Result<(), String>;
 }
 
 /// See [`Constraint::next`].

@@ -8,9 +8,10 @@
 //! language. The loop owns the model and the scheduler, runs on a thread of its own and never
 //! waits on a client: events go into unbounded channels, whose length `max_tokens` bounds.
 //! A request may carry a [`Grammar`]: then its tokens are drawn under masks that worker threads
-//! compute while the model runs. With a [`DiskTier`], KV blocks outlive their place in memory, and the
-//! process.
+//! compute while the model runs. What repeats earlier text comes several tokens a step: see `draft`.
+//! With a [`DiskTier`], KV blocks outlive their place in memory, and the process.
 
+mod draft;
 mod engine;
 mod grammar;
 mod mask_workers;
@@ -19,7 +20,7 @@ mod sessions;
 mod step_loop;
 mod tier;
 
-pub use engine::{Engine, EngineConfig, Generation, Stats};
+pub use engine::{DraftMode, Engine, EngineConfig, Generation, Stats};
 pub use grammar::{Constraint, Grammar, Next};
 pub use request::{
     Event, FinishReason, GenerateRequest, LogitBias, SamplingParams, SubmitError, Token, TokenLogprob, Usage,

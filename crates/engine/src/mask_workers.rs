@@ -1,7 +1,8 @@
 //! Computes grammar masks beside the forward pass, on plain threads.
 //!
 //! A [`MaskJob`] holds one sequence's [`Constraint`] with its buffers. It travels to a worker when
-//! a token was drawn, and back with the mask for the next one; nothing is allocated on the way.
+//! a token was drawn, and back with the mask for the next one; nothing is allocated on the way. It
+//! travels once more with a draft, and back with the masks after each drafted token.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,7 +24,17 @@ pub(crate) struct MaskJob {
     /// Absent before the first run.
     constraint: Option<Box<dyn Constraint>>,
     /// Drawn since the last run.
-    pub(crate) token: Option<u32>,
+    pub(crate) tokens: Vec<u32>,
+    /// Tokens that may be drawn next, to be followed as far as the grammar goes.
+    pub(crate) draft: Vec<u32>,
+    /// How many tokens of the draft there is a mask after.
+    pub(crate) followed: usize,
+    /// Those masks, one after the other.
+    ahead: Vec<u32>,
+    /// All tokens that the constraint took.
+    taken: Vec<u32>,
+    /// Whether the grammar can go back over a draft.
+    follows: bool,
     /// Whether tokens that the grammar forces are appended without a draw.
     jump: bool,
     /// Forced tokens, to be appended before the mask holds.
@@ -41,7 +52,12 @@ impl MaskJob {
             id,
             grammar,
             constraint: None,
-            token: None,
+            tokens: Vec::new(),
+            draft: Vec::new(),
+            followed: 0,
+            ahead: Vec::new(),
+            taken: Vec::new(),
+            follows: true,
             jump,
             forced: Vec::new(),
             mask: vec![0; vocab.div_ceil(32)],
@@ -49,9 +65,37 @@ impl MaskJob {
         }
     }
 
+    /// The mask after `drafted` tokens that were drafted, if there is one.
+    pub(crate) fn mask(&self, drafted: usize) -> Option<&[u32]> {
+        match drafted.checked_sub(1) {
+            None => Some(&self.mask),
+            Some(index) if drafted <= self.followed => self.ahead.chunks_exact(self.mask.len()).nth(index),
+            Some(_) => None,
+        }
+    }
+
+    /// Whether a draft may be followed from here.
+    pub(crate) fn follows(&self) -> bool {
+        self.follows && self.forced.is_empty() && self.next == Ok(Next::Draw)
+    }
+
     fn run(&mut self) {
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.try_run()));
-        self.next = outcome.unwrap_or_else(|_| Err("the grammar failed unexpectedly".into()));
+        if self.draft.is_empty() {
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.try_run()));
+            self.next = outcome.unwrap_or_else(|_| Err("the grammar failed unexpectedly".into()));
+            return;
+        }
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.try_follow()));
+        if !matches!(outcome, Ok(Ok(()))) {
+            // The answer may never come this way, so it must not fail for it.
+            self.follows = false;
+            self.followed = 0;
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.start_again()));
+            if let Err(message) = outcome.unwrap_or_else(|_| Err("the grammar failed unexpectedly".into())) {
+                self.next = Err(message);
+            }
+        }
+        self.draft.clear();
     }
 
     fn try_run(&mut self) -> Result<Next, String> {
@@ -59,12 +103,49 @@ impl MaskJob {
             Some(constraint) => constraint,
             none => none.insert(self.grammar.start()?),
         };
-        if let Some(token) = self.token.take() {
+        for &token in &self.tokens {
             constraint.accept(token)?;
         }
+        self.taken.append(&mut self.tokens);
+        self.followed = 0;
         self.mask.fill(0);
-        let forced = self.jump.then_some(&mut self.forced);
-        constraint.next(&mut self.mask, forced)
+        let next = constraint.next(&mut self.mask, self.jump.then_some(&mut self.forced))?;
+        self.taken.extend_from_slice(&self.forced);
+        Ok(next)
+    }
+
+    /// Finds the masks after each drafted token, up to one that is not allowed or after which a token
+    /// is not drawn.
+    fn try_follow(&mut self) -> Result<(), String> {
+        let Some(constraint) = &mut self.constraint else { return Ok(()) };
+        let words = self.mask.len();
+        self.ahead.clear();
+        self.followed = 0;
+        let mut taken = 0;
+        for &token in &self.draft {
+            let mask = self.ahead.rchunks_exact(words).next().unwrap_or(&self.mask);
+            if mask.get(token as usize / 32).is_none_or(|word| word >> (token % 32) & 1 == 0) {
+                break;
+            }
+            constraint.accept(token)?;
+            let begin = self.ahead.len();
+            self.ahead.resize(begin + words, 0);
+            let next = constraint.next(&mut self.ahead[begin..], self.jump.then_some(&mut self.forced))?;
+            taken += 1 + self.forced.len();
+            if next == Next::End || !self.forced.is_empty() {
+                self.forced.clear();
+                break;
+            }
+            self.followed += 1;
+        }
+        constraint.roll_back(taken)
+    }
+
+    /// A new state that has taken the same tokens.
+    fn start_again(&mut self) -> Result<(), String> {
+        self.forced.clear();
+        let constraint = self.constraint.insert(self.grammar.start()?);
+        self.taken.iter().try_for_each(|&token| constraint.accept(token))
     }
 }
 

@@ -32,6 +32,9 @@ pub struct GenerateRequest {
     pub owner: Option<Arc<str>>,
     /// The conversation that it is a turn of. Keys of two owners never meet.
     pub session: Option<Arc<str>>,
+    /// What the generated tokens are expected to be, or empty. It speeds them up where it is right
+    /// and changes nothing about them.
+    pub prediction: Arc<[u32]>,
 }
 
 /// A generated (or, with `prompt_logprobs`, scored) token.
@@ -63,6 +66,14 @@ pub struct Usage {
     pub cached_tokens: usize,
     /// Tokens generated, a final stop token included.
     pub completion_tokens: usize,
+    /// Tokens drafted, and of these accepted: drawn in a step with the token before them.
+    pub drafted_tokens: usize,
+    /// See `drafted_tokens`.
+    pub accepted_tokens: usize,
+    /// Tokens of [`GenerateRequest::prediction`] that came as predicted.
+    pub predicted_tokens: usize,
+    /// Those that did not.
+    pub mispredicted_tokens: usize,
     /// Submission to first planned step.
     pub queue: Duration,
     /// First planned step to first token.

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::{Answer, CONFIG, VOCAB, ask, assert_whole, collect, prompt, request, start};
+use common::{
+    Answer, CONFIG, VOCAB, ask, assert_drafted, assert_whole, check_drafts, collect, prompt, request, start,
+};
 use rudder_engine::{Constraint, EngineConfig, FinishReason, GenerateRequest, Grammar, Next, SamplingParams};
 
 /// What may follow a history of generated tokens.
@@ -27,6 +29,8 @@ struct Toy {
     /// How long each answer takes.
     delay: Duration,
     started: AtomicUsize,
+    /// Whether it can go back over tokens.
+    rolls_back: bool,
 }
 
 impl std::fmt::Debug for Toy {
@@ -38,7 +42,12 @@ impl std::fmt::Debug for Toy {
 impl Grammar for Toy {
     fn start(&self) -> Result<Box<dyn Constraint>, String> {
         self.started.fetch_add(1, Ordering::SeqCst);
-        Ok(Box::new(State { then: self.then, delay: self.delay, history: Vec::new() }))
+        Ok(Box::new(State {
+            then: self.then,
+            delay: self.delay,
+            history: Vec::new(),
+            rolls_back: self.rolls_back,
+        }))
     }
 }
 
@@ -46,6 +55,7 @@ struct State {
     then: fn(&[u32]) -> Then,
     delay: Duration,
     history: Vec<u32>,
+    rolls_back: bool,
 }
 
 impl Constraint for State {
@@ -57,6 +67,11 @@ impl Constraint for State {
         };
         self.history.push(token);
         allowed.then_some(()).ok_or_else(|| format!("{token} was drawn against the mask"))
+    }
+
+    fn roll_back(&mut self, tokens: usize) -> Result<(), String> {
+        self.history.truncate(self.history.len() - tokens);
+        self.rolls_back.then_some(()).ok_or_else(|| "the toy cannot go back".into())
     }
 
     fn next(&mut self, mask: &mut [u32], mut forced: Option<&mut Vec<u32>>) -> Result<Next, String> {
@@ -90,7 +105,7 @@ fn toy(then: fn(&[u32]) -> Then) -> Arc<Toy> {
 }
 
 fn slow_toy(then: fn(&[u32]) -> Then, delay: Duration) -> Arc<Toy> {
-    Arc::new(Toy { then, delay, started: AtomicUsize::new(0) })
+    Arc::new(Toy { then, delay, started: AtomicUsize::new(0), rolls_back: true })
 }
 
 fn held(grammar: &Arc<Toy>, request: GenerateRequest) -> GenerateRequest {
@@ -162,6 +177,34 @@ fn answers_are_the_same_whether_tokens_are_forced_early_late_or_drawn() {
     let tight = EngineConfig { kv_blocks: 16, ..CONFIG };
     assert_eq!(answers(tight.clone(), Duration::ZERO, |asked| asked), expected, "under preemption");
     assert_eq!(answers(tight, Duration::from_millis(1), |asked| asked), expected, "late under preemption");
+}
+
+#[test]
+fn answers_are_the_same_with_drafts() {
+    /// Any token, but every seventh is an even one, and the end comes after 80.
+    fn loose(history: &[u32]) -> Then {
+        match history.len() {
+            80.. => Then::End,
+            n if n % 7 == 3 => Then::Any((0..VOCAB).step_by(2).collect()),
+            _ => Then::Any((0..VOCAB).collect()),
+        }
+    }
+    let asked = |grammar: &Arc<Toy>, change: fn(GenerateRequest) -> GenerateRequest| {
+        (0..6).map(|i| change(held(grammar, request(prompt(i, 70), 120)))).collect::<Vec<_>>()
+    };
+    let sampled = |asked| {
+        let sampling = SamplingParams { seed: 5, frequency_penalty: 0.3, ..Default::default() };
+        GenerateRequest { sampling, ..asked }
+    };
+    for change in [|asked| asked, sampled, logprobs] {
+        assert_drafted(&check_drafts(CONFIG, asked(&toy(loose), change)), 0.01);
+        check_drafts(CONFIG, asked(&toy(runs), change));
+    }
+    check_drafts(CONFIG, asked(&slow_toy(loose, Duration::from_millis(1)), |asked| asked));
+    check_drafts(EngineConfig { kv_blocks: 16, ..CONFIG }, asked(&toy(loose), |asked| asked));
+    let one_way = Arc::new(Toy { rolls_back: false, ..Arc::into_inner(toy(loose)).unwrap() });
+    let answers = check_drafts(CONFIG, asked(&one_way, |asked| asked));
+    assert!(answers.iter().all(|answer| answer.usage.accepted_tokens == 0));
 }
 
 #[test]

@@ -370,6 +370,9 @@ impl Constraint for Slow {
         mask.fill(u32::MAX);
         Ok(Next::Draw)
     }
+    fn roll_back(&mut self, _: usize) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 /// A folder whose disk can be full, slow or broken.

@@ -181,7 +181,8 @@ impl<B: Backend> Decoder<B> {
         }
         self.forward(&batch)?;
         let params = SamplingParams { top_p: 0.9, logprobs: Some(20), ..Default::default() };
-        let row = SampleRow { params: &params, counts: None, position: 0, mask: None, forced: None };
+        let row =
+            SampleRow { params: &params, counts: None, drafted: &[], position: 0, mask: None, forced: None };
         self.sample(&vec![row; batch.outputs.len()], &mut Vec::new())
     }
 

@@ -97,12 +97,28 @@ pub struct SampleRow<'a> {
     pub params: &'a SamplingParams,
     /// Occurrences so far, when the parameters need them.
     pub counts: Option<&'a TokenCounts>,
+    /// Further tokens of the output, right before this one, that `counts` does not hold: drafted ones.
+    pub drafted: &'a [u32],
     /// Index in the sequence of the token being drawn: the counter of its random stream.
     pub position: u64,
     /// Allowed tokens, bit `t % 32` of word `t / 32`; words beyond the end count as zero.
     pub mask: Option<&'a [u32]>,
     /// Do not draw: report this token's log-probability (prompt log-probabilities).
     pub forced: Option<u32>,
+}
+
+impl SampleRow<'_> {
+    /// Every token seen before this one, with its occurrences in the output, drafted ones among them;
+    /// nothing where the parameters need no counts.
+    pub fn occurrences(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let drafted = |token: u32| self.drafted.iter().filter(|&&drafted| drafted == token).count() as u32;
+        self.counts.into_iter().flat_map(move |counts| {
+            let first = |&at: &usize| !self.drafted[..at].contains(&self.drafted[at]);
+            let new = (0..self.drafted.len()).filter(first).map(|at| (self.drafted[at], 0));
+            let new = new.filter(|(token, _)| !counts.output.contains_key(token));
+            counts.iter().chain(new).map(move |(token, n)| (token, n + drafted(token)))
+        })
+    }
 }
 
 /// A token and its natural-log probability.
@@ -185,8 +201,9 @@ impl RawLogits {
     fn keep(logits: &[f32], row: &SampleRow<'_>) -> Self {
         let biased = row.params.logit_bias.iter().map(|b| b.token);
         let penalised = row.counts.into_iter().flat_map(|c| c.output.keys().copied());
+        let drafted = row.drafted.iter().copied();
         let known = |t: u32| logits.get(t as usize).map(|&x| (t, x));
-        Self(biased.chain(penalised).filter_map(known).collect())
+        Self(biased.chain(penalised).chain(drafted).filter_map(known).collect())
     }
 
     fn get(&self, token: u32) -> Option<f32> {
@@ -197,13 +214,11 @@ impl RawLogits {
 /// Applies bias, penalties and mask in place.
 fn adjust(logits: &mut [f32], row: &SampleRow<'_>) {
     let params = row.params;
-    if let Some(counts) = row.counts {
-        for (&token, &n) in &counts.output {
-            let Some(x) = logits.get_mut(token as usize) else { continue };
-            *x = if *x > 0.0 { *x / params.repetition_penalty } else { *x * params.repetition_penalty };
-            if n > 0 {
-                *x -= params.presence_penalty + params.frequency_penalty * n as f32;
-            }
+    for (token, n) in row.occurrences() {
+        let Some(x) = logits.get_mut(token as usize) else { continue };
+        *x = if *x > 0.0 { *x / params.repetition_penalty } else { *x * params.repetition_penalty };
+        if n > 0 {
+            *x -= params.presence_penalty + params.frequency_penalty * n as f32;
         }
     }
     for LogitBias { token, bias } in &params.logit_bias {
@@ -380,7 +395,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn row(params: &SamplingParams, position: u64) -> SampleRow<'_> {
-        SampleRow { params, counts: None, position, mask: None, forced: None }
+        SampleRow { params, counts: None, drafted: &[], position, mask: None, forced: None }
     }
 
     fn sample(logits: &[f32], row: SampleRow<'_>) -> Sampled {
@@ -448,6 +463,26 @@ mod tests {
         let mut logits = [4.0, -4.0, 4.0, 4.0];
         adjust(&mut logits, &SampleRow { counts: Some(&counts), ..row(&params, 0) });
         assert_eq!(logits, [2.0, -9.0, 4.0, -3.0]);
+    }
+
+    #[test]
+    fn drafted_tokens_are_penalised_like_those_of_the_output() {
+        let params = SamplingParams {
+            repetition_penalty: 1.3,
+            presence_penalty: 0.5,
+            frequency_penalty: 0.25,
+            ..Default::default()
+        };
+        let logits: Vec<f32> = (0..8).map(|i| i as f32 - 3.3).collect();
+        let mut counts = TokenCounts::of_prompt(&[0, 5]);
+        counts.add(1);
+        let drafted = [1, 6, 5, 6, 99];
+        let mut apart = logits.clone();
+        adjust(&mut apart, &SampleRow { counts: Some(&counts), drafted: &drafted, ..row(&params, 0) });
+        drafted.iter().for_each(|&token| counts.add(token));
+        let mut together = logits;
+        adjust(&mut together, &SampleRow { counts: Some(&counts), ..row(&params, 0) });
+        assert_eq!(apart, together);
     }
 
     #[test]

@@ -399,7 +399,8 @@ fn sampling_is_the_same_on_any_number_of_threads_and_a_bad_row_is_alone() -> Res
             ..Default::default()
         })
         .collect();
-    let row = |params| SampleRow { params, counts: None, position: 12, mask: None, forced: None };
+    let row =
+        |params| SampleRow { params, counts: None, drafted: &[], position: 12, mask: None, forced: None };
     let rows: Vec<SampleRow> = params.iter().map(row).collect();
     fn run<B: Backend>(b: &mut B, logits: Rows, rows: &[SampleRow]) -> Result<Vec<Sampled>> {
         let mut logits = upload(b, logits)?;

@@ -13,7 +13,7 @@ use rudder_text::Text;
 
 use crate::device::Choice;
 use crate::place::{Place, fit};
-use crate::settings::{LoadFormat, ModelSettings};
+use crate::settings::{Draft, LoadFormat, ModelSettings};
 use crate::{device, machine, models, text_source};
 
 /// A model that runs.
@@ -115,10 +115,11 @@ fn bring_up<T: Send>(
     };
     let weight_bytes = source.weight_bytes();
     let limits = Limits::of(settings, device.gpu.is_some())?;
+    let draft = settings.draft.unwrap_or(Draft::Lookup).mode();
     let options = LoadOptions {
         max_batch_tokens: limits.batch_tokens,
-        // The scheduler asks for at most one row of logits a running sequence.
-        max_outputs: limits.sequences,
+        // The scheduler asks for at most one row of logits a running sequence, drafts aside.
+        max_outputs: limits.sequences + draft.max_drafted(),
         kv: place.kv,
         max_context: place.max_context,
     };
@@ -144,6 +145,7 @@ fn bring_up<T: Send>(
             max_batch_tokens: limits.batch_tokens,
             max_waiting: settings.max_waiting.unwrap_or(256),
             prefix_cache: settings.prefix_cache.unwrap_or(true),
+            draft,
         },
         tier,
     );

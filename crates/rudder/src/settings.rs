@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::builder::BoolishValueParser;
 use clap::{Args, Command};
+use rudder_engine::DraftMode;
 use serde::{Deserialize, Deserializer, de};
 
 /// Which model, on what, with how much memory: for every command that runs one.
@@ -60,6 +61,9 @@ pub struct ModelSettings {
     /// Folder for KV on disk, one for each server [default: rudder/kv in the user's cache folder]
     #[arg(long, env = "RUDDER_KV_DIR", value_name = "FOLDER")]
     pub kv_dir: Option<PathBuf>,
+    /// Where drafts come from, which speed up answers that repeat their prompt and change none [default: lookup]
+    #[arg(long, env = "RUDDER_DRAFT", value_enum)]
+    pub draft: Option<Draft>,
 }
 
 /// How the server faces its clients.
@@ -151,6 +155,26 @@ impl FromStr for Device {
 impl<'de> Deserialize<'de> for Device {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+/// Where drafted tokens come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Draft {
+    /// Nowhere: every token takes a step.
+    Off,
+    /// What followed the same words earlier in the prompt, the answer or its prediction.
+    Lookup,
+}
+
+impl Draft {
+    /// The engine's word for it.
+    pub fn mode(self) -> DraftMode {
+        match self {
+            Self::Off => DraftMode::Off,
+            Self::Lookup => DraftMode::Lookup,
+        }
     }
 }
 
@@ -259,6 +283,7 @@ impl ModelSettings {
             prefix_cache: self.prefix_cache.or(file.prefix_cache),
             kv_disk: self.kv_disk.or(file.kv_disk),
             kv_dir: self.kv_dir.or(file.kv_dir),
+            draft: self.draft.or(file.draft),
         }
     }
 
@@ -401,6 +426,7 @@ mod tests {
             prefix_cache = true
             kv_disk = "8GiB"
             kv_dir = "/k"
+            draft = "lookup"
             host = "::1"
             port = 7
             api_key = ["a", "b"]

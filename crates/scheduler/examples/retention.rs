@@ -124,8 +124,13 @@ struct World {
 
 impl World {
     fn new(policy: Policy, flood_per_second: f64) -> Self {
-        let config =
-            SchedulerConfig { blocks: BLOCKS, max_sequences: 64, max_batch_tokens: 2048, prefix_cache: true };
+        let config = SchedulerConfig {
+            blocks: BLOCKS,
+            max_sequences: 64,
+            max_batch_tokens: 2048,
+            max_drafted: 0,
+            prefix_cache: true,
+        };
         let mut scheduler = Scheduler::new(config);
         let agents: Vec<Agent> = (0..AGENTS)
             .map(|index| {

@@ -121,7 +121,8 @@ impl BlockPool {
         }
     }
 
-    fn release(&mut self, block: BlockId, session: Option<SessionHandle>) {
+    /// Lets go of a block, as a sequence's last one.
+    pub(crate) fn release(&mut self, block: BlockId, session: Option<SessionHandle>) {
         let references = &mut self.references[block as usize];
         *references = references.checked_sub(1).expect("only a held block is released");
         if *references == 0 {

@@ -6,7 +6,13 @@
 //! ```
 //! use rudder_scheduler::{Scheduler, SchedulerConfig, StepPlan};
 //!
-//! let config = SchedulerConfig { blocks: 64, max_sequences: 8, max_batch_tokens: 32, prefix_cache: true };
+//! let config = SchedulerConfig {
+//!     blocks: 64,
+//!     max_sequences: 8,
+//!     max_batch_tokens: 32,
+//!     max_drafted: 8,
+//!     prefix_cache: true,
+//! };
 //! let mut scheduler = Scheduler::new(config);
 //! scheduler.add(1, vec![5; 40], false);
 //! let mut plan = StepPlan::default();
@@ -22,6 +28,7 @@
 //! ```
 
 mod block_pool;
+mod drafts;
 mod key_heap;
 mod pauses;
 mod prefix_tree;

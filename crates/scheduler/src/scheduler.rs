@@ -8,6 +8,7 @@
 //!   its tokens, waits in its old place, and finds most of its blocks again in the prefix tree.
 //! - A decode is one token, or several where some were appended without a draw. Each sequence gets
 //!   one; for the others decodes may take half of what is then left, so prefill never stands still.
+//! - Drafted tokens take what the other decodes leave; see `drafts`.
 //! - A waiting sequence whose next block an older, running one is just computing (forks of one
 //!   prompt) lets it finish and then shares, rather than compute the same twice.
 
@@ -22,10 +23,12 @@ use crate::{BLOCK_SIZE, BlockId};
 pub struct SchedulerConfig {
     /// KV blocks in the pool.
     pub blocks: usize,
-    /// Most sequences running at once; also the most output rows of a step.
+    /// Most sequences running at once; also the most output rows of a step, drafts aside.
     pub max_sequences: usize,
     /// Most tokens computed in one step; at least `max_sequences`.
     pub max_batch_tokens: usize,
+    /// Most drafted tokens in one step. Each is an output row more.
+    pub max_drafted: usize,
     /// Keep blocks of finished sequences for later ones that begin alike.
     pub prefix_cache: bool,
 }
@@ -40,8 +43,10 @@ pub struct Chunk {
     /// Tokens in the chunk.
     pub len: usize,
     /// Logits are wanted for the last `outputs` tokens: 0 within a prompt, 1 at the end of the
-    /// known tokens, `len` while a prompt is scored.
+    /// known tokens, `len` while a prompt is scored, and one more for each drafted token.
     pub outputs: usize,
+    /// The last `drafted` tokens are not known yet but proposed: the beginning of the sequence's draft.
+    pub drafted: usize,
 }
 
 /// Which sequences run how many tokens next. Reused from step to step.
@@ -75,13 +80,13 @@ pub struct PrefixStats {
 /// See the module.
 #[derive(Debug)]
 pub struct Scheduler {
-    config: SchedulerConfig,
+    pub(crate) config: SchedulerConfig,
     pub(crate) pool: BlockPool,
     pub(crate) sequences: HashMap<SequenceId, Sequence>,
     /// Ascending by arrival, since ids are.
     waiting: BTreeSet<SequenceId>,
     /// Ascending by arrival.
-    running: Vec<SequenceId>,
+    pub(crate) running: Vec<SequenceId>,
     prefix_stats: PrefixStats,
 }
 
@@ -156,17 +161,21 @@ impl Scheduler {
     pub fn plan(&mut self, plan: &mut StepPlan) {
         plan.clear();
         let mut budget = Budget { tokens: self.config.max_batch_tokens, outputs: self.config.max_sequences };
+        self.release_draft_blocks();
         self.reserve_blocks(plan);
         self.plan_decodes(plan, &mut budget);
+        self.plan_drafts(plan, &mut budget);
         self.plan_prefills(plan, &mut budget);
+        self.place_drafts(plan);
     }
 
-    /// Advances the planned sequences by what was computed and makes their full blocks findable.
+    /// Advances the planned sequences by the known tokens that were computed and makes their full
+    /// blocks findable. Drafted tokens are not known before [`Self::accept`].
     /// Call after the model ran; sequences removed meanwhile are passed over.
     pub fn commit(&mut self, plan: &StepPlan) {
         for chunk in &plan.chunks {
             let Some(sequence) = self.sequences.get_mut(&chunk.id) else { continue };
-            sequence.computed = chunk.start + chunk.len;
+            sequence.computed = chunk.start + chunk.len - chunk.drafted;
             self.index_full_blocks(chunk.id);
         }
     }
@@ -175,6 +184,7 @@ impl Scheduler {
     pub fn append(&mut self, id: SequenceId, token: u32) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.tokens.push(token);
+            sequence.draft.clear();
         }
     }
 
@@ -215,7 +225,7 @@ impl Scheduler {
             let outputs = usize::from(len == sequence.pending());
             more -= len - 1;
             budget.take(len, outputs);
-            plan.chunks.push(Chunk { id, start: sequence.computed, len, outputs });
+            plan.chunks.push(Chunk { id, start: sequence.computed, len, outputs, drafted: 0 });
         }
     }
 
@@ -246,7 +256,7 @@ impl Scheduler {
         };
         if len > 0 && outputs <= budget.outputs {
             budget.take(len, outputs);
-            plan.chunks.push(Chunk { id, start: sequence.computed, len, outputs });
+            plan.chunks.push(Chunk { id, start: sequence.computed, len, outputs, drafted: 0 });
         }
     }
 
@@ -344,9 +354,9 @@ impl Scheduler {
 }
 
 /// What a step may still hold.
-struct Budget {
-    tokens: usize,
-    outputs: usize,
+pub(crate) struct Budget {
+    pub(crate) tokens: usize,
+    pub(crate) outputs: usize,
 }
 
 impl Budget {

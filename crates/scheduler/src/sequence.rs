@@ -25,6 +25,8 @@ pub struct Sequence {
     pub(crate) held: bool,
     /// Whose blocks its own are once it lets go of them.
     pub(crate) session: Option<SessionHandle>,
+    /// A guess at the tokens after `tokens`.
+    pub(crate) draft: Vec<u32>,
 }
 
 impl Sequence {
@@ -39,7 +41,13 @@ impl Sequence {
             score_prompt,
             held: false,
             session: None,
+            draft: Vec::new(),
         }
+    }
+
+    /// What was proposed to follow [`Self::tokens`]; a plan may use less of it.
+    pub fn draft(&self) -> &[u32] {
+        &self.draft
     }
 
     /// Tokens whose keys and values are still to be computed.

@@ -24,10 +24,22 @@ struct World {
     restoring: bool,
     /// Held sequences, and how many of their blocks are still on their way.
     held: BTreeMap<SequenceId, usize>,
+    /// What ended sequences said.
+    answers: BTreeMap<SequenceId, Vec<u32>>,
+    /// Tokens drafted, and of these accepted.
+    drafts: (usize, usize),
 }
 
 fn extend(hash: u64, token: u32) -> u64 {
     (hash ^ u64::from(token).wrapping_add(0x9e37_79b9)).wrapping_mul(0x0100_0000_01b3).rotate_left(17)
+}
+
+fn hash(tokens: &[u32]) -> u64 {
+    tokens.iter().fold(0, |hash, &token| extend(hash, token))
+}
+
+fn next_token(hash: u64) -> u32 {
+    (hash >> 60) as u32 % 3
 }
 
 impl World {
@@ -44,6 +56,8 @@ impl World {
             forcing: true,
             restoring: false,
             held: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            drafts: (0, 0),
         }
     }
 
@@ -64,6 +78,8 @@ impl World {
     }
 
     fn end(&mut self, id: SequenceId) {
+        let sequence = self.scheduler.sequence(id).expect("live sequences are known");
+        self.answers.insert(id, sequence.tokens[sequence.prompt_len..].to_vec());
         self.scheduler.remove(id);
         self.remaining.remove(&id);
         self.held.remove(&id);
@@ -74,24 +90,27 @@ impl World {
     fn step(&mut self, fault: bool) {
         let mut plan = std::mem::take(&mut self.plan);
         self.fetch();
+        self.propose();
         self.scheduler.plan(&mut plan);
         self.hold(&mut plan);
         let nothing_to_do = self.remaining.is_empty() || !self.held.is_empty();
         assert!(!plan.chunks.is_empty() || nothing_to_do, "an empty plan means no work");
         let tokens: usize = plan.chunks.iter().map(|c| c.len).sum();
         let outputs: usize = plan.chunks.iter().map(|c| c.outputs).sum();
-        assert!(tokens <= self.config.max_batch_tokens && outputs <= self.config.max_sequences);
+        let drafted: usize = plan.chunks.iter().map(|c| c.drafted).sum();
+        assert!(tokens <= self.config.max_batch_tokens && drafted <= self.config.max_drafted);
+        assert!(outputs <= self.config.max_sequences + drafted);
         assert!(self.scheduler.running() <= self.config.max_sequences);
         if fault {
             plan.chunks.iter().for_each(|c| self.end(c.id));
         } else {
-            plan.chunks.iter().for_each(|c| self.write(c.id, c.start, c.len));
+            plan.chunks.iter().for_each(|c| self.write(c.id, c.start, c.len, c.drafted));
             self.scheduler.commit(&plan);
             for chunk in &plan.chunks {
                 let sequence = self.scheduler.sequence(chunk.id).expect("planned sequences are known");
                 if sequence.pending() == 0 {
-                    assert!(chunk.outputs > 0, "the last known token's logits are wanted");
-                    self.answer(chunk.id);
+                    assert!(chunk.outputs > chunk.drafted, "the last known token's logits are wanted");
+                    self.answer(chunk.id, chunk.drafted);
                 }
             }
         }
@@ -122,7 +141,7 @@ impl World {
         for (id, missing) in std::mem::take(&mut self.held) {
             let arrived = missing.min(2);
             let start = self.scheduler.sequence(id).expect("held sequences are known").computed;
-            self.write(id, start, arrived * BLOCK_SIZE);
+            self.write(id, start, arrived * BLOCK_SIZE, 0);
             self.scheduler.restored(id, arrived);
             if missing > arrived && id % 5 != 0 {
                 self.held.insert(id, missing - arrived);
@@ -132,12 +151,27 @@ impl World {
         }
     }
 
+    /// Proposes drafts of which some tokens are right, then some wrong.
+    fn propose(&mut self) {
+        for &id in self.remaining.keys() {
+            if !self.scheduler.can_draft(id) {
+                continue;
+            }
+            let mut tokens = self.scheduler.sequence(id).unwrap().tokens.clone();
+            let (known, seed) = (tokens.len(), hash(&tokens) >> 20);
+            (0..seed % 7).for_each(|_| tokens.push(next_token(hash(&tokens))));
+            (0..seed % 4).for_each(|_| tokens.push((next_token(hash(&tokens)) + 1) % 3));
+            self.scheduler.propose(id, &tokens[known..]);
+        }
+    }
+
     /// Writes a chunk's slots, having checked everything before it through the block table.
-    fn write(&mut self, id: SequenceId, start: usize, len: usize) {
+    fn write(&mut self, id: SequenceId, start: usize, len: usize, drafted: usize) {
         let sequence = self.scheduler.sequence(id).expect("planned sequences are known");
         assert_eq!(sequence.computed, start);
         let mut hash = 0;
-        for (position, &token) in sequence.tokens[..start + len].iter().enumerate() {
+        let known = &sequence.tokens[..start + len - drafted];
+        for (position, &token) in known.iter().chain(&sequence.draft()[..drafted]).enumerate() {
             hash = extend(hash, token);
             let slot = sequence.blocks[position / BLOCK_SIZE] as usize * BLOCK_SIZE + position % BLOCK_SIZE;
             if position < start {
@@ -146,14 +180,29 @@ impl World {
                 self.slots[slot] = hash;
             }
         }
+        self.drafts.0 += drafted;
     }
 
     /// The next token is a function of the tokens before it, as a greedy model's is. Now and then
-    /// one forces more after it, up to a few blocks of them.
-    fn answer(&mut self, id: SequenceId) {
-        let hash = self.scheduler.sequence(id).unwrap().tokens.iter().fold(0, |h, &t| extend(h, t));
-        let forced = if self.forcing && hash % 11 == 0 { (hash >> 32) as usize % 40 } else { 0 };
-        self.append(id, hash, 1 + forced);
+    /// one forces more after it, up to a few blocks of them. Where the next token is as drafted, the
+    /// same step tells the one after it.
+    fn answer(&mut self, id: SequenceId, drafted: usize) {
+        let draft = self.scheduler.sequence(id).unwrap().draft()[..drafted].to_vec();
+        let mut draft = draft.into_iter();
+        loop {
+            let hash = hash(&self.scheduler.sequence(id).unwrap().tokens);
+            let forced = if self.forcing && hash.is_multiple_of(11) { (hash >> 32) as usize % 40 } else { 0 };
+            if draft.next() != Some(next_token(hash)) || forced > 0 {
+                return self.append(id, hash, 1 + forced);
+            }
+            self.drafts.1 += 1;
+            self.scheduler.accept(id, next_token(hash));
+            let remaining = self.remaining.get_mut(&id).unwrap();
+            *remaining -= 1;
+            if *remaining == 0 {
+                return self.end(id);
+            }
+        }
     }
 
     /// Forces tokens on a sequence that answers, whatever it is doing: running, waiting or restarting.
@@ -228,11 +277,12 @@ fn act() -> impl Strategy<Value = Act> {
 }
 
 fn config() -> impl Strategy<Value = SchedulerConfig> {
-    (4usize..40, 1usize..9, 0usize..64, any::<bool>()).prop_map(
-        |(blocks, max_sequences, more, prefix_cache)| SchedulerConfig {
+    (4usize..40, 1usize..9, 0usize..64, 0usize..24, any::<bool>()).prop_map(
+        |(blocks, max_sequences, more, max_drafted, prefix_cache)| SchedulerConfig {
             blocks,
             max_sequences,
             max_batch_tokens: max_sequences + more,
+            max_drafted,
             prefix_cache,
         },
     )
@@ -270,20 +320,18 @@ fn run_to_end(config: SchedulerConfig, prompts: &[Vec<u32>], answer: usize) -> (
     for prompt in prompts {
         world.arrive(prompt.clone(), answer, false);
     }
-    let mut answers = vec![Vec::new(); prompts.len()];
-    while !world.remaining.is_empty() {
-        world.step(false);
-        for (id, answer) in answers.iter_mut().enumerate() {
-            if let Some(sequence) = world.scheduler.sequence(id as SequenceId) {
-                *answer = sequence.tokens[sequence.prompt_len..].to_vec();
-            }
-        }
-    }
+    world.drain();
+    let answers = std::mem::take(&mut world.answers).into_values().collect();
     (world, answers)
 }
 
-const ROOMY: SchedulerConfig =
-    SchedulerConfig { blocks: 256, max_sequences: 8, max_batch_tokens: 64, prefix_cache: true };
+const ROOMY: SchedulerConfig = SchedulerConfig {
+    blocks: 256,
+    max_sequences: 8,
+    max_batch_tokens: 64,
+    max_drafted: 0,
+    prefix_cache: true,
+};
 
 #[test]
 fn answers_do_not_change_under_preemption_chunking_or_without_prefix_cache() {
@@ -293,6 +341,9 @@ fn answers_do_not_change_under_preemption_chunking_or_without_prefix_cache() {
         SchedulerConfig { blocks: 14, ..ROOMY }, // room for hardly two at a time: preempts
         SchedulerConfig { max_batch_tokens: 8, ..ROOMY },
         SchedulerConfig { prefix_cache: false, ..ROOMY },
+        SchedulerConfig { max_drafted: 16, ..ROOMY },
+        SchedulerConfig { max_drafted: 3, prefix_cache: false, ..ROOMY },
+        SchedulerConfig { max_drafted: 16, blocks: 14, ..ROOMY },
     ] {
         let (_, answers) = run_to_end(config, &prompts, 80);
         assert_eq!(answers, expected, "{config:?}");
@@ -342,7 +393,7 @@ fn forks_of_a_prompt_that_is_being_fetched_wait_for_it_and_share_it() {
     world.scheduler.hold(&mut plan, 0);
     assert!(plan.chunks.is_empty());
     for _ in 0..2 {
-        world.write(0, world.scheduler.sequence(0).unwrap().computed, 5 * BLOCK_SIZE);
+        world.write(0, world.scheduler.sequence(0).unwrap().computed, 5 * BLOCK_SIZE, 0);
         world.scheduler.restored(0, 5);
         world.scheduler.plan(&mut plan);
     }
@@ -416,4 +467,93 @@ fn a_scored_prompt_is_computed_whole_with_all_its_logits() {
         outputs += world.plan.chunks.iter().map(|c| c.outputs).sum::<usize>();
     }
     assert_eq!(outputs, 100);
+}
+
+#[test]
+fn accepted_drafts_take_fewer_steps() {
+    let steps = |max_drafted| {
+        let mut world = World::new(SchedulerConfig { max_drafted, ..ROOMY });
+        world.forcing = false;
+        world.arrive(vec![1; 30], 200, false);
+        let mut steps = 0;
+        while !world.remaining.is_empty() {
+            world.step(false);
+            steps += 1;
+        }
+        (steps, world.drafts.1)
+    };
+    let (plain, _) = steps(0);
+    let (drafted, accepted) = steps(16);
+    assert!(accepted > 50);
+    assert_eq!(drafted + accepted, plain);
+}
+
+#[test]
+fn a_draft_takes_only_budget_and_blocks_that_others_leave() {
+    // Two sequences fill the pool to its last token but for one block.
+    let config = SchedulerConfig { blocks: 7, max_batch_tokens: 256, max_drafted: 80, ..ROOMY };
+    let mut scheduler = Scheduler::new(config);
+    scheduler.add(0, vec![1; 47], false);
+    scheduler.add(1, vec![2; 40], false);
+    let mut plan = StepPlan::default();
+    while [0, 1].iter().any(|&id| !scheduler.can_draft(id)) {
+        scheduler.plan(&mut plan);
+        scheduler.commit(&plan);
+        for id in 0..2 {
+            if scheduler.sequence(id).unwrap().pending() == 0 {
+                scheduler.append(id, 3);
+            }
+        }
+    }
+    let known = |scheduler: &Scheduler, id| scheduler.sequence(id).unwrap().tokens.len();
+    assert_eq!(scheduler.counts().free, 1);
+    for id in 0..2 {
+        scheduler.propose(id, &[5; 40]);
+    }
+    scheduler.plan(&mut plan);
+    assert!(plan.preempted.is_empty());
+    let room = |id| known(&scheduler, id).next_multiple_of(BLOCK_SIZE) - known(&scheduler, id);
+    for chunk in &plan.chunks {
+        // The block left is spare for two running sequences, so drafts end with the blocks held.
+        assert_eq!((chunk.len, chunk.drafted), (1 + room(chunk.id), room(chunk.id)));
+    }
+    // A short budget: half of what the decodes leave.
+    let mut scheduler = Scheduler::new(SchedulerConfig { max_batch_tokens: 12, max_drafted: 40, ..ROOMY });
+    scheduler.add(0, vec![1; 10], false);
+    scheduler.plan(&mut plan);
+    scheduler.commit(&plan);
+    scheduler.append(0, 1);
+    scheduler.propose(0, &[5; 40]);
+    scheduler.add(1, vec![2; 40], false);
+    scheduler.plan(&mut plan);
+    let planned: Vec<_> = plan.chunks.iter().map(|c| (c.id, c.len, c.outputs, c.drafted)).collect();
+    assert_eq!(planned, [(0, 6, 6, 5), (1, 6, 0, 0)]);
+}
+
+#[test]
+fn rejected_drafts_preempt_nobody() {
+    // Each sequence alone with its draft would fit, both with theirs would not.
+    let config = SchedulerConfig { blocks: 8, max_batch_tokens: 64, max_drafted: 40, ..ROOMY };
+    let mut scheduler = Scheduler::new(config);
+    let mut plan = StepPlan::default();
+    scheduler.add(0, vec![1; 30], false);
+    scheduler.add(1, vec![2; 30], false);
+    for _ in 0..33 {
+        for id in 0..2 {
+            scheduler.propose(id, &[7; 40]);
+        }
+        scheduler.plan(&mut plan);
+        assert!(plan.preempted.is_empty());
+        scheduler.commit(&plan);
+        for id in 0..2 {
+            if scheduler.sequence(id).unwrap().pending() == 0 {
+                scheduler.append(id, 3);
+            }
+        }
+        let counts = scheduler.counts();
+        assert_eq!(counts.used + counts.cached + counts.free, 8);
+    }
+    scheduler.remove(0);
+    scheduler.remove(1);
+    assert_eq!(scheduler.counts().used, 0);
 }

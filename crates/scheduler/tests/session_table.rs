@@ -21,7 +21,13 @@ struct World {
 
 impl World {
     fn new(blocks: usize) -> Self {
-        let config = SchedulerConfig { blocks, max_sequences: 6, max_batch_tokens: 96, prefix_cache: true };
+        let config = SchedulerConfig {
+            blocks,
+            max_sequences: 6,
+            max_batch_tokens: 96,
+            max_drafted: 0,
+            prefix_cache: true,
+        };
         Self {
             scheduler: Scheduler::new(config),
             table: SessionTable::default(),

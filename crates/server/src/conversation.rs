@@ -102,6 +102,8 @@ pub struct Turn {
     pub stop_tokens: Vec<u32>,
     /// Go on past the model's own stop tokens.
     pub ignore_eos: bool,
+    /// What the answer is expected to be, or empty.
+    pub prediction: String,
     /// Report the ids of generated tokens.
     pub token_ids: bool,
     /// Whose it is.
@@ -128,6 +130,7 @@ impl Turn {
             stop: Arc::from([]),
             stop_tokens: Vec::new(),
             ignore_eos: false,
+            prediction: String::new(),
             token_ids: false,
             origin: Origin::default(),
             arrived: Instant::now(),

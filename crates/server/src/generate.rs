@@ -41,6 +41,8 @@ pub struct Completion {
     pub token_ids: bool,
     /// What generated tokens are held to.
     pub(crate) grammar: Option<Arc<CompiledGrammar>>,
+    /// What the answers are expected to be, in tokens, or empty.
+    pub prediction: Arc<[u32]>,
     /// Read the text as an answer: reasoning, text and calls.
     pub(crate) reading: Option<Arc<Reading>>,
     /// Whose it is.
@@ -62,6 +64,7 @@ impl Completion {
             prompt_logprobs: false,
             token_ids: false,
             grammar: None,
+            prediction: Arc::from([]),
             reading: None,
             origin: Origin::default(),
             arrived: Instant::now(),
@@ -155,6 +158,10 @@ pub struct Totals {
     pub completion_tokens: usize,
     /// Of these, spent on reasoning.
     pub reasoning_tokens: usize,
+    /// Tokens of the prediction that came as predicted.
+    pub predicted_tokens: usize,
+    /// Those that did not.
+    pub mispredicted_tokens: usize,
 }
 
 /// Starts completions. Cheap to clone.
@@ -227,6 +234,7 @@ fn engine_request(completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -
         grammar: completion.grammar.clone().map(grammar::for_engine),
         owner: completion.origin.owner.clone(),
         session: completion.origin.session.clone(),
+        prediction: completion.prediction.clone(),
     }
 }
 
@@ -300,6 +308,8 @@ impl Running {
             let usage = choice.usage();
             totals.reasoning_tokens += choice.reader().map_or(0, AnswerReader::reasoning_tokens);
             totals.completion_tokens += usage.completion_tokens;
+            totals.predicted_tokens += usage.predicted_tokens;
+            totals.mispredicted_tokens += usage.mispredicted_tokens;
             if index % self.n == 0 {
                 totals.prompt_tokens += usage.prompt_tokens;
                 totals.cached_tokens += usage.cached_tokens;

@@ -36,4 +36,8 @@ impl Constraint for State {
         self.0.mask(mask)?;
         Ok(Next::Draw)
     }
+
+    fn roll_back(&mut self, tokens: usize) -> Result<(), String> {
+        self.0.roll_back(tokens)
+    }
 }

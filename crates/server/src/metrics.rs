@@ -19,7 +19,7 @@ use crate::session_metrics::SessionMetrics;
 use crate::tier_metrics::TierMetrics;
 
 /// Names, less their prefix, that vLLM exports with the same meaning.
-const VLLM: [&str; 12] = [
+const VLLM: [&str; 16] = [
     "num_requests_running",
     "num_requests_waiting",
     "kv_cache_usage_perc",
@@ -32,6 +32,10 @@ const VLLM: [&str; 12] = [
     "e2e_request_latency_seconds",
     "request_queue_time_seconds",
     "num_preemptions_total",
+    "spec_decode_num_drafts_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
+    "spec_decode_num_accepted_tokens_per_pos_total",
 ];
 const VLLM_SUCCESS: &str = "request_success_total";
 
@@ -56,6 +60,10 @@ pub(crate) struct Metrics {
     generation_tokens: IntCounter,
     preemptions: IntCounter,
     steps: IntCounter,
+    drafts: IntCounter,
+    drafted_tokens: IntCounter,
+    accepted_tokens: IntCounter,
+    accepted_at: IntCounterVec,
     success: IntCounterVec,
     first_token: Histogram,
     inter_token: Histogram,
@@ -93,6 +101,16 @@ impl Metrics {
             preemptions: builder
                 .counter("num_preemptions_total", "Sequences preempted for want of KV blocks."),
             steps: builder.counter("steps_total", "Engine steps run."),
+            drafts: builder.counter("spec_decode_num_drafts_total", "Drafts verified."),
+            drafted_tokens: builder.counter("spec_decode_num_draft_tokens_total", "Tokens in them."),
+            accepted_tokens: builder.counter("spec_decode_num_accepted_tokens_total", "Of these, accepted."),
+            accepted_at: builder.add(IntCounterVec::new(
+                builder.opts(
+                    "spec_decode_num_accepted_tokens_per_pos_total",
+                    "Accepted tokens by their place in the draft.",
+                ),
+                &["position"],
+            )),
             success: builder.add(IntCounterVec::new(
                 builder.opts(VLLM_SUCCESS, "Sequences ended, by reason."),
                 &["finished_reason"],
@@ -190,7 +208,14 @@ impl Metrics {
             (&self.generation_tokens, stats.generation_tokens),
             (&self.preemptions, stats.preemptions),
             (&self.steps, stats.steps),
+            (&self.drafts, stats.drafts),
+            (&self.drafted_tokens, stats.drafted_tokens),
+            (&self.accepted_tokens, stats.accepted_at.iter().sum()),
         ] {
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
+        for (position, &total) in stats.accepted_at.iter().enumerate() {
+            let counter = self.accepted_at.with_label_values(&[position.to_string()]);
             counter.inc_by(total.saturating_sub(counter.get()));
         }
     }

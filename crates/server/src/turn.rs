@@ -37,7 +37,8 @@ impl Server {
         let turn = Arc::new(turn);
         let prompt = self.encode_turn(turn.clone()).await?;
         let grammar = self.compile_grammar(&turn, &prompt.tail).await?;
-        let completion = Completion { grammar, ..self.completion(&turn, prompt) };
+        let prediction = self.encode_prediction(turn.clone()).await?;
+        let completion = Completion { grammar, prediction, ..self.completion(&turn, prompt) };
         // A turn's prompt is its messages.
         let started = self.generator.start(&completion).map_err(ApiError::from);
         started.map_err(|error| if error.param.is_some() { error.at("messages") } else { error })
@@ -55,6 +56,17 @@ impl Server {
         let bytes = turn.messages.iter().map(|message| message.text.len()).sum();
         let server = self.clone();
         off_thread_if_large(bytes, move || Ok(server.encode_prompt(&turn)?)).await
+    }
+
+    /// The predicted answer in tokens. What would not fit the context is of no use.
+    async fn encode_prediction(self: &Arc<Self>, turn: Arc<Turn>) -> Result<Arc<[u32]>, ApiError> {
+        let server = self.clone();
+        off_thread_if_large(turn.prediction.len(), move || {
+            let tokens = server.generator.text().encode(&turn.prediction, false, false)?;
+            let most = tokens.len().min(server.generator.engine().max_context());
+            Ok(Arc::from(&tokens[..most]))
+        })
+        .await
     }
 
     /// The prompt of a turn. It takes a while if the conversation is long.

@@ -5,6 +5,7 @@ use std::time::Instant;
 use rudder_ops::TokenCounts;
 
 use super::Submission;
+use crate::draft::Drafter;
 use crate::grammar::Next;
 use crate::mask_workers::MaskJob;
 use crate::request::{Token, Usage};
@@ -20,6 +21,10 @@ pub(super) struct Active {
     pub(super) cached: Option<usize>,
     pub(super) planned: Option<Instant>,
     pub(super) first_token: Option<Instant>,
+    /// Absent where nothing is drafted, and before the sequence runs.
+    pub(super) drafter: Option<Box<Drafter>>,
+    pub(super) drafted: usize,
+    pub(super) accepted: usize,
 }
 
 /// Where a sequence's state in its grammar is.
@@ -36,22 +41,49 @@ impl Active {
         self.submission.request.prompt_logprobs && self.first_token.is_none()
     }
 
-    /// The mask for a token drawn now. None where the grammar does without a draw.
-    pub(super) fn mask(&self) -> Option<&[u32]> {
+    /// The mask for the token drawn `row` rows after the sequence's last known one, that is after as
+    /// many drafted ones. None where the grammar does without a draw, or does not allow the draft.
+    pub(super) fn mask(&self, row: usize) -> Option<&[u32]> {
         match &self.grammar {
-            Some(Held::Here(job)) if job.next == Ok(Next::Draw) && job.forced.is_empty() => Some(&job.mask),
+            Some(Held::Here(job)) if job.next == Ok(Next::Draw) && job.forced.is_empty() => job.mask(row),
             _ => None,
         }
+    }
+
+    /// How many of `drafted` tokens its grammar follows.
+    pub(super) fn followed(&self, drafted: usize) -> usize {
+        match &self.grammar {
+            Some(Held::Here(job)) => drafted.min(job.followed),
+            Some(Held::Away) => 0,
+            None => drafted,
+        }
+    }
+
+    /// Whether its grammar, if it has one, could follow a draft now.
+    pub(super) fn follows_drafts(&self) -> bool {
+        self.grammar.as_ref().is_none_or(|held| matches!(held, Held::Here(job) if job.follows()))
+    }
+
+    /// Whether this token ends it.
+    pub(super) fn stops_at(&self, token: u32) -> bool {
+        let request = &self.submission.request;
+        !request.ignore_eos && request.stop_tokens.contains(&token)
     }
 
     pub(super) fn usage(&self) -> Usage {
         let submitted = self.submission.submitted;
         let planned = self.planned.unwrap_or(submitted);
         let first_token = self.first_token.unwrap_or(planned);
+        let prediction = self.drafter.as_ref().and_then(|drafter| drafter.prediction());
+        let (predicted_tokens, mispredicted_tokens) = prediction.unwrap_or_default();
         Usage {
             prompt_tokens: self.submission.request.prompt.len(),
             cached_tokens: self.cached.unwrap_or(0),
             completion_tokens: self.generated,
+            drafted_tokens: self.drafted,
+            accepted_tokens: self.accepted,
+            predicted_tokens,
+            mispredicted_tokens,
             queue: planned - submitted,
             prefill: first_token - planned,
             decode: first_token.elapsed(),

@@ -11,9 +11,18 @@ use super::active::Active;
 impl StepLoop {
     pub(super) fn fill_batch(&mut self, plan: &StepPlan) {
         self.batch.clear();
-        for &Chunk { id, start, len, outputs } in &plan.chunks {
+        for &Chunk { id, start, len, outputs, drafted } in &plan.chunks {
             let Some(sequence) = self.scheduler.sequence(id) else { continue };
-            self.batch.push(&sequence.tokens[start..start + len], start, &sequence.blocks, outputs);
+            let known = &sequence.tokens[start..start + len - drafted];
+            let tokens = if drafted == 0 {
+                known
+            } else {
+                self.chunk.clear();
+                self.chunk.extend_from_slice(known);
+                self.chunk.extend_from_slice(&sequence.draft()[..drafted]);
+                &self.chunk
+            };
+            self.batch.push(tokens, start, &sequence.blocks, outputs);
         }
     }
 
@@ -29,8 +38,10 @@ impl StepLoop {
             else {
                 continue;
             };
-            let end = chunk.start + chunk.len;
-            rows.extend((end - chunk.outputs..end).map(|at| sample_row(sequence, active, at + 1)));
+            let first = chunk.start + chunk.len - chunk.outputs + 1;
+            let draft = &sequence.draft()[..chunk.drafted];
+            let row = |row: usize| sample_row(sequence, active, first + row, &draft[..row.min(draft.len())]);
+            rows.extend((0..chunk.outputs).map(row));
         }
         let (model, sampled, wanted) = (&mut self.model, &mut self.sampled, rows.len());
         sampled.clear();
@@ -43,13 +54,19 @@ impl StepLoop {
     }
 }
 
-/// What the sampler needs for the token at `position` of a sequence.
-fn sample_row<'a>(sequence: &'a Sequence, active: &'a Active, position: usize) -> SampleRow<'a> {
+/// What the sampler needs for the token at `position` of a sequence, after the tokens `drafted`.
+fn sample_row<'a>(
+    sequence: &'a Sequence,
+    active: &'a Active,
+    position: usize,
+    drafted: &'a [u32],
+) -> SampleRow<'a> {
     SampleRow {
         params: &active.submission.request.sampling,
         counts: active.counts.as_ref(),
+        drafted,
         position: position as u64,
-        mask: active.mask(),
+        mask: active.mask(drafted.len()),
         forced: if active.is_scoring() { sequence.tokens.get(position).copied() } else { None },
     }
 }

@@ -7,7 +7,7 @@ use rudder_ops::Sampled;
 use rudder_scheduler::{Chunk, SequenceId, StepPlan};
 
 use super::StepLoop;
-use super::active::Active;
+use super::active::{Active, Held};
 use crate::request::{Event, FinishReason, Token};
 
 impl StepLoop {
@@ -17,18 +17,18 @@ impl StepLoop {
         let mut drawn = sampled.drain(..);
         for chunk in &plan.chunks {
             self.report_prefill(chunk);
-            let end = chunk.start + chunk.len;
-            for position in end - chunk.outputs + 1..=end {
-                if let Some(one) = drawn.next() {
-                    self.deliver_one(chunk.id, position, one);
-                }
+            let mut wanted = true;
+            for row in 0..chunk.outputs {
+                let Some(one) = drawn.next() else { break };
+                wanted = wanted && self.deliver_one(chunk, row, one);
             }
+            self.send_to_grammar(chunk.id);
         }
         drop(drawn);
         self.sampled = sampled;
     }
 
-    pub(super) fn report_prefill(&mut self, chunk: &Chunk) {
+    fn report_prefill(&mut self, chunk: &Chunk) {
         let Some(active) = self.active.get(&chunk.id) else { return };
         let total = active.submission.request.prompt.len();
         if active.first_token.is_none() {
@@ -38,11 +38,14 @@ impl StepLoop {
         }
     }
 
-    /// Hands out the token at `position` of a sequence: a score within its prompt, or a new token.
-    pub(super) fn deliver_one(&mut self, id: SequenceId, position: usize, sampled: Sampled) {
-        let Some(active) = self.active.get_mut(&id) else { return };
+    /// Hands out what an output row of a chunk drew: a score within the prompt, or a new token. Returns
+    /// whether the chunk's next row is of use: it is not where the token is none that was drafted.
+    fn deliver_one(&mut self, chunk: &Chunk, row: usize, sampled: Sampled) -> bool {
+        let (id, position) = (chunk.id, chunk.start + chunk.len - chunk.outputs + 1 + row);
+        let Some(active) = self.active.get_mut(&id) else { return false };
         if let Some(fault) = sampled.fault {
-            return self.fail(id, fault);
+            self.fail(id, fault);
+            return false;
         }
         let token = Token { id: sampled.token, logprob: sampled.logprob, top: sampled.top };
         if active.is_scoring() {
@@ -50,7 +53,7 @@ impl StepLoop {
             if position < prompt.len() {
                 active.scores.truncate(position - 1); // a preempted prompt is scored again from its start
                 active.scores.push(token);
-                return;
+                return true;
             }
             let first = Token { id: prompt[0], logprob: None, top: Vec::new() };
             let scores = std::iter::once(first).chain(active.scores.drain(..)).collect();
@@ -58,24 +61,42 @@ impl StepLoop {
         }
         active.first_token.get_or_insert_with(Instant::now);
         if active.submission.max_tokens == 0 {
-            return self.finish(id, FinishReason::Length);
+            self.finish(id, FinishReason::Length);
+            return false;
+        }
+        let accepted = row < active.followed(chunk.drafted)
+            && self.scheduler.sequence(id).is_some_and(|sequence| sequence.draft()[row] == token.id);
+        let first = chunk.drafted == 0 || row == 0;
+        if accepted {
+            active.accepted += 1;
+            self.stats.accepted_at[row] += 1;
+        }
+        if first && !self.follow_grammar(id) {
+            return false;
         }
         let token_id = token.id;
-        if self.follow_grammar(id) && self.take_token(id, token) {
-            self.send_to_grammar(id, token_id);
+        let goes_on = self.take_token(id, token, accepted);
+        if goes_on && let Some(Active { grammar: Some(Held::Here(job)), .. }) = self.active.get_mut(&id) {
+            job.tokens.push(token_id);
         }
+        goes_on && accepted
     }
 
-    /// A token was drawn or forced for a sequence: it grows, or ends. Returns whether it goes on.
-    pub(super) fn take_token(&mut self, id: SequenceId, token: Token) -> bool {
+    /// A token was drawn or forced for a sequence: it grows, or ends. With `accepted`, the step has
+    /// computed it already. Returns whether the sequence goes on.
+    pub(super) fn take_token(&mut self, id: SequenceId, token: Token, accepted: bool) -> bool {
         let Some(active) = self.active.get_mut(&id) else { return false };
         self.stats.generation_tokens += 1;
         active.generated += 1;
         if let Some(counts) = &mut active.counts {
             counts.add(token.id);
         }
-        let request = &active.submission.request;
-        if !request.ignore_eos && request.stop_tokens.contains(&token.id) {
+        if let (Some(drafter), Some(drafting), Some(sequence)) =
+            (&mut active.drafter, &mut self.drafting, self.scheduler.sequence(id))
+        {
+            drafter.observe(&sequence.tokens, token.id, &mut drafting.acceptance);
+        }
+        if active.stops_at(token.id) {
             self.finish(id, FinishReason::Stop);
             return false;
         }
@@ -85,7 +106,11 @@ impl StepLoop {
             self.finish(id, FinishReason::Length);
             return false;
         }
-        self.scheduler.append(id, token_id);
+        if accepted {
+            self.scheduler.accept(id, token_id);
+        } else {
+            self.scheduler.append(id, token_id);
+        }
         true
     }
 

@@ -59,7 +59,7 @@ impl StepLoop {
         let goes_on = next.is_err()
             || forced
                 .drain(..)
-                .all(|id_| self.take_token(id, Token { id: id_, logprob: None, top: Vec::new() }));
+                .all(|id_| self.take_token(id, Token { id: id_, logprob: None, top: Vec::new() }, false));
         match next {
             _ if !goes_on => return false,
             Err(message) => self.fail(id, &message),
@@ -74,11 +74,11 @@ impl StepLoop {
         false
     }
 
-    /// Sends a sequence's grammar on its way past a drawn token.
-    pub(super) fn send_to_grammar(&mut self, id: SequenceId, token: u32) {
+    /// Sends a sequence's grammar on its way past the tokens drawn, if there are any.
+    pub(super) fn send_to_grammar(&mut self, id: SequenceId) {
         let Some(active) = self.active.get_mut(&id) else { return };
-        if let Some(Held::Here(mut job)) = active.grammar.take_if(|held| matches!(held, Held::Here(_))) {
-            job.token = Some(token);
+        let drawn = |held: &mut Held| matches!(held, Held::Here(job) if !job.tokens.is_empty());
+        if let Some(Held::Here(job)) = active.grammar.take_if(drawn) {
             active.grammar = Some(Held::Away);
             self.masks.send(job);
         }

@@ -3,6 +3,7 @@
 mod active;
 mod compute;
 mod deliver;
+mod drafts;
 mod grammars;
 mod sessions;
 mod tier;
@@ -18,7 +19,8 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use self::active::{Active, Held};
 use self::sessions::Sessions;
-use crate::engine::{EngineConfig, Shared, Stats};
+use crate::draft::Drafting;
+use crate::engine::{DraftMode, EngineConfig, Shared, Stats};
 use crate::mask_workers::{MaskJob, MaskWorkers};
 use crate::request::{Event, GenerateRequest};
 use crate::tier::DiskTier;
@@ -54,10 +56,13 @@ pub(crate) struct StepLoop {
     masks: MaskWorkers,
     tier: Option<DiskTier>,
     sessions: Sessions,
+    /// Absent when drafts are off.
+    drafting: Option<Drafting>,
     stats: Stats,
     // Reused from step to step, so that a step allocates nothing of its own.
     plan: StepPlan,
     batch: Batch,
+    chunk: Vec<u32>,
     rows: Vec<SampleRow<'static>>,
     sampled: Vec<Sampled>,
 }
@@ -74,6 +79,7 @@ impl StepLoop {
             blocks: config.kv_blocks,
             max_sequences: config.max_sequences,
             max_batch_tokens: config.max_batch_tokens,
+            max_drafted: config.draft.max_drafted(),
             prefix_cache: config.prefix_cache,
         });
         Self {
@@ -85,9 +91,11 @@ impl StepLoop {
             masks: MaskWorkers::start(),
             tier,
             sessions: Sessions::new(),
+            drafting: (config.draft == DraftMode::Lookup).then(|| Drafting::new(config.draft.max_drafted())),
             stats: Stats::default(),
             plan: StepPlan::default(),
             batch: Batch::default(),
+            chunk: Vec::new(),
             rows: Vec::new(),
             sampled: Vec::new(),
         }
@@ -166,6 +174,9 @@ impl StepLoop {
             cached: None,
             planned: None,
             first_token: None,
+            drafter: None,
+            drafted: 0,
+            accepted: 0,
         };
         self.active.insert(id, active);
         self.begin_turn(id);
@@ -175,6 +186,7 @@ impl StepLoop {
         self.follow_grammars();
         self.fetch_blocks();
         self.end_protections();
+        self.propose_drafts();
         let mut plan = std::mem::take(&mut self.plan);
         self.scheduler.plan(&mut plan);
         self.note_admissions(&plan);
@@ -192,6 +204,7 @@ impl StepLoop {
         match self.compute(plan) {
             Ok(()) => {
                 let took = began.elapsed();
+                self.measure(plan, took);
                 self.scheduler.commit(plan);
                 self.deliver(plan);
                 self.keep_blocks(plan, took);
@@ -218,6 +231,7 @@ impl StepLoop {
             }
         }
     }
+
     fn publish_stats(&mut self) {
         let (blocks, prefix) = (self.scheduler.counts(), self.scheduler.prefix_stats());
         let stats = &mut self.stats;

@@ -2,13 +2,16 @@
 #![allow(dead_code, missing_docs)] // each test file uses its part
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rudder_engine::{
-    Engine, EngineConfig, Event, FinishReason, GenerateRequest, Generation, SamplingParams, Token, Usage,
+    DraftMode, Engine, EngineConfig, Event, FinishReason, GenerateRequest, Generation, SamplingParams, Token,
+    Usage,
 };
-use rudder_model::{KvSize, LoadOptions, Model};
+use rudder_model::{KvSize, LoadOptions, Model, ModelConfig};
 use rudder_ops::cpu::{Cpu, KvDType};
+use rudder_ops::{Batch, OpError, SampleRow, Sampled};
 
 /// The checkpoint's vocabulary.
 pub const VOCAB: u32 = 128;
@@ -20,6 +23,8 @@ pub const CONFIG: EngineConfig = EngineConfig {
     max_batch_tokens: 64,
     max_waiting: 16,
     prefix_cache: true,
+    // How many steps an answer takes is then a matter of time; see `drafting`.
+    draft: DraftMode::Off,
 };
 
 /// The folder of the checkpoint.
@@ -34,7 +39,7 @@ pub fn model(config: &EngineConfig) -> Box<dyn Model> {
 pub fn model_at(folder: &Path, config: &EngineConfig) -> Box<dyn Model> {
     let options = LoadOptions {
         max_batch_tokens: config.max_batch_tokens,
-        max_outputs: config.max_sequences,
+        max_outputs: config.max_sequences + config.draft.max_drafted(),
         kv: KvSize::Blocks(config.kv_blocks),
         max_context: config.max_context,
     };
@@ -58,6 +63,7 @@ pub fn request(prompt: impl Into<Vec<u32>>, max_tokens: usize) -> GenerateReques
         grammar: None,
         owner: None,
         session: None,
+        prediction: Arc::from([]),
     }
 }
 
@@ -118,4 +124,70 @@ pub fn assert_whole(engine: &Engine) {
         let s = engine.stats();
         s.running + s.waiting + s.kv_blocks_used == 0 && s.kv_blocks_cached + s.kv_blocks_free == s.kv_blocks
     });
+}
+
+/// A model whose steps take long, however many rows they have: drafts pay.
+struct Slow(Box<dyn Model>);
+
+impl Model for Slow {
+    fn config(&self) -> &ModelConfig {
+        self.0.config()
+    }
+    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        std::thread::sleep(Duration::from_millis(2));
+        self.0.forward(batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.0.sample(rows, out)
+    }
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        self.0.logits()
+    }
+}
+
+/// An engine in which drafts pay.
+pub fn drafting(config: EngineConfig) -> Engine {
+    let config = EngineConfig { draft: DraftMode::Lookup, ..config };
+    Engine::start(Box::new(Slow(model(&config))), config)
+}
+
+pub fn ask_at_once(engine: &Engine, requests: &[GenerateRequest]) -> Vec<Answer> {
+    let asked: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
+    asked.into_iter().map(collect).collect()
+}
+
+/// Asks all at once, without drafts and with some predicted from the answer itself, with a wrong
+/// token here and there. Checks that answers are equal; returns those with drafts.
+pub fn check_drafts(config: EngineConfig, requests: Vec<GenerateRequest>) -> Vec<Answer> {
+    let expected = ask_at_once(&start(config.clone()), &requests);
+    let predicting = |(request, answer): (GenerateRequest, &Answer)| {
+        let said = answer.ids().into_iter().enumerate();
+        let prediction: Vec<u32> =
+            said.map(|(i, id)| if i % 11 == 7 { (id + 1) % VOCAB } else { id }).collect();
+        GenerateRequest { prediction: prediction.into(), ..request }
+    };
+    let requests: Vec<_> = requests.into_iter().zip(&expected).map(predicting).collect();
+    let engine = drafting(config);
+    let answers = ask_at_once(&engine, &requests);
+    for (answer, expected) in answers.iter().zip(&expected) {
+        assert_eq!((&answer.tokens, &answer.end), (&expected.tokens, &expected.end));
+        assert_eq!(answer.usage.completion_tokens, expected.usage.completion_tokens);
+        assert!(answer.usage.accepted_tokens <= answer.usage.drafted_tokens);
+    }
+    assert_whole(&engine);
+    let sum = |count: fn(&Answer) -> usize| answers.iter().map(count).sum::<usize>() as u64;
+    let stats = engine.stats();
+    assert_eq!(stats.drafted_tokens, sum(|a| a.usage.drafted_tokens));
+    assert_eq!(stats.accepted_at.iter().sum::<u64>(), sum(|a| a.usage.accepted_tokens));
+    answers
+}
+
+/// Of all tokens, at least this share came by drafts, and some drafts were wrong. How many are tried
+/// depends on what steps take, so on a busy machine it is not many.
+pub fn assert_drafted(answers: &[Answer], share: f64) {
+    let sum = |count: fn(&Answer) -> usize| answers.iter().map(count).sum::<usize>();
+    let (accepted, drafted) = (sum(|a| a.usage.accepted_tokens), sum(|a| a.usage.drafted_tokens));
+    let generated = sum(|a| a.usage.completion_tokens);
+    assert!(accepted as f64 >= share * generated as f64, "{accepted} of {generated} accepted");
+    assert!(drafted > accepted, "none was rejected");
 }

@@ -15,6 +15,7 @@ use super::error::ApiError;
 use super::format::FormatFields;
 use super::messages::{ChatMessage, conversation};
 use super::params::{self, CommonFields};
+use super::prediction::Prediction;
 use super::tools::{self, ChatTool};
 use super::types::Head;
 use crate::conversation::Turn;
@@ -35,6 +36,7 @@ struct ChatFields {
     chat_template_kwargs: Option<Map<String, Value>>,
     reasoning_effort: Option<String>,
     return_token_ids: Option<bool>,
+    prediction: Option<Prediction>,
 }
 
 /// Answers one conversation.
@@ -92,6 +94,7 @@ fn turn(
     turn.stop_tokens = common.all_stop_tokens(&[], vocab)?;
     turn.ignore_eos = common.ignore_eos.unwrap_or(false);
     turn.token_ids = chat.return_token_ids.unwrap_or(false);
+    turn.prediction = chat.prediction.map(Prediction::text).transpose()?.unwrap_or_default();
     turn.arrived = arrived;
     Ok(turn)
 }

@@ -10,6 +10,7 @@ pub(crate) mod logprobs;
 pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod params;
+mod prediction;
 pub(crate) mod tools;
 pub(crate) mod types;
 

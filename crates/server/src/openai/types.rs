@@ -41,6 +41,8 @@ struct PromptDetails {
 #[derive(Debug, Serialize)]
 struct CompletionDetails {
     reasoning_tokens: usize,
+    accepted_prediction_tokens: usize,
+    rejected_prediction_tokens: usize,
 }
 
 impl From<Totals> for UsageBody {
@@ -50,7 +52,11 @@ impl From<Totals> for UsageBody {
             completion_tokens: totals.completion_tokens,
             total_tokens: totals.prompt_tokens + totals.completion_tokens,
             prompt_tokens_details: PromptDetails { cached_tokens: totals.cached_tokens },
-            completion_tokens_details: CompletionDetails { reasoning_tokens: totals.reasoning_tokens },
+            completion_tokens_details: CompletionDetails {
+                reasoning_tokens: totals.reasoning_tokens,
+                accepted_prediction_tokens: totals.predicted_tokens,
+                rejected_prediction_tokens: totals.mispredicted_tokens,
+            },
         }
     }
 }

@@ -8,7 +8,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt;
-use rudder_engine::{Engine, EngineConfig, Stats};
+use rudder_engine::{DraftMode, Engine, EngineConfig, Stats};
 use rudder_model::{Model, ModelConfig};
 use rudder_ops::{
     AttentionShape, Batch, OpError, Rope, RopePairing, SampleRow, Sampled, SamplerScratch, sample_row,
@@ -175,6 +175,8 @@ pub fn engine_config() -> EngineConfig {
         max_batch_tokens: 256,
         max_waiting: 64,
         prefix_cache: true,
+        // Reciters count on being asked for every position once.
+        draft: DraftMode::Off,
     }
 }
 

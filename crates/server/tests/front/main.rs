@@ -6,6 +6,7 @@ mod generation;
 mod legal;
 mod messages;
 mod models;
+mod prediction;
 mod refusals;
 mod responses;
 mod sessions;

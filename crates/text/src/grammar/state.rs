@@ -89,6 +89,14 @@ impl GrammarState {
         Ok(())
     }
 
+    /// Gives the last `tokens` tokens back.
+    ///
+    /// # Errors
+    /// If the grammar has parts that cannot be gone back over. The state is of no further use then.
+    pub fn roll_back(&mut self, tokens: usize) -> Result<(), String> {
+        self.matcher.rollback(tokens).map_err(|error| error.to_string())
+    }
+
     fn failed(&self, error: &str) -> String {
         self.broken.store(true, Ordering::Relaxed);
         let reason = super::compile::client_part(error);

@@ -8,9 +8,9 @@ mod walk;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use rudder_text::{CompiledGrammar, GrammarError, GrammarSpec, Text};
+use rudder_text::{CompiledGrammar, GrammarError, GrammarSpec, GrammarState, Text};
 use serde_json::{Value, json};
-use walk::{Walk, text};
+use walk::{Walk, allows, text};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -80,6 +80,32 @@ fn schemas() -> Vec<Value> {
     ]
 }
 
+fn mask_of(text: &Text, state: &mut GrammarState) -> Vec<u32> {
+    let mut mask = vec![0; text.vocab_size().div_ceil(32)];
+    if !state.is_complete() {
+        state.mask(&mut mask).unwrap();
+    }
+    mask
+}
+
+/// Takes up to four allowed tokens and what they force; returns how many that were.
+fn detour(text: &Text, state: &mut GrammarState, mask: &[u32], seed: u64, jump: bool) -> usize {
+    let mut taken = Vec::new();
+    let mut mask = mask.to_vec();
+    for step in 0..4 {
+        let allowed = |&token: &u32| allows(&mask, token) && !text.stop_tokens().contains(&token);
+        let tokens: Vec<u32> = (0..text.vocab_size() as u32).filter(allowed).collect();
+        let Some(&token) = tokens.get((seed >> (8 * step)) as usize % tokens.len().max(1)) else { break };
+        state.accept(token).unwrap();
+        taken.push(token);
+        if jump {
+            state.force(&mut taken).unwrap();
+        }
+        mask = mask_of(text, state);
+    }
+    taken.len()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(30) })]
 
@@ -94,6 +120,28 @@ proptest! {
                 parsed => parsed.unwrap_or_else(|error| panic!("{answer:?}: {error}")),
             };
             schema::check(&value, &schema, &schema).unwrap_or_else(|wrong| panic!("{answer}: {wrong}"));
+        }
+    }
+
+    #[test]
+    fn a_detour_that_is_given_back_leaves_no_trace(seed: u64, jump: bool) {
+        let text = text(true);
+        for schema in schemas() {
+            let grammar = compile(text, &strict(schema));
+            let (_, tokens) = Walk { jump: false, ..Walk::new(seed) }.run(text, &grammar);
+            let (mut plain, mut other) = (grammar.start(), grammar.start());
+            for (at, &token) in tokens.iter().enumerate() {
+                if other.is_complete() {
+                    break;
+                }
+                let mask = mask_of(text, &mut plain);
+                prop_assert_eq!(&mask, &mask_of(text, &mut other), "at {}", at);
+                let taken = detour(text, &mut other, &mask, seed.wrapping_mul(at as u64 + 1), jump);
+                other.roll_back(taken).unwrap();
+                plain.accept(token).unwrap();
+                other.accept(token).unwrap();
+            }
+            prop_assert_eq!(plain.is_complete(), other.is_complete());
         }
     }
 

@@ -1,0 +1,115 @@
+//! How long each sequence's draft is: as long as tokens a second are expected to rise.
+//!
+//! A drafted token's gain is the probability that it and all before it are accepted; its cost is a row
+//! more in the step. Taken in order of gain over all sequences, the step's best length is where (tokens
+//! expected) / (time estimated) is highest. Loaded steps so draft less, and their best guesses first.
+
+use super::step_cost::StepCost;
+
+/// A draft must promise this much more, or noise would choose.
+const LEAST_GAIN: f32 = 1.02;
+/// Beside a prefill, which fills the step's rows anyway, a drafted token takes a prompt token's place:
+/// it must be this likely.
+const LEAST_BESIDE_PREFILL: f32 = 0.3;
+
+/// Chooses lengths; its memory is reused.
+#[derive(Debug, Default)]
+pub(crate) struct Lengths {
+    /// Gain of a sequence's next drafted token, in order for each sequence.
+    gains: Vec<(f32, u32)>,
+    seconds: Vec<f32>,
+}
+
+impl Lengths {
+    pub(crate) fn clear(&mut self) {
+        self.gains.clear();
+    }
+
+    /// The drafted tokens of sequence `index` have these gains, falling from token to token.
+    pub(crate) fn offer(&mut self, index: usize, gains: impl Iterator<Item = f32>) {
+        self.gains.extend(gains.map(|gain| (gain, index as u32)));
+    }
+
+    /// Tells how many tokens each sequence drafts, by adding to `lengths`. The step holds
+    /// `decodes` rows without them, at most `room` drafted ones, and a prefill or none.
+    pub(crate) fn choose(
+        &mut self,
+        decodes: usize,
+        room: usize,
+        beside_prefill: bool,
+        cost: &StepCost,
+        lengths: &mut [usize],
+    ) {
+        self.gains.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
+        self.gains.truncate(room);
+        let chosen = match beside_prefill {
+            true => self.gains.partition_point(|gain| gain.0 >= LEAST_BESIDE_PREFILL),
+            false => self.best(decodes, cost),
+        };
+        for (_, index) in &self.gains[..chosen] {
+            lengths[*index as usize] += 1;
+        }
+    }
+
+    fn best(&mut self, decodes: usize, cost: &StepCost) -> usize {
+        cost.estimate(decodes + self.gains.len(), &mut self.seconds);
+        if self.gains.is_empty() || self.seconds.is_empty() {
+            return 0; // nothing is known before the first step without drafts
+        }
+        let plain = decodes as f32 / self.seconds[decodes - 1];
+        let (mut best, mut chosen, mut expected) = (plain * LEAST_GAIN, 0, decodes as f32);
+        for (index, (gain, _)) in self.gains.iter().enumerate() {
+            expected += gain;
+            let rate = expected / self.seconds[decodes + index];
+            if rate > best {
+                (best, chosen) = (rate, index + 1);
+            }
+        }
+        chosen
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn cost(milliseconds: fn(usize) -> u64) -> StepCost {
+        let mut cost = StepCost::new();
+        (1..=64).for_each(|rows| cost.record(rows, Duration::from_millis(milliseconds(rows))));
+        cost
+    }
+
+    fn chosen(rates: &[f32], decodes: usize, cost: &StepCost) -> Vec<usize> {
+        let mut lengths = Lengths::default();
+        for (index, rate) in rates.iter().enumerate() {
+            lengths.offer(index, (1..=16).map(|k| rate.powi(k)));
+        }
+        let mut out = vec![0; rates.len()];
+        lengths.choose(decodes, 64, false, cost, &mut out);
+        out
+    }
+
+    #[test]
+    fn drafts_are_long_where_rows_cost_little_and_none_where_each_costs_a_step() {
+        assert_eq!(chosen(&[0.95], 1, &cost(|_| 100)), [16]);
+        assert_eq!(chosen(&[0.95], 1, &cost(|rows| 100 * rows as u64)), [0]);
+        let middling = chosen(&[0.8], 1, &cost(|rows| 90 + 10 * rows as u64))[0];
+        assert!((3..10).contains(&middling), "{middling}");
+    }
+
+    #[test]
+    fn the_better_guess_gets_more_and_a_loaded_step_drafts_less() {
+        let cost = cost(|rows| 90 + 10 * rows as u64);
+        let both = chosen(&[0.9, 0.4], 2, &cost);
+        assert!(both[0] > both[1]);
+        let alone = chosen(&[0.7], 1, &cost);
+        assert!(chosen(&[0.7], 30, &cost)[0] < alone[0]);
+    }
+
+    #[test]
+    fn nothing_is_drafted_before_a_step_was_measured() {
+        assert_eq!(chosen(&[0.99], 1, &StepCost::new()), [0]);
+    }
+}

@@ -1,0 +1,128 @@
+//! What a step takes by its rows, as measured: on a device bound by memory a few rows more cost
+//! little, on another much, and it differs by kernel, by context and by load.
+
+use std::time::Duration;
+
+/// Rows are told apart up to here; more cost in proportion.
+const MAX_ROWS: usize = 128;
+/// Of a single row's time, what a further one is thought to take before it is measured. Low, so that
+/// it is tried.
+const FIRST_SLOPE: f32 = 0.05;
+/// Weight of a new measurement.
+const LEARN: f32 = 0.15;
+/// Measurements are trusted half when this many steps have passed since.
+const HALF_LIFE: f32 = 4096.0;
+
+/// Mean times of steps that only decode, by rows.
+#[derive(Debug)]
+pub(crate) struct StepCost {
+    classes: Vec<Class>,
+    steps: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Class {
+    /// Rows at its middle.
+    rows: f32,
+    /// Mean in seconds; 0 until measured.
+    seconds: f32,
+    /// When it was last measured.
+    step: u64,
+}
+
+impl StepCost {
+    pub(crate) fn new() -> Self {
+        let middle = |wanted: usize| {
+            let rows = (1..=MAX_ROWS).filter(|&rows| class(rows) == wanted);
+            rows.clone().sum::<usize>() as f32 / rows.count() as f32
+        };
+        let classes = (0..=class(MAX_ROWS)).map(|class| Class { rows: middle(class), ..Class::default() });
+        Self { classes: classes.collect(), steps: 0 }
+    }
+
+    /// A step of `rows` rows took so long.
+    pub(crate) fn record(&mut self, rows: usize, took: Duration) {
+        self.steps += 1;
+        let class = &mut self.classes[class(rows.clamp(1, MAX_ROWS))];
+        let seconds = took.as_secs_f32().max(1e-6);
+        class.seconds = match class.seconds {
+            0.0 => seconds,
+            // A machine busy with something else for a moment tells nothing.
+            mean => mean + LEARN * (seconds.min(3.0 * mean) - mean),
+        };
+        class.step = self.steps;
+    }
+
+    /// Estimated times of steps of `1 ..= rows` rows, into `out`. Empty until a step was measured.
+    pub(crate) fn estimate(&self, rows: usize, out: &mut Vec<f32>) {
+        out.clear();
+        let Some(first) = self.classes.iter().find(|class| class.seconds > 0.0) else { return };
+        let slope = first.seconds / (1.0 + FIRST_SLOPE * (first.rows - 1.0)) * FIRST_SLOPE;
+        let guess = |rows: f32| first.seconds + slope * (rows - first.rows);
+        // Measured points with the guess mixed in as they age; between them straight lines.
+        let mut points = self.classes.iter().filter(|class| class.seconds > 0.0).map(|class| {
+            let age = (self.steps - class.step) as f32;
+            let trust = HALF_LIFE / (HALF_LIFE + age);
+            (class.rows, trust * class.seconds + (1.0 - trust) * guess(class.rows))
+        });
+        let mut before = points.next().unwrap_or((1.0, first.seconds));
+        let mut after = points.next();
+        for row in 1..=rows {
+            let row = row as f32;
+            while let Some(point) = after.filter(|point| point.0 <= row) {
+                before = point;
+                after = points.next();
+            }
+            out.push(match after {
+                Some(after) if row > before.0 => {
+                    before.1 + (after.1 - before.1) * (row - before.0) / (after.0 - before.0)
+                }
+                _ if row > MAX_ROWS as f32 => before.1 * row / before.0,
+                _ => before.1 + slope * (row - before.0),
+            });
+        }
+    }
+}
+
+/// Every number of rows up to 8, then in steps of 2, 4, 8 and 16.
+fn class(rows: usize) -> usize {
+    match rows {
+        0..=8 => rows.saturating_sub(1),
+        9..=16 => 8 + (rows - 9) / 2,
+        17..=32 => 12 + (rows - 17) / 4,
+        33..=64 => 16 + (rows - 33) / 8,
+        _ => 20 + (rows - 65) / 16,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn estimates(cost: &StepCost, rows: usize) -> Vec<f32> {
+        let mut out = Vec::new();
+        cost.estimate(rows, &mut out);
+        out
+    }
+
+    #[test]
+    fn estimates_pass_through_what_was_measured() {
+        let mut cost = StepCost::new();
+        assert!(estimates(&cost, 4).is_empty());
+        for (rows, ms) in [(1, 10), (4, 16), (8, 40)] {
+            cost.record(rows, Duration::from_millis(ms));
+        }
+        let seen = estimates(&cost, 12);
+        for (rows, ms) in [(1, 10.0), (2, 12.0), (4, 16.0), (6, 28.0), (8, 40.0), (12, 42.0)] {
+            assert!((seen[rows - 1] * 1e3 - ms).abs() < 0.1, "{rows} rows: {seen:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_costly_once_is_tried_again_in_time() {
+        let mut cost = StepCost::new();
+        cost.record(4, Duration::from_millis(90));
+        (0..40_000).for_each(|_| cost.record(1, Duration::from_millis(10)));
+        assert!(estimates(&cost, 4)[3] < 0.022);
+    }
+}

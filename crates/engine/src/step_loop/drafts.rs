@@ -1,0 +1,87 @@
+//! Drafts in the step loop: proposed before a step is planned, measured after it ran.
+
+use std::time::Duration;
+
+use rudder_scheduler::StepPlan;
+
+use super::StepLoop;
+use super::active::Held;
+use crate::draft::{Drafter, MAX_DRAFT};
+
+/// Prompts whose answers are shorter are not indexed for them.
+const LEAST_ANSWER: usize = 3;
+/// An index is made for at most so many tokens of an answer; more find their place too.
+const EXPECTED_ANSWER: usize = 16 * 1024;
+
+impl StepLoop {
+    /// Proposes drafts for the sequences that decode, as long as it pays.
+    pub(super) fn propose_drafts(&mut self) {
+        let Some(drafting) = &mut self.drafting else { return };
+        drafting.begin();
+        let mut decodes = 0;
+        for (&id, active) in self.active.iter_mut().filter(|(_, active)| active.planned.is_some()) {
+            let Some(sequence) = self.scheduler.sequence(id) else { continue };
+            let decoding = self.scheduler.can_draft(id);
+            decodes += usize::from(decoding);
+            if active.submission.max_tokens < LEAST_ANSWER {
+                continue;
+            }
+            let may_draft = decoding && active.follows_drafts();
+            let request = &active.submission.request;
+            let drafter = active.drafter.get_or_insert_with(|| {
+                let expected = sequence.prompt_len + active.submission.max_tokens.min(EXPECTED_ANSWER);
+                let mut drafter = Box::new(Drafter::new(expected, &request.prediction));
+                // A short prompt's first step has drawn a token already.
+                for at in sequence.prompt_len..sequence.tokens.len() {
+                    drafter.observe(&sequence.tokens[..at], sequence.tokens[at], &mut drafting.acceptance);
+                }
+                drafter
+            });
+            drafting.to_index -= drafter.index(&sequence.tokens, drafting.to_index);
+            // The row after a draft draws a token too.
+            let most = active.submission.max_tokens - active.generated - 1;
+            if may_draft && most > 0 {
+                drafter.aim(&sequence.tokens);
+                let gains = drafter.gains(&sequence.tokens, most.min(MAX_DRAFT), &drafting.acceptance);
+                drafting.lengths.offer(drafting.sequences.len(), gains);
+                drafting.sequences.push(id);
+            }
+        }
+        drafting.choose(decodes, self.scheduler.running() > decodes);
+        for (&id, &len) in drafting.sequences.iter().zip(&drafting.chosen) {
+            let (Some(active), Some(sequence)) = (self.active.get_mut(&id), self.scheduler.sequence(id))
+            else {
+                continue;
+            };
+            drafting.draft.clear();
+            if let Some(drafter) = &active.drafter {
+                let ends = |token| active.stops_at(token);
+                drafter.draft(&sequence.tokens, len, &mut drafting.draft, ends);
+            }
+            if !drafting.draft.is_empty()
+                && let Some(Held::Here(mut job)) =
+                    active.grammar.take_if(|held| matches!(held, Held::Here(_)))
+            {
+                job.draft.extend_from_slice(&drafting.draft);
+                active.grammar = Some(Held::Away);
+                self.masks.send(job);
+            }
+            self.scheduler.propose(id, &drafting.draft);
+        }
+    }
+
+    /// Counts the drafts of a step that ran, and what it took if it only decoded.
+    pub(super) fn measure(&mut self, plan: &StepPlan, took: Duration) {
+        let Some(drafting) = &mut self.drafting else { return };
+        for chunk in plan.chunks.iter().filter(|chunk| chunk.drafted > 0) {
+            self.stats.drafts += 1;
+            self.stats.drafted_tokens += chunk.drafted as u64;
+            if let Some(active) = self.active.get_mut(&chunk.id) {
+                active.drafted += chunk.drafted;
+            }
+        }
+        if plan.chunks.iter().all(|chunk| chunk.outputs == chunk.len) {
+            drafting.cost.record(self.batch.rows(), took);
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Drafts change nothing but speed: the same answers with and without, token for token, whatever is
+//! asked; and the distribution that is drawn from stays what the model says.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{
+    CONFIG, ask, ask_at_once, assert_drafted, assert_whole, check_drafts as check, drafting, model, prompt,
+    request, start,
+};
+use rudder_engine::{
+    DraftMode, Engine, EngineConfig, FinishReason, GenerateRequest, LogitBias, SamplingParams,
+};
+use rudder_model::{Model, ModelConfig};
+use rudder_ops::{Batch, OpError, SampleRow, Sampled, SamplerScratch, sample_row};
+
+fn sampled(seed: u64) -> SamplingParams {
+    SamplingParams { seed, temperature: 0.8, top_p: 0.95, ..Default::default() }
+}
+
+fn penalised(seed: u64) -> SamplingParams {
+    SamplingParams {
+        repetition_penalty: 1.2,
+        presence_penalty: 0.3,
+        frequency_penalty: 0.1,
+        logit_bias: vec![LogitBias { token: 5, bias: 2.0 }],
+        logprobs: Some(3),
+        ..sampled(seed)
+    }
+}
+
+#[test]
+fn greedy_answers_are_the_same() {
+    let answers = check(CONFIG, (0..4).map(|i| request(prompt(i, 70), 120)).collect());
+    assert_drafted(&answers, 0.1);
+}
+
+#[test]
+fn seeded_answers_with_penalties_and_log_probabilities_are_the_same() {
+    let sampling = |i: u32| if i.is_multiple_of(2) { sampled(i.into()) } else { penalised(i.into()) };
+    let asked = |i| GenerateRequest { sampling: sampling(i), ..request(prompt(i, 30), 120) };
+    assert_drafted(&check(CONFIG, (0..6).map(asked).collect()), 0.05);
+}
+
+#[test]
+fn answers_are_the_same_under_preemption_in_small_steps_and_without_prefix_cache() {
+    for config in [
+        EngineConfig { kv_blocks: 16, ..CONFIG },
+        EngineConfig { max_batch_tokens: 12, ..CONFIG },
+        EngineConfig { prefix_cache: false, ..CONFIG },
+    ] {
+        let asked = |i| GenerateRequest { sampling: penalised(7), ..request(prompt(i, 70), 64) };
+        check(config, (0..6).map(asked).collect());
+    }
+}
+
+#[test]
+fn answers_end_within_a_draft_as_they_would_without() {
+    let full = ask(&start(CONFIG), request(prompt(0, 70), 100)).ids();
+    let limits = (1..40).map(|max_tokens| request(prompt(0, 70), max_tokens));
+    let stops =
+        (1..40).map(|i| GenerateRequest { stop_tokens: vec![full[i]], ..request(prompt(0, 70), 100) });
+    for asked in [limits.collect::<Vec<_>>(), stops.collect()] {
+        for some in asked.chunks(8) {
+            check(CONFIG, some.to_vec());
+        }
+    }
+}
+
+#[test]
+fn a_right_prediction_is_accepted_and_a_wrong_one_costs_no_token() {
+    let engine = drafting(CONFIG);
+    let plain = ask(&start(CONFIG), request(prompt(1, 60), 150));
+    let predicted =
+        |prediction: &[u32]| GenerateRequest { prediction: prediction.into(), ..request(prompt(1, 60), 150) };
+    let right = ask(&engine, predicted(&plain.ids()));
+    assert_eq!(right.tokens, plain.tokens);
+    assert_eq!((right.usage.predicted_tokens, right.usage.mispredicted_tokens), (150, 0));
+    assert!(right.usage.accepted_tokens > 20);
+    let wrong = ask(&engine, predicted(&[plain.ids()[0] ^ 1; 90]));
+    assert_eq!(wrong.tokens, plain.tokens);
+    assert_eq!(wrong.end, Some(Ok(FinishReason::Length)));
+    assert!(wrong.usage.mispredicted_tokens > 80);
+}
+
+#[test]
+fn dropping_a_generation_that_drafts_frees_its_blocks() {
+    let engine = drafting(CONFIG);
+    let answer = ask(&engine, request(prompt(1, 60), 150)).ids();
+    for events in 1..8 {
+        let asked = GenerateRequest { prediction: answer.clone().into(), ..request(prompt(1, 60), 150) };
+        let mut generation = engine.submit(asked).unwrap();
+        (0..events).for_each(|_| drop(generation.next_blocking()));
+    }
+    assert_whole(&engine);
+}
+
+/// The next token depends on the last one alone, as [`chance`] tells.
+struct Chain {
+    config: ModelConfig,
+    last: Vec<u32>,
+    scratch: SamplerScratch,
+}
+
+const STATES: u32 = 5;
+
+/// Probability that `next` follows `last`: 0.6 for the one after it, the rest shared out unevenly.
+fn chance(last: u32, next: u32) -> f64 {
+    match (next + STATES - last) % STATES {
+        1 => 0.6,
+        0 => 0.19,
+        2 => 0.13,
+        3 => 0.07,
+        _ => 0.01,
+    }
+}
+
+impl Model for Chain {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        std::thread::sleep(Duration::from_micros(300));
+        self.last = batch.outputs.iter().map(|&row| batch.tokens[row as usize] % STATES).collect();
+        Ok(())
+    }
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        for (row, &last) in rows.iter().zip(&self.last) {
+            let mut logits = vec![f32::NEG_INFINITY; self.config.vocab];
+            (0..STATES).for_each(|next| logits[next as usize] = chance(last, next).ln() as f32);
+            out.push(sample_row(&mut logits, row, &mut self.scratch));
+        }
+        Ok(())
+    }
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        Ok(Vec::new())
+    }
+}
+
+#[test]
+fn tokens_follow_the_models_distribution_whatever_was_drafted() {
+    let chain =
+        Chain { config: model(&CONFIG).config().clone(), last: Vec::new(), scratch: Default::default() };
+    let engine = Engine::start(Box::new(chain), EngineConfig { draft: DraftMode::Lookup, ..CONFIG });
+    let likely: Vec<u32> = (0..240).map(|i| i % STATES).collect();
+    let mut seen = vec![vec![0.0; STATES as usize]; STATES as usize];
+    let mut accepted = 0;
+    for round in 0..10 {
+        let asked = |seed| GenerateRequest {
+            sampling: SamplingParams { seed, ..Default::default() },
+            prediction: likely.clone().into(),
+            ..request([4], 240)
+        };
+        for answer in ask_at_once(&engine, &(0..8).map(|i| asked(8 * round + i)).collect::<Vec<_>>()) {
+            accepted += answer.usage.accepted_tokens;
+            let ids = answer.ids();
+            ids.iter().zip(&ids[1..]).for_each(|(&last, &next)| seen[last as usize][next as usize] += 1.0);
+        }
+    }
+    assert!(accepted > 500, "{accepted}");
+    for (last, row) in seen.iter().enumerate() {
+        let total: f64 = row.iter().sum();
+        for (next, n) in row.iter().enumerate() {
+            let p = chance(last as u32, next as u32);
+            // five standard deviations of a binomial share
+            let bound = 5.0 * (p * (1.0 - p) / total).sqrt();
+            assert!((n / total - p).abs() < bound, "{last} to {next}: {} against {p}", n / total);
+        }
+    }
+}

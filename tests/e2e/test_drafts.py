@@ -1,0 +1,96 @@
+"""Drafts change nothing but speed: the same words and log-probabilities with and without them."""
+
+import concurrent.futures
+
+import pytest
+
+SOURCE = """class Cart:
+    def __init__(self, currency):
+        self.currency = currency
+        self.items = []
+
+    def add(self, name, price, count=1):
+        if price < 0 or count < 1:
+            raise ValueError("a price is not negative, a count at least one")
+        self.items.append((name, price, count))
+
+    def remove(self, name):
+        before = len(self.items)
+        self.items = [item for item in self.items if item[0] != name]
+        return before - len(self.items)
+
+    def total(self):
+        return sum(price * count for _, price, count in self.items)
+
+    def __str__(self):
+        lines = [f"{count} x {name}: {price * count:.2f}" for name, price, count in self.items]
+        return "\\n".join([*lines, f"total {self.total():.2f} {self.currency}"])
+"""
+EDIT = f"Rename the method `remove` to `drop`. Answer with the whole file and nothing else.\n\n```python\n{SOURCE}```"
+NOTE = {
+    "type": "function",
+    "function": {
+        "name": "write_file",
+        "description": "Writes a file.",
+        "parameters": {
+            "type": "object",
+            "properties": {"path": {"type": "string"}, "lines": {"type": "array", "items": {"type": "string"}}},
+            "required": ["path", "lines"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
+WRITE = "Write these lines to notes.txt, as they are: " + "; ".join(f"{i} apples make {i} pies" for i in range(6))
+
+
+@pytest.fixture
+def both(start):
+    """A server without drafts and one with them."""
+    return start("--draft", "off"), start()
+
+
+def words(answer):
+    """What was said and called, with the exact log-probability of every token."""
+    [choice] = answer.choices
+    calls = [(c.function.name, c.function.arguments) for c in choice.message.tool_calls or []]
+    logprobs = [(t.token, t.logprob) for t in choice.logprobs.content] if choice.logprobs else None
+    return choice.message.content, calls, choice.finish_reason, logprobs
+
+
+def requests():
+    """Edits, plain, drawn and penalised; calls held to a schema; free text."""
+    yield EDIT, {"max_tokens": 160, "logprobs": True}
+    yield EDIT, {"max_tokens": 160, "prediction": {"type": "content", "content": f"```python\n{SOURCE}```"}}
+    yield EDIT, {"max_tokens": 80, "temperature": 0.6, "seed": 3, "frequency_penalty": 0.2, "logprobs": True}
+    yield WRITE, {"max_tokens": 120, "tools": [NOTE], "tool_choice": "required"}
+    yield WRITE, {"max_tokens": 120, "response_format": {"type": "json_object"}}
+    yield "Why is the sky blue?", {"max_tokens": 60, "logprobs": True}
+
+
+def test_answers_are_the_same_alone_and_beside_others(both):
+    plain, drafting = both
+    asked = list(requests())
+    expected = [words(plain.chat(content, **options)) for content, options in asked]
+    assert plain.metrics()["rudder_spec_decode_num_drafts_total"] == 0
+    assert [words(drafting.chat(content, **options)) for content, options in asked] == expected
+    alone = drafting.metrics()
+    with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda request: drafting.chat(request[0], **request[1]), asked))
+    assert [words(answer) for answer in answers] == expected
+    beside = drafting.metrics()
+    accepted = "rudder_spec_decode_num_accepted_tokens_total"
+    assert 100 < alone[accepted] < beside[accepted]
+    predicted = answers[1].usage.completion_tokens_details
+    assert predicted.accepted_prediction_tokens > 80
+
+
+def test_a_stream_says_the_same(both):
+    plain, drafting = both
+    options = {"max_tokens": 120, "stream": True}
+
+    def streamed(server):
+        chunks = [c for c in server.chat(EDIT, **options) if c.choices]
+        return "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
+
+    assert streamed(drafting) == streamed(plain)
