@@ -42,17 +42,16 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = parse_arguments()
     contenders = find_contenders(args)
-    facts = describe(args, contenders)
-    samples = {}
     for trace in args.traces:
-        samples[trace.stem] = {name: [] for name in contenders}
+        facts = describe(args, contenders, trace)
+        samples = {name: [] for name in contenders}
         for repeat in range(args.repeats):
             order = list(contenders) if repeat % 2 == 0 else list(reversed(contenders))
             for name in order:
                 peers.say(f"{trace.stem}, repeat {repeat + 1} of {args.repeats}, {name}")
-                samples[trace.stem][name].append(replay(args, contenders[name], trace))
+                samples[name].append(replay(args, contenders[name], trace))
             text = write_report(args, facts, samples)
-    print(text)
+        print(text, flush=True)
 
 
 def parse_arguments():
@@ -125,41 +124,42 @@ def figure(summary, of):
 # ------------------------------------------------------------------ the report
 
 
-def describe(args, contenders):
+def describe(args, contenders, trace):
     """What a reader of the figures has to know."""
-    short = [{name: [pathlib.Path(part).name if os.sep in part else part for part in c["command"]("PORT", False)]}
-             for name, c in contenders.items()]
-    return {"date": datetime.date.today().isoformat(), "cpu": peers.cpu_name(), "threads": args.threads,
-            "model": pathlib.Path(args.model).name, "pause_scale": args.pause_scale, "recorded": args.recorded,
-            "load_average_before": os.getloadavg(), "commands": short,
+    def short(command):
+        return [pathlib.Path(part).name if os.sep in part else part for part in command]
+
+    return {"trace": trace.stem, "date": datetime.date.today().isoformat(), "cpu": peers.cpu_name(),
+            "threads": args.threads, "model": pathlib.Path(args.model).name, "pause_scale": args.pause_scale,
+            "recorded": args.recorded,
+            "load_average_before": os.getloadavg(),
+            "commands": {name: short(c["command"]("PORT", False)) for name, c in contenders.items()},
             "versions": {name: c["version"] for name, c in contenders.items()}}
 
 
 def write_report(args, facts, samples):
-    """Writes the report of the replays so far as JSON and as tables, and returns the tables."""
-    slug = re.sub(r"[^a-z0-9.]+", "-", f"{facts['cpu']} agent {pathlib.Path(args.model).stem}".lower()).strip("-")
+    """Writes the report of a trace's replays so far as JSON and as a table, and returns the table."""
+    stem = pathlib.Path(args.model).stem
+    slug = re.sub(r"[^a-z0-9.]+", "-", f"{facts['cpu']} agent {facts['trace']} {stem}".lower()).strip("-")
     report = args.results / f"{facts['date']}-{slug}.json"
     report.parent.mkdir(parents=True, exist_ok=True)
-    named = {trace: {name: [{"figures": dict(zip((f"{n}, {u}" for n, u, _ in FIGURES), run["figures"])),
-                             "outputs": run["outputs"]} for run in runs] for name, runs in by_name.items()}
-             for trace, by_name in samples.items()}
-    report.write_text(json.dumps({**facts, "traces": named}, indent=1) + "\n")
-    answers = "recorded answers" if facts["recorded"] else "each server's own answers"
-    lines = [f"# Agent traces, {facts['date']}, {facts['cpu']}", "",
-             f"{facts['model']}, {facts['threads']} threads, {answers}, pauses x {facts['pause_scale']}; medians, least "
-             f"to most in brackets. Load average before: {facts['load_average_before'][0]:.2f}.", ""]
-    for trace, by_name in samples.items():
-        lines += table(trace, by_name)
-    lines += ["Versions: " + "; ".join(f"{name}: {version}" for name, version in facts["versions"].items()) + "."]
-    text = "\n".join(lines) + "\n"
+    names = [f"{name}, {unit}" for name, unit, _ in FIGURES]
+    runs = {name: [{"figures": dict(zip(names, run["figures"])), "outputs": run["outputs"]} for run in done]
+            for name, done in samples.items()}
+    report.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
+    text = markdown(facts, samples)
     report.with_suffix(".md").write_text(text)
     return text
 
 
-def table(trace, runs):
+def markdown(facts, runs):
     """Figures side by side, Rudder's over each other contender's, and whether the outputs are the same."""
     first, *others = runs
-    lines = [f"## {trace}, {len(runs[first])} repeats", "",
+    answers = "recorded answers" if facts["recorded"] else "each server's own answers"
+    lines = [f"# Agent trace {facts['trace']}, {facts['date']}, {facts['cpu']}", "",
+             f"{facts['model']}, {facts['threads']} threads, {answers}, pauses x {facts['pause_scale']}; medians of "
+             f"{len(runs[first])} repeats, least to most in brackets. Load average before: "
+             f"{facts['load_average_before'][0]:.2f}.", "",
              "| | " + " | ".join(runs) + "".join(f" | {first} / {name}" for name in others) + " |",
              "|---" * (1 + len(runs) + len(others)) + "|"]
     for number, (name, unit, _) in enumerate(FIGURES):
@@ -172,7 +172,8 @@ def table(trace, runs):
         turns = list(zip(*(run["outputs"] for who in (first, other) for run in runs[who])))
         same = sum(len(set(turn)) == 1 for turn in turns)
         lines += [f"{first} and {other}: {same} of {len(turns)} turns have the same output in every repeat.", ""]
-    return lines
+    lines += ["Versions: " + "; ".join(f"{name}: {version}" for name, version in facts["versions"].items()) + "."]
+    return "\n".join(lines) + "\n"
 
 
 def spread(values):
