@@ -11,32 +11,45 @@
 #define FEW_WARPS 8
 
 // 16 features of up to 8 * TILES rows: the block's warps take 64 columns of k in turn, and their sums are added in order.
-template <int TILES>
+// AHEAD turns are read before the first is multiplied: memory is as fast as there are reads under way.
+template <int TILES, int AHEAD>
 __device__ void matmul_few(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
     __shared__ float parts[FEW_WARPS][TILES * 8][16];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
-    const int feature = blockIdx.x * 16;
+    const int feature = blockIdx.x * 16, turn = FEW_WARPS * 64;
     // What lies beyond the matrix is computed from its last row, and not stored.
     const bf16* w0 = w + static_cast<size_t>(min(feature + group, n - 1)) * k + quad * 8;
     const bf16* w1 = w + static_cast<size_t>(min(feature + group + 8, n - 1)) * k + quad * 8;
     const bf16* xs[TILES];
     for (int t = 0; t < TILES; t++) xs[t] = x + static_cast<size_t>(min(t * 8 + group, rows - 1)) * k + quad * 8;
     float sums[TILES][4] = {};
-#pragma unroll 4
-    for (int i = warp * 64; i < k; i += FEW_WARPS * 64) {
+    for (int i = warp * 64; i < k; i += AHEAD * turn) {
+        uint4 a[AHEAD][2], b[AHEAD][2], c[AHEAD][2][TILES];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int at = i + half * 32;
-            uint4 a = load_once(w0 + at), b = load_once(w1 + at);
-            uint32_t low[4] = {a.x, b.x, a.y, b.y}, high[4] = {a.z, b.z, a.w, b.w};
+        for (int u = 0; u < AHEAD; u++)
 #pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                uint4 c = *reinterpret_cast<const uint4*>(xs[t] + at);
-                uint32_t first[2] = {c.x, c.y}, second[2] = {c.z, c.w};
-                multiply_add(sums[t], low, first);
-                multiply_add(sums[t], high, second);
+            for (int half = 0; half < 2; half++) {
+                const int at = i + u * turn + half * 32;
+                if (at >= k) continue;  // a whole warp
+                a[u][half] = load_once(w0 + at), b[u][half] = load_once(w1 + at);
+#pragma unroll
+                for (int t = 0; t < TILES; t++) c[u][half][t] = *reinterpret_cast<const uint4*>(xs[t] + at);
             }
-        }
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                if (i + u * turn + half * 32 >= k) continue;
+                const uint4 p = a[u][half], q = b[u][half];
+                const uint32_t low[4] = {p.x, q.x, p.y, q.y}, high[4] = {p.z, q.z, p.w, q.w};
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+                    const uint4 r = c[u][half][t];
+                    const uint32_t first[2] = {r.x, r.y}, second[2] = {r.z, r.w};
+                    multiply_add(sums[t], low, first);
+                    multiply_add(sums[t], high, second);
+                }
+            }
     }
     for (int t = 0; t < TILES; t++)
         for (int i = 0; i < 4; i++) parts[warp][t * 8 + quad * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
@@ -51,19 +64,19 @@ __device__ void matmul_few(const bf16* x, const bf16* w, const float* bias, floa
 }
 
 // Grid: n / 16. Block: 256.
-extern "C" __global__ void __launch_bounds__(256) matmul_few_8(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
-    matmul_few<1>(x, w, bias, out, rows, n, k);
+extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_8(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
+    matmul_few<1, 4>(x, w, bias, out, rows, n, k);
 }
 KERNEL(matmul_few_8)
-extern "C" __global__ void __launch_bounds__(256) matmul_few_16(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
-    matmul_few<2>(x, w, bias, out, rows, n, k);
+extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_16(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
+    matmul_few<2, 2>(x, w, bias, out, rows, n, k);
 }
 KERNEL(matmul_few_16)
 
 // out[pair] = x[pair / share] * w[experts[pair]]^T: few rows of a mixture of experts. Grid: (n / 16, pairs).
-extern "C" __global__ void __launch_bounds__(256) matmul_few_experts(const bf16* x, const bf16* w, const uint32_t* experts, float* out, int share, int n, int k) {
+extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_experts(const bf16* x, const bf16* w, const uint32_t* experts, float* out, int share, int n, int k) {
     size_t pair = blockIdx.y;
-    matmul_few<1>(x + pair / share * k, w + static_cast<size_t>(experts[pair]) * n * k, nullptr, out + pair * n, 1, n, k);
+    matmul_few<1, 2>(x + pair / share * k, w + static_cast<size_t>(experts[pair]) * n * k, nullptr, out + pair * n, 1, n, k);
 }
 KERNEL(matmul_few_experts)
 

@@ -10,21 +10,46 @@ extern "C" __global__ void embed(const uint32_t* tokens, const void* table, int 
 }
 KERNEL(embed)
 
-// x += delta where given; out = x / sqrt(mean(x^2) + eps) * weight. One block a row.
-extern "C" __global__ void rms_norm(float* x, const float* delta, const float* weight, float eps, bf16* out, int width) {
-    size_t row = static_cast<size_t>(blockIdx.x) * width;
-    float squares = 0.0f;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float v = x[row + i];
-        if (delta) {
-            v += delta[row + i];
-            x[row + i] = v;
+#define HELD 16
+
+// x += delta where given; out = x / sqrt(mean(x^2) + eps) * weight. One block a row. Rows of up to HELD elements a thread are read
+// once, all reads under way together: with few rows only latency counts.
+extern "C" __global__ void __launch_bounds__(512) rms_norm(float* x, const float* delta, const float* weight, float eps, bf16* out, int width) {
+    const size_t row = static_cast<size_t>(blockIdx.x) * width;
+    const int first = threadIdx.x, step = blockDim.x;
+    float held[HELD], weights[HELD], squares = 0.0f;
+    if (width <= HELD * step) {
+#pragma unroll
+        for (int j = 0; j < HELD; j++) {
+            const int i = first + j * step;
+            held[j] = i < width ? x[row + i] : 0.0f;
+            weights[j] = i < width ? weight[i] : 0.0f;
+            if (delta && i < width) held[j] += delta[row + i];
         }
-        squares += v * v;
+#pragma unroll
+        for (int j = 0; j < HELD; j++) {
+            if (delta && first + j * step < width) x[row + first + j * step] = held[j];
+            squares += held[j] * held[j];
+        }
+    } else {
+        for (int i = first; i < width; i += step) {
+            float v = x[row + i];
+            if (delta) {
+                v += delta[row + i];
+                x[row + i] = v;
+            }
+            squares += v * v;
+        }
     }
-    float factor = 1.0f / sqrtf(block_sum(squares) / width + eps);
-    // Every thread reads what it wrote itself.
-    for (int i = threadIdx.x; i < width; i += blockDim.x) out[row + i] = to_bf16(x[row + i] * factor * weight[i]);
+    const float factor = 1.0f / sqrtf(block_sum(squares) / width + eps);
+    if (width <= HELD * step) {
+#pragma unroll
+        for (int j = 0; j < HELD; j++)
+            if (first + j * step < width) out[row + first + j * step] = to_bf16(held[j] * factor * weights[j]);
+    } else {
+        // Every thread reads what it wrote itself.
+        for (int i = first; i < width; i += step) out[row + i] = to_bf16(x[row + i] * factor * weight[i]);
+    }
 }
 KERNEL(rms_norm)
 

@@ -77,12 +77,11 @@ impl Gpu {
     pub fn allocate(&self, bytes: usize) -> Result<u64> {
         self.bind()?;
         let failed = |e| OpError::Backend(format!("no GPU memory for {bytes} bytes: {e}"));
-        // SAFETY: the memory is set to zeros before anybody reads it; both calls are ordered before later work, because the
-        // null stream's memset is waited for.
+        // SAFETY: all work is on this stream, so that the zeros are there before anybody reads them. Nothing waits for the whole
+        // context, which would fail while another thread captures.
         unsafe {
             let address = result::malloc_sync(bytes).map_err(failed)?;
-            result::memset_d8_sync(address, 0, bytes).map_err(failed)?;
-            result::ctx::synchronize().map_err(failed)?;
+            result::memset_d8_async(address, 0, bytes, self.stream).map_err(failed)?;
             Ok(address)
         }
     }

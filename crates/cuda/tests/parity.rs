@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{Random, Rows, assert_close, cuda, matrix, on_gpu, plain_batch, upload, vector};
+use common::{Random, Rows, assert_close, cuda, large, matrix, plain_batch, upload, vector};
 use half::{bf16, f16};
 use rudder_cuda::Cuda;
 use rudder_ops::reference::Reference;
@@ -23,7 +23,7 @@ const BF16: f32 = 1.0 / 256.0;
 fn rms_norm_agrees_with_and_without_residual() -> Result<()> {
     let Some(mut cuda) = cuda() else { return Ok(()) };
     let mut random = Random(1);
-    for width in [1, 7, 31, 64, 65, 896, 1537, 4096] {
+    for width in [1, 7, 31, 64, 65, 896, 1537, 4096, 9000] {
         for (rows, scale) in [(1, 1.0), (3, 1e-18), (7, 1e15)] {
             let (x, delta) = (random.vec(rows * width, scale), random.vec(rows * width, scale));
             let weight = random.vec(width, 3.0);
@@ -149,7 +149,7 @@ fn linear_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (128, 128, 64),
         (131, 150, 260),
     ];
-    if on_gpu(&cuda) {
+    if large(&cuda) {
         shapes.extend([
             (1, 4096, 14336),
             (7, 151_936, 896),
@@ -281,7 +281,7 @@ fn rope_and_attention_agree_over_shapes_chunks_and_splits() -> Result<()> {
         (shape(65, 1, 64), 60),
         (shape(1, 1, 512), 70),
     ];
-    if on_gpu(&cuda) {
+    if large(&cuda) {
         cases.extend([(shape(32, 8, 128), 3000), (shape(14, 2, 64), 3000), (shape(64, 4, 128), 1500)]);
     }
     for (i, (shape, longest)) in cases.into_iter().enumerate() {
@@ -341,7 +341,7 @@ fn moe_agrees_for_every_top_k_and_ties_go_to_the_lower_expert() -> Result<()> {
     let Some(mut cuda) = cuda() else { return Ok(()) };
     let mut random = Random(8);
     let mut cases = vec![(1, 1, 24, 40), (4, 9, 24, 40), (19, 30, 72, 33), (3, 150, 24, 40)];
-    if on_gpu(&cuda) {
+    if large(&cuda) {
         cases.push((128, 700, 256, 96));
     }
     for (n, rows, hidden, intermediate) in cases {
@@ -468,7 +468,7 @@ fn assert_same_draws(ours: &[Sampled], theirs: &[Sampled], what: &str) {
 fn draws_are_the_hosts() -> Result<()> {
     let Some(mut cuda) = cuda() else { return Ok(()) };
     let mut random = Random(12);
-    let vocabs = if on_gpu(&cuda) { vec![1, 33, 1024, 5003, 151_936] } else { vec![1, 31, 33, 1024, 2003] };
+    let vocabs = if large(&cuda) { vec![1, 33, 1024, 5003, 151_936] } else { vec![1, 31, 33, 1024, 2003] };
     for vocab in vocabs {
         let n = 24;
         let mut logits = random.vec(n * vocab, 6.0);

@@ -20,9 +20,14 @@ pub fn cuda() -> Option<Cuda> {
     }
 }
 
-/// Whether shapes may be large: a GPU runs the kernels, not the CPU in its place.
+/// Whether a GPU runs the kernels, not the CPU in its place.
 pub fn on_gpu(cuda: &Cuda) -> bool {
     cuda.name() != "cuda emulated"
+}
+
+/// Whether shapes may be large: on a GPU, unless RUDDER_SMALL_SHAPES is set, as it is under checkers that slow it down.
+pub fn large(cuda: &Cuda) -> bool {
+    on_gpu(cuda) && std::env::var_os("RUDDER_SMALL_SHAPES").is_none()
 }
 
 /// SplitMix64, so that a failure can be repeated.
