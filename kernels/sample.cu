@@ -3,7 +3,7 @@
 //
 // One block a row. Nothing is sorted: what the filters keep is a prefix of the tokens in descending order of weight (ties to
 // the lower token), so each filter, and the draw itself, asks which token stands at a given count or mass of that order. A
-// radix search over the weights' bits, eight at a time, answers it in four passes. Masses are integers, units of 2^-43 of the
+// radix search over the weights' bits, ten or eleven at a time, answers it in three passes. Masses are integers, units of 2^-43 of the
 // most likely token's weight: their sums do not depend on the order, so a draw is the same every time, and differs from the host's
 // only where a boundary lies within that rounding.
 #include "common.cuh"
@@ -110,36 +110,55 @@ struct Cut {
     __device__ bool shorter(const Cut& other) const { return bits > other.bits || (bits == other.bits && ties < other.ties); }
 };
 
+#define BINS 2048
+
+// Of `n` bins, from the last down, the first at which the sum from `above` on exceeds `target`, and the sum before it; the last
+// that holds anything where none does. Called by one warp.
+__device__ void find_bin(const u64* bins, int n, u64 above, u64 target, uint32_t* found, u64* found_above) {
+    const int lane = threadIdx.x % WARP, share = n / WARP, top = n - 1 - lane * share;
+    u64 sum = 0;
+    for (int j = 0; j < share; j++) sum += bins[top - j];
+    u64 upto = sum;
+    for (int step = 1; step < WARP; step *= 2) {
+        const u64 left = __shfl_up_sync(FULL, upto, step);
+        if (lane >= step) upto += left;
+    }
+    const unsigned beyond = __ballot_sync(FULL, above + upto > target), holding = __ballot_sync(FULL, sum != 0);
+    const int chosen = beyond ? __ffs(beyond) - 1 : holding ? WARP - 1 - __clz(holding) : 0;
+    if (lane != chosen) return;
+    u64 before = above + upto - sum;
+    *found = 0, *found_above = before;
+    for (int j = 0; j < share; j++) {
+        if (bins[top - j] == 0) continue;
+        *found = top - j, *found_above = before;
+        before += bins[top - j];
+        if (before > target) break;
+    }
+}
+
 // The prefix that ends with the first token at which the count (or mass) from the most likely on exceeds `target`; the last token's
-// where none does.
+// where none does. The first digit is 11 bits of the 31 that a weight has, so that tokens of like weight, which most are, do not
+// all wait for one bin.
 __device__ Cut find(const Weights& w, u64 target, bool by_mass) {
-    __shared__ u64 bins[256];
+    __shared__ u64 bins[BINS];
     __shared__ u64 found_above;
-    __shared__ uint32_t found_bin;
+    __shared__ uint32_t found;
     uint32_t prefix = 0, mask = 0;
     u64 above = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
+    for (int shift = 20; shift >= 0; shift -= 10) {
+        const int n = shift == 20 ? BINS : BINS / 2;
         __syncthreads();
-        for (int i = threadIdx.x; i < 256; i += blockDim.x) bins[i] = 0;
+        for (int i = threadIdx.x; i < n; i += blockDim.x) bins[i] = 0;
         __syncthreads();
         for (int token = threadIdx.x; token < w.vocab; token += blockDim.x) {
             const float x = w.weight(token);
             const uint32_t bits = __float_as_uint(x);
-            if (x > 0.0f && (bits & mask) == prefix) atomicAdd(&bins[bits >> shift & 255], by_mass ? Weights::mass(x) : 1ull);
+            if (x > 0.0f && (bits & mask) == prefix) atomicAdd(&bins[bits >> shift & (n - 1)], by_mass ? Weights::mass(x) : 1ull);
         }
         __syncthreads();
-        if (threadIdx.x == 0) {
-            u64 sum = above;
-            found_bin = 0, found_above = above;
-            for (int bin = 255; bin >= 0; bin--) {
-                if (bins[bin] == 0) continue;
-                found_bin = bin, found_above = sum;
-                sum += bins[bin];
-                if (sum > target) break;
-            }
-        }
+        if (threadIdx.x < WARP) find_bin(bins, n, above, target, &found, &found_above);
         __syncthreads();
-        prefix |= found_bin << shift, mask |= 255u << shift, above = found_above;
+        prefix |= found << shift, mask |= static_cast<uint32_t>(n - 1) << shift, above = found_above;
     }
     const u64 each = by_mass ? Weights::mass(__uint_as_float(prefix)) : 1;
     return {prefix, target > above && each > 0 ? (target - above) / each : 0};

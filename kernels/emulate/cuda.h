@@ -132,6 +132,7 @@ inline float __uint_as_float(uint32_t x) { float f; memcpy(&f, &x, 4); return f;
 inline uint32_t __float_as_uint(float f) { uint32_t x; memcpy(&x, &f, 4); return x; }
 inline int __float2int_rn(float f) { return static_cast<int>(nearbyintf(f)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 template <typename T> T min(T a, T b) { return b < a ? b : a; }
 template <typename T> T max(T a, T b) { return a < b ? b : a; }

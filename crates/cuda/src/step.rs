@@ -7,6 +7,8 @@ use rudder_ops::{AttentionShape, BLOCK_SIZE, Batch, OpError, Result};
 const TILE_ROWS: usize = 64;
 /// Tokens in one split of decode attention; `SPLIT` in attention.cu.
 pub(crate) const SPLIT: usize = 256;
+/// The longest context that counts as short.
+const LONG: usize = 4 * SPLIT;
 /// Head sizes that the fast attention kernels are compiled for.
 pub(crate) const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 
@@ -147,7 +149,10 @@ impl Step {
                 self.lists[List::RowTables as usize][span.start + i] = span.table as u32;
                 self.lists[List::RowContexts as usize][span.start + i] = (computed + i + 1) as u32;
             }
-            if span.len > 1 && tokens_a_tile > 0 {
+            // A tile goes through its context alone. Over a long one, a span that fills no more than one tile is faster row by row,
+            // each row's context split.
+            let tiled = span.len > tokens_a_tile || (span.len > 1 && span.context <= LONG);
+            if tiled && tokens_a_tile > 0 {
                 for first in (0..span.len).step_by(tokens_a_tile) {
                     let tokens = tokens_a_tile.min(span.len - first);
                     let tile = [span.start + first, tokens, computed + first, span.table];
@@ -261,6 +266,13 @@ mod tests {
         assert_eq!((list(&tiled, List::Alone), tiled.splits), (&[21u32][..], 3));
         assert_eq!(list(&tiled, List::RowContexts)[19..], [25, 26, 601]);
         assert_eq!(list(&tiled, List::RowTables)[20..], [0, 2]);
+
+        let mut drafts = Batch::default();
+        drafts.push(&[1; 5], 1100, &(0..70).collect::<Vec<_>>(), 5);
+        drafts.push(&[1; 10], 1100, &(70..140).collect::<Vec<_>>(), 1);
+        let mixed = step(Some(shape), &drafts);
+        assert_eq!(list(&mixed, List::Alone), [0, 1, 2, 3, 4]);
+        assert_eq!(list(&mixed, List::Tiles), [5, 9, 1100, 70, 14, 1, 1109, 70]);
 
         let odd = step(Some(AttentionShape { head_dim: 80, ..shape }), &batch);
         assert_eq!((odd.len(List::Tiles), odd.len(List::Alone)), (0, 22));

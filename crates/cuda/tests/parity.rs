@@ -271,6 +271,7 @@ fn rope_and_attention_agree_over_shapes_chunks_and_splits() -> Result<()> {
     let mut cases = vec![
         (shape(1, 1, 2), 200),
         (shape(4, 2, 64), 600),
+        (shape(2, 1, 64), 1200),
         (shape(14, 2, 64), 150),
         (shape(20, 1, 64), 80),
         (shape(3, 3, 96), 300),
