@@ -154,6 +154,7 @@ async fn ask_engine(
         owner: None,
         session: None,
         prediction: Arc::from([]),
+        priority: 0,
     };
     let sent = Instant::now();
     let mut record =

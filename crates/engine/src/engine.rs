@@ -27,6 +27,8 @@ pub struct EngineConfig {
     pub max_sequences: usize,
     /// Most tokens computed in one step.
     pub max_batch_tokens: usize,
+    /// How long a step with decodes may take; the prefill beside them is cut to that.
+    pub decode_latency_target: Duration,
     /// Most requests waiting before new ones are turned away.
     pub max_waiting: usize,
     /// Keep finished sequences' blocks for later requests that begin alike.

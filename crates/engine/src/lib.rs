@@ -15,6 +15,7 @@ mod draft;
 mod engine;
 mod grammar;
 mod mask_workers;
+mod pace;
 mod request;
 mod sessions;
 mod step_loop;

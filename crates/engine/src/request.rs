@@ -1,7 +1,10 @@
 //! What the engine is asked and what it answers: tokens in, events out. No text here.
 
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::time::Duration;
+
+use rudder_scheduler::Origin;
 
 use crate::grammar::Grammar;
 
@@ -35,6 +38,21 @@ pub struct GenerateRequest {
     /// What the generated tokens are expected to be, or empty. It speeds them up where it is right
     /// and changes nothing about them.
     pub prediction: Arc<[u32]>,
+    /// Urgency among the owner's own, lower is sooner; 0 is usual. Each step doubles or halves the share of
+    /// service, from -3 to 3; above 0 other owners' go first too.
+    pub priority: i32,
+}
+
+impl GenerateRequest {
+    /// Whom it works for, in the scheduler's terms.
+    pub(crate) fn origin(&self) -> Origin {
+        let hash = |key: &Arc<str>| BuildHasherDefault::<DefaultHasher>::default().hash_one(key);
+        Origin {
+            owner: self.owner.as_ref().map_or(0, hash),
+            session: self.session.as_ref().map(hash),
+            priority: self.priority,
+        }
+    }
 }
 
 /// A generated (or, with `prompt_logprobs`, scored) token.

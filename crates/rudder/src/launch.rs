@@ -143,6 +143,7 @@ fn bring_up<T: Send>(
             max_context,
             max_sequences: limits.sequences,
             max_batch_tokens: limits.batch_tokens,
+            decode_latency_target: Duration::from_millis(settings.decode_latency_target.unwrap_or(100)),
             max_waiting: settings.max_waiting.unwrap_or(256),
             prefix_cache: settings.prefix_cache.unwrap_or(true),
             draft,

@@ -49,6 +49,10 @@ pub struct ModelSettings {
     /// Most tokens computed in one step [default: 512, on a GPU 4096]
     #[arg(long, env = "RUDDER_MAX_BATCH_TOKENS", value_name = "TOKENS")]
     pub max_batch_tokens: Option<usize>,
+    /// How long decodes may wait for prefill between two tokens, in milliseconds: prompts are read in chunks
+    /// that fit, as measured [default: 100]
+    #[arg(long, env = "RUDDER_DECODE_LATENCY_TARGET", value_name = "MS")]
+    pub decode_latency_target: Option<u64>,
     /// Most requests that wait before new ones are turned away [default: 256]
     #[arg(long, env = "RUDDER_MAX_WAITING", value_name = "N")]
     pub max_waiting: Option<usize>,
@@ -279,6 +283,7 @@ impl ModelSettings {
             gpu_memory_utilization: self.gpu_memory_utilization.or(file.gpu_memory_utilization),
             max_sequences: self.max_sequences.or(file.max_sequences),
             max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
+            decode_latency_target: self.decode_latency_target.or(file.decode_latency_target),
             max_waiting: self.max_waiting.or(file.max_waiting),
             prefix_cache: self.prefix_cache.or(file.prefix_cache),
             kv_disk: self.kv_disk.or(file.kv_disk),
@@ -422,6 +427,7 @@ mod tests {
             gpu_memory_utilization = 0.5
             max_sequences = 4
             max_batch_tokens = 5
+            decode_latency_target = 50
             max_waiting = 6
             prefix_cache = true
             kv_disk = "8GiB"

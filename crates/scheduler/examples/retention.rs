@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use rudder_scheduler::{
-    BLOCK_SIZE, Scheduler, SchedulerConfig, SequenceId, SessionHandle, SessionTable, StepPlan, Tick,
+    BLOCK_SIZE, Origin, Scheduler, SchedulerConfig, SequenceId, SessionHandle, SessionTable, StepPlan, Tick,
 };
 
 /// How the pool decides who goes first.
@@ -130,6 +130,7 @@ impl World {
             max_batch_tokens: 2048,
             max_drafted: 0,
             prefix_cache: true,
+            policy: rudder_scheduler::Policy::FirstComeFirstServed,
         };
         let mut scheduler = Scheduler::new(config);
         let agents: Vec<Agent> = (0..AGENTS)
@@ -203,7 +204,7 @@ impl World {
             Who::Agent(index) => (self.agents[index].conversation.clone(), ANSWER),
             Who::Flood => (tokens(id as u32 + 1000, FLOOD_PROMPT), 16),
         };
-        self.scheduler.add(id, prompt, false);
+        self.scheduler.add(id, prompt, false, Origin::default());
         match (self.policy, &who) {
             (Policy::Learnt, &Who::Agent(index)) => {
                 self.table.arrive(&mut self.scheduler, id, Some(&self.agents[index].key), None, now);

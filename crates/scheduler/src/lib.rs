@@ -4,7 +4,7 @@
 //! runs it, and commits it:
 //!
 //! ```
-//! use rudder_scheduler::{Scheduler, SchedulerConfig, StepPlan};
+//! use rudder_scheduler::{Origin, Policy, Scheduler, SchedulerConfig, StepPlan};
 //!
 //! let config = SchedulerConfig {
 //!     blocks: 64,
@@ -12,9 +12,10 @@
 //!     max_batch_tokens: 32,
 //!     max_drafted: 8,
 //!     prefix_cache: true,
+//!     policy: Policy::Fair,
 //! };
 //! let mut scheduler = Scheduler::new(config);
-//! scheduler.add(1, vec![5; 40], false);
+//! scheduler.add(1, vec![5; 40], false, Origin::default());
 //! let mut plan = StepPlan::default();
 //! scheduler.plan(&mut plan);
 //! assert_eq!(plan.chunks[0].len, 32); // the budget cuts the prompt of 40
@@ -29,19 +30,22 @@
 
 mod block_pool;
 mod drafts;
+mod fairness;
 mod key_heap;
 mod pauses;
 mod prefix_tree;
 mod restore;
 mod retention;
+mod room;
 mod scheduler;
 mod sequence;
 mod session_table;
 mod sessions;
 
 pub use block_pool::{BlockCounts, BlockId};
+pub use fairness::Origin;
 pub use retention::{MAX_SESSIONS, PROTECTED_SHARE, RetentionStats, SessionBlocks, SessionHandle, Tick};
-pub use scheduler::{Chunk, PrefixStats, Scheduler, SchedulerConfig, StepPlan};
+pub use scheduler::{Chunk, Policy, PrefixStats, Scheduler, SchedulerConfig, StepPlan};
 pub use sequence::{Sequence, SequenceId};
 pub use session_table::{
     KEPT_PAUSES, LONGEST_KEPT, MARGIN, MAX_PINNED, PinError, SHORTEST_KEPT, SessionInfo, SessionState,

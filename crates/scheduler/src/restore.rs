@@ -27,6 +27,7 @@ impl Scheduler {
         let end = sequence.computed + blocks * BLOCK_SIZE;
         assert!(end.is_multiple_of(BLOCK_SIZE) && end < sequence.tokens.len());
         sequence.computed = end;
+        sequence.charged = sequence.charged.max(end);
         self.index_full_blocks(id);
     }
 

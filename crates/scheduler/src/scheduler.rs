@@ -1,20 +1,27 @@
 //! What runs next: decodes first, then chunks of prefill, under one token budget.
 //!
-//! - First come, first served. A sequence is admitted when the pool holds blocks for all its known
-//!   tokens (they are taken at once, so a prefill never stalls for blocks) and one spare for each
-//!   running sequence.
-//! - A decode that finds no block preempts the youngest running sequence. The oldest is never
-//!   preempted by another, so it always advances and nobody starves. A preempted sequence keeps
-//!   its tokens, waits in its old place, and finds most of its blocks again in the prefix tree.
+//! - Prefills, running and waiting ones alike, stand in one line, which `fairness` orders. A sequence
+//!   is admitted when the pool holds blocks for all its known tokens (they are taken at once, so a
+//!   prefill never stalls for blocks) and one spare for each running sequence. While the first that
+//!   waits finds no room, nobody behind it is admitted.
+//! - Each step, that first one may take the place of others (`room.rs`): of a prefill well behind it in
+//!   line, or of an owner that holds more than it would.
+//! - A decode that finds no block preempts the youngest sequence of the owner that holds most. A
+//!   preempted sequence keeps its tokens and its place in line, and finds most of its blocks again in
+//!   the prefix tree.
+//! - Of the running sequences, the one that came first is never preempted. As the line lets nobody wait
+//!   for ever, everyone becomes that one or ends before.
 //! - A decode is one token, or several where some were appended without a draw. Each sequence gets
 //!   one; for the others decodes may take half of what is then left, so prefill never stands still.
 //! - Drafted tokens take what the other decodes leave; see `drafts`.
-//! - A waiting sequence whose next block an older, running one is just computing (forks of one
-//!   prompt) lets it finish and then shares, rather than compute the same twice.
+//! - A waiting sequence whose next block another computes in this very step (forks of one prompt), or
+//!   has fetched, lets it go ahead and then shares, rather than compute the same twice.
 
 use std::collections::{BTreeSet, HashMap};
 
 use crate::block_pool::{BlockCounts, BlockPool};
+use crate::fairness::{Candidate, FairQueue, Origin};
+use crate::room::Holdings;
 use crate::sequence::{Sequence, SequenceId};
 use crate::{BLOCK_SIZE, BlockId};
 
@@ -31,6 +38,18 @@ pub struct SchedulerConfig {
     pub max_drafted: usize,
     /// Keep blocks of finished sequences for later ones that begin alike.
     pub prefix_cache: bool,
+    /// In which order.
+    pub policy: Policy,
+}
+
+/// In which order waiting sequences are served.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// Owners and sessions share by tokens used.
+    #[default]
+    Fair,
+    /// By arrival.
+    FirstComeFirstServed,
 }
 
 /// One sequence's share of a step.
@@ -54,6 +73,8 @@ pub struct Chunk {
 pub struct StepPlan {
     /// What to compute, in this order.
     pub chunks: Vec<Chunk>,
+    /// How many of the chunks, the first ones, are decodes; the others are prefill.
+    pub decodes: usize,
     /// Sequences that began to run with this step, and how many of their tokens were cached.
     pub admitted: Vec<(SequenceId, usize)>,
     /// Sequences that lost their blocks with this step.
@@ -63,6 +84,7 @@ pub struct StepPlan {
 impl StepPlan {
     fn clear(&mut self) {
         self.chunks.clear();
+        self.decodes = 0;
         self.admitted.clear();
         self.preempted.clear();
     }
@@ -84,9 +106,15 @@ pub struct Scheduler {
     pub(crate) pool: BlockPool,
     pub(crate) sequences: HashMap<SequenceId, Sequence>,
     /// Ascending by arrival, since ids are.
-    waiting: BTreeSet<SequenceId>,
+    pub(crate) waiting: BTreeSet<SequenceId>,
     /// Ascending by arrival.
     pub(crate) running: Vec<SequenceId>,
+    fair: FairQueue,
+    /// Who wants prefill, in the order of the step being planned; running and waiting.
+    pub(crate) line: Vec<Candidate>,
+    /// Most prompt tokens of a step that also decodes.
+    prefill_limit: usize,
+    pub(crate) holdings: Holdings,
     prefix_stats: PrefixStats,
 }
 
@@ -103,6 +131,10 @@ impl Scheduler {
             sequences: HashMap::new(),
             waiting: BTreeSet::new(),
             running: Vec::with_capacity(config.max_sequences),
+            fair: FairQueue::new(config.max_batch_tokens),
+            line: Vec::new(),
+            prefill_limit: config.max_batch_tokens,
+            holdings: Holdings::default(),
             prefix_stats: PrefixStats::default(),
         }
     }
@@ -116,11 +148,14 @@ impl Scheduler {
     ///
     /// # Panics
     /// If the id is known or the prompt empty or too long: the engine checks its input.
-    pub fn add(&mut self, id: SequenceId, prompt: Vec<u32>, score_prompt: bool) {
+    pub fn add(&mut self, id: SequenceId, prompt: Vec<u32>, score_prompt: bool, origin: Origin) {
         assert!(!prompt.is_empty() && prompt.len() <= self.max_tokens());
-        let previous = self.sequences.insert(id, Sequence::new(prompt, score_prompt));
+        let mut sequence = Sequence::new(prompt, score_prompt, origin);
+        sequence.charged = self.cached_path(&sequence).len() * BLOCK_SIZE;
+        let previous = self.sequences.insert(id, sequence);
         assert!(previous.is_none(), "sequence {id} was added twice");
         self.waiting.insert(id);
+        self.fair.join(id, &origin);
     }
 
     /// Forgets a sequence, finished or cancelled, and lets go of its blocks. Unknown ids are fine.
@@ -128,6 +163,7 @@ impl Scheduler {
         if let Some(mut sequence) = self.sequences.remove(&id) {
             self.waiting.remove(&id);
             self.running.retain(|&other| other != id);
+            self.fair.leave(id, &sequence.origin);
             release_blocks(&mut self.pool, &mut sequence);
         }
     }
@@ -147,6 +183,17 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Those waiting, in the order in which the last step saw them: the next to be served first.
+    pub fn waiting_in_line(&self) -> impl Iterator<Item = SequenceId> {
+        self.line.iter().map(|candidate| candidate.id).filter(|id| self.waiting.contains(id))
+    }
+
+    /// From now on, a step that also decodes computes at most so many prompt tokens, so that it
+    /// keeps a pace. At least one.
+    pub fn limit_prefill(&mut self, tokens: usize) {
+        self.prefill_limit = tokens.max(1);
+    }
+
     /// Blocks by state.
     pub fn counts(&self) -> BlockCounts {
         self.pool.counts()
@@ -163,9 +210,18 @@ impl Scheduler {
         let mut budget = Budget { tokens: self.config.max_batch_tokens, outputs: self.config.max_sequences };
         self.release_draft_blocks();
         self.reserve_blocks(plan);
+        self.form_line();
+        let admits = plan.preempted.is_empty();
+        if admits {
+            self.make_room(plan);
+        }
         self.plan_decodes(plan, &mut budget);
         self.plan_drafts(plan, &mut budget);
-        self.plan_prefills(plan, &mut budget);
+        plan.decodes = plan.chunks.len();
+        if plan.decodes > 0 {
+            budget.tokens = budget.tokens.min(self.prefill_limit);
+        }
+        self.plan_prefills(plan, &mut budget, admits);
         self.place_drafts(plan);
     }
 
@@ -176,6 +232,8 @@ impl Scheduler {
         for chunk in &plan.chunks {
             let Some(sequence) = self.sequences.get_mut(&chunk.id) else { continue };
             sequence.computed = chunk.start + chunk.len - chunk.drafted;
+            self.fair.charge(chunk.id, &sequence.origin, sequence.cost_to(sequence.computed));
+            sequence.charged = sequence.charged.max(sequence.computed);
             self.index_full_blocks(chunk.id);
         }
     }
@@ -199,19 +257,37 @@ impl Scheduler {
         }
     }
 
-    /// Gives running sequences blocks for all their known tokens, the oldest first. Whoever finds
-    /// none takes those of the youngest running sequence.
+    /// Gives running sequences blocks for all their known tokens, the oldest first. Where none is
+    /// left, somebody loses its own.
     fn reserve_blocks(&mut self, plan: &mut StepPlan) {
         let mut index = 0;
-        while index < self.running.len() {
-            let id = self.running[index];
-            index += 1;
-            while self.needs_block(id) {
-                match self.pool.allocate() {
-                    Some(block) => self.sequences.get_mut(&id).expect("it runs").blocks.push(block),
-                    None => self.preempt_youngest(plan),
-                }
+        while let Some(&id) = self.running.get(index) {
+            let sequence = self.sequences.get_mut(&id).expect("running sequences are known");
+            if sequence.blocks.len() * BLOCK_SIZE >= sequence.tokens.len() {
+                index += 1;
+            } else if let Some(block) = self.pool.allocate() {
+                sequence.blocks.push(block);
+            } else {
+                let victim = self.victim_for_blocks();
+                self.preempt(victim, plan);
+                index -= usize::from(victim < id);
             }
+        }
+    }
+
+    /// Puts everyone who wants prefill in line.
+    fn form_line(&mut self) {
+        self.fair.settle();
+        self.line.clear();
+        let prefills = self.running.iter().filter(|id| self.sequences[id].is_prefilling());
+        for &id in prefills.chain(&self.waiting) {
+            let sequence = &self.sequences[&id];
+            let cost = sequence.cost_to(sequence.tokens.len());
+            self.line.push(self.fair.candidate(id, &sequence.origin, cost));
+        }
+        match self.config.policy {
+            Policy::Fair => self.fair.sort(&mut self.line),
+            Policy::FirstComeFirstServed => self.line.sort_unstable_by_key(|candidate| candidate.id),
         }
     }
 
@@ -229,14 +305,13 @@ impl Scheduler {
         }
     }
 
-    /// Whether a running sequence lacks a block for its known tokens.
-    fn needs_block(&self, id: SequenceId) -> bool {
-        let sequence = &self.sequences[&id];
-        self.running.binary_search(&id).is_ok() && sequence.blocks.len() * BLOCK_SIZE < sequence.tokens.len()
+    pub(crate) fn is_running(&self, id: SequenceId) -> bool {
+        self.running.binary_search(&id).is_ok()
     }
 
-    fn preempt_youngest(&mut self, plan: &mut StepPlan) {
-        let id = self.running.pop().expect("a sequence that needs a block runs");
+    /// Takes a running sequence's blocks; it waits again.
+    pub(crate) fn preempt(&mut self, id: SequenceId, plan: &mut StepPlan) {
+        self.running.retain(|&other| other != id);
         let sequence = self.sequences.get_mut(&id).expect("running sequences are known");
         release_blocks(&mut self.pool, sequence);
         self.waiting.insert(id);
@@ -260,36 +335,31 @@ impl Scheduler {
         }
     }
 
-    /// Prefill in order of arrival while the budget lasts: running sequences go on, waiting ones are
+    /// Prefill along the line while the budget lasts: running sequences go on, waiting ones are
     /// admitted while there are blocks and places.
-    fn plan_prefills(&mut self, plan: &mut StepPlan, budget: &mut Budget) {
-        let mut admits = plan.preempted.is_empty();
-        let mut from = 0;
-        while budget.tokens > 0 {
-            let first_running = self.running.partition_point(|&id| id < from);
-            let running = self.running[first_running..].iter().find(|id| self.sequences[id].is_prefilling());
-            let waiting = self.waiting.range(from..).next().filter(|_| admits);
-            let Some(&id) = running.into_iter().chain(waiting).min() else { return };
-            from = id + 1;
-            if running != Some(&id) {
-                let Some(cached) = self.admit(id) else {
-                    admits = false; // nor any that came later, lest they keep it waiting
+    fn plan_prefills(&mut self, plan: &mut StepPlan, budget: &mut Budget, mut admits: bool) {
+        let line = std::mem::take(&mut self.line);
+        for &Candidate { id, .. } in &line {
+            if budget.tokens == 0 {
+                break;
+            }
+            if !self.is_running(id) {
+                if !admits || plan.preempted.contains(&id) {
                     continue;
-                };
-                plan.admitted.push((id, cached));
+                }
+                let path = self.cached_path(&self.sequences[&id]);
+                if self.is_being_computed(id, path.len(), plan) {
+                    continue;
+                }
+                if !self.has_room(id, &path) {
+                    admits = false; // nor any behind it, lest they keep it waiting
+                    continue;
+                }
+                plan.admitted.push((id, self.start(id, &path)));
             }
             self.plan_prefill(id, plan, budget);
         }
-    }
-
-    /// Starts a waiting sequence if it may and can; returns how many of its tokens are cached.
-    fn admit(&mut self, id: SequenceId) -> Option<usize> {
-        if self.running.len() == self.config.max_sequences {
-            return None;
-        }
-        let path = self.cached_path(&self.sequences[&id]);
-        let starts = !self.is_being_computed(id, path.len()) && self.fits(&self.sequences[&id], &path);
-        starts.then(|| self.start(id, &path))
+        self.line = line;
     }
 
     /// The cached blocks that a sequence can begin with. At least its last token is left to
@@ -307,29 +377,31 @@ impl Scheduler {
         path
     }
 
-    /// Whether an older running sequence is about to compute the block after the `cached` first ones.
-    fn is_being_computed(&self, id: SequenceId, cached: usize) -> bool {
+    /// Whether this step computes, or a slower tier brings, for another sequence, the block after the
+    /// `cached` first ones.
+    fn is_being_computed(&self, id: SequenceId, cached: usize, plan: &StepPlan) -> bool {
         let sequence = &self.sequences[&id];
-        let older = self.running.iter().take_while(|&&other| other < id);
         let end = (cached + 1) * BLOCK_SIZE;
         self.config.prefix_cache
             && !sequence.is_scoring()
             && end < sequence.tokens.len()
-            && older.map(|id| &self.sequences[id]).any(|other| {
+            && self.running.iter().map(|id| (id, &self.sequences[id])).any(|(id, other)| {
                 // The block itself first: it differs for nearly all, and is cheap to compare.
                 other.computed < end
                     && other.tokens.len() >= end
                     && other.tokens[end - BLOCK_SIZE..end] == sequence.tokens[end - BLOCK_SIZE..end]
                     && other.tokens[..end] == sequence.tokens[..end]
+                    && (other.held || plan.chunks.iter().any(|chunk| chunk.id == *id))
             })
     }
 
-    /// Whether the pool has blocks for all known tokens and a spare one per running sequence.
-    fn fits(&self, sequence: &Sequence, path: &[BlockId]) -> bool {
+    /// Whether there is a place, and the pool has blocks for all known tokens and a spare one per
+    /// running sequence.
+    pub(crate) fn has_room(&self, id: SequenceId, path: &[BlockId]) -> bool {
         let unused_on_path = path.iter().filter(|&&block| !self.pool.is_used(block)).count();
-        let new = sequence.tokens.len().div_ceil(BLOCK_SIZE) - path.len();
+        let new = self.sequences[&id].tokens.len().div_ceil(BLOCK_SIZE) - path.len();
         let needed = unused_on_path + new;
-        needed + self.running.len() <= self.pool.available()
+        self.running.len() < self.config.max_sequences && needed + self.running.len() <= self.pool.available()
     }
 
     /// Gives a waiting sequence its blocks; returns how many of its tokens are cached.
@@ -344,6 +416,9 @@ impl Scheduler {
         sequence.blocks.extend_from_slice(path);
         sequence.indexed = path.len();
         sequence.computed = path.len() * BLOCK_SIZE;
+        if !std::mem::replace(&mut sequence.started, true) {
+            sequence.charged = sequence.computed;
+        }
         while sequence.blocks.len() * BLOCK_SIZE < sequence.tokens.len() {
             sequence.blocks.push(self.pool.allocate().expect("the pool was asked before"));
         }

@@ -1,5 +1,6 @@
 //! A sequence: its tokens and its place in the KV cache.
 
+use crate::fairness::{DECODE_COST, Origin};
 use crate::retention::SessionHandle;
 use crate::{BLOCK_SIZE, BlockId};
 
@@ -27,14 +28,22 @@ pub struct Sequence {
     pub(crate) session: Option<SessionHandle>,
     /// A guess at the tokens after `tokens`.
     pub(crate) draft: Vec<u32>,
+    /// Whom it works for.
+    pub(crate) origin: Origin,
+    /// How many of `tokens` its origin was charged for or found in the cache; before it first runs, a
+    /// guess. Computing a token again after a preemption costs nothing.
+    pub(crate) charged: usize,
+    /// Whether it has run.
+    pub(crate) started: bool,
+    /// How often it gave way to another.
+    pub(crate) yields: u32,
 }
 
 impl Sequence {
-    pub(crate) fn new(prompt: Vec<u32>, score_prompt: bool) -> Self {
-        let prompt_len = prompt.len();
+    pub(crate) fn new(prompt: Vec<u32>, score_prompt: bool, origin: Origin) -> Self {
         Self {
+            prompt_len: prompt.len(),
             tokens: prompt,
-            prompt_len,
             computed: 0,
             blocks: Vec::new(),
             indexed: 0,
@@ -42,6 +51,10 @@ impl Sequence {
             held: false,
             session: None,
             draft: Vec::new(),
+            origin,
+            charged: 0,
+            started: false,
+            yields: 0,
         }
     }
 
@@ -73,6 +86,13 @@ impl Sequence {
     /// Whether logits of prompt rows are still wanted.
     pub fn is_scoring(&self) -> bool {
         self.score_prompt && self.tokens.len() == self.prompt_len
+    }
+
+    /// What its origin is still to be charged for computing the tokens before `end`, in prompt tokens.
+    pub(crate) fn cost_to(&self, end: usize) -> f64 {
+        let prompt = end.min(self.prompt_len).saturating_sub(self.charged);
+        let generated = end.saturating_sub(self.charged.max(self.prompt_len));
+        prompt as f64 + DECODE_COST * generated as f64
     }
 
     /// The tokens of full block `index`.

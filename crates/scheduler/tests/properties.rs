@@ -1,10 +1,10 @@
 //! The scheduler under random arrivals, answers, cancellations and shortages, against a simulated
 //! KV cache that remembers what was written where.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proptest::prelude::*;
-use rudder_scheduler::{BLOCK_SIZE, Scheduler, SchedulerConfig, SequenceId, StepPlan};
+use rudder_scheduler::{BLOCK_SIZE, Origin, Policy, Scheduler, SchedulerConfig, SequenceId, StepPlan};
 
 /// A KV cache of hashes: a slot holds the hash of the whole prefix that it stands for, so a wrong
 /// block, a stale block or a missing write shows as a wrong hash.
@@ -17,7 +17,9 @@ struct World {
     ended: HashMap<SequenceId, usize>,
     next_id: SequenceId,
     plan: StepPlan,
-    waited: HashMap<SequenceId, usize>,
+    /// Running sequences past their prompt, and the running one that came first.
+    decoding: HashSet<SequenceId>,
+    first: Option<SequenceId>,
     /// Whether answers force tokens now and then.
     forcing: bool,
     /// Whether sequences find blocks in a slower tier now and then.
@@ -52,7 +54,8 @@ impl World {
             ended: HashMap::new(),
             next_id: 0,
             plan: StepPlan::default(),
-            waited: HashMap::new(),
+            decoding: HashSet::new(),
+            first: None,
             forcing: true,
             restoring: false,
             held: BTreeMap::new(),
@@ -62,10 +65,14 @@ impl World {
     }
 
     fn arrive(&mut self, prompt: Vec<u32>, answer: usize, score: bool) {
+        self.arrive_for(Origin::default(), prompt, answer, score);
+    }
+
+    fn arrive_for(&mut self, origin: Origin, prompt: Vec<u32>, answer: usize, score: bool) {
         let room = self.scheduler.max_tokens() - 1;
         let prompt: Vec<u32> = prompt.into_iter().take(room).collect();
         let answer = answer.min(self.scheduler.max_tokens() - prompt.len()).max(1);
-        self.scheduler.add(self.next_id, prompt, score);
+        self.scheduler.add(self.next_id, prompt, score, origin);
         self.remaining.insert(self.next_id, answer);
         self.next_id += 1;
     }
@@ -101,6 +108,13 @@ impl World {
         assert!(tokens <= self.config.max_batch_tokens && drafted <= self.config.max_drafted);
         assert!(outputs <= self.config.max_sequences + drafted);
         assert!(self.scheduler.running() <= self.config.max_sequences);
+        for id in &self.decoding {
+            let planned = plan.chunks.iter().any(|c| c.id == *id) || plan.preempted.contains(id);
+            assert!(planned || self.ended.contains_key(id), "decode {id} stands still");
+        }
+        // It is never preempted, and everyone becomes it in time.
+        let first = self.first.filter(|id| plan.preempted.contains(id));
+        assert_eq!(first, None, "the first running sequence was preempted");
         if fault {
             plan.chunks.iter().for_each(|c| self.end(c.id));
         } else {
@@ -232,15 +246,14 @@ impl World {
         if !self.config.prefix_cache {
             assert_eq!(counts.cached, 0);
         }
-        let oldest = self.remaining.keys().next().copied();
-        for id in self.remaining.keys() {
-            // The oldest must advance every step; everyone becomes the oldest in time.
-            let moves = self.held.contains_key(id) || self.plan.chunks.iter().any(|c| c.id == *id);
-            let idle = Some(*id) == oldest && !moves;
-            let waited = self.waited.entry(*id).or_default();
-            *waited = if idle { *waited + 1 } else { 0 };
-            assert!(*waited <= 2, "the oldest sequence {id} stands still");
-        }
+        let running = |id: &SequenceId| !self.scheduler.sequence(*id).unwrap().blocks.is_empty();
+        let past_prompt = |id: &SequenceId| {
+            let sequence = self.scheduler.sequence(*id).unwrap();
+            sequence.computed >= sequence.prompt_len && !self.held.contains_key(id)
+        };
+        let ids = || self.remaining.keys().copied().filter(running);
+        self.first = ids().next();
+        self.decoding = ids().filter(past_prompt).collect();
     }
 
     fn drain(&mut self) {
@@ -258,17 +271,30 @@ impl World {
 
 #[derive(Debug, Clone)]
 enum Act {
-    Arrive { prefix: u32, shared: usize, own: Vec<u32>, answer: usize, score: bool },
+    Arrive { origin: Origin, prefix: u32, shared: usize, own: Vec<u32>, answer: usize, score: bool },
     Cancel(usize),
     Steps(usize),
     Force { index: usize, tokens: usize },
     Fault,
 }
 
+fn origin() -> impl Strategy<Value = Origin> {
+    (0u64..3, prop::option::of(0u64..4), -9i32..9).prop_map(|(owner, session, priority)| Origin {
+        owner,
+        session,
+        priority,
+    })
+}
+
 fn act() -> impl Strategy<Value = Act> {
     prop_oneof![
-        4 => (0u32..3, 0usize..90, prop::collection::vec(0u32..3, 1..60), 1usize..60, prop::bool::weighted(0.1))
-            .prop_map(|(prefix, shared, own, answer, score)| Act::Arrive { prefix, shared, own, answer, score }),
+        4 => (
+            origin(), 0u32..3, 0usize..90, prop::collection::vec(0u32..3, 1..60), 1usize..60,
+            prop::bool::weighted(0.1),
+        )
+            .prop_map(|(origin, prefix, shared, own, answer, score)| {
+                Act::Arrive { origin, prefix, shared, own, answer, score }
+            }),
         1 => any::<usize>().prop_map(Act::Cancel),
         4 => (1usize..20).prop_map(Act::Steps),
         1 => (any::<usize>(), 1usize..50).prop_map(|(index, tokens)| Act::Force { index, tokens }),
@@ -277,13 +303,14 @@ fn act() -> impl Strategy<Value = Act> {
 }
 
 fn config() -> impl Strategy<Value = SchedulerConfig> {
-    (4usize..40, 1usize..9, 0usize..64, 0usize..24, any::<bool>()).prop_map(
-        |(blocks, max_sequences, more, max_drafted, prefix_cache)| SchedulerConfig {
+    (4usize..40, 1usize..9, 0usize..64, 0usize..24, any::<bool>(), any::<bool>()).prop_map(
+        |(blocks, max_sequences, more, max_drafted, prefix_cache, fair)| SchedulerConfig {
             blocks,
             max_sequences,
             max_batch_tokens: max_sequences + more,
             max_drafted,
             prefix_cache,
+            policy: if fair { Policy::Fair } else { Policy::FirstComeFirstServed },
         },
     )
 }
@@ -292,7 +319,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn blocks_add_up_kv_is_right_nobody_starves_and_every_request_ends_once(
+    fn blocks_add_up_kv_is_right_decodes_go_on_and_every_request_ends_once(
         config in config(),
         acts in prop::collection::vec(act(), 1..60),
         restoring in any::<bool>(),
@@ -301,9 +328,9 @@ proptest! {
         world.restoring = restoring && config.prefix_cache;
         for act in acts {
             match act {
-                Act::Arrive { prefix, shared, own, answer, score } => {
+                Act::Arrive { origin, prefix, shared, own, answer, score } => {
                     let prompt = std::iter::repeat_n(prefix, shared).chain(own).collect();
-                    world.arrive(prompt, answer, score);
+                    world.arrive_for(origin, prompt, answer, score);
                 }
                 Act::Cancel(index) => world.cancel(index),
                 Act::Steps(n) => (0..n).for_each(|_| world.step(false)),
@@ -312,6 +339,42 @@ proptest! {
             }
         }
         world.drain();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// Others come without end, any of them more urgent, shorter or of an owner of its own; those there
+    /// are more than can be served. The watched one has the least urgent priority and the longest prompt.
+    #[test]
+    fn nobody_starves_under_an_endless_flood(
+        config in config(),
+        flood in prop::collection::vec((origin(), 1usize..40, 1usize..20), 1..8),
+        mine in origin(),
+    ) {
+        let mut world = World::new(SchedulerConfig { policy: Policy::Fair, ..config });
+        world.forcing = false;
+        let room = world.scheduler.max_tokens() * 3 / 4;
+        let mut flood = flood.into_iter().cycle();
+        let mut arrive = |world: &mut World| {
+            let (origin, prompt, answer) = flood.next().unwrap();
+            let tokens = (0..prompt as u32).map(|t| (t + world.next_id as u32) % 7).collect();
+            world.arrive_for(origin, tokens, answer, false);
+        };
+        (0..5).for_each(|_| arrive(&mut world));
+        world.step(false);
+        let watched = world.next_id;
+        world.arrive_for(Origin { priority: 3, ..mine }, vec![9; room], 20, false);
+        let mut steps = 0;
+        while world.remaining.contains_key(&watched) {
+            while world.remaining.len() < 24 {
+                arrive(&mut world);
+            }
+            world.step(false);
+            steps += 1;
+            assert!(steps < 100_000, "the watched sequence starves");
+        }
     }
 }
 
@@ -331,6 +394,7 @@ const ROOMY: SchedulerConfig = SchedulerConfig {
     max_batch_tokens: 64,
     max_drafted: 0,
     prefix_cache: true,
+    policy: Policy::Fair,
 };
 
 #[test]
@@ -493,8 +557,8 @@ fn a_draft_takes_only_budget_and_blocks_that_others_leave() {
     // Two sequences fill the pool to its last token but for one block.
     let config = SchedulerConfig { blocks: 7, max_batch_tokens: 256, max_drafted: 80, ..ROOMY };
     let mut scheduler = Scheduler::new(config);
-    scheduler.add(0, vec![1; 47], false);
-    scheduler.add(1, vec![2; 40], false);
+    scheduler.add(0, vec![1; 47], false, Origin::default());
+    scheduler.add(1, vec![2; 40], false, Origin::default());
     let mut plan = StepPlan::default();
     while [0, 1].iter().any(|&id| !scheduler.can_draft(id)) {
         scheduler.plan(&mut plan);
@@ -519,12 +583,12 @@ fn a_draft_takes_only_budget_and_blocks_that_others_leave() {
     }
     // A short budget: half of what the decodes leave.
     let mut scheduler = Scheduler::new(SchedulerConfig { max_batch_tokens: 12, max_drafted: 40, ..ROOMY });
-    scheduler.add(0, vec![1; 10], false);
+    scheduler.add(0, vec![1; 10], false, Origin::default());
     scheduler.plan(&mut plan);
     scheduler.commit(&plan);
     scheduler.append(0, 1);
     scheduler.propose(0, &[5; 40]);
-    scheduler.add(1, vec![2; 40], false);
+    scheduler.add(1, vec![2; 40], false, Origin::default());
     scheduler.plan(&mut plan);
     let planned: Vec<_> = plan.chunks.iter().map(|c| (c.id, c.len, c.outputs, c.drafted)).collect();
     assert_eq!(planned, [(0, 6, 6, 5), (1, 6, 0, 0)]);
@@ -536,8 +600,8 @@ fn rejected_drafts_preempt_nobody() {
     let config = SchedulerConfig { blocks: 8, max_batch_tokens: 64, max_drafted: 40, ..ROOMY };
     let mut scheduler = Scheduler::new(config);
     let mut plan = StepPlan::default();
-    scheduler.add(0, vec![1; 30], false);
-    scheduler.add(1, vec![2; 30], false);
+    scheduler.add(0, vec![1; 30], false, Origin::default());
+    scheduler.add(1, vec![2; 30], false, Origin::default());
     for _ in 0..33 {
         for id in 0..2 {
             scheduler.propose(id, &[7; 40]);
@@ -556,4 +620,78 @@ fn rejected_drafts_preempt_nobody() {
     scheduler.remove(0);
     scheduler.remove(1);
     assert_eq!(scheduler.counts().used, 0);
+}
+
+/// Steps until a turn with `prompt` new tokens and an answer of `answer` has ended, after the others
+/// have run for `before` steps.
+fn steps_of_a_turn(world: &mut World, origin: Origin, prompt: usize, answer: usize) -> usize {
+    let id = world.next_id;
+    world.arrive_for(origin, vec![50 + id as u32; prompt], answer, false);
+    let mut steps = 0;
+    while world.remaining.contains_key(&id) {
+        world.step(false);
+        steps += 1;
+    }
+    steps
+}
+
+fn key(owner: u64) -> Origin {
+    Origin { owner, ..Origin::default() }
+}
+
+#[test]
+fn a_flood_of_one_key_leaves_anothers_turns_within_half_more_of_their_quiet_time() {
+    for policy in [Policy::Fair, Policy::FirstComeFirstServed] {
+        let mut world = World::new(SchedulerConfig { blocks: 400, policy, ..ROOMY });
+        world.forcing = false;
+        let quiet = steps_of_a_turn(&mut world, key(1), 400, 40);
+        let mut longest = 0;
+        for turn in 0..10 {
+            while world.remaining.len() < 100 {
+                let own = (0..300).map(|t| t ^ world.next_id as u32).collect();
+                world.arrive_for(key(2), own, 200, false);
+            }
+            (0..7 + turn).for_each(|_| world.step(false));
+            longest = longest.max(steps_of_a_turn(&mut world, key(1), 400, 40));
+        }
+        let fair = policy == Policy::Fair;
+        assert_eq!(2 * longest <= 3 * quiet, fair, "{longest} steps, {quiet} when quiet");
+    }
+}
+
+#[test]
+fn a_turn_with_little_to_compute_does_not_wait_behind_a_long_prompt() {
+    let mut world = World::new(SchedulerConfig { blocks: 4096, max_sequences: 2, ..ROOMY });
+    world.forcing = false;
+    for id in 0..3 {
+        world.arrive(vec![id; 20_000], 1, false); // takes every place
+    }
+    world.step(false);
+    assert_eq!(steps_of_a_turn(&mut world, Origin::default(), 60, 5), 5);
+}
+
+#[test]
+fn a_step_that_decodes_holds_its_prefill_limit() {
+    let mut world = World::new(ROOMY);
+    world.forcing = false;
+    world.scheduler.limit_prefill(20);
+    world.arrive(vec![1; 100], 50, false);
+    world.step(false);
+    assert_eq!(world.plan.chunks[0].len, 64, "nothing decodes yet");
+    world.step(false);
+    world.arrive(vec![2; 100], 1, false);
+    world.step(false);
+    assert_eq!(world.plan.chunks.iter().map(|c| c.len).collect::<Vec<_>>(), [1, 20]);
+}
+
+#[test]
+fn the_line_tells_who_is_next() {
+    let mut world = World::new(SchedulerConfig { max_sequences: 1, ..ROOMY });
+    world.arrive(vec![1; 30], 50, false);
+    world.step(false);
+    world.arrive(vec![2; 300], 1, false);
+    world.arrive(vec![3; 100], 1, false);
+    world.arrive_for(Origin { priority: -3, ..Origin::default() }, vec![4; 400], 1, false);
+    world.step(false);
+    assert_eq!(world.scheduler.waiting_in_line().collect::<Vec<_>>(), [3, 2, 1]);
 }

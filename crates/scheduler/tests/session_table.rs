@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use rudder_scheduler::{
-    BLOCK_SIZE, LONGEST_KEPT, MAX_PINNED, MAX_SESSIONS, PinError, SHORTEST_KEPT, Scheduler, SchedulerConfig,
-    SequenceId, SessionInfo, SessionState, SessionTable, StepPlan, Tick,
+    BLOCK_SIZE, LONGEST_KEPT, MAX_PINNED, MAX_SESSIONS, Origin, PinError, Policy, SHORTEST_KEPT, Scheduler,
+    SchedulerConfig, SequenceId, SessionInfo, SessionState, SessionTable, StepPlan, Tick,
 };
 
 struct World {
@@ -27,6 +27,7 @@ impl World {
             max_batch_tokens: 96,
             max_drafted: 0,
             prefix_cache: true,
+            policy: Policy::Fair,
         };
         Self {
             scheduler: Scheduler::new(config),
@@ -47,7 +48,7 @@ impl World {
     ) -> SequenceId {
         self.next_id += 1;
         let (key, owner) = (key.map(Arc::from), owner.map(Arc::from));
-        self.scheduler.add(self.next_id, prompt.to_vec(), false);
+        self.scheduler.add(self.next_id, prompt.to_vec(), false, Origin::default());
         self.table.arrive(&mut self.scheduler, self.next_id, key.as_ref(), owner.as_ref(), self.now);
         self.live.insert(self.next_id, answer);
         self.next_id
@@ -156,6 +157,7 @@ fn a_session_is_not_lost_while_its_turn_waits() {
     for seed in 3..9 {
         world.arrive(&prompt(seed, 2), 70, None, None);
     }
+    (0..3).for_each(|_| world.step()); // else a turn with so little to compute would come first
     world.arrive(&conversation, 1, Some("mine"), None);
     world.now += LONGEST_KEPT;
     (0..60).for_each(|_| world.step());

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use rudder_scheduler::{
-    BLOCK_SIZE, MAX_SESSIONS, PROTECTED_SHARE, RetentionStats, Scheduler, SchedulerConfig, SequenceId,
-    SessionHandle, StepPlan, Tick,
+    BLOCK_SIZE, MAX_SESSIONS, Origin, PROTECTED_SHARE, Policy, RetentionStats, Scheduler, SchedulerConfig,
+    SequenceId, SessionHandle, StepPlan, Tick,
 };
 
 const BLOCKS: usize = 64;
@@ -28,6 +28,7 @@ impl World {
             max_batch_tokens: 96,
             max_drafted: 0,
             prefix_cache: true,
+            policy: Policy::Fair,
         };
         Self {
             scheduler: Scheduler::new(config),
@@ -46,7 +47,7 @@ impl World {
     fn arrive(&mut self, prompt: &[u32], answer: usize, session: Option<SessionHandle>) -> SequenceId {
         let id = self.next_id;
         self.next_id += 1;
-        self.scheduler.add(id, prompt.to_vec(), false);
+        self.scheduler.add(id, prompt.to_vec(), false, Origin::default());
         if let Some(session) = session {
             self.scheduler.join_session(id, session);
         }

@@ -235,6 +235,7 @@ fn engine_request(completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -
         owner: completion.origin.owner.clone(),
         session: completion.origin.session.clone(),
         prediction: completion.prediction.clone(),
+        priority: 0,
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use rudder_model::Model;
 use rudder_ops::{Batch, SampleRow, Sampled, TokenCounts};
-use rudder_scheduler::{Scheduler, SchedulerConfig, SequenceId, StepPlan};
+use rudder_scheduler::{Policy, Scheduler, SchedulerConfig, SequenceId, StepPlan};
 use tokio::sync::mpsc::UnboundedSender;
 
 use self::active::{Active, Held};
@@ -22,6 +22,7 @@ use self::sessions::Sessions;
 use crate::draft::Drafting;
 use crate::engine::{DraftMode, EngineConfig, Shared, Stats};
 use crate::mask_workers::{MaskJob, MaskWorkers};
+use crate::pace::Pace;
 use crate::request::{Event, GenerateRequest};
 use crate::tier::DiskTier;
 
@@ -59,6 +60,7 @@ pub(crate) struct StepLoop {
     /// Absent when drafts are off.
     drafting: Option<Drafting>,
     stats: Stats,
+    pace: Pace,
     // Reused from step to step, so that a step allocates nothing of its own.
     plan: StepPlan,
     batch: Batch,
@@ -81,6 +83,7 @@ impl StepLoop {
             max_batch_tokens: config.max_batch_tokens,
             max_drafted: config.draft.max_drafted(),
             prefix_cache: config.prefix_cache,
+            policy: Policy::Fair,
         });
         Self {
             model,
@@ -93,6 +96,7 @@ impl StepLoop {
             sessions: Sessions::new(),
             drafting: (config.draft == DraftMode::Lookup).then(|| Drafting::new(config.draft.max_drafted())),
             stats: Stats::default(),
+            pace: Pace::new(config.decode_latency_target, config.max_batch_tokens),
             plan: StepPlan::default(),
             batch: Batch::default(),
             chunk: Vec::new(),
@@ -156,7 +160,8 @@ impl StepLoop {
 
     fn submit(&mut self, submission: Submission) {
         let request = &submission.request;
-        self.scheduler.add(submission.id, request.prompt.to_vec(), request.prompt_logprobs);
+        let (prompt, origin) = (request.prompt.to_vec(), request.origin());
+        self.scheduler.add(submission.id, prompt, request.prompt_logprobs, origin);
         self.expect_blocks(submission.id);
         let counts = request.sampling.needs_counts().then(|| TokenCounts::of_prompt(&request.prompt));
         let id = submission.id;
@@ -217,6 +222,9 @@ impl StepLoop {
             }
         }
         self.stats.steps += 1;
+        let prefill = plan.chunks[plan.decodes..].iter().map(|chunk| chunk.len).sum();
+        self.pace.record(plan.decodes, prefill, began.elapsed());
+        self.scheduler.limit_prefill(self.pace.prefill_limit());
     }
 
     fn note_admissions(&mut self, plan: &StepPlan) {

@@ -21,6 +21,7 @@ pub const CONFIG: EngineConfig = EngineConfig {
     max_context: 256,
     max_sequences: 8,
     max_batch_tokens: 64,
+    decode_latency_target: Duration::from_millis(100),
     max_waiting: 16,
     prefix_cache: true,
     // How many steps an answer takes is then a matter of time; see `drafting`.
@@ -64,6 +65,7 @@ pub fn request(prompt: impl Into<Vec<u32>>, max_tokens: usize) -> GenerateReques
         owner: None,
         session: None,
         prediction: Arc::from([]),
+        priority: 0,
     }
 }
 

@@ -173,6 +173,7 @@ pub fn engine_config() -> EngineConfig {
         max_context: CONTEXT,
         max_sequences: 16,
         max_batch_tokens: 256,
+        decode_latency_target: Duration::from_millis(100),
         max_waiting: 64,
         prefix_cache: true,
         // Reciters count on being asked for every position once.

@@ -1,0 +1,360 @@
+//! Who is served next: a weighted fair queue over owners and, within an owner, over its sessions.
+//!
+//! Service is counted in tokens computed, those found in the cache being free: one for a prompt token,
+//! [`DECODE_COST`] for a generated one. Each account (an owner, or a session of one) adds up its service;
+//! a session's is divided by the weight of the sequence's `priority`. The *clock* of a level is what an
+//! account would have that always had its share. A sequence's place in line is the service at which its account will
+//! be with its prompt done; the least goes first. So a turn with little left to compute passes a
+//! newcomer's long prompt, and a long prompt keeps its place while the clock, at which newcomers begin,
+//! goes on.
+//!
+//! - An account begins at the clock: idle time earns nothing. An owner may however run
+//!   [`OWNER_CREDIT_STEPS`] ahead at first, so that a modest one is not slowed by one that floods.
+//! - An account that had more than its share still counts after its last sequence ended, until the
+//!   clock has caught up: pausing does not clear the debt. A session's is cut to [`SESSION_DEBT_STEPS`].
+//! - Owners share evenly, however many there are. Among an owner's sessions, which cost nothing to
+//!   open, the clock goes as if at most [`MOST_SHARING`] shared: so a prompt of `n` tokens lets those that
+//!   come after it have at most about `MOST_SHARING * n` tokens first.
+//! - Weights are finite, so no priority starves another. Urgency moves service among an owner's own
+//!   sessions, never from another owner; a sequence that can wait lets other owners' go first too.
+//!
+//! After weighted fair queueing (Parekh and Gallager, 1993) and its counting of service in tokens for
+//! language models (Sheng et al., "Fairness in Serving Large Language Models", arXiv:2401.00588).
+
+use std::collections::HashMap;
+
+use crate::SequenceId;
+
+/// A generated token's cost in prompt tokens, as in arXiv:2401.00588.
+pub(crate) const DECODE_COST: f64 = 2.0;
+/// How far a newly active owner may run ahead, in whole steps' tokens.
+const OWNER_CREDIT_STEPS: f64 = 16.0;
+/// How far behind a session is put for what it had too much, in whole steps' tokens: little, lest
+/// an agent's next short turn wait behind newcomers.
+const SESSION_DEBT_STEPS: f64 = 4.0;
+/// See the module.
+const MOST_SHARING: f64 = 4.0;
+/// Priorities beyond are cut to this.
+const MOST_PRIORITY: i32 = 3;
+
+/// Whom a sequence works for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// Who pays: stands for an API key. Owners share the machine evenly.
+    pub owner: u64,
+    /// Its conversation; an owner's conversations share what it gets. A sequence without one counts as
+    /// a conversation of its own.
+    pub session: Option<u64>,
+    /// Urgency among the owner's own, lower is sooner: each step doubles or halves the share of service.
+    /// From -3 to 3; beyond counts as these. Above 0 it lets other owners go first too.
+    pub priority: i32,
+}
+
+impl Origin {
+    /// The share of service relative to priority 0.
+    fn weight(&self) -> f64 {
+        f64::from(-self.priority.clamp(-MOST_PRIORITY, MOST_PRIORITY)).exp2()
+    }
+
+    fn session_key(&self, id: SequenceId) -> u64 {
+        self.session.unwrap_or(!id)
+    }
+}
+
+/// A sequence that wants prompt tokens computed, and its place in line.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Candidate {
+    pub id: SequenceId,
+    pub owner: u64,
+    session: u64,
+    /// Cost of what is left of its prompt, by weight, among its owner's and among all.
+    cost: [f64; 2],
+    /// The place in line: its owner's service with this done.
+    pub place: f64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct FairQueue {
+    owners: Level,
+    sessions: HashMap<u64, Level>,
+    /// Tokens of a whole step.
+    step: f64,
+}
+
+impl FairQueue {
+    pub fn new(step_tokens: usize) -> Self {
+        let step = step_tokens as f64;
+        let owners = Level::new(OWNER_CREDIT_STEPS * step, f64::INFINITY, f64::INFINITY);
+        Self { owners, sessions: HashMap::new(), step }
+    }
+
+    /// A sequence came.
+    pub fn join(&mut self, id: SequenceId, origin: &Origin) {
+        self.owners.join(origin.owner);
+        let debt = SESSION_DEBT_STEPS * self.step;
+        let sessions =
+            self.sessions.entry(origin.owner).or_insert_with(|| Level::new(0.0, debt, MOST_SHARING));
+        sessions.join(origin.session_key(id));
+    }
+
+    /// A sequence ended.
+    pub fn leave(&mut self, id: SequenceId, origin: &Origin) {
+        self.owners.leave(origin.owner);
+        if let Some(sessions) = self.sessions.get_mut(&origin.owner) {
+            sessions.leave(origin.session_key(id));
+        }
+    }
+
+    /// A live sequence was served `cost` prompt tokens' worth.
+    pub fn charge(&mut self, id: SequenceId, origin: &Origin, cost: f64) {
+        self.owners.charge(origin.owner, cost);
+        if let Some(sessions) = self.sessions.get_mut(&origin.owner) {
+            sessions.charge(origin.session_key(id), cost / origin.weight());
+        }
+    }
+
+    /// Once a step: forgets who is idle and owes nothing.
+    pub fn settle(&mut self) {
+        self.sessions.values_mut().for_each(Level::settle);
+        self.owners.settle();
+        if self.sessions.len() > self.owners.accounts.len() {
+            self.sessions.retain(|owner, _| self.owners.accounts.contains_key(owner));
+        }
+    }
+
+    /// A live sequence with `cost` prompt tokens' worth to do; [`Self::sort`] finds its place.
+    pub fn candidate(&self, id: SequenceId, origin: &Origin, cost: f64) -> Candidate {
+        Candidate {
+            id,
+            owner: origin.owner,
+            session: origin.session_key(id),
+            cost: [cost / origin.weight(), cost / origin.weight().min(1.0)],
+            place: f64::from(origin.priority),
+        }
+    }
+
+    /// Puts candidates in line: within a session by priority and arrival, within an owner by the
+    /// session's service, over all by the owner's.
+    pub fn sort(&self, candidates: &mut [Candidate]) {
+        let session_start = |c: &Candidate| self.sessions.get(&c.owner).map_or(0.0, |s| s.start(c.session));
+        rank(candidates, |c| (c.owner, c.session), session_start, |c| c.cost[0]);
+        rank(candidates, |c| (c.owner, 0), |c| self.owners.start(c.owner), |c| c.cost[1]);
+        candidates.sort_unstable_by(|a, b| a.place.total_cmp(&b.place).then(a.id.cmp(&b.id)));
+    }
+}
+
+/// Orders each group by place and has its members begin one after the other's end.
+fn rank(
+    candidates: &mut [Candidate],
+    group: impl Fn(&Candidate) -> (u64, u64),
+    start: impl Fn(&Candidate) -> f64,
+    cost: impl Fn(&Candidate) -> f64,
+) {
+    candidates.sort_unstable_by(|a, b| {
+        group(a).cmp(&group(b)).then(a.place.total_cmp(&b.place)).then(a.id.cmp(&b.id))
+    });
+    let mut before = None;
+    for candidate in candidates {
+        let group = group(candidate);
+        let begin = match before {
+            Some((same, end)) if same == group => end,
+            _ => start(candidate),
+        };
+        candidate.place = begin + cost(candidate);
+        before = Some((group, candidate.place));
+    }
+}
+
+/// Accounts that share alike.
+#[derive(Debug)]
+struct Level {
+    accounts: HashMap<u64, Account>,
+    clock: f64,
+    /// Accounts without a live sequence, kept for what they owe.
+    idle: usize,
+    credit: f64,
+    debt: f64,
+    most_sharing: f64,
+}
+
+#[derive(Debug)]
+struct Account {
+    served: f64,
+    /// What it may still run ahead.
+    credit: f64,
+    live: usize,
+}
+
+impl Level {
+    fn new(credit: f64, debt: f64, most_sharing: f64) -> Self {
+        Self { accounts: HashMap::new(), clock: 0.0, idle: 0, credit, debt, most_sharing }
+    }
+
+    fn join(&mut self, key: u64) {
+        let fresh = Account { served: self.clock, credit: self.credit, live: 0 };
+        let accounts = self.accounts.len();
+        let account = self.accounts.entry(key).or_insert(fresh);
+        if account.live > 0 {
+            account.live += 1;
+            return;
+        }
+        account.live = 1;
+        self.idle -= usize::from(self.accounts.len() == accounts);
+    }
+
+    fn leave(&mut self, key: u64) {
+        let Some(account) = self.accounts.get_mut(&key) else { return };
+        account.live -= 1;
+        if account.live == 0 {
+            self.idle += 1;
+            account.served = account.served.min(self.clock + self.debt);
+        }
+    }
+
+    fn charge(&mut self, key: u64, cost: f64) {
+        let sharing = self.most_sharing.min(self.accounts.len() as f64);
+        if let Some(account) = self.accounts.get_mut(&key) {
+            account.served += cost;
+            account.credit = (account.credit - cost).max(0.0);
+            self.clock += cost / sharing;
+        }
+    }
+
+    fn settle(&mut self) {
+        if self.idle > 0 {
+            let alone = self.idle == self.accounts.len(); // then nobody is owed anything
+            let clock = self.clock;
+            self.accounts.retain(|_, account| account.live > 0 || (account.served > clock && !alone));
+            self.idle = self.accounts.values().filter(|account| account.live == 0).count();
+        }
+    }
+
+    /// Where the next of an account's sequences begins.
+    fn start(&self, key: u64) -> f64 {
+        self.accounts.get(&key).map_or(0.0, |account| account.served - account.credit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STEP: usize = 100;
+
+    fn origin(owner: u64, session: u64) -> Origin {
+        Origin { owner, session: Some(session), priority: 0 }
+    }
+
+    /// The ids in line, each with its origin and what it has left.
+    fn line(queue: &FairQueue, wants: &[(SequenceId, Origin, f64)]) -> Vec<SequenceId> {
+        let mut line: Vec<_> =
+            wants.iter().map(|(id, origin, cost)| queue.candidate(*id, origin, *cost)).collect();
+        queue.sort(&mut line);
+        line.iter().map(|candidate| candidate.id).collect()
+    }
+
+    fn joined(wants: &[(SequenceId, Origin, f64)]) -> FairQueue {
+        let mut queue = FairQueue::new(STEP);
+        wants.iter().for_each(|(id, origin, _)| queue.join(*id, origin));
+        queue
+    }
+
+    #[test]
+    fn a_short_turn_passes_a_long_prompt_and_equals_go_by_arrival() {
+        let wants = [(1, origin(7, 1), 9000.0), (2, origin(7, 2), 40.0), (3, origin(7, 3), 40.0)];
+        assert_eq!(line(&joined(&wants), &wants), [2, 3, 1]);
+    }
+
+    #[test]
+    fn a_long_prompt_keeps_its_place_while_short_ones_come_and_go() {
+        let long = (1, origin(7, 1), 1000.0);
+        let mut queue = joined(&[long]);
+        let passed = (2..).take_while(|&id| {
+            let short = (id, origin(7, id), 40.0);
+            queue.join(id, &short.1);
+            let first = line(&queue, &[long, short])[0] == id;
+            queue.charge(id, &short.1, 40.0);
+            queue.leave(id, &short.1);
+            queue.settle();
+            first
+        });
+        let passed = passed.count() as f64;
+        assert!(passed * 40.0 > 1000.0 && passed * 40.0 <= MOST_SHARING * 1000.0, "{passed}");
+    }
+
+    #[test]
+    fn one_owners_flood_stays_behind_anothers_single_turn() {
+        let mut wants: Vec<_> = (0..50).map(|id| (id, origin(1, id), 100.0)).collect();
+        let mut queue = joined(&wants);
+        queue.charge(0, &wants[0].1, 5000.0);
+        let single = (99, origin(2, 0), 800.0);
+        queue.join(single.0, &single.1);
+        wants.push(single);
+        assert_eq!(line(&queue, &wants)[0], 99);
+    }
+
+    #[test]
+    fn pausing_neither_clears_a_debt_nor_earns_anything() {
+        let (busy, other) = (origin(1, 0), origin(2, 0));
+        let mut queue = joined(&[(1, busy, 0.0), (2, other, 0.0)]);
+        queue.charge(1, &busy, 4000.0);
+        queue.charge(2, &other, 3000.0);
+        queue.leave(1, &busy);
+        queue.settle();
+        queue.join(3, &busy);
+        assert_eq!(line(&queue, &[(2, other, 500.0), (3, busy, 10.0)]), [2, 3], "still 1000 ahead");
+        queue.leave(3, &busy);
+        queue.charge(2, &other, 1000.0);
+        queue.settle();
+        assert_eq!(queue.owners.accounts.len(), 1, "what owes nothing is forgotten");
+        queue.charge(2, &other, 1_000_000.0);
+        queue.join(4, &busy);
+        let credit = OWNER_CREDIT_STEPS * STEP as f64;
+        assert_eq!(queue.owners.start(1), queue.owners.start(2) - credit);
+    }
+
+    #[test]
+    fn each_priority_doubles_the_share() {
+        let mut queue = FairQueue::new(STEP);
+        let urgent = Origin { priority: -2, ..origin(1, 1) };
+        let plain = origin(1, 2);
+        queue.join(1, &urgent);
+        queue.join(2, &plain);
+        let mut served = [0.0; 2];
+        for _ in 0..1000 {
+            let first = line(&queue, &[(1, urgent, 10.0), (2, plain, 10.0)])[0];
+            queue.charge(first, if first == 1 { &urgent } else { &plain }, 10.0);
+            served[first as usize - 1] += 10.0;
+        }
+        assert!((served[0] / served[1] - 4.0_f64).abs() < 0.2, "{served:?}");
+    }
+
+    #[test]
+    fn urgency_takes_nothing_from_other_owners_and_patience_lets_them_go_first() {
+        let (urgent, patient) =
+            (Origin { priority: -3, ..origin(1, 1) }, Origin { priority: 3, ..origin(2, 1) });
+        let wants = [(1, patient, 30.0), (2, urgent, 50.0), (3, origin(3, 1), 40.0)];
+        let mut queue = joined(&wants);
+        assert_eq!(line(&queue, &wants), [3, 2, 1]);
+        wants.iter().for_each(|(id, origin, _)| queue.charge(*id, origin, 100.0));
+        assert_eq!([1, 2, 3].map(|owner| queue.owners.accounts[&owner].served), [100.0; 3]);
+    }
+
+    #[test]
+    fn nothing_is_kept_once_all_have_left() {
+        let mut queue = FairQueue::new(STEP);
+        for id in 0..100 {
+            let origin = Origin {
+                owner: id % 7,
+                session: (id % 2 == 0).then_some(id % 3),
+                priority: id as i32 % 9 - 4,
+            };
+            queue.join(id, &origin);
+            queue.charge(id, &origin, id as f64);
+            queue.leave(id, &origin);
+        }
+        (0..100).for_each(|_| queue.settle());
+        assert!(queue.owners.accounts.is_empty() && queue.sessions.is_empty());
+    }
+}
