@@ -155,6 +155,7 @@ async fn ask_engine(
         session: None,
         prediction: Arc::from([]),
         priority: 0,
+        deadline: None,
     };
     let sent = Instant::now();
     let mut record =
@@ -178,7 +179,9 @@ async fn ask_engine(
                         record.output_tokens = usage.completion_tokens;
                     }
                     Event::Failed { message } => record.error = Some(message),
-                    Event::Prefill { .. } | Event::Prompt(_) => {}
+                    // No deadline was given.
+                    Event::Expired { .. } => {}
+                    Event::Queued { .. } | Event::Prefill { .. } | Event::Prompt(_) => {}
                 }
             }
         }

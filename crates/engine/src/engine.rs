@@ -1,6 +1,6 @@
 //! The handle to a running step loop: submission, admission limits, statistics, shutdown.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -8,6 +8,7 @@ use rudder_model::Model;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::draft::MAX_DRAFT;
+use crate::places::Places;
 use crate::request::{Event, GenerateRequest, SubmitError};
 use crate::sessions::SessionStats;
 use crate::step_loop::{Command, StepLoop, Submission};
@@ -100,7 +101,7 @@ pub struct Stats {
 pub(crate) struct Shared {
     pub(crate) stats: Mutex<Stats>,
     /// Requests submitted and not yet ended.
-    pub(crate) in_flight: AtomicUsize,
+    pub(crate) places: Places,
     /// Moving average of a request's time from submission to end, in milliseconds.
     pub(crate) mean_request_ms: AtomicU64,
     draining: AtomicBool,
@@ -141,7 +142,7 @@ impl Engine {
                 kv_blocks_free: config.kv_blocks,
                 ..Stats::default()
             }),
-            in_flight: AtomicUsize::new(0),
+            places: Places::new(config.max_sequences + config.max_waiting),
             mean_request_ms: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             next_id: AtomicU64::new(0),
@@ -163,13 +164,15 @@ impl Engine {
     /// See [`SubmitError`]; nothing was queued then.
     pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
         self.check(&request)?;
-        self.take_place()?;
+        self.take_place(&request)?;
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let (events, receiver) = unbounded_channel();
         let max_tokens = request.max_tokens.min(self.max_context - request.prompt.len());
         let submission = Submission { id, request, max_tokens, events, submitted: Instant::now() };
-        if self.commands.send(Command::Submit(Box::new(submission))).is_err() {
-            self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+        if let Err(mpsc::SendError(refused)) = self.commands.send(Command::Submit(Box::new(submission))) {
+            if let Command::Submit(submission) = refused {
+                self.shared.places.give_back(&submission.request.owner);
+            }
             return Err(SubmitError::ShuttingDown);
         }
         Ok(Generation { id, events: receiver, commands: self.commands.clone() })
@@ -195,7 +198,7 @@ impl Engine {
     pub fn stats(&self) -> Stats {
         let mut stats = *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
         // Counted from submission on, also while the step loop has not seen them yet.
-        stats.waiting = self.shared.in_flight.load(Ordering::Acquire).saturating_sub(stats.running);
+        stats.waiting = self.shared.places.taken().saturating_sub(stats.running);
         if let Some(tier) = &self.tier {
             tier.complete(&mut stats.tier);
         }
@@ -207,7 +210,7 @@ impl Engine {
     pub async fn shutdown(&self, grace: Duration) -> bool {
         const POLL: Duration = Duration::from_millis(10);
         self.shared.draining.store(true, Ordering::Release);
-        let idle = || self.shared.in_flight.load(Ordering::Acquire) == 0;
+        let idle = || self.shared.places.taken() == 0;
         let deadline = Instant::now() + grace;
         while !idle() && Instant::now() < deadline {
             tokio::time::sleep(POLL).await;
@@ -242,18 +245,15 @@ impl Engine {
     }
 
     /// Counts a request in, unless as many run and wait as may.
-    fn take_place(&self) -> Result<(), SubmitError> {
-        let EngineConfig { max_sequences, max_waiting, .. } = *self.config;
-        let limit = max_sequences + max_waiting;
-        let take = |n: usize| (n < limit).then_some(n + 1);
-        let taken = self.shared.in_flight.fetch_update(Ordering::AcqRel, Ordering::Acquire, take);
-        taken.map(|_| ()).map_err(|in_flight| {
-            let waiting = in_flight.saturating_sub(max_sequences);
-            let mean = self.shared.mean_request_ms.load(Ordering::Relaxed);
-            // Places free up max_sequences at a time, one mean request time apart.
-            let seconds = (mean / 1000).clamp(1, 60);
-            SubmitError::Busy { waiting, retry_after: Duration::from_secs(seconds) }
-        })
+    fn take_place(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
+        if self.shared.places.take(&request.owner) {
+            return Ok(());
+        }
+        let waiting = self.shared.places.taken().saturating_sub(self.config.max_sequences);
+        let mean = self.shared.mean_request_ms.load(Ordering::Relaxed);
+        // Places free up max_sequences at a time, one mean request time apart.
+        let seconds = (mean / 1000).clamp(1, 60);
+        Err(SubmitError::Busy { waiting, retry_after: Duration::from_secs(seconds) })
     }
 }
 

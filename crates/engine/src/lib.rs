@@ -15,7 +15,7 @@ mod draft;
 mod engine;
 mod grammar;
 mod mask_workers;
-mod pace;
+mod places;
 mod request;
 mod sessions;
 mod step_loop;

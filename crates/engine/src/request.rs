@@ -2,7 +2,7 @@
 
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rudder_scheduler::Origin;
 
@@ -41,6 +41,8 @@ pub struct GenerateRequest {
     /// Urgency among the owner's own, lower is sooner; 0 is usual. Each step doubles or halves the share of
     /// service, from -3 to 3; above 0 other owners' go first too.
     pub priority: i32,
+    /// Where it still waits then, it is dropped: [`Event::Expired`]. What has begun goes on.
+    pub deadline: Option<Instant>,
 }
 
 impl GenerateRequest {
@@ -100,9 +102,14 @@ pub struct Usage {
     pub decode: Duration,
 }
 
-/// What a [`crate::Generation`] yields. The last event is always `Finished` or `Failed`.
+/// What a [`crate::Generation`] yields. The last event is always `Finished`, `Failed` or `Expired`.
 #[derive(Debug, Clone)]
 pub enum Event {
+    /// It waits; comes now and then.
+    Queued {
+        /// Its place in line, from 1 on. Others may pass it, and it others.
+        position: usize,
+    },
     /// Prefill went on: `done` of `total` prompt tokens are in the cache.
     Prefill {
         /// Prompt tokens computed or found.
@@ -126,6 +133,11 @@ pub enum Event {
     Failed {
         /// What went wrong.
         message: String,
+    },
+    /// The end: its deadline passed while it waited.
+    Expired {
+        /// All of its time was spent in the queue.
+        usage: Usage,
     },
 }
 

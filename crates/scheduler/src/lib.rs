@@ -32,6 +32,7 @@ mod block_pool;
 mod drafts;
 mod fairness;
 mod key_heap;
+mod pace;
 mod pauses;
 mod prefix_tree;
 mod restore;
@@ -44,6 +45,7 @@ mod sessions;
 
 pub use block_pool::{BlockCounts, BlockId};
 pub use fairness::Origin;
+pub use pace::Pace;
 pub use retention::{MAX_SESSIONS, PROTECTED_SHARE, RetentionStats, SessionBlocks, SessionHandle, Tick};
 pub use scheduler::{Chunk, Policy, PrefixStats, Scheduler, SchedulerConfig, StepPlan};
 pub use sequence::{Sequence, SequenceId};

@@ -12,6 +12,7 @@ use rudder_text::{Decoder, StopMatcher};
 use crate::answer::{AnswerReader, Reading};
 use crate::generate::{Completion, Delta, End, EndReason};
 use crate::metrics::Metrics;
+use crate::progress::Progress;
 
 /// One sequence's way from tokens to text.
 pub(crate) struct Choice {
@@ -35,6 +36,8 @@ pub(crate) struct Choice {
     decoded: usize,
     released: usize,
     usage: Usage,
+    /// Set while it waits or its prompt is read.
+    progress: Option<Progress>,
     clock: Clock,
     delta: Delta,
     metrics: Arc<Metrics>,
@@ -71,6 +74,7 @@ impl Choice {
             decoded: 0,
             released: 0,
             usage: Usage { prompt_tokens, ..Usage::default() },
+            progress: None,
             clock: Clock {
                 arrived: completion.arrived,
                 submitted: Instant::now(),
@@ -105,6 +109,16 @@ impl Choice {
         self.stopped |= self.is_running();
     }
 
+    /// Whether nothing was drawn yet.
+    pub fn is_silent(&self) -> bool {
+        self.clock.first_token.is_none()
+    }
+
+    /// How far it has come, where that was told.
+    pub fn progress(&self) -> Option<Progress> {
+        self.progress
+    }
+
     /// Counts so far.
     pub fn usage(&self) -> &Usage {
         &self.usage
@@ -134,9 +148,12 @@ impl Choice {
 
     fn absorb(&mut self, event: Event) {
         let now = Instant::now();
-        self.clock.started.get_or_insert(now);
+        if !matches!(event, Event::Queued { .. } | Event::Expired { .. }) {
+            self.clock.started.get_or_insert(now);
+        }
         match event {
-            Event::Prefill { .. } => {}
+            Event::Queued { position } => self.progress = Some(Progress::Queued { position }),
+            Event::Prefill { done, total } => self.progress = Some(Progress::Prefill { done, total }),
             Event::Prompt(tokens) => self.delta.prompt = tokens,
             Event::Token(token) => self.token(token, now),
             Event::Finished { reason, usage } => {
@@ -147,6 +164,10 @@ impl Choice {
                 });
             }
             Event::Failed { message } => self.end(EndReason::Failed(message)),
+            Event::Expired { usage } => {
+                self.usage = usage;
+                self.end(EndReason::Expired);
+            }
         }
     }
 

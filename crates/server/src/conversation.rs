@@ -8,6 +8,7 @@ use rudder_text::{Tool, ToolChoice};
 use serde_json::{Map, Value};
 
 use crate::session::Origin;
+use crate::urgency::Urgency;
 
 /// Who speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -108,6 +109,8 @@ pub struct Turn {
     pub token_ids: bool,
     /// Whose it is.
     pub origin: Origin,
+    /// How soon it is wanted.
+    pub urgency: Urgency,
     /// When the request came in; times are measured from here.
     pub arrived: Instant,
 }
@@ -133,6 +136,7 @@ impl Turn {
             prediction: String::new(),
             token_ids: false,
             origin: Origin::default(),
+            urgency: Urgency::default(),
             arrived: Instant::now(),
         }
     }

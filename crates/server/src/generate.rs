@@ -7,7 +7,7 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rudder_engine::{Engine, GenerateRequest, SamplingParams, SubmitError, Token, Usage};
 use rudder_text::{CompiledGrammar, Text};
@@ -17,8 +17,10 @@ use crate::choice::Choice;
 use crate::conversation::{Message, Piece};
 use crate::grammar;
 use crate::metrics::Metrics;
+use crate::progress::Progress;
 use crate::responses::store::StoreStats;
 use crate::session::Origin;
+use crate::urgency::Urgency;
 
 /// What is to be generated, in no dialect's terms.
 #[derive(Debug, Clone)]
@@ -47,6 +49,8 @@ pub struct Completion {
     pub(crate) reading: Option<Arc<Reading>>,
     /// Whose it is.
     pub origin: Origin,
+    /// How soon it is wanted.
+    pub urgency: Urgency,
     /// When the request came in; times are measured from here.
     pub arrived: Instant,
 }
@@ -67,6 +71,7 @@ impl Completion {
             prediction: Arc::from([]),
             reading: None,
             origin: Origin::default(),
+            urgency: Urgency::default(),
             arrived: Instant::now(),
         }
     }
@@ -129,6 +134,8 @@ pub enum EndReason {
     Stopped,
     /// The engine failed; the message is fit for the client.
     Failed(String),
+    /// Its deadline passed while it waited.
+    Expired,
 }
 
 impl EndReason {
@@ -138,14 +145,30 @@ impl EndReason {
             Self::StopToken | Self::StopString(_) | Self::Stopped => "stop",
             Self::Length => "length",
             Self::Failed(_) => "error",
+            Self::Expired => "expired",
+        }
+    }
+
+    /// What its client is told in place of an answer, if there is none.
+    pub fn failure(&self) -> Option<Failed> {
+        match self {
+            Self::Failed(message) => Some(Failed::Engine(message.clone())),
+            Self::Expired => Some(Failed::Expired),
+            Self::StopToken | Self::StopString(_) | Self::Stopped | Self::Length => None,
         }
     }
 }
 
-/// The engine failed on a completion; the message is fit for the client.
+/// Why a completion has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct Failed(pub String);
+pub enum Failed {
+    /// The engine failed; the message is fit for the client.
+    #[error("{0}")]
+    Engine(String),
+    /// Its deadline passed first.
+    #[error("the request's time was over before its turn came; nothing of it was computed")]
+    Expired,
+}
 
 /// Tokens billed for a whole request: every prompt once, every choice.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -158,10 +181,20 @@ pub struct Totals {
     pub completion_tokens: usize,
     /// Of these, spent on reasoning.
     pub reasoning_tokens: usize,
+    /// Tokens drafted, and of these accepted.
+    pub drafted_tokens: usize,
+    /// See `drafted_tokens`.
+    pub accepted_tokens: usize,
     /// Tokens of the prediction that came as predicted.
     pub predicted_tokens: usize,
     /// Those that did not.
     pub mispredicted_tokens: usize,
+    /// The longest times of a choice: waiting, reading the prompt, generating.
+    pub queue: Duration,
+    /// See `queue`.
+    pub prefill: Duration,
+    /// See `queue`.
+    pub decode: Duration,
 }
 
 /// Starts completions. Cheap to clone.
@@ -235,7 +268,8 @@ fn engine_request(completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -
         owner: completion.origin.owner.clone(),
         session: completion.origin.session.clone(),
         prediction: completion.prediction.clone(),
-        priority: 0,
+        priority: completion.urgency.priority,
+        deadline: completion.urgency.deadline,
     }
 }
 
@@ -301,6 +335,16 @@ impl Running {
         self.choices.iter_mut().for_each(Choice::stop);
     }
 
+    /// How far it has come, while nothing was drawn; of several choices, the first that tells.
+    pub fn progress(&self) -> Option<Progress> {
+        self.choices.iter().filter(|_| self.is_silent()).find_map(Choice::progress)
+    }
+
+    /// Whether nothing was drawn yet.
+    pub fn is_silent(&self) -> bool {
+        self.choices.iter().all(Choice::is_silent)
+    }
+
     /// Counts over all choices. A prompt's cached tokens are those of its first choice, as the
     /// others find what that one has just computed.
     pub fn totals(&self) -> Totals {
@@ -309,8 +353,13 @@ impl Running {
             let usage = choice.usage();
             totals.reasoning_tokens += choice.reader().map_or(0, AnswerReader::reasoning_tokens);
             totals.completion_tokens += usage.completion_tokens;
+            totals.drafted_tokens += usage.drafted_tokens;
+            totals.accepted_tokens += usage.accepted_tokens;
             totals.predicted_tokens += usage.predicted_tokens;
             totals.mispredicted_tokens += usage.mispredicted_tokens;
+            totals.queue = totals.queue.max(usage.queue);
+            totals.prefill = totals.prefill.max(usage.prefill);
+            totals.decode = totals.decode.max(usage.decode);
             if index % self.n == 0 {
                 totals.prompt_tokens += usage.prompt_tokens;
                 totals.cached_tokens += usage.cached_tokens;
@@ -322,7 +371,7 @@ impl Running {
     /// Runs to the end and returns one whole delta for each choice.
     ///
     /// # Errors
-    /// The engine's message, if it failed on any choice; the others are then cancelled.
+    /// Why any choice has no answer; the others are then cancelled.
     pub async fn finish(&mut self) -> Result<Vec<Delta>, Failed> {
         let mut whole: Vec<Delta> =
             (0..self.choices.len()).map(|index| Delta { index, ..Delta::default() }).collect();
@@ -334,10 +383,9 @@ impl Running {
                 sum.tokens.append(&mut delta.tokens);
                 sum.prompt.append(&mut delta.prompt);
                 sum.end = delta.end.take().or(sum.end.take());
-                if let Some(End { reason: EndReason::Failed(message), .. }) = &sum.end {
-                    let message = message.clone();
+                if let Some(failure) = sum.end.as_ref().and_then(|end| end.reason.failure()) {
                     self.choices.clear();
-                    return Err(Failed(message));
+                    return Err(failure);
                 }
             }
         }

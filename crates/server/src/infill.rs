@@ -60,6 +60,7 @@ pub(crate) async fn create(
     let prompt_tokens = tokens.len();
     completion.prompts = vec![tokens.into()];
     completion.origin = caller.origin(common.prompt_cache_key.as_deref());
+    (_, completion.urgency) = common.urgency(&caller)?;
     let running = server.generator.start(&completion)?;
     let writer = Writer { model, stop: completion.stop, prompt_tokens, has_new_line: false };
     if common.stream() {
@@ -188,7 +189,7 @@ impl Writer {
             EndReason::StopToken => ("eos", ""),
             EndReason::StopString(index) => ("word", self.stop.get(*index).map_or("", String::as_str)),
             EndReason::Length => ("limit", ""),
-            EndReason::Stopped | EndReason::Failed(_) => ("none", ""),
+            EndReason::Stopped | EndReason::Failed(_) | EndReason::Expired => ("none", ""),
         };
         Final {
             chunk: self.chunk(content, true),

@@ -20,6 +20,7 @@ mod health;
 mod infill;
 mod metrics;
 mod openai;
+mod progress;
 mod prompt;
 mod responses;
 mod serve;
@@ -28,8 +29,10 @@ mod session_metrics;
 mod sessions;
 mod sse;
 mod tier_metrics;
+mod timing;
 mod tokenize;
 mod turn;
+mod urgency;
 mod verbatim;
 
 use std::sync::Arc;
@@ -50,9 +53,11 @@ pub use conversation::{AnswerFormat, Message, Piece, Role, ToolCall, Turn};
 pub use forced::ForcedCall;
 pub use generate::{Completion, Delta, End, EndReason, Failed, Generator, Running, Totals};
 pub use openai::ApiError;
+pub use progress::Progress;
 pub use responses::store::StoreConfig;
 pub use serve::{serve, terminated};
 pub use session::Origin;
+pub use urgency::Urgency;
 
 /// How the front is set up.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,8 +5,8 @@
 //! stored response that begins a chain gives it its own id. A session's key in the engine bears its owner's
 //! tag, so nobody meets another's session by naming it.
 
-use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
@@ -14,6 +14,8 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::admission::Owner;
+use crate::openai::ApiError;
+use crate::urgency;
 
 /// Headers that name a session, the surest first. Codex sends `session-id`, Claude Code
 /// `x-claude-code-session-id`, opencode `x-session-id` and `x-session-affinity`.
@@ -35,17 +37,21 @@ pub struct Origin {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Caller {
     pub owner: Owner,
+    /// When what it asks is not worth answering any more.
+    pub deadline: Option<Instant>,
     header: Option<Arc<str>>,
     lane: Option<Arc<str>>,
 }
 
 impl<S: Sync> FromRequestParts<S> for Caller {
-    type Rejection = Infallible;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Infallible> {
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
         let owner = parts.extensions.get::<Owner>().copied().unwrap_or_default();
         let value = |name| parts.headers.get(name).and_then(|value| value.to_str().ok());
-        Ok(Self { owner, header: HEADERS.into_iter().filter_map(value).find_map(name), lane: None })
+        let deadline = urgency::deadline(&parts.headers, Instant::now())?;
+        let header = HEADERS.into_iter().filter_map(value).find_map(name);
+        Ok(Self { owner, deadline, header, lane: None })
     }
 }
 
@@ -56,7 +62,8 @@ impl Caller {
             Some(stream_id) => name(&format!("{connection}/{stream_id}")),
             None => name(connection),
         };
-        Self { lane, ..self.clone() }
+        // The connection's headers do not speak of each request on it.
+        Self { lane, deadline: None, ..self.clone() }
     }
 
     /// The session that the body's key or the headers name.
@@ -130,8 +137,7 @@ mod tests {
         let request =
             headers.iter().fold(Request::builder(), |request, (name, value)| request.header(*name, *value));
         let (mut parts, ()) = request.body(()).unwrap().into_parts();
-        let Ok(caller) = Caller::from_request_parts(&mut parts, &()).await;
-        caller
+        Caller::from_request_parts(&mut parts, &()).await.unwrap()
     }
 
     #[tokio::test]

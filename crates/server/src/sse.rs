@@ -10,8 +10,9 @@ use futures_util::stream;
 use serde::Serialize;
 use tokio::time::{Instant, sleep_until};
 
-use crate::generate::{Delta, EndReason, Running};
+use crate::generate::{Delta, Running};
 use crate::openai::ApiError;
+use crate::progress::{self, Progress};
 
 /// How OpenAI's streams end.
 pub(crate) const DONE: &[u8] = b"data: [DONE]\n\n";
@@ -28,9 +29,9 @@ pub(crate) trait Events: Send + 'static {
     fn keep_alive(&mut self, out: &mut Vec<u8>) {
         out.extend_from_slice(b": keep-alive\n\n");
     }
-    /// What is sent last if the engine fails.
-    fn failed(&mut self, message: &str, out: &mut Vec<u8>) {
-        event(&ApiError::internal(message).body(), out);
+    /// What is sent last if there is no answer.
+    fn failed(&mut self, error: &ApiError, out: &mut Vec<u8>) {
+        event(&error.body(), out);
     }
 }
 
@@ -53,7 +54,8 @@ pub(crate) fn event(payload: &impl Serialize, out: &mut Vec<u8>) {
 /// A response that streams `running` in a dialect's events. Dropped with the client's connection,
 /// it cancels what runs.
 pub(crate) fn respond(running: Running, events: impl Events, keep_alive: Duration) -> Response {
-    let writer = Writer { running, events, keep_alive, state: State::Begin, buffer: Vec::new() };
+    let state = State::Begin;
+    let writer = Writer { running, events, keep_alive, state, told: None, buffer: Vec::new() };
     let chunks = stream::unfold(writer, async |mut writer| {
         let chunk = writer.next().await?;
         Some((Ok::<_, Infallible>(chunk), writer))
@@ -77,6 +79,8 @@ struct Writer<E> {
     events: E,
     keep_alive: Duration,
     state: State,
+    /// The progress that was told last.
+    told: Option<Progress>,
     buffer: Vec<u8>,
 }
 
@@ -100,16 +104,32 @@ impl<E: Events> Writer<E> {
         }
         let silent_until = Instant::now() + self.keep_alive;
         while self.buffer.is_empty() && self.state != State::Ended {
+            let look = match self.running.is_silent() {
+                true => silent_until.min(Instant::now() + progress::INTERVAL),
+                false => silent_until,
+            };
             tokio::select! {
                 biased;
                 news = self.running.advance() => self.write(news),
-                () = sleep_until(silent_until) => self.events.keep_alive(&mut self.buffer),
+                () = sleep_until(look) => self.break_silence(silent_until),
             }
         }
         let bytes = Bytes::copy_from_slice(&self.buffer);
         self.buffer.clear();
         // A dialect may have nothing to say after its last delta.
         (!bytes.is_empty()).then_some(bytes)
+    }
+
+    /// Tells how far it has come, if that is new; else only that it is still there, when it is time to.
+    fn break_silence(&mut self, silent_until: Instant) {
+        match self.running.progress().filter(|&progress| self.told != Some(progress)) {
+            Some(progress) => {
+                self.told = Some(progress);
+                progress::comment(progress, &mut self.buffer);
+            }
+            None if Instant::now() >= silent_until => self.events.keep_alive(&mut self.buffer),
+            None => {}
+        }
     }
 
     fn write(&mut self, news: bool) {
@@ -119,8 +139,8 @@ impl<E: Events> Writer<E> {
             return;
         }
         for delta in self.running.deltas() {
-            if let Some(EndReason::Failed(message)) = delta.end.as_ref().map(|end| &end.reason) {
-                self.events.failed(message, &mut self.buffer);
+            if let Some(failure) = delta.end.as_ref().and_then(|end| end.reason.failure()) {
+                self.events.failed(&failure.into(), &mut self.buffer);
                 self.state = State::Ended;
                 return;
             }

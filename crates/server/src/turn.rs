@@ -112,6 +112,7 @@ impl Server {
         completion.stop_tokens.extend_from_slice(&turn.stop_tokens);
         completion.token_ids = turn.token_ids;
         completion.origin = turn.origin.clone();
+        completion.urgency = turn.urgency;
         completion.arrived = turn.arrived;
         completion
     }

@@ -71,11 +71,11 @@ impl Active {
     }
 
     pub(super) fn usage(&self) -> Usage {
-        let submitted = self.submission.submitted;
-        let planned = self.planned.unwrap_or(submitted);
-        let first_token = self.first_token.unwrap_or(planned);
         let prediction = self.drafter.as_ref().and_then(|drafter| drafter.prediction());
         let (predicted_tokens, mispredicted_tokens) = prediction.unwrap_or_default();
+        let (submitted, now) = (self.submission.submitted, Instant::now());
+        let planned = self.planned.unwrap_or(now);
+        let first_token = self.first_token.unwrap_or(now);
         Usage {
             prompt_tokens: self.submission.request.prompt.len(),
             cached_tokens: self.cached.unwrap_or(0),
@@ -86,7 +86,7 @@ impl Active {
             mispredicted_tokens,
             queue: planned - submitted,
             prefill: first_token - planned,
-            decode: first_token.elapsed(),
+            decode: now - first_token,
         }
     }
 }

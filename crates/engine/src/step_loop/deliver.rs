@@ -137,7 +137,10 @@ impl StepLoop {
         let mean = self.shared.mean_request_ms.load(Ordering::Relaxed);
         let mean = if mean == 0 { ms } else { (mean * 7 + ms) / 8 };
         self.shared.mean_request_ms.store(mean, Ordering::Relaxed);
-        self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+        if let Some(deadline) = active.submission.request.deadline {
+            self.deadlines.remove(&(deadline, id));
+        }
+        self.shared.places.give_back(&active.submission.request.owner);
         Some(active)
     }
 }

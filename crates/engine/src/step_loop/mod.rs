@@ -7,14 +7,15 @@ mod drafts;
 mod grammars;
 mod sessions;
 mod tier;
+mod waiting;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, PoisonError, mpsc};
 use std::time::Instant;
 
 use rudder_model::Model;
 use rudder_ops::{Batch, SampleRow, Sampled, TokenCounts};
-use rudder_scheduler::{Policy, Scheduler, SchedulerConfig, SequenceId, StepPlan};
+use rudder_scheduler::{Pace, Policy, Scheduler, SchedulerConfig, SequenceId, StepPlan};
 use tokio::sync::mpsc::UnboundedSender;
 
 use self::active::{Active, Held};
@@ -22,7 +23,6 @@ use self::sessions::Sessions;
 use crate::draft::Drafting;
 use crate::engine::{DraftMode, EngineConfig, Shared, Stats};
 use crate::mask_workers::{MaskJob, MaskWorkers};
-use crate::pace::Pace;
 use crate::request::{Event, GenerateRequest};
 use crate::tier::DiskTier;
 
@@ -61,6 +61,10 @@ pub(crate) struct StepLoop {
     drafting: Option<Drafting>,
     stats: Stats,
     pace: Pace,
+    /// Of live requests that have one.
+    deadlines: BTreeSet<(Instant, SequenceId)>,
+    /// When those that wait were last told where they stand.
+    reported: Instant,
     // Reused from step to step, so that a step allocates nothing of its own.
     plan: StepPlan,
     batch: Batch,
@@ -97,6 +101,8 @@ impl StepLoop {
             drafting: (config.draft == DraftMode::Lookup).then(|| Drafting::new(config.draft.max_drafted())),
             stats: Stats::default(),
             pace: Pace::new(config.decode_latency_target, config.max_batch_tokens),
+            deadlines: BTreeSet::new(),
+            reported: Instant::now(),
             plan: StepPlan::default(),
             batch: Batch::default(),
             chunk: Vec::new(),
@@ -183,6 +189,7 @@ impl StepLoop {
             drafted: 0,
             accepted: 0,
         };
+        self.deadlines.extend(active.submission.request.deadline.map(|deadline| (deadline, id)));
         self.active.insert(id, active);
         self.begin_turn(id);
     }
@@ -192,6 +199,7 @@ impl StepLoop {
         self.fetch_blocks();
         self.end_protections();
         self.propose_drafts();
+        self.look_after_waiting();
         let mut plan = std::mem::take(&mut self.plan);
         self.scheduler.plan(&mut plan);
         self.note_admissions(&plan);

@@ -66,6 +66,7 @@ pub fn request(prompt: impl Into<Vec<u32>>, max_tokens: usize) -> GenerateReques
         session: None,
         prediction: Arc::from([]),
         priority: 0,
+        deadline: None,
     }
 }
 
@@ -79,6 +80,7 @@ pub struct Answer {
     pub scores: Vec<Token>,
     pub tokens: Vec<Token>,
     pub prefill: Vec<usize>,
+    pub expired: bool,
     pub end: Option<Result<FinishReason, String>>,
     pub usage: Usage,
 }
@@ -92,8 +94,9 @@ impl Answer {
 pub fn collect(mut generation: Generation) -> Answer {
     let mut answer = Answer::default();
     while let Some(event) = generation.next_blocking() {
-        assert!(answer.end.is_none(), "nothing comes after the end, but {event:?} did");
+        assert!(answer.end.is_none() && !answer.expired, "nothing comes after the end, but {event:?} did");
         match event {
+            Event::Queued { position } => assert!(position > 0 && answer.tokens.is_empty()),
             Event::Prefill { done, .. } => answer.prefill.push(done),
             Event::Prompt(scores) => answer.scores = scores,
             Event::Token(token) => answer.tokens.push(token),
@@ -102,6 +105,10 @@ pub fn collect(mut generation: Generation) -> Answer {
                 answer.usage = usage;
             }
             Event::Failed { message } => answer.end = Some(Err(message)),
+            Event::Expired { usage } => {
+                answer.expired = true;
+                answer.usage = usage;
+            }
         }
     }
     answer

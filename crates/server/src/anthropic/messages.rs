@@ -7,7 +7,6 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
@@ -21,6 +20,7 @@ use crate::openai::ApiError;
 use crate::openai::params::CommonFields;
 use crate::session::Caller;
 use crate::sse::{self, Events};
+use crate::timing::Timing;
 use crate::{Server, body, session};
 
 /// Answers one conversation.
@@ -41,8 +41,10 @@ pub(crate) async fn create(
     let omit_thinking =
         fields.thinking.as_ref().is_some_and(|thinking| thinking.display.as_deref() == Some("omitted"));
     let session = fields.metadata.as_ref().and_then(session::in_metadata);
+    let (_, urgency) = common.urgency(&caller)?;
     let mut turn = request::turn(&server, common, fields, arrived)?;
     turn.origin = caller.origin(session.as_deref());
+    turn.urgency = urgency;
     let answer = Answer {
         blocks: Blocks::new(omit_thinking),
         head,
@@ -201,8 +203,9 @@ async fn whole(server: &Server, mut running: Running, mut answer: Answer) -> Res
         answer.push(&delta, server, &mut events);
     }
     answer.blocks.finish(&server.responses.seal, &mut events);
-    let usage = Usage::from(running.totals());
-    Ok(Json(MessageBody::new(&answer.head, fold(events), &answer.stop, usage)).into_response())
+    let totals = running.totals();
+    let body = MessageBody::new(&answer.head, fold(events), &answer.stop, totals.into());
+    Ok(Timing::from(totals).tell(Json(body).into_response()))
 }
 
 /// A stream's events: the message without content, its blocks, why it ended and what it cost.
@@ -254,7 +257,7 @@ impl Events for MessageEvents {
         sse::named_event("ping", &MessageEvent::Ping, out);
     }
 
-    fn failed(&mut self, message: &str, out: &mut Vec<u8>) {
-        sse::named_event("error", &error::body(StatusCode::INTERNAL_SERVER_ERROR, message, None), out);
+    fn failed(&mut self, error: &ApiError, out: &mut Vec<u8>) {
+        sse::named_event("error", &error::body(error.status, &error.message, None), out);
     }
 }

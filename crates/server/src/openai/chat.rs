@@ -50,10 +50,13 @@ pub(crate) async fn create(
     let common: CommonFields = body::parse(&body)?;
     let chat: ChatFields = body::parse(&body)?;
     let model = common.model.as_deref().ok_or_else(|| ApiError::missing_model(&server.config.model))?;
-    let head = Head::new("chatcmpl-", server.model_name(Some(model))?);
+    let mut head = Head::new("chatcmpl-", server.model_name(Some(model))?);
+    let (tier, urgency) = common.urgency(&caller)?;
+    head.service_tier = common.service_tier.is_some().then_some(tier.as_str());
     let format: FormatFields = body::parse(&body)?;
     let mut turn = Turn { answer: format.answer()?, ..turn(&server, &common, chat, arrived)? };
     turn.origin = caller.origin(common.prompt_cache_key.as_deref());
+    turn.urgency = urgency;
     let shape = Shape {
         head,
         choices: turn.n,

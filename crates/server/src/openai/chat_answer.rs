@@ -8,10 +8,11 @@ use serde::Serialize;
 
 use super::error::ApiError;
 use super::logprobs::ChatLogprobs;
-use super::types::{Envelope, Head, UsageBody};
+use super::types::{Envelope, Head};
 use crate::conversation::{Message, Piece, ToolCall};
 use crate::generate::{Delta, End, EndReason, Running};
 use crate::sse::{self, Events};
+use crate::timing::Timing;
 
 const OBJECT: &str = "chat.completion";
 const CHUNK: &str = "chat.completion.chunk";
@@ -148,10 +149,10 @@ pub(crate) async fn whole(mut running: Running, shape: &Shape) -> Result<Respons
             token_ids: shape.token_ids(&delta.tokens),
         })
         .collect();
-    let usage = UsageBody::from(running.totals());
+    let totals = running.totals();
     let prompt = shape.token_ids.then(|| running.prompt(0));
-    let envelope = Envelope::new(&shape.head, OBJECT, &choices, Some(Some(usage))).with_prompt(prompt);
-    Ok(Json(envelope).into_response())
+    let envelope = Envelope::new(&shape.head, OBJECT, &choices, None).with_totals(totals).with_prompt(prompt);
+    Ok(Timing::from(totals).tell(Json(envelope).into_response()))
 }
 
 /// A stream's events: who speaks, what is said, why it ended, what it cost, `[DONE]`.
@@ -249,8 +250,8 @@ impl Events for ChatEvents {
 
     fn end(&mut self, running: &Running, out: &mut Vec<u8>) {
         if self.shape.include_usage {
-            let usage = UsageBody::from(running.totals());
-            sse::event(&Envelope::<()>::new(&self.shape.head, CHUNK, &[], Some(Some(usage))), out);
+            let chunk = Envelope::<()>::new(&self.shape.head, CHUNK, &[], None);
+            sse::event(&chunk.with_totals(running.totals()), out);
         }
         out.extend_from_slice(sse::DONE);
     }

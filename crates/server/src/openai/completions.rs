@@ -14,11 +14,12 @@ use serde::{Deserialize, Serialize};
 use super::error::ApiError;
 use super::logprobs::{ColumnLogprobs, Offset};
 use super::params::{self, CommonFields};
-use super::types::{Envelope, Head, UsageBody};
+use super::types::{Envelope, Head};
 use crate::generate::{Completion, Delta, Running};
 use crate::prompt::off_thread_if_large;
 use crate::session::Caller;
 use crate::sse::{self, Events};
+use crate::timing::Timing;
 use crate::{Server, body};
 
 const OBJECT: &str = "text_completion";
@@ -81,6 +82,7 @@ pub(crate) async fn create(
         prompts.await?.into_iter().map(|Encoded { tokens, echoed }| (tokens.into(), echoed)).unzip();
     completion.prompts = prompts;
     completion.origin = caller.origin(common.prompt_cache_key.as_deref());
+    (_, completion.urgency) = common.urgency(&caller)?;
     let running = server.generator.start(&completion)?;
     let writer = Writer {
         head,
@@ -240,8 +242,8 @@ impl Events for Writer {
 
     fn end(&mut self, running: &Running, out: &mut Vec<u8>) {
         if self.include_usage {
-            let usage = UsageBody::from(running.totals());
-            sse::event(&Envelope::<()>::new(&self.head, OBJECT, &[], Some(Some(usage))), out);
+            let chunk = Envelope::<()>::new(&self.head, OBJECT, &[], None);
+            sse::event(&chunk.with_totals(running.totals()), out);
         }
         out.extend_from_slice(sse::DONE);
     }
@@ -250,8 +252,9 @@ impl Events for Writer {
 async fn whole(mut running: Running, mut writer: Writer) -> Result<Response, ApiError> {
     let answers = running.finish().await?;
     let choices: Vec<Choice> = answers.iter().map(|answer| writer.choice(answer)).collect();
-    let usage = UsageBody::from(running.totals());
-    Ok(Json(Envelope::new(&writer.head, OBJECT, &choices, Some(Some(usage)))).into_response())
+    let totals = running.totals();
+    let envelope = Envelope::new(&writer.head, OBJECT, &choices, None).with_totals(totals);
+    Ok(Timing::from(totals).tell(Json(envelope).into_response()))
 }
 
 #[cfg(test)]

@@ -156,8 +156,14 @@ impl From<SubmitError> for ApiError {
 }
 
 impl From<Failed> for ApiError {
-    fn from(Failed(message): Failed) -> Self {
-        Self::internal(message)
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Engine(message) => Self::internal(message),
+            Failed::Expired => {
+                let error = Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", failed.to_string());
+                Self { code: Some("deadline_exceeded"), ..error }
+            }
+        }
     }
 }
 

@@ -9,6 +9,8 @@ use serde::Deserialize;
 
 use super::error::ApiError;
 use crate::ServerConfig;
+use crate::session::Caller;
+use crate::urgency::{Tier, Urgency};
 
 /// Token counts above this are a mistake, not a wish.
 const MAX_COUNT: i64 = i32::MAX as i64;
@@ -39,6 +41,8 @@ pub(crate) struct CommonFields {
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
     pub prompt_cache_key: Option<String>,
+    pub service_tier: Option<String>,
+    pub priority: Option<i64>,
 }
 
 /// One stop string, or several.
@@ -144,6 +148,12 @@ impl CommonFields {
     /// Number of choices.
     pub fn choices(&self, config: &ServerConfig) -> Result<usize, ApiError> {
         Ok(integer("n", self.n, 1..=config.max_choices as i64)?.unwrap_or(1) as usize)
+    }
+
+    /// Tier and urgency of a request of this caller's.
+    pub fn urgency(&self, caller: &Caller) -> Result<(Tier, Urgency), ApiError> {
+        let tier = Tier::parse(self.service_tier.as_deref())?;
+        Ok((tier, Urgency { priority: tier.priority(self.priority), deadline: caller.deadline }))
     }
 
     /// Whether the answer is streamed.

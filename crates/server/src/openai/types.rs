@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use crate::admission::random_id;
 use crate::generate::Totals;
+use crate::timing::Timing;
 use crate::unix_now;
 
 /// What answers besides the model: it changes with our version.
@@ -14,12 +15,14 @@ pub(crate) struct Head {
     pub id: String,
     pub created: u64,
     pub model: String,
+    /// The tier, where the request names one.
+    pub service_tier: Option<&'static str>,
 }
 
 impl Head {
     /// A new answer by `model`; `prefix` is that of its id.
     pub fn new(prefix: &str, model: String) -> Self {
-        Self { id: random_id(prefix), created: unix_now(), model }
+        Self { id: random_id(prefix), created: unix_now(), model, service_tier: None }
     }
 }
 
@@ -73,6 +76,11 @@ pub(crate) struct Envelope<'a, C> {
     /// Left out, or null in the chunks before the one that has it.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<UsageBody>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_tier: Option<&'static str>,
+    /// Where the time went; with `usage`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rudder: Option<Timing>,
     /// The prompt's tokens, where asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [u32]>,
@@ -94,8 +102,16 @@ impl<'a, C> Envelope<'a, C> {
             system_fingerprint: FINGERPRINT,
             choices,
             usage,
+            service_tier: head.service_tier,
+            rudder: None,
             prompt_token_ids: None,
         }
+    }
+
+    /// The same with what it cost, and where the time went.
+    #[must_use]
+    pub fn with_totals(self, totals: Totals) -> Self {
+        Self { usage: Some(Some(totals.into())), rudder: Some(totals.into()), ..self }
     }
 
     /// The same with the prompt's tokens.

@@ -73,6 +73,7 @@ impl Asked {
             stream_id: None,
             steered: false,
             arrived: self.arrived,
+            deadline: caller.deadline,
         })
     }
 

@@ -85,10 +85,15 @@ fn created_response(live: &Live) -> Result<Response, ApiError> {
 /// The response as it stands; one that failed is an error.
 fn whole(live: &Live) -> Result<Response, ApiError> {
     let response = live.response();
-    match &response.error {
-        Some(failure) => Err(ApiError::internal(failure.message.as_str())),
-        None => Ok((StatusCode::OK, Json(response)).into_response()),
+    if let Some(failure) = &response.error {
+        return Err(failure.error());
     }
+    let timing = response.rudder;
+    let response = (StatusCode::OK, Json(response)).into_response();
+    Ok(match timing {
+        Some(timing) => timing.tell(response),
+        None => response,
+    })
 }
 
 /// Joins a request with what it goes on from. Corrections that wait there come first in its input.
@@ -124,6 +129,7 @@ pub(crate) fn assemble(
         stream_id: fields.stream_id,
         steered: false,
         arrived,
+        deadline: caller.deadline,
     };
     Ok(Created { ask, steered })
 }

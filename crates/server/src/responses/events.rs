@@ -20,6 +20,7 @@ use super::tools::CallNames;
 use super::types::{Failure, IncompleteDetails, Reason, Response, Status, Usage};
 use crate::admission::random_id;
 use crate::conversation::Piece;
+use crate::timing::Timing;
 use crate::unix_now;
 
 /// One event, serialised.
@@ -229,6 +230,11 @@ impl Recorder {
             },
             Piece::CallEnd => self.close("completed"),
         }
+    }
+
+    /// Notes where its time went.
+    pub fn time(&mut self, timing: Timing) {
+        self.response.rudder = Some(timing);
     }
 
     /// Ends the response. `usage`: `None` if nothing was run.

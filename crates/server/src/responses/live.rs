@@ -15,6 +15,7 @@ use super::request::Ask;
 use super::steer::{Accepted, Queue, Refusal, Steer};
 use super::types::{Link, Record, Response, Status};
 use crate::admission::Owner;
+use crate::progress::Progress;
 
 /// Of ended responses that may still be asked for, the most kept in memory: number and bytes.
 const MAX_ENDED: usize = 1024;
@@ -37,6 +38,8 @@ pub(crate) struct State {
     pub recorder: Recorder,
     /// Set by those who want it ended; the task looks.
     pub wish: Option<Wish>,
+    /// How far it has come, while it says nothing.
+    pub progress: Option<Progress>,
     /// User messages that are to steer it.
     pub steers: Queue,
     /// The response that goes on from it by itself.
@@ -72,6 +75,7 @@ impl Live {
         let state = State {
             recorder,
             wish: None,
+            progress: None,
             steers: Queue::default(),
             successor: None,
             link: None,
@@ -217,6 +221,11 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
+    /// How far the response has come, while it says nothing.
+    pub fn progress(&self) -> Option<Progress> {
+        self.live.state().progress
+    }
+
     /// Waits for events and appends all that are there. Returns false when the response is closed and
     /// all was read. Cancel-safe.
     pub async fn read(&mut self, out: &mut Vec<Event>) -> bool {

@@ -172,6 +172,7 @@ mod tests {
             previous_response_id: None,
             output: Vec::new(),
             usage: None,
+            rudder: None,
             echo: Arc::new(echo),
         };
         let dressing = Dressing { stream_id: None, names: Arc::default(), seal: None };

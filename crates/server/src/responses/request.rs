@@ -15,6 +15,7 @@ use crate::admission::{Owner, random_id};
 use crate::conversation::{AnswerFormat, Turn};
 use crate::openai::ApiError;
 use crate::openai::params::{self, CommonFields};
+use crate::urgency::{Tier, Urgency};
 use crate::{Server, body};
 
 /// The fields that only this dialect has. Unknown ones are ignored.
@@ -136,6 +137,7 @@ pub(crate) struct Settings {
     pub steerable: bool,
     /// Whether anything is to be generated; else the prompt alone is read.
     pub generate: bool,
+    priority: i32,
 }
 
 /// One request, ready to run.
@@ -155,6 +157,8 @@ pub(crate) struct Ask {
     /// It goes on by itself from a response that was steered.
     pub steered: bool,
     pub arrived: Instant,
+    /// If it still waits for its turn then, it fails.
+    pub deadline: Option<Instant>,
 }
 
 /// A request's conversation in no dialect's terms.
@@ -178,6 +182,7 @@ impl ResponseFields {
         let includes = |what: &str| included.iter().any(|included| included == what);
         let logprobs = includes("message.output_text.logprobs") || top.is_some_and(|top| top > 0);
         sampling.logprobs = logprobs.then(|| top.unwrap_or(0) as u32);
+        let tier = Tier::parse(common.service_tier.as_deref())?;
         let tools = self.tools.take().unwrap_or_default();
         let mut toolbox = Toolbox::default();
         toolbox.add(&tools, "tools")?;
@@ -200,7 +205,7 @@ impl ResponseFields {
             truncation: self.truncation()?,
             store: self.store.unwrap_or(true),
             background: self.background.unwrap_or(false),
-            service_tier: "default",
+            service_tier: tier.as_str(),
             metadata: self.checked_metadata()?,
             prompt_cache_key: self.prompt_cache_key.take(),
             safety_identifier: self.safety_identifier.take(),
@@ -225,6 +230,7 @@ impl ResponseFields {
             sealed: includes("reasoning.encrypted_content") || !echo.store,
             steerable: echo.conversation.is_none() && !compacts,
             generate: self.generate.unwrap_or(true),
+            priority: tier.priority(common.priority),
             sampling,
             echo: Arc::new(echo),
         })
@@ -402,6 +408,7 @@ impl Ask {
         let own = items.len() - self.input.len();
         let mut prepared = self.settings.turn(&items, own, seal, self.arrived)?;
         prepared.turn.origin = self.owner.origin(self.session.as_deref());
+        prepared.turn.urgency = Urgency { priority: self.settings.priority, deadline: self.deadline };
         Ok(prepared)
     }
 

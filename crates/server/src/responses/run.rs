@@ -10,7 +10,7 @@ use rudder_engine::SubmitError;
 use rudder_text::Text;
 use serde_json::Value;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::events::{Dressing, Ending, Recorder};
 use super::live::{Live, Tether, Wish};
@@ -22,6 +22,7 @@ use crate::conversation::{Message, Piece, Role, Turn};
 use crate::generate::{Delta, EndReason, Running, Totals};
 use crate::openai::ApiError;
 use crate::openai::logprobs::ChatLogprobs;
+use crate::progress;
 use crate::unix_now;
 
 /// Room for an answer that truncation leaves, if the request does not limit it.
@@ -122,6 +123,7 @@ fn response(id: String, ask: &Ask) -> Response {
         previous_response_id: ask.previous_response_id.clone(),
         output: Vec::new(),
         usage: None,
+        rudder: None,
         echo: ask.settings.echo.clone(),
     }
 }
@@ -204,10 +206,11 @@ fn drive(
     // Boxed, as its successor's task is of the same type.
     Box::pin(async move {
         let ending = follow(&server, &live, &mut running).await;
-        let usage = Usage::from(running.totals());
+        let totals = running.totals();
+        live.state().recorder.time(totals.into());
         // What still runs is cancelled before anybody hears of the end.
         drop(running);
-        let steers = end(&server, &live, ending, Some(usage)).await;
+        let steers = end(&server, &live, ending, Some(totals.into())).await;
         if !steers.is_empty() {
             succeed(&server, &live, steers).await;
         }
@@ -233,22 +236,26 @@ async fn follow(server: &Server, live: &Live, running: &mut Running) -> Ending {
             biased;
             news = running.advance() => news,
             () = live.wanted() => continue,
+            () = sleep(progress::INTERVAL), if running.is_silent() => {
+                live.state().progress = running.progress();
+                continue;
+            }
         };
         let Some(delta) = running.deltas().next().filter(|_| news) else {
             return Ending::Completed;
         };
         write(live, delta, &mut logprobs);
         if let Some(end) = &delta.end {
+            if let Some(failed) = end.reason.failure() {
+                return Ending::Failed(failure(&failed.into()));
+            }
             return match &end.reason {
-                EndReason::StopToken | EndReason::StopString(_) => Ending::Completed,
                 EndReason::Length if !live.ask.settings.generate => Ending::Completed,
                 EndReason::Length => Ending::Incomplete(Reason::MaxOutputTokens),
                 // With calls made, it waits for their results as any other response does.
                 EndReason::Stopped if calls_tools(live) => Ending::Completed,
                 EndReason::Stopped => Ending::Incomplete(Reason::Steered),
-                EndReason::Failed(message) => {
-                    Ending::Failed(Failure { code: "server_error".into(), message: message.clone() })
-                }
+                _ => Ending::Completed,
             };
         }
     }
@@ -261,6 +268,7 @@ fn calls_tools(live: &Live) -> bool {
 fn write(live: &Live, delta: &Delta, logprobs: &mut Logprobs) {
     logprobs.hear(delta);
     live.write(|state| {
+        state.progress = None;
         for piece in &delta.pieces {
             state.recorder.piece(piece, &logprobs.of_piece(piece));
         }
@@ -376,6 +384,7 @@ async fn succeed(server: &Arc<Server>, live: &Arc<Live>, steers: Vec<Steer>) {
         stream_id: live.ask.stream_id.clone(),
         steered: true,
         arrived: Instant::now(),
+        deadline: None,
     };
     let id = live.state().steers.successor_id.clone();
     match start(server, ask, Start { id, streams: false }).await {

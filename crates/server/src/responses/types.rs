@@ -5,7 +5,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
-use crate::generate::Totals;
+use crate::generate::{Failed, Totals};
+use crate::openai::ApiError;
+use crate::timing::Timing;
 
 /// Where a response stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +50,17 @@ pub(crate) struct IncompleteDetails {
 pub(crate) struct Failure {
     pub code: String,
     pub message: String,
+}
+
+impl Failure {
+    /// As who waits for the whole response is told.
+    pub fn error(&self) -> ApiError {
+        let expired = ApiError::from(Failed::Expired);
+        match expired.code == Some(self.code.as_str()) {
+            true => expired,
+            false => ApiError::internal(self.message.as_str()),
+        }
+    }
 }
 
 /// Token counts.
@@ -138,6 +151,9 @@ pub(crate) struct Response {
     /// Finished output items.
     pub output: Vec<Value>,
     pub usage: Option<Usage>,
+    /// Where its time went; once it has ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rudder: Option<Timing>,
     #[serde(flatten, serialize_with = "by_reference")]
     pub echo: Arc<Echo>,
 }

@@ -15,3 +15,4 @@ mod steering;
 mod stored;
 mod structured;
 mod tools;
+mod urgency;

@@ -7,14 +7,14 @@
 
 use std::time::Duration;
 
-use rudder_scheduler::BLOCK_SIZE;
+use crate::BLOCK_SIZE;
 
 /// How much a new measurement moves an estimate.
 const GAIN: f64 = 0.25;
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Pace {
+pub struct Pace {
     /// Seconds between two tokens of a decode beside prefill.
     target: f64,
     /// Most tokens of a step.
@@ -26,12 +26,13 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    pub(crate) fn new(target: Duration, most: usize) -> Self {
+    /// For steps that may take `target` where they decode, and hold `most` tokens.
+    pub fn new(target: Duration, most: usize) -> Self {
         Self { target: target.as_secs_f64(), most, decode_step: 0.0, prefill_token: 0.0 }
     }
 
     /// A step of `decodes` decodes and `prefill` prompt tokens took this long.
-    pub(crate) fn record(&mut self, decodes: usize, prefill: usize, took: Duration) {
+    pub fn record(&mut self, decodes: usize, prefill: usize, took: Duration) {
         let took = took.as_secs_f64();
         match (decodes > 0, prefill) {
             (true, 0) => approach(&mut self.decode_step, took),
@@ -44,7 +45,7 @@ impl Pace {
     }
 
     /// Most prompt tokens of the next step, if it decodes.
-    pub(crate) fn prefill_limit(&self) -> usize {
+    pub fn prefill_limit(&self) -> usize {
         if self.prefill_token == 0.0 {
             return self.most;
         }

@@ -1,0 +1,185 @@
+//! Who waits: where they stand, how soon they want it, where the time went.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::Request;
+use rudder_engine::EngineConfig;
+use rudder_server::ServerConfig;
+use serde_json::{Value, json};
+
+use crate::common::{Answer, Fixture, MODEL, Manner, engine_config, start, start_with};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+const RESPONSES: &str = "/v1/responses";
+const MESSAGES: &str = "/v1/messages";
+
+/// A server that runs one request at a time, in small steps of 40 ms.
+fn narrow() -> Fixture {
+    let engine = EngineConfig { max_sequences: 1, max_batch_tokens: 4, ..engine_config() };
+    let manner = Manner { step: Duration::from_millis(40), ..Manner::default() };
+    start_with(ServerConfig::new(MODEL), engine, manner, true)
+}
+
+/// A short answer to a prompt of some eighty tokens, another one in each dialect.
+fn bodies() -> [(&'static str, Value); 4] {
+    let prompt = |name: &str| format!("{name} {}", "waiting ".repeat(9));
+    let messages = |name: &str| json!([{"role": "user", "content": prompt(name)}]);
+    [
+        (CHAT, json!({"messages": messages("chat"), "max_tokens": 1})),
+        (COMPLETIONS, json!({"prompt": prompt("completions"), "max_tokens": 1})),
+        (RESPONSES, json!({"input": prompt("responses"), "max_output_tokens": 1, "store": false})),
+        (MESSAGES, json!({"messages": messages("messages"), "max_tokens": 1})),
+    ]
+}
+
+fn with(mut body: Value, extra: Value) -> Value {
+    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    body
+}
+
+/// Keeps the server busy for a second.
+async fn occupy(fixture: &Fixture) {
+    let answer = fixture.post(COMPLETIONS, &json!({"prompt": "ab", "max_tokens": 25})).await;
+    assert_eq!(answer.status, 200);
+}
+
+/// Posts once the server is busy.
+async fn post_later(fixture: &Fixture, path: &str, body: &Value, timeout: Option<&str>) -> Answer {
+    while fixture.engine.stats().running == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let body = with(body.clone(), json!({"model": MODEL})).to_string();
+    let request = timeout
+        .into_iter()
+        .fold(Request::post(path), |request, timeout| request.header("x-request-timeout", timeout));
+    fixture.send(request.body(Body::from(body)).unwrap()).await
+}
+
+#[tokio::test]
+async fn a_stream_tells_its_place_in_line_and_how_much_of_its_prompt_is_read() {
+    let fixture = narrow();
+    let [chat, _, responses, messages] = bodies();
+    let ask = async |(path, body): (&str, Value)| {
+        let body = with(body, json!({"stream": true}));
+        post_later(&fixture, path, &body, None).await.text()
+    };
+    let ((), chat, responses, messages) =
+        tokio::join!(occupy(&fixture), ask(chat), ask(responses), ask(messages));
+    for text in [chat, responses, messages] {
+        let comment =
+            |kind: &str| text.split("\n\n").find_map(|event| event.strip_prefix(kind).map(str::to_owned));
+        let position: usize = comment(": queued position=").expect(&text).parse().unwrap();
+        assert!((1..=3).contains(&position), "{text}");
+        let read = comment(": prefill ").expect(&text);
+        let (done, total) = read.split_once('/').unwrap();
+        assert!(done.parse::<usize>().unwrap() <= total.parse::<usize>().unwrap(), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_quick_answer_has_no_comments() {
+    let fixture = start();
+    for (path, body) in bodies() {
+        let text = fixture.post(path, &with(body, json!({"stream": true}))).await.text();
+        assert!(!text.contains("\n: ") && !text.starts_with(':'), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn what_still_waits_at_its_deadline_is_dropped_with_a_reason() {
+    let fixture = narrow();
+    let [chat, completions, responses, messages] = bodies().map(|(path, body)| (path, body, Some("0.05")));
+    let ask = async |(path, body, timeout): (&str, Value, Option<&str>)| {
+        post_later(&fixture, path, &body, timeout).await
+    };
+    let streamed = with(chat.1.clone(), json!({"stream": true}));
+    let ((), chat, completions, responses, messages, streamed, patient) = tokio::join!(
+        occupy(&fixture),
+        ask(chat),
+        ask(completions),
+        ask(responses),
+        ask(messages),
+        ask((CHAT, streamed, Some("0.05"))),
+        ask((CHAT, bodies()[0].1.clone(), Some("3600")))
+    );
+    for answer in [chat, completions, responses] {
+        assert_eq!(answer.error(), (504, String::new(), "deadline_exceeded".into()));
+    }
+    assert_eq!(messages.status, 504);
+    assert_eq!(messages.json()["error"]["type"], "timeout_error");
+    let (events, _) = streamed.events();
+    assert_eq!(events.last().unwrap()["error"]["code"], "deadline_exceeded");
+    assert_eq!(patient.status, 200, "{}", patient.text());
+    let [(path, body), ..] = bodies();
+    let (refused, ()) = tokio::join!(post_later(&fixture, path, &body, Some("soon")), occupy(&fixture));
+    assert_eq!(refused.error().0, 400);
+}
+
+#[tokio::test]
+async fn an_urgent_request_passes_one_that_can_wait() {
+    let fixture = narrow();
+    let order = Mutex::new(Vec::new());
+    let ask = async |name: &'static str, extra: Value, behind: usize| {
+        while fixture.engine.stats().waiting < behind {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let body = with(json!({"prompt": name.repeat(6), "max_tokens": 1}), extra);
+        assert_eq!(post_later(&fixture, COMPLETIONS, &body, None).await.status, 200);
+        order.lock().unwrap().push(name);
+    };
+    tokio::join!(
+        occupy(&fixture),
+        ask("flexible", json!({"service_tier": "flex"}), 0),
+        ask("ordinary", json!({}), 1),
+        ask("numbered", json!({"priority": -3}), 2),
+    );
+    assert_eq!(*order.lock().unwrap(), ["numbered", "ordinary", "flexible"]);
+}
+
+#[tokio::test]
+async fn a_tier_is_repeated_where_it_was_named_and_refused_where_it_is_unknown() {
+    let fixture = start();
+    let [(_, chat), _, (_, responses), _] = bodies();
+    let tier = async |path: &str, body: &Value, tier: Value| {
+        fixture.post(path, &with(body.clone(), json!({"service_tier": tier}))).await
+    };
+    assert_eq!(tier(CHAT, &chat, json!("flex")).await.json()["service_tier"], "flex");
+    assert_eq!(tier(CHAT, &chat, json!("auto")).await.json()["service_tier"], "default");
+    assert!(tier(CHAT, &chat, Value::Null).await.json().get("service_tier").is_none());
+    assert_eq!(tier(RESPONSES, &responses, json!("priority")).await.json()["service_tier"], "priority");
+    for (path, body) in bodies() {
+        assert_eq!(tier(path, &body, json!("at once")).await.status, 400);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_tells_where_its_time_went() {
+    let fixture = start();
+    for (path, body) in bodies() {
+        fixture.post(path, &body).await;
+        let answer = fixture.post(path, &body).await;
+        for name in ["queue-ms", "prefill-ms", "decode-ms"] {
+            let value = answer.headers[&format!("x-rudder-{name}")].to_str().unwrap();
+            assert!(value.parse::<f64>().is_ok_and(|ms| ms >= 0.0), "{name} {value}");
+        }
+        assert_ne!(answer.headers["x-rudder-cached-tokens"], "0", "{path}");
+        let told = &answer.json()["rudder"];
+        assert_eq!(told.is_object(), path != MESSAGES, "{told}");
+        if told.is_object() {
+            assert!(told["prefill_ms"].as_f64().unwrap() > 0.0, "{told}");
+            assert_eq!(told["cached_tokens"].to_string(), answer.headers["x-rudder-cached-tokens"]);
+        }
+    }
+    let [(_, chat), _, (_, responses), _] = bodies();
+    let streamed = with(chat, json!({"stream": true, "stream_options": {"include_usage": true}}));
+    let (events, _) = fixture.post(CHAT, &streamed).await.events();
+    let told: Vec<bool> = events.iter().map(|event| event.get("rudder").is_some()).collect();
+    assert!(told.last().unwrap() & !told[..told.len() - 1].contains(&true), "{events:?}");
+    let text = fixture.post(RESPONSES, &with(responses, json!({"stream": true}))).await.text();
+    let last = text.trim_end().rsplit_once("data: ").unwrap().1;
+    let last: Value = serde_json::from_str(last).unwrap();
+    assert!(last["response"]["rudder"]["decode_ms"].is_number(), "{last}");
+}
