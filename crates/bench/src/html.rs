@@ -30,11 +30,7 @@ const COLOURS: usize = 6;
 pub(crate) fn page(reports: &[Report]) -> String {
     let plotted = &reports[..reports.len().min(COLOURS)];
     let title = reports.iter().map(|r| escape(&r.label)).collect::<Vec<_>>().join(" | ");
-    let mut out = format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
-         <title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n"
-    );
+    let mut out = String::new();
     for r in reports {
         let [label, target, model, workload] =
             [&r.label, &r.target, &r.model, &r.workload].map(|t| escape(t));
@@ -61,7 +57,16 @@ pub(crate) fn page(reports: &[Report]) -> String {
         let _ = write!(out, "<h2>Requests, last run{name}</h2>\n<p>pale: until the first token</p>\n");
         let _ = writeln!(out, "{}", plot::timeline(run));
     }
-    out + "</body></html>\n"
+    document(&title, &out)
+}
+
+/// A whole page around a body; title and body are HTML.
+pub(crate) fn document(title: &str, body: &str) -> String {
+    format!(
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
+         <title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n{body}</body></html>\n"
+    )
 }
 
 fn answered(report: &Report) -> impl Iterator<Item = &RequestRecord> {
@@ -99,17 +104,22 @@ fn figures(out: &mut String, reports: &[Report]) {
 fn section(out: &mut String, reports: &[Report], title: &str, svg: &str) {
     let _ = writeln!(out, "<h2>{title}</h2>");
     if reports.len() > 1 {
-        out.push_str("<p>");
-        for (i, r) in reports.iter().enumerate() {
-            let key = format!("<span class=\"key\" style=\"background: var(--c{i})\"></span>");
-            let _ = write!(out, "{key}{} &nbsp; ", escape(&r.label));
-        }
-        out.push_str("</p>\n");
+        key(out, reports.iter().map(|r| r.label.as_str()));
     }
     let _ = writeln!(out, "{svg}");
 }
 
-fn escape(text: &str) -> String {
+/// Which colour is what.
+pub(crate) fn key<'a>(out: &mut String, names: impl IntoIterator<Item = &'a str>) {
+    out.push_str("<p>");
+    for (i, name) in names.into_iter().enumerate() {
+        let key = format!("<span class=\"key\" style=\"background: var(--c{i})\"></span>");
+        let _ = write!(out, "{key}{} &nbsp; ", escape(name));
+    }
+    out.push_str("</p>\n");
+}
+
+pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 

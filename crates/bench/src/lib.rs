@@ -5,6 +5,8 @@
 //! trace                   -> replay          -> client                   -> record -> stats -> report
 //! ```
 //!
+//! `simulate` measures no server: it puts scheduling policies side by side in virtual time.
+//!
 //! A client of its own measures every server the same way: the clock is read when a chunk of the
 //! answer arrives, and tokens are counted by the server's own `usage` where it is given.
 
@@ -19,6 +21,7 @@ mod prompt;
 mod record;
 mod replay;
 mod report;
+mod simulate;
 mod sse;
 mod stats;
 mod table;
@@ -29,6 +32,7 @@ pub use args::{AgentTraceArgs, CompareArgs, Endpoint, OutputArgs, ServeArgs, Thr
 pub use compare::compare;
 pub use dist::{BadLength, Length};
 pub use record::{ReplaySummary, Report, RequestRecord, Run, Summary};
+pub use simulate::{MachineName, SimulateArgs, simulate};
 pub use stats::Spread;
 pub use trace::TurnKind;
 

@@ -100,15 +100,30 @@ pub(crate) fn distribution(series: &[Series], unit: &str) -> String {
     } else {
         axes(&mut svg, &x, &Scale::y(100.0), unit, "% at most");
     }
+    shares(&mut svg, &samples, &x);
+    svg + "</svg>"
+}
+
+/// The cumulative distributions of samples, up to `longest`.
+pub(crate) fn cumulative(series: &[Series], unit: &str, longest: f64) -> String {
+    let samples: Vec<Vec<f64>> = series.iter().map(|s| sorted(s.values.iter().copied())).collect();
+    let x = Scale::x(longest);
+    let mut svg = open(HEIGHT, "distribution");
+    axes(&mut svg, &x, &Scale::y(100.0), unit, "% at most");
+    shares(&mut svg, &samples, &x);
+    svg + "</svg>"
+}
+
+/// Of each ascending sample, how much lies below every value.
+fn shares(svg: &mut String, samples: &[Vec<f64>], x: &Scale) {
     let y = Scale::y(100.0);
     for (i, sample) in samples.iter().enumerate() {
         // At most some 300 points: more than the eye tells apart.
         let step = (sample.len() / 300).max(1);
         let share = |i: usize| (i + 1) as f64 / sample.len() as f64 * 100.0;
         let ranks = (0..sample.len()).step_by(step).chain(sample.len().checked_sub(1));
-        line(&mut svg, i, ranks.filter(|&r| sample[r] <= x.max).map(|r| (x.at(sample[r]), y.at(share(r)))));
+        line(svg, i, ranks.filter(|&r| sample[r] <= x.max).map(|r| (x.at(sample[r]), y.at(share(r)))));
     }
-    svg + "</svg>"
 }
 
 fn histogram(svg: &mut String, sample: &[f64], x: &Scale, unit: &str) {

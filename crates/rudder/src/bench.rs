@@ -15,6 +15,7 @@ pub fn run(command: BenchCommand, config: Option<&Path>) -> Result<()> {
         BenchCommand::Serve(args) => runtime.block_on(rudder_bench::serve(args)),
         BenchCommand::AgentTrace(args) => runtime.block_on(rudder_bench::agent_trace(args)),
         BenchCommand::Compare(args) => rudder_bench::compare(&args),
+        BenchCommand::Simulate(args) => rudder_bench::simulate(&args),
         BenchCommand::Throughput { model, mut bench } => {
             let settings = model.over(config)?;
             let engine;

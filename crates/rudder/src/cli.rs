@@ -152,6 +152,8 @@ pub enum BenchCommand {
     },
     /// Results of earlier runs, side by side
     Compare(rudder_bench::CompareArgs),
+    /// Scheduling policies, side by side: thousands of simulated agents in virtual time
+    Simulate(rudder_bench::SimulateArgs),
 }
 
 /// Every `RUDDER_*` variable that some command reads.

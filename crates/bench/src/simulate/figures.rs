@@ -1,0 +1,106 @@
+//! What is reported of a run: waiting, pace, goodput, fairness.
+
+use super::world::{Outcome, TurnRecord};
+use crate::stats::Spread;
+
+/// A turn is good if its first token comes so soon, and its others at this pace: seconds.
+pub(crate) const GOOD_FIRST_TOKEN: f64 = 5.0;
+/// See [`GOOD_FIRST_TOKEN`].
+pub(crate) const GOOD_TOKEN: f64 = 0.1;
+
+/// The figures of one run; times in seconds.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Figures {
+    pub turns: usize,
+    pub first_token: Spread,
+    /// 99th percentile of the time between two tokens.
+    pub gap: f64,
+    /// Answers' tokens a second, of good turns alone.
+    pub goodput: f64,
+    /// Jain's index over keys of how much longer their turns take than on an empty machine: 1 is alike.
+    pub fairness: f64,
+    /// The flooding key's share of all tokens computed.
+    pub flood_share: f64,
+    /// Of agents' prompt tokens, how many were in the cache.
+    pub cached: f64,
+}
+
+impl Figures {
+    /// Of a run; none if nothing was asked in it.
+    pub fn of(outcome: &Outcome) -> Option<Self> {
+        let good = outcome.turns.iter().filter(|turn| is_good(turn)).fold(0.0, |sum, turn| sum + turn.answer);
+        let [agents, flood] = outcome.computed;
+        Some(Self {
+            turns: outcome.turns.len(),
+            first_token: Spread::of(outcome.turns.iter().map(|turn| turn.first_token))?,
+            gap: weighted_percentile(&outcome.gaps, 0.99),
+            goodput: good / outcome.seconds,
+            fairness: fairness(&outcome.turns),
+            flood_share: flood / (agents + flood),
+            cached: outcome.cached / outcome.prompt,
+        })
+    }
+}
+
+fn is_good(turn: &TurnRecord) -> bool {
+    let paced = |rest: f64| rest <= GOOD_TOKEN * (turn.answer - 1.0).max(1.0);
+    turn.first_token <= GOOD_FIRST_TOKEN && turn.rest.is_some_and(paced)
+}
+
+/// R. Jain, D. Chiu and W. Hawe, "A Quantitative Measure of Fairness and Discrimination", 1984.
+fn fairness(turns: &[TurnRecord]) -> f64 {
+    let mut slowdowns: Vec<(u64, f64, usize)> = Vec::new();
+    for turn in turns {
+        let slowdown = (turn.first_token + turn.rest.unwrap_or(0.0)) / turn.alone;
+        match slowdowns.iter_mut().find(|(owner, ..)| *owner == turn.owner) {
+            Some((_, sum, count)) => (*sum, *count) = (*sum + slowdown, *count + 1),
+            None => slowdowns.push((turn.owner, slowdown, 1)),
+        }
+    }
+    let means: Vec<f64> = slowdowns.iter().map(|(_, sum, count)| sum / *count as f64).collect();
+    let (sum, squares) =
+        means.iter().fold((0.0, 0.0), |(sum, squares), mean| (sum + mean, squares + mean * mean));
+    sum * sum / (means.len() as f64 * squares)
+}
+
+/// The value below which a `share` of the weight lies; 0 of nothing.
+fn weighted_percentile(values: &[(f64, usize)], share: f64) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let wanted = share * values.iter().map(|(_, weight)| *weight as f64).sum::<f64>();
+    let mut seen = 0.0;
+    let found = values.iter().find(|(_, weight)| {
+        seen += *weight as f64;
+        seen >= wanted
+    });
+    found.map_or(0.0, |(value, _)| *value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn turn(owner: u64, first_token: f64, rest: Option<f64>) -> TurnRecord {
+        TurnRecord { owner, first_token, rest, answer: 101.0, alone: 2.0 }
+    }
+
+    #[test]
+    fn fairness_is_one_where_all_wait_alike_and_less_where_one_waits_longer() {
+        assert_eq!(fairness(&[turn(1, 1.0, Some(3.0)), turn(2, 2.0, Some(2.0))]), 1.0);
+        assert_eq!(fairness(&[turn(1, 0.0, Some(2.0)), turn(2, 4.0, Some(2.0))]), 0.8); // 4² / (2 · 10)
+    }
+
+    #[test]
+    fn a_turn_that_waits_drags_or_never_ends_is_not_good() {
+        let good = |first, rest| is_good(&turn(0, first, rest));
+        assert!(good(5.0, Some(10.0)));
+        assert!(!good(5.1, Some(10.0)) && !good(1.0, Some(10.1)) && !good(1.0, None));
+    }
+
+    #[test]
+    fn a_percentile_goes_by_weight() {
+        assert_eq!(weighted_percentile(&[(3.0, 1), (1.0, 99), (2.0, 0)], 0.99), 1.0);
+        assert_eq!(weighted_percentile(&[(3.0, 2), (1.0, 98)], 0.99), 3.0);
+        assert_eq!(weighted_percentile(&[], 0.99), 0.0);
+    }
+}
