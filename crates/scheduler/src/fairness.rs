@@ -36,6 +36,8 @@ const SESSION_DEBT_STEPS: f64 = 4.0;
 const MOST_SHARING: f64 = 4.0;
 /// Priorities beyond are cut to this.
 const MOST_PRIORITY: i32 = 3;
+/// Within a session, each step of priority lets so many that came later go first.
+const ARRIVALS_A_STEP: i32 = 64;
 
 /// Whom a sequence works for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -53,7 +55,11 @@ pub struct Origin {
 impl Origin {
     /// The share of service relative to priority 0.
     fn weight(&self) -> f64 {
-        f64::from(-self.priority.clamp(-MOST_PRIORITY, MOST_PRIORITY)).exp2()
+        f64::from(-self.clamped()).exp2()
+    }
+
+    fn clamped(&self) -> i32 {
+        self.priority.clamp(-MOST_PRIORITY, MOST_PRIORITY)
     }
 
     fn session_key(&self, id: SequenceId) -> u64 {
@@ -130,11 +136,11 @@ impl FairQueue {
             owner: origin.owner,
             session: origin.session_key(id),
             cost: [cost / origin.weight(), cost / origin.weight().min(1.0)],
-            place: f64::from(origin.priority),
+            place: id as f64 + f64::from(ARRIVALS_A_STEP * origin.clamped()),
         }
     }
 
-    /// Puts candidates in line: within a session by priority and arrival, within an owner by the
+    /// Puts candidates in line: within a session by arrival and priority, within an owner by the
     /// session's service, over all by the owner's.
     pub fn sort(&self, candidates: &mut [Candidate]) {
         let session_start = |c: &Candidate| self.sessions.get(&c.owner).map_or(0.0, |s| s.start(c.session));
@@ -339,6 +345,13 @@ mod tests {
         assert_eq!(line(&queue, &wants), [3, 2, 1]);
         wants.iter().for_each(|(id, origin, _)| queue.charge(*id, origin, 100.0));
         assert_eq!([1, 2, 3].map(|owner| queue.owners.accounts[&owner].served), [100.0; 3]);
+    }
+
+    #[test]
+    fn within_a_session_urgency_goes_first_and_patience_ends() {
+        let of = |id, priority| (id, Origin { priority, ..origin(1, 1) }, 10.0);
+        let wants = [of(1, 3), of(2, 0), of(3, i32::MIN), of(1000, -3)];
+        assert_eq!(line(&joined(&wants), &wants), [3, 2, 1, 1000]);
     }
 
     #[test]
