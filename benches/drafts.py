@@ -3,9 +3,10 @@
 
     benches/drafts.py --rudder target/release/rudder --model qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
-Edit turns ask for a source file back with one change, once as it is and once with the file as
-`prediction`; free turns ask for prose and new code. Decoding speed is tokens after the first over the
-time from first to last. Answers must be equal with and without, or the script fails.
+Edit turns ask for `drafts_source.py` back with one change, once with the file as `prediction` too; free
+turns ask for prose and new code. Two servers, one with drafts and one without, are asked in turn, in
+alternating order. Decoding speed is tokens after the first over the time from the first to the last;
+the ratio is the median of the pairs'. Answers must be equal with and without, or the script fails.
 """
 
 import argparse
@@ -17,57 +18,57 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-FILE = ROOT / "crates/scheduler/src/block_pool.rs"
-EDITS = [
-    "Rename the function `allocate` to `take`.",
-    "Add a comment line `// Checked by the caller.` above the function `retain`.",
-]
-FREE = [
-    "Explain in some 200 words how a hash map resolves collisions.",
-    "Write a Python function that merges overlapping intervals, with three examples.",
-]
+HERE = pathlib.Path(__file__).resolve().parent
+SOURCE = (HERE / "drafts_source.py").read_text()
+EDITS = {
+    "rename a method": "Rename the method `touches` to `involves`, also where it is called.",
+    "change a constant": "Change MAX_ENTRIES to 50_000.",
+    "add a docstring": 'Give the method `accounts` the docstring """All names, sorted.""".',
+}
+FREE = {
+    "explain": "Explain in some 300 words how a hash map resolves collisions.",
+    "new code": "Write a Python function that merges overlapping intervals, with three examples.",
+    "story": "Tell a story of a lighthouse keeper and a whale.",
+    "list": "Which ten books on software engineering would you recommend, and why?",
+}
+MODES = ["off", "lookup"]
 
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("--rudder", default=str(ROOT / "target/release/rudder"))
+    arguments.add_argument("--rudder", default=str(HERE.parent / "target/release/rudder"))
     arguments.add_argument("--model", required=True)
-    arguments.add_argument("--repeats", type=int, default=3)
-    arguments.add_argument("--edit-tokens", type=int, default=1600)
+    arguments.add_argument("--pairs", type=int, default=5)
+    arguments.add_argument("--edit-tokens", type=int, default=900)
+    arguments.add_argument("--free-tokens", type=int, default=256)
+    arguments.add_argument("--json", type=pathlib.Path, help="write all figures there")
     options = arguments.parse_args()
-    figures = {}
-    for repeat in range(options.repeats):
-        # Each repeat in the other order, so that drift favours neither.
-        for mode in ["off", "lookup"][:: -1 if repeat % 2 else 1]:
-            with Server(options.rudder, options.model, mode) as server:
-                for name, body in turns(options.edit_tokens):
-                    figures.setdefault(name, {}).setdefault(mode, []).append(server.ask(body))
-    print("| turn | tokens | off, tok/s | lookup, tok/s | ratio | accepted of drafted |")
-    print("|---|---|---|---|---|---|")
-    for name, modes in figures.items():
-        texts = {run["text"] for runs in modes.values() for run in runs}
-        if len(texts) != 1:
-            sys.exit(f"{name}: the answers differ")
-        speed = {mode: statistics.median(run["speed"] for run in runs) for mode, runs in modes.items()}
-        last = modes["lookup"][-1]
-        print(f"| {name} | {last['tokens']} | {speed['off']:.1f} | {speed['lookup']:.1f} "
-              f"| {speed['lookup'] / speed['off']:.2f} | {last['accepted']:.0f} of {last['drafted']:.0f} |")
+    figures = {name: [] for name, _ in turns(options)}
+    with Server(options, "off") as off, Server(options, "lookup") as lookup:
+        servers = {"off": off, "lookup": lookup}
+        for pair in range(options.pairs):
+            for name, body in turns(options):
+                order = MODES[:: -1 if pair % 2 else 1]
+                figures[name].append({mode: servers[mode].ask(body) for mode in order})
+    report(figures)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def turns(edit_tokens):
-    source = FILE.read_text()
-    for edit in EDITS:
-        ask = f"{edit} Answer with the whole file and nothing else.\n\n```rust\n{source}```"
-        yield f"edit: {edit}", body(ask, edit_tokens)
-    predicted = {"type": "content", "content": f"```rust\n{source}```"}
-    yield "edit with prediction", body(ask, edit_tokens) | {"prediction": predicted}
-    for free in FREE:
-        yield f"free: {free}", body(free, 256)
+def turns(options):
+    """Names and requests."""
+    for name, edit in EDITS.items():
+        ask = f"{edit} Answer with the whole file in one code block and nothing else.\n\n```python\n{SOURCE}```"
+        yield f"edit: {name}", body(ask, options.edit_tokens)
+    predicted = {"type": "content", "content": f"```python\n{SOURCE}```"}
+    yield f"edit: {name}, with `prediction`", body(ask, options.edit_tokens) | {"prediction": predicted}
+    for name, ask in FREE.items():
+        yield f"free: {name}", body(ask, options.free_tokens)
 
 
 def body(text, tokens):
@@ -77,28 +78,45 @@ def body(text, tokens):
     }
 
 
+def report(figures):
+    print("| turn | tokens | without, tok/s | with, tok/s | ratio | accepted of drafted |")
+    print("|---|---|---|---|---|---|")
+    for name, pairs in figures.items():
+        if len({run.pop("text") for pair in pairs for run in pair.values()}) != 1:
+            sys.exit(f"{name}: the answers differ")
+        speed = {mode: statistics.median(pair[mode]["speed"] for pair in pairs) for mode in MODES}
+        ratio = statistics.median(pair["lookup"]["speed"] / pair["off"]["speed"] for pair in pairs)
+        last = pairs[-1]["lookup"]
+        print(f"| {name} | {last['tokens']} | {speed['off']:.1f} | {speed['lookup']:.1f} "
+              f"| {ratio:.2f} | {last['accepted']:.0f} of {last['drafted']:.0f} |")
+
+
 class Server:
     """Rudder with drafts or without, in a process of its own."""
 
-    def __init__(self, rudder, model, mode):
+    def __init__(self, options, mode):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [rudder, "serve", "--model", model, "--draft", mode, "--port", str(self.port), "--alias", "any"]
+        self.data = tempfile.TemporaryDirectory()
+        command = [options.rudder, "serve", "--model", options.model, "--draft", mode, "--kv-memory", "256MiB",
+                   "--port", str(self.port), "--alias", "any", "--data-dir", self.data.name]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def __enter__(self):
         for _ in range(600):
             try:
-                self.get("/health")
+                self.get("/ready")
                 return self
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.1)
+        self.__exit__()
         sys.exit("the server does not start")
 
     def __exit__(self, *_):
         os.kill(self.process.pid, signal.SIGTERM)
         self.process.wait()
+        self.data.cleanup()
 
     def get(self, path):
         return urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5).read().decode()

@@ -2,8 +2,6 @@
 
 import concurrent.futures
 
-import pytest
-
 SOURCE = """class Cart:
     def __init__(self, currency):
         self.currency = currency
@@ -44,12 +42,6 @@ NOTE = {
 WRITE = "Write these lines to notes.txt, as they are: " + "; ".join(f"{i} apples make {i} pies" for i in range(6))
 
 
-@pytest.fixture
-def both(start):
-    """A server without drafts and one with them."""
-    return start("--draft", "off"), start()
-
-
 def words(answer):
     """What was said and called, with the exact log-probability of every token."""
     [choice] = answer.choices
@@ -60,16 +52,22 @@ def words(answer):
 
 def requests():
     """Edits, plain, drawn and penalised; calls held to a schema; free text."""
-    yield EDIT, {"max_tokens": 160, "logprobs": True}
-    yield EDIT, {"max_tokens": 160, "prediction": {"type": "content", "content": f"```python\n{SOURCE}```"}}
-    yield EDIT, {"max_tokens": 80, "temperature": 0.6, "seed": 3, "frequency_penalty": 0.2, "logprobs": True}
+    yield EDIT, {"max_tokens": 100, "logprobs": True}
+    yield EDIT, {"max_tokens": 120, "prediction": {"type": "content", "content": f"```python\n{SOURCE}```"}}
+    yield EDIT, {"max_tokens": 60, "temperature": 0.6, "seed": 3, "frequency_penalty": 0.2, "logprobs": True}
     yield WRITE, {"max_tokens": 120, "tools": [NOTE], "tool_choice": "required"}
-    yield WRITE, {"max_tokens": 120, "response_format": {"type": "json_object"}}
-    yield "Why is the sky blue?", {"max_tokens": 60, "logprobs": True}
+    yield WRITE, {"max_tokens": 80, "response_format": {"type": "json_object"}}
+    yield "Why is the sky blue?", {"max_tokens": 40, "logprobs": True}
 
 
-def test_answers_are_the_same_alone_and_beside_others(both):
-    plain, drafting = both
+def streamed(server):
+    """Text and finish reason of a streamed edit."""
+    chunks = [c for c in server.chat(EDIT, max_tokens=80, stream=True) if c.choices]
+    return "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
+
+
+def test_answers_are_the_same_alone_beside_others_and_streamed(start):
+    plain, drafting = start("--draft", "off"), start()
     asked = list(requests())
     expected = [words(plain.chat(content, **options)) for content, options in asked]
     assert plain.metrics()["rudder_spec_decode_num_drafts_total"] == 0
@@ -80,17 +78,7 @@ def test_answers_are_the_same_alone_and_beside_others(both):
     assert [words(answer) for answer in answers] == expected
     beside = drafting.metrics()
     accepted = "rudder_spec_decode_num_accepted_tokens_total"
-    assert 100 < alone[accepted] < beside[accepted]
+    assert 50 < alone[accepted] < beside[accepted]
     predicted = answers[1].usage.completion_tokens_details
-    assert predicted.accepted_prediction_tokens > 80
-
-
-def test_a_stream_says_the_same(both):
-    plain, drafting = both
-    options = {"max_tokens": 120, "stream": True}
-
-    def streamed(server):
-        chunks = [c for c in server.chat(EDIT, **options) if c.choices]
-        return "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
-
+    assert predicted.accepted_prediction_tokens > 60
     assert streamed(drafting) == streamed(plain)
