@@ -121,7 +121,7 @@ async def one(http, dice, model, ends):
         ends[f"{type(error).__name__}: {error}"] += 1
         return
     if body["stream"]:
-        whole = lines[-1:] == ["data: [DONE]"] and not any('"error"' in line for line in lines)
+        whole = lines[-1:] == ["data: [DONE]"] and not any('"error":' in line for line in lines)
     else:
         whole = all(choice["finish_reason"] for choice in json.loads("".join(lines))["choices"])
     ends["finished" if whole else f"ended oddly: {lines[-2:]}"] += 1
