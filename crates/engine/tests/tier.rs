@@ -20,6 +20,15 @@ use rudder_model::Model;
 const ROOMY: EngineConfig = EngineConfig { kv_blocks: 512, max_context: 512, max_sequences: 8, ..CONFIG };
 const CAPACITY: u64 = 256 << 20;
 
+/// An engine on a medium with switches, after another left a turn of seed 1 on disk.
+fn restarted(folder: &Path) -> (Engine, Arc<Switches>) {
+    let engine = start(folder);
+    turn(&engine, 1);
+    stop(engine);
+    let switches = Arc::new(Switches::default());
+    (start_on(folder, &switches), switches)
+}
+
 /// An engine whose disk misbehaves as the switches say.
 fn start_on(folder: &Path, switches: &Arc<Switches>) -> Engine {
     start_as(model(&ROOMY), folder, switches)
@@ -289,11 +298,7 @@ fn what_a_waiting_sequence_will_load_is_fetched_ahead() {
 #[test]
 fn a_slow_disk_holds_nobody_up() {
     let folder = tempfile::tempdir().unwrap();
-    let engine = start(folder.path());
-    turn(&engine, 1);
-    stop(engine);
-    let switches = Arc::new(Switches::default());
-    let engine = start_on(folder.path(), &switches);
+    let (engine, switches) = restarted(folder.path());
     switches.millis.store(60_000, Ordering::SeqCst);
     let resumed = engine.submit(request(prompt(1, TURN), 40)).unwrap();
     assert_eq!(turn(&engine, 2).ids(), expected(2).ids(), "another goes on meanwhile");
@@ -323,11 +328,7 @@ fn a_disk_that_writes_slowly_holds_nobody_up() {
 #[test]
 fn a_client_that_leaves_while_its_blocks_are_read_leaves_nothing_behind() {
     let folder = tempfile::tempdir().unwrap();
-    let engine = start(folder.path());
-    turn(&engine, 1);
-    stop(engine);
-    let switches = Arc::new(Switches::default());
-    let engine = start_on(folder.path(), &switches);
+    let (engine, switches) = restarted(folder.path());
     switches.millis.store(60_000, Ordering::SeqCst);
     let resumed = engine.submit(request(prompt(1, TURN), 40)).unwrap();
     eventually("a read", || switches.reads.load(Ordering::SeqCst) > 0);
