@@ -29,6 +29,10 @@ pub(crate) struct BlockPool {
     references: Vec<u32>,
     free: Vec<BlockId>,
     tree: PrefixTree,
+    /// How often a block came into the tree or left it.
+    changes: u64,
+    #[cfg(test)]
+    lookups: std::cell::Cell<usize>,
     pub(crate) retention: Retention,
 }
 
@@ -38,6 +42,9 @@ impl BlockPool {
             references: vec![0; blocks],
             free: (0..blocks as BlockId).rev().collect(),
             tree: PrefixTree::new(blocks),
+            changes: 0,
+            #[cfg(test)]
+            lookups: std::cell::Cell::default(),
             retention: Retention::new(blocks),
         }
     }
@@ -76,6 +83,7 @@ impl BlockPool {
     /// An unheld leaf leaves the tree, here and nowhere else.
     fn leave_tree(&mut self, block: BlockId) {
         debug_assert!(!self.is_used(block), "a held block is evicted");
+        self.changes += 1;
         self.retention.take(block);
         if let Some(parent) = self.tree.remove(block)
             && !self.is_used(parent)
@@ -88,7 +96,24 @@ impl BlockPool {
 
     /// The cached or used block that continues `parent` with these tokens; not held yet.
     pub(crate) fn lookup(&self, parent: Option<BlockId>, tokens: &[u32; BLOCK_SIZE]) -> Option<BlockId> {
+        #[cfg(test)]
+        self.lookups.set(self.lookups.get() + 1);
         self.tree.child(parent, tokens)
+    }
+
+    /// How often a block came into the tree or left it: while this stands still, a lookup finds what it found.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// How often the block has left the tree.
+    pub(crate) fn generation(&self, block: BlockId) -> u32 {
+        self.retention.generation(block)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn lookups(&self) -> usize {
+        self.lookups.get()
     }
 
     /// Whether a sequence holds the block.
@@ -148,7 +173,10 @@ impl BlockPool {
                 self.release(block, None);
                 present
             }
-            None => block,
+            None => {
+                self.changes += 1;
+                block
+            }
         }
     }
 }

@@ -29,6 +29,7 @@
 //! ```
 
 mod block_pool;
+mod cached_path;
 mod drafts;
 mod fairness;
 mod key_heap;

@@ -31,9 +31,10 @@ impl Scheduler {
         self.index_full_blocks(id);
     }
 
-    /// How many blocks a waiting sequence would find in the prefix tree if it were admitted now.
+    /// How many blocks a waiting sequence was last seen to find in the prefix tree: when it came, or when a
+    /// plan asked whether to admit it.
     pub fn cached_blocks(&self, id: SequenceId) -> usize {
-        self.sequences.get(&id).map_or(0, |sequence| self.cached_path(sequence).len())
+        self.sequences.get(&id).map_or(0, |sequence| sequence.cached.len())
     }
 
     /// Lets a held sequence go on with what it has.

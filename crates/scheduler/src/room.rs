@@ -67,8 +67,8 @@ impl Scheduler {
         }
         let Some(at) = self.line.iter().position(|candidate| !self.is_running(candidate.id)) else { return };
         let next = self.line[at];
-        let path = self.cached_path(&self.sequences[&next.id]);
-        while !self.has_room(next.id, &path) {
+        self.update_cached(next.id);
+        while !self.has_room(next.id) {
             let Some(victim) = self.who_yields_to(&next, at) else { return };
             self.preempt(victim, plan);
             self.sequences.get_mut(&victim).expect("it ran").yields += 1;

@@ -19,11 +19,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use crate::BLOCK_SIZE;
 use crate::block_pool::{BlockCounts, BlockPool};
 use crate::fairness::{Candidate, FairQueue, Origin};
 use crate::room::Holdings;
 use crate::sequence::{Sequence, SequenceId};
-use crate::{BLOCK_SIZE, BlockId};
 
 /// Sizes and switches of a [`Scheduler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,10 +150,12 @@ impl Scheduler {
     /// If the id is known or the prompt empty or too long: the engine checks its input.
     pub fn add(&mut self, id: SequenceId, prompt: Vec<u32>, score_prompt: bool, origin: Origin) {
         assert!(!prompt.is_empty() && prompt.len() <= self.max_tokens());
-        let mut sequence = Sequence::new(prompt, score_prompt, origin);
-        sequence.charged = self.cached_path(&sequence).len() * BLOCK_SIZE;
-        let previous = self.sequences.insert(id, sequence);
+        let previous = self.sequences.insert(id, Sequence::new(prompt, score_prompt, origin));
         assert!(previous.is_none(), "sequence {id} was added twice");
+        let cached = self.update_cached(id);
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.charged = cached * BLOCK_SIZE;
+        }
         self.waiting.insert(id);
         self.fair.join(id, &origin);
     }
@@ -347,34 +349,19 @@ impl Scheduler {
                 if !admits || plan.preempted.contains(&id) {
                     continue;
                 }
-                let path = self.cached_path(&self.sequences[&id]);
-                if self.is_being_computed(id, path.len(), plan) {
+                let cached = self.update_cached(id);
+                if self.is_being_computed(id, cached, plan) {
                     continue;
                 }
-                if !self.has_room(id, &path) {
+                if !self.has_room(id) {
                     admits = false; // nor any behind it, lest they keep it waiting
                     continue;
                 }
-                plan.admitted.push((id, self.start(id, &path)));
+                plan.admitted.push((id, self.start(id)));
             }
             self.plan_prefill(id, plan, budget);
         }
         self.line = line;
-    }
-
-    /// The cached blocks that a sequence can begin with. At least its last token is left to
-    /// compute, since the next token's logits come from it.
-    pub(crate) fn cached_path(&self, sequence: &Sequence) -> Vec<BlockId> {
-        let mut path = Vec::new();
-        if self.config.prefix_cache && !sequence.is_scoring() {
-            for index in 0..(sequence.tokens.len() - 1) / BLOCK_SIZE {
-                let Some(block) = self.pool.lookup(path.last().copied(), sequence.block_tokens(index)) else {
-                    break;
-                };
-                path.push(block);
-            }
-        }
-        path
     }
 
     /// Whether this step computes, or a slower tier brings, for another sequence, the block after the
@@ -397,23 +384,23 @@ impl Scheduler {
 
     /// Whether there is a place, and the pool has blocks for all known tokens and a spare one per
     /// running sequence.
-    pub(crate) fn has_room(&self, id: SequenceId, path: &[BlockId]) -> bool {
-        let unused_on_path = path.iter().filter(|&&block| !self.pool.is_used(block)).count();
-        let new = self.sequences[&id].tokens.len().div_ceil(BLOCK_SIZE) - path.len();
+    pub(crate) fn has_room(&self, id: SequenceId) -> bool {
+        let sequence = &self.sequences[&id];
+        let unused_on_path = sequence.cached.len() - sequence.cached.held(&self.pool);
+        let new = sequence.tokens.len().div_ceil(BLOCK_SIZE) - sequence.cached.len();
         let needed = unused_on_path + new;
         self.running.len() < self.config.max_sequences && needed + self.running.len() <= self.pool.available()
     }
 
     /// Gives a waiting sequence its blocks; returns how many of its tokens are cached.
-    fn start(&mut self, id: SequenceId, path: &[BlockId]) -> usize {
+    fn start(&mut self, id: SequenceId) -> usize {
         self.waiting.remove(&id);
         let at = self.running.partition_point(|&other| other < id);
         self.running.insert(at, id);
         let sequence = self.sequences.get_mut(&id).expect("waiting sequences are known");
-        for &block in path {
-            self.pool.retain(block);
-        }
-        sequence.blocks.extend_from_slice(path);
+        let path = std::mem::take(&mut sequence.cached);
+        path.blocks().for_each(|block| self.pool.retain(block));
+        sequence.blocks.extend(path.blocks());
         sequence.indexed = path.len();
         sequence.computed = path.len() * BLOCK_SIZE;
         if !std::mem::replace(&mut sequence.started, true) {

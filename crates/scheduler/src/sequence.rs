@@ -1,5 +1,6 @@
 //! A sequence: its tokens and its place in the KV cache.
 
+use crate::cached_path::CachedPath;
 use crate::fairness::{DECODE_COST, Origin};
 use crate::retention::SessionHandle;
 use crate::{BLOCK_SIZE, BlockId};
@@ -20,6 +21,8 @@ pub struct Sequence {
     pub blocks: Vec<BlockId>,
     /// How many of `blocks` are in the prefix tree: a prefix of them.
     pub(crate) indexed: usize,
+    /// While it waits: the blocks that it can begin with.
+    pub(crate) cached: CachedPath,
     /// Logits are wanted for every prompt token, so the prompt is computed whole.
     pub(crate) score_prompt: bool,
     /// Its next blocks are being filled from outside: nothing of it is planned.
@@ -47,6 +50,7 @@ impl Sequence {
             computed: 0,
             blocks: Vec::new(),
             indexed: 0,
+            cached: CachedPath::default(),
             score_prompt,
             held: false,
             session: None,
@@ -100,11 +104,19 @@ impl Sequence {
     /// # Panics
     /// If the known tokens end before the block does.
     pub fn block_tokens(&self, index: usize) -> &[u32; BLOCK_SIZE] {
-        self.tokens[index * BLOCK_SIZE..].first_chunk().expect("the block is full")
+        block_at(&self.tokens, index)
     }
 
     /// The block before `index` on the path, `None` at the head.
     pub(crate) fn parent(&self, index: usize) -> Option<BlockId> {
         index.checked_sub(1).map(|before| self.blocks[before])
     }
+}
+
+/// The tokens of full block `index` of a sequence.
+///
+/// # Panics
+/// If they end before the block does.
+pub(crate) fn block_at(tokens: &[u32], index: usize) -> &[u32; BLOCK_SIZE] {
+    tokens[index * BLOCK_SIZE..].first_chunk().expect("the block is full")
 }
