@@ -15,6 +15,9 @@
 //! - Owners share evenly, however many there are. Among an owner's sessions, which cost nothing to
 //!   open, the clock goes as if at most [`MOST_SHARING`] shared: so a prompt of `n` tokens lets those that
 //!   come after it have at most about `MOST_SHARING * n` tokens first.
+//! - An owner *floods* that has had more than its share and has more than [`FLOOD_STEPS`] to read behind its
+//!   first prompt: it has a queue, so that it wants throughput and not one answer soon. What is then cut for
+//!   it, see `scheduler`; it ends with the queue, or once the owner has no more than its share.
 //! - Weights are finite, so no priority starves another. Urgency moves service among an owner's own
 //!   sessions, never from another owner; a sequence that can wait lets other owners' go first too.
 //!
@@ -32,6 +35,8 @@ const OWNER_CREDIT_STEPS: f64 = 16.0;
 /// How far behind a session is put for what it had too much, in whole steps' tokens: little, lest
 /// an agent's next short turn wait behind newcomers.
 const SESSION_DEBT_STEPS: f64 = 4.0;
+/// Prompts that make a flood, in whole steps' tokens.
+const FLOOD_STEPS: f64 = 16.0;
 /// See the module.
 const MOST_SHARING: f64 = 4.0;
 /// Priorities beyond are cut to this.
@@ -86,13 +91,15 @@ pub(crate) struct FairQueue {
     sessions: HashMap<u64, Level>,
     /// Tokens of a whole step.
     step: f64,
+    /// Owners that flood, as of the last sort.
+    floods: Vec<u64>,
 }
 
 impl FairQueue {
     pub fn new(step_tokens: usize) -> Self {
         let step = step_tokens as f64;
         let owners = Level::new(OWNER_CREDIT_STEPS * step, f64::INFINITY, f64::INFINITY);
-        Self { owners, sessions: HashMap::new(), step }
+        Self { owners, sessions: HashMap::new(), step, floods: Vec::new() }
     }
 
     /// A sequence came.
@@ -141,12 +148,30 @@ impl FairQueue {
     }
 
     /// Puts candidates in line: within a session by arrival and priority, within an owner by the
-    /// session's service, over all by the owner's.
-    pub fn sort(&self, candidates: &mut [Candidate]) {
+    /// session's service, over all by the owner's. Finds who floods.
+    pub fn sort(&mut self, candidates: &mut [Candidate]) {
         let session_start = |c: &Candidate| self.sessions.get(&c.owner).map_or(0.0, |s| s.start(c.session));
         rank(candidates, |c| (c.owner, c.session), session_start, |c| c.cost[0]);
         rank(candidates, |c| (c.owner, 0), |c| self.owners.start(c.owner), |c| c.cost[1]);
+        self.find_floods(candidates);
         candidates.sort_unstable_by(|a, b| a.place.total_cmp(&b.place).then(a.id.cmp(&b.id)));
+    }
+
+    /// Whether an owner floods, as of the last sort.
+    pub fn floods(&self, owner: u64) -> bool {
+        self.floods.contains(&owner)
+    }
+
+    /// `candidates` are ranked, owner by owner.
+    fn find_floods(&mut self, candidates: &[Candidate]) {
+        self.floods.clear();
+        for own in candidates.chunk_by(|a, b| a.owner == b.owner) {
+            let (first, last) = (&own[0], &own[own.len() - 1]);
+            let is_ahead = self.owners.start(first.owner) > self.owners.clock;
+            if is_ahead && last.place - first.place > FLOOD_STEPS * self.step {
+                self.floods.push(first.owner);
+            }
+        }
     }
 }
 
@@ -253,7 +278,7 @@ mod tests {
     }
 
     /// The ids in line, each with its origin and what it has left.
-    fn line(queue: &FairQueue, wants: &[(SequenceId, Origin, f64)]) -> Vec<SequenceId> {
+    fn line(queue: &mut FairQueue, wants: &[(SequenceId, Origin, f64)]) -> Vec<SequenceId> {
         let mut line: Vec<_> =
             wants.iter().map(|(id, origin, cost)| queue.candidate(*id, origin, *cost)).collect();
         queue.sort(&mut line);
@@ -269,7 +294,7 @@ mod tests {
     #[test]
     fn a_short_turn_passes_a_long_prompt_and_equals_go_by_arrival() {
         let wants = [(1, origin(7, 1), 9000.0), (2, origin(7, 2), 40.0), (3, origin(7, 3), 40.0)];
-        assert_eq!(line(&joined(&wants), &wants), [2, 3, 1]);
+        assert_eq!(line(&mut joined(&wants), &wants), [2, 3, 1]);
     }
 
     #[test]
@@ -279,7 +304,7 @@ mod tests {
         let passed = (2..).take_while(|&id| {
             let short = (id, origin(7, id), 40.0);
             queue.join(id, &short.1);
-            let first = line(&queue, &[long, short])[0] == id;
+            let first = line(&mut queue, &[long, short])[0] == id;
             queue.charge(id, &short.1, 40.0);
             queue.leave(id, &short.1);
             queue.settle();
@@ -297,7 +322,27 @@ mod tests {
         let single = (99, origin(2, 0), 800.0);
         queue.join(single.0, &single.1);
         wants.push(single);
-        assert_eq!(line(&queue, &wants)[0], 99);
+        assert_eq!(line(&mut queue, &wants)[0], 99);
+    }
+
+    #[test]
+    fn a_flood_is_a_queue_of_an_owner_that_had_more_than_its_share() {
+        let step = STEP as f64;
+        let flood: Vec<_> = (0..4).map(|id| (id, origin(1, id), 8.0 * step)).collect();
+        let mut queue = joined(&flood);
+        queue.join(9, &origin(2, 0));
+        line(&mut queue, &flood);
+        assert!(!queue.floods(1), "it has had nothing yet");
+        queue.charge(0, &flood[0].1, 40.0 * step);
+        line(&mut queue, &flood);
+        assert!(queue.floods(1));
+        line(&mut queue, &[(0, flood[0].1, 1000.0 * step)]);
+        assert!(!queue.floods(1), "one prompt is no flood, however long");
+        line(&mut queue, &flood[..2]);
+        assert!(!queue.floods(1), "nor are two short ones");
+        queue.charge(9, &origin(2, 0), 80.0 * step);
+        line(&mut queue, &flood);
+        assert!(!queue.floods(1), "the other has had more since");
     }
 
     #[test]
@@ -309,7 +354,7 @@ mod tests {
         queue.leave(1, &busy);
         queue.settle();
         queue.join(3, &busy);
-        assert_eq!(line(&queue, &[(2, other, 500.0), (3, busy, 10.0)]), [2, 3], "still 1000 ahead");
+        assert_eq!(line(&mut queue, &[(2, other, 500.0), (3, busy, 10.0)]), [2, 3], "still 1000 ahead");
         queue.leave(3, &busy);
         queue.charge(2, &other, 1000.0);
         queue.settle();
@@ -329,7 +374,7 @@ mod tests {
         queue.join(2, &plain);
         let mut served = [0.0; 2];
         for _ in 0..1000 {
-            let first = line(&queue, &[(1, urgent, 10.0), (2, plain, 10.0)])[0];
+            let first = line(&mut queue, &[(1, urgent, 10.0), (2, plain, 10.0)])[0];
             queue.charge(first, if first == 1 { &urgent } else { &plain }, 10.0);
             served[first as usize - 1] += 10.0;
         }
@@ -342,7 +387,7 @@ mod tests {
             (Origin { priority: -3, ..origin(1, 1) }, Origin { priority: 3, ..origin(2, 1) });
         let wants = [(1, patient, 30.0), (2, urgent, 50.0), (3, origin(3, 1), 40.0)];
         let mut queue = joined(&wants);
-        assert_eq!(line(&queue, &wants), [3, 2, 1]);
+        assert_eq!(line(&mut queue, &wants), [3, 2, 1]);
         wants.iter().for_each(|(id, origin, _)| queue.charge(*id, origin, 100.0));
         assert_eq!([1, 2, 3].map(|owner| queue.owners.accounts[&owner].served), [100.0; 3]);
     }
@@ -351,7 +396,7 @@ mod tests {
     fn within_a_session_urgency_goes_first_and_patience_ends() {
         let of = |id, priority| (id, Origin { priority, ..origin(1, 1) }, 10.0);
         let wants = [of(1, 3), of(2, 0), of(3, i32::MIN), of(1000, -3)];
-        assert_eq!(line(&joined(&wants), &wants), [3, 2, 1, 1000]);
+        assert_eq!(line(&mut joined(&wants), &wants), [3, 2, 1, 1000]);
     }
 
     #[test]

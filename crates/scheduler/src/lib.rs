@@ -46,7 +46,7 @@ mod sessions;
 
 pub use block_pool::{BlockCounts, BlockId};
 pub use fairness::Origin;
-pub use pace::Pace;
+pub use pace::{Pace, PrefillLimit};
 pub use retention::{MAX_SESSIONS, PROTECTED_SHARE, RetentionStats, SessionBlocks, SessionHandle, Tick};
 pub use scheduler::{Chunk, Policy, PrefixStats, Scheduler, SchedulerConfig, StepPlan};
 pub use sequence::{Sequence, SequenceId};

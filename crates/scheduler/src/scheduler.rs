@@ -14,6 +14,9 @@
 //! - A decode is one token, or several where some were appended without a draw. Each sequence gets
 //!   one; for the others decodes may take half of what is then left, so prefill never stands still.
 //! - Drafted tokens take what the other decodes leave; see `drafts`.
+//! - Beside decodes, prefill keeps to a limit, so that these keep a pace. To the prompts of an owner that
+//!   floods a step gives no more time than a quarter of what it takes for others: so others' answers are
+//!   at most a quarter slower for it, and where these end the sooner, it has the machine to itself.
 //! - A waiting sequence whose next block another computes in this very step (forks of one prompt), or
 //!   has fetched, lets it go ahead and then shares, rather than compute the same twice.
 
@@ -22,8 +25,12 @@ use std::collections::{BTreeSet, HashMap};
 use crate::BLOCK_SIZE;
 use crate::block_pool::{BlockCounts, BlockPool};
 use crate::fairness::{Candidate, FairQueue, Origin};
+use crate::pace::PrefillLimit;
 use crate::room::Holdings;
 use crate::sequence::{Sequence, SequenceId};
+
+/// Others' time over a flood's, where they share a step.
+const OTHERS_TO_FLOOD: usize = 4;
 
 /// Sizes and switches of a [`Scheduler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,8 +119,8 @@ pub struct Scheduler {
     fair: FairQueue,
     /// Who wants prefill, in the order of the step being planned; running and waiting.
     pub(crate) line: Vec<Candidate>,
-    /// Most prompt tokens of a step that also decodes.
-    prefill_limit: usize,
+    /// For steps that also decode.
+    prefill_limit: PrefillLimit,
     pub(crate) holdings: Holdings,
     prefix_stats: PrefixStats,
 }
@@ -133,7 +140,7 @@ impl Scheduler {
             running: Vec::with_capacity(config.max_sequences),
             fair: FairQueue::new(config.max_batch_tokens),
             line: Vec::new(),
-            prefill_limit: config.max_batch_tokens,
+            prefill_limit: PrefillLimit { tokens: config.max_batch_tokens, decodes: None },
             holdings: Holdings::default(),
             prefix_stats: PrefixStats::default(),
         }
@@ -190,10 +197,9 @@ impl Scheduler {
         self.line.iter().map(|candidate| candidate.id).filter(|id| self.waiting.contains(id))
     }
 
-    /// From now on, a step that also decodes computes at most so many prompt tokens, so that it
-    /// keeps a pace. At least one.
-    pub fn limit_prefill(&mut self, tokens: usize) {
-        self.prefill_limit = tokens.max(1);
+    /// From now on, a step that also decodes holds to this, so that it keeps a pace.
+    pub fn limit_prefill(&mut self, limit: PrefillLimit) {
+        self.prefill_limit = limit;
     }
 
     /// Blocks by state.
@@ -220,11 +226,24 @@ impl Scheduler {
         self.plan_decodes(plan, &mut budget);
         self.plan_drafts(plan, &mut budget);
         plan.decodes = plan.chunks.len();
-        if plan.decodes > 0 {
-            budget.tokens = budget.tokens.min(self.prefill_limit);
-        }
-        self.plan_prefills(plan, &mut budget, admits);
+        let flood = self.limit_to_pace(plan, &mut budget);
+        self.plan_prefills(plan, &mut budget, flood, admits);
         self.place_drafts(plan);
+    }
+
+    /// Cuts the prompt tokens of a step to what its decodes allow. Returns how many of them may be of owners
+    /// that flood.
+    fn limit_to_pace(&self, plan: &StepPlan, budget: &mut Budget) -> usize {
+        if plan.decodes == 0 {
+            return budget.tokens;
+        }
+        let PrefillLimit { tokens, decodes } = self.prefill_limit;
+        budget.tokens = budget.tokens.min(tokens);
+        let floods = |chunk: &Chunk| self.fair.floods(self.sequences[&chunk.id].origin.owner);
+        match decodes {
+            Some(decodes) if !plan.chunks.iter().all(floods) => (decodes / OTHERS_TO_FLOOD).max(BLOCK_SIZE),
+            _ => budget.tokens,
+        }
     }
 
     /// Advances the planned sequences by the known tokens that were computed and makes their full
@@ -320,30 +339,44 @@ impl Scheduler {
         plan.preempted.push(id);
     }
 
-    /// A chunk of a running sequence's prefill, as long as the budget allows.
-    fn plan_prefill(&self, id: SequenceId, plan: &mut StepPlan, budget: &mut Budget) {
+    /// A chunk of a running sequence's prefill, of at most `most` tokens and as long as the budget allows;
+    /// returns its length.
+    fn plan_prefill(&self, id: SequenceId, most: usize, plan: &mut StepPlan, budget: &mut Budget) -> usize {
         let sequence = &self.sequences[&id];
         let scoring = sequence.is_scoring();
-        let most = if scoring { budget.tokens.min(budget.outputs) } else { budget.tokens };
+        let most = if scoring { most.min(budget.outputs) } else { most };
         let len = sequence.pending().min(most);
         let outputs = match (scoring, len == sequence.pending()) {
             (true, _) => len,
             (false, true) => 1,
             (false, false) => 0,
         };
-        if len > 0 && outputs <= budget.outputs {
-            budget.take(len, outputs);
-            plan.chunks.push(Chunk { id, start: sequence.computed, len, outputs, drafted: 0 });
+        if len == 0 || outputs > budget.outputs {
+            return 0;
         }
+        budget.take(len, outputs);
+        plan.chunks.push(Chunk { id, start: sequence.computed, len, outputs, drafted: 0 });
+        len
     }
 
-    /// Prefill along the line while the budget lasts: running sequences go on, waiting ones are
-    /// admitted while there are blocks and places.
-    fn plan_prefills(&mut self, plan: &mut StepPlan, budget: &mut Budget, mut admits: bool) {
+    /// Prefill along the line while the budget lasts, and `flood` for owners that flood: running sequences
+    /// go on, waiting ones are admitted while there are blocks and places.
+    fn plan_prefills(
+        &mut self,
+        plan: &mut StepPlan,
+        budget: &mut Budget,
+        mut flood: usize,
+        mut admits: bool,
+    ) {
         let line = std::mem::take(&mut self.line);
-        for &Candidate { id, .. } in &line {
+        for &Candidate { id, owner, .. } in &line {
             if budget.tokens == 0 {
                 break;
+            }
+            let floods = self.fair.floods(owner);
+            let most = if floods { flood.min(budget.tokens) } else { budget.tokens };
+            if most == 0 {
+                continue;
             }
             if !self.is_running(id) {
                 if !admits || plan.preempted.contains(&id) {
@@ -359,7 +392,8 @@ impl Scheduler {
                 }
                 plan.admitted.push((id, self.start(id)));
             }
-            self.plan_prefill(id, plan, budget);
+            let len = self.plan_prefill(id, most, plan, budget);
+            flood = if floods { flood - len } else { flood + len / OTHERS_TO_FLOOD };
         }
         self.line = line;
     }

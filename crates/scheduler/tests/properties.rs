@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proptest::prelude::*;
-use rudder_scheduler::{BLOCK_SIZE, Origin, Policy, Scheduler, SchedulerConfig, SequenceId, StepPlan};
+use rudder_scheduler::{
+    BLOCK_SIZE, Origin, Policy, PrefillLimit, Scheduler, SchedulerConfig, SequenceId, StepPlan,
+};
 
 /// A KV cache of hashes: a slot holds the hash of the whole prefix that it stands for, so a wrong
 /// block, a stale block or a missing write shows as a wrong hash.
@@ -315,16 +317,22 @@ fn config() -> impl Strategy<Value = SchedulerConfig> {
     )
 }
 
+fn limit() -> impl Strategy<Value = PrefillLimit> {
+    (8usize..64, prop::option::of(0usize..64)).prop_map(|(tokens, decodes)| PrefillLimit { tokens, decodes })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
     fn blocks_add_up_kv_is_right_decodes_go_on_and_every_request_ends_once(
         config in config(),
+        limit in limit(),
         acts in prop::collection::vec(act(), 1..60),
         restoring in any::<bool>(),
     ) {
         let mut world = World::new(config);
+        world.scheduler.limit_prefill(limit);
         world.restoring = restoring && config.prefix_cache;
         for act in acts {
             match act {
@@ -350,10 +358,12 @@ proptest! {
     #[test]
     fn nobody_starves_under_an_endless_flood(
         config in config(),
+        limit in limit(),
         flood in prop::collection::vec((origin(), 1usize..40, 1usize..20), 1..8),
         mine in origin(),
     ) {
         let mut world = World::new(SchedulerConfig { policy: Policy::Fair, ..config });
+        world.scheduler.limit_prefill(limit);
         world.forcing = false;
         let room = world.scheduler.max_tokens() * 3 / 4;
         let mut flood = flood.into_iter().cycle();
@@ -674,7 +684,7 @@ fn a_turn_with_little_to_compute_does_not_wait_behind_a_long_prompt() {
 fn a_step_that_decodes_holds_its_prefill_limit() {
     let mut world = World::new(ROOMY);
     world.forcing = false;
-    world.scheduler.limit_prefill(20);
+    world.scheduler.limit_prefill(PrefillLimit { tokens: 20, decodes: None });
     world.arrive(vec![1; 100], 50, false);
     world.step(false);
     assert_eq!(world.plan.chunks[0].len, 64, "nothing decodes yet");
@@ -682,6 +692,43 @@ fn a_step_that_decodes_holds_its_prefill_limit() {
     world.arrive(vec![2; 100], 1, false);
     world.step(false);
     assert_eq!(world.plan.chunks.iter().map(|c| c.len).collect::<Vec<_>>(), [1, 20]);
+    world.scheduler.limit_prefill(PrefillLimit { tokens: 0, decodes: None });
+    world.step(false);
+    assert_eq!(world.plan.chunks.iter().map(|c| c.len).collect::<Vec<_>>(), [1]);
+}
+
+/// A flood of forty prompts of a second key.
+fn flood(world: &mut World) {
+    for id in 0..40 {
+        world.arrive_for(key(2), vec![100 + id; 2000], 1, false);
+    }
+}
+
+const WIDE: SchedulerConfig =
+    SchedulerConfig { blocks: 8192, max_sequences: 32, max_batch_tokens: 256, ..ROOMY };
+
+#[test]
+fn a_flood_gets_a_quarter_of_the_time_that_a_step_takes_for_others_and_else_all() {
+    let mut world = World::new(WIDE);
+    world.forcing = false;
+    world.scheduler.limit_prefill(PrefillLimit { tokens: 200, decodes: Some(128) });
+    /// Prompt tokens of a step: those of sequence 41, and the flood's.
+    fn step(world: &mut World) -> (usize, usize) {
+        world.step(false);
+        let prefills = &world.plan.chunks[world.plan.decodes..];
+        let own = prefills.iter().filter(|chunk| chunk.id == 41).map(|chunk| chunk.len).sum();
+        (own, prefills.iter().map(|chunk| chunk.len).sum::<usize>() - own)
+    }
+    world.arrive_for(key(1), vec![1; 40], 120, false);
+    flood(&mut world);
+    (0..40).for_each(|_| world.step(false)); // its credit is used up
+    assert_eq!(step(&mut world), (0, 32));
+    world.arrive_for(key(3), vec![7; 500], 30, false);
+    assert_eq!([0; 3].map(|_| step(&mut world)), [(200, 0), (200, 0), (100, 57)]);
+    while [0, 41].iter().any(|id| world.remaining.contains_key(id)) {
+        world.step(false);
+    }
+    assert_eq!(step(&mut world), (0, 256));
 }
 
 #[test]
