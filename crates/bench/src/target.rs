@@ -152,6 +152,7 @@ async fn ask_engine(
         prompt_logprobs: false,
         grammar: None,
         owner: None,
+        weight: 1,
         session: None,
         prediction: Arc::from([]),
         priority: 0,

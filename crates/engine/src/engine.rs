@@ -246,7 +246,7 @@ impl Engine {
 
     /// Counts a request in, unless as many run and wait as may.
     fn take_place(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
-        if self.shared.places.take(&request.owner) {
+        if self.shared.places.take(&request.owner, request.weight) {
             return Ok(());
         }
         let waiting = self.shared.places.taken().saturating_sub(self.config.max_sequences);

@@ -33,6 +33,9 @@ pub struct GenerateRequest {
     pub grammar: Option<Arc<dyn Grammar>>,
     /// Stands for the API key that asks; none where there are none.
     pub owner: Option<Arc<str>>,
+    /// The owner's share of service relative to others'; 1 is usual. It is the same in all requests of an
+    /// owner.
+    pub weight: u32,
     /// The conversation that it is a turn of. Keys of two owners never meet.
     pub session: Option<Arc<str>>,
     /// What the generated tokens are expected to be, or empty. It speeds them up where it is right
@@ -51,6 +54,7 @@ impl GenerateRequest {
         let hash = |key: &Arc<str>| BuildHasherDefault::<DefaultHasher>::default().hash_one(key);
         Origin {
             owner: self.owner.as_ref().map_or(0, hash),
+            weight: self.weight,
             session: self.session.as_ref().map(hash),
             priority: self.priority,
         }

@@ -68,6 +68,7 @@ fn config(settings: ServerSettings, name: String) -> Result<ServerConfig> {
         reasoning_parser,
         aliases,
         api_keys: settings.api_key.unwrap_or_default(),
+        key_weights: settings.key_weight.unwrap_or_default(),
         max_body_bytes: settings
             .max_body
             .map_or(defaults.max_body_bytes, |b| usize::try_from(b.0).unwrap_or(usize::MAX)),

@@ -13,6 +13,9 @@ use clap::{Args, Command};
 use rudder_engine::DraftMode;
 use serde::{Deserialize, Deserializer, de};
 
+/// The greatest weight of a key.
+const MAX_KEY_WEIGHT: u32 = 1000;
+
 /// Which model, on what, with how much memory: for every command that runs one.
 #[derive(Debug, Clone, Default, PartialEq, Args, Deserialize)]
 #[command(next_help_heading = "Model")]
@@ -84,6 +87,11 @@ pub struct ServerSettings {
     #[arg(long, env = "RUDDER_API_KEY", value_name = "KEY", value_delimiter = ',', hide_env_values = true)]
     #[serde(default, deserialize_with = "one_or_many")]
     pub api_key: Option<Vec<String>>,
+    /// What each key weighs where the machine is shared, in the keys' order: one of 4 gets four times what one
+    /// of 1 gets, if both want it [default: 1 each]
+    #[arg(long, env = "RUDDER_KEY_WEIGHT", value_name = "N", value_delimiter = ',')]
+    #[serde(default, deserialize_with = "one_or_many")]
+    pub key_weight: Option<Vec<u32>>,
     /// Name that clients call the model by [default: the model's own]
     #[arg(long, env = "RUDDER_SERVED_MODEL_NAME", value_name = "NAME")]
     pub served_model_name: Option<String>,
@@ -256,12 +264,14 @@ impl<'de> Deserialize<'de> for TimeSpan {
     }
 }
 
-fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
+fn one_or_many<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<T>>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
-    enum Written {
-        One(String),
-        Many(Vec<String>),
+    enum Written<T> {
+        One(T),
+        Many(Vec<T>),
     }
     Ok(Some(match Written::deserialize(deserializer)? {
         Written::One(one) => vec![one],
@@ -325,6 +335,7 @@ impl ServerSettings {
             host: self.host.or(file.host),
             port: self.port.or(file.port),
             api_key: self.api_key.or(file.api_key),
+            key_weight: self.key_weight.or(file.key_weight),
             served_model_name: self.served_model_name.or(file.served_model_name),
             alias: self.alias.or(file.alias),
             tool_parser: self.tool_parser.or(file.tool_parser),
@@ -350,6 +361,14 @@ impl ServerSettings {
         // An empty key would let everybody in who sends an empty one.
         if merged.api_key.iter().flatten().any(String::is_empty) {
             bail!("api_key is empty; leave it out to ask for no key");
+        }
+        let weights = merged.key_weight.as_deref().unwrap_or_default();
+        if weights.iter().any(|weight| !(1..=MAX_KEY_WEIGHT).contains(weight)) {
+            bail!("key_weight must be from 1 to {MAX_KEY_WEIGHT}");
+        }
+        let keys = merged.api_key.as_ref().map_or(0, Vec::len);
+        if weights.len() > keys {
+            bail!("key_weight has {} weights for {keys} keys; give one for each api_key", weights.len());
         }
         if merged.keep_alive.is_some_and(|s| !(0.01..=86_400.0).contains(&s)) {
             bail!("keep_alive must be a number of seconds from 0.01 to 86400");
@@ -436,6 +455,7 @@ mod tests {
             host = "::1"
             port = 7
             api_key = ["a", "b"]
+            key_weight = [4, 1]
             served_model_name = "s"
             alias = "claude-*"
             tool_parser = "hermes"
@@ -457,6 +477,7 @@ mod tests {
         assert_eq!(server.max_body, Some(ByteSize(9_000_000)));
         assert_eq!(server.response_retention, Some(TimeSpan(Duration::from_secs(12 * 3600))));
         assert_eq!(server.api_key.unwrap(), ["a", "b"]);
+        assert_eq!(server.key_weight.unwrap(), [4, 1]);
     }
 
     #[test]
@@ -474,6 +495,10 @@ mod tests {
         let message = format!("{:#}", server("host = \"localhorst\"").unwrap_err());
         assert!(message.contains("host") && message.contains("line 1"), "{message}");
         assert!(server("api_key = \"\"").is_err());
+        assert!(server("api_key = \"a\"\nkey_weight = 3").is_ok());
+        for weights in ["0", "1001", "[1, 2]", "-1", "\"many\""] {
+            assert!(server(&format!("api_key = \"a\"\nkey_weight = {weights}")).is_err(), "{weights}");
+        }
         assert!(server("keep_alive = 0").is_err() && server("keep_alive = nan").is_err());
         assert!(ModelSettings { threads: Some(0), ..ModelSettings::default() }.over(None).is_err());
         let share = |share| ModelSettings { gpu_memory_utilization: Some(share), ..ModelSettings::default() };

@@ -2,8 +2,8 @@
 //!
 //! Service is counted in tokens computed, those found in the cache being free: one for a prompt token,
 //! [`DECODE_COST`] for a generated one. Each account (an owner, or a session of one) adds up its service;
-//! a session's is divided by the weight of the sequence's `priority`. The *clock* of a level is what an
-//! account would have that always had its share. A sequence's place in line is the service at which its account will
+//! an owner's is divided by its `weight`, a session's by that of the sequence's `priority`. The *clock* of a
+//! level is what an account would have that always had its share. A sequence's place in line is the service at which its account will
 //! be with its prompt done; the least goes first. So a turn with little left to compute passes a
 //! newcomer's long prompt, and a long prompt keeps its place while the clock, at which newcomers begin,
 //! goes on.
@@ -12,7 +12,7 @@
 //!   [`OWNER_CREDIT_STEPS`] ahead at first, so that a modest one is not slowed by one that floods.
 //! - An account that had more than its share still counts after its last sequence ended, until the
 //!   clock has caught up: pausing does not clear the debt. A session's is cut to [`SESSION_DEBT_STEPS`].
-//! - Owners share evenly, however many there are. Among an owner's sessions, which cost nothing to
+//! - Owners share by their weights, however many there are. Among an owner's sessions, which cost nothing to
 //!   open, the clock goes as if at most [`MOST_SHARING`] shared: so a prompt of `n` tokens lets those that
 //!   come after it have at most about `MOST_SHARING * n` tokens first.
 //! - An owner *floods* that has had more than its share and has more than [`FLOOD_STEPS`] to read behind its
@@ -45,10 +45,13 @@ const MOST_PRIORITY: i32 = 3;
 const ARRIVALS_A_STEP: i32 = 64;
 
 /// Whom a sequence works for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Origin {
-    /// Who pays: stands for an API key. Owners share the machine evenly.
+    /// Who pays: stands for an API key.
     pub owner: u64,
+    /// The owner's share of the machine relative to others'; 1 is usual, and 0 counts as that. It is the
+    /// same in all that an owner has.
+    pub weight: u32,
     /// Its conversation; an owner's conversations share what it gets. A sequence without one counts as
     /// a conversation of its own.
     pub session: Option<u64>,
@@ -57,9 +60,21 @@ pub struct Origin {
     pub priority: i32,
 }
 
+impl Default for Origin {
+    /// The owner 0, without a session, neither urgent nor privileged.
+    fn default() -> Self {
+        Self { owner: 0, weight: 1, session: None, priority: 0 }
+    }
+}
+
 impl Origin {
-    /// The share of service relative to priority 0.
-    fn weight(&self) -> f64 {
+    /// The owner's weight.
+    pub(crate) fn owner_weight(&self) -> f64 {
+        f64::from(self.weight.max(1))
+    }
+
+    /// The share of the owner's service relative to priority 0.
+    fn urgency(&self) -> f64 {
         f64::from(-self.clamped()).exp2()
     }
 
@@ -78,7 +93,7 @@ pub(crate) struct Candidate {
     pub id: SequenceId,
     pub owner: u64,
     session: u64,
-    /// Cost of what is left of its prompt, by weight, among its owner's and among all.
+    /// Cost of what is left of its prompt, by urgency among its owner's, by weight among all.
     cost: [f64; 2],
     /// The place in line: its owner's service with this done.
     pub place: f64,
@@ -104,11 +119,11 @@ impl FairQueue {
 
     /// A sequence came.
     pub fn join(&mut self, id: SequenceId, origin: &Origin) {
-        self.owners.join(origin.owner);
+        self.owners.join(origin.owner, origin.owner_weight());
         let debt = SESSION_DEBT_STEPS * self.step;
         let sessions =
             self.sessions.entry(origin.owner).or_insert_with(|| Level::new(0.0, debt, MOST_SHARING));
-        sessions.join(origin.session_key(id));
+        sessions.join(origin.session_key(id), 1.0);
     }
 
     /// A sequence ended.
@@ -123,7 +138,7 @@ impl FairQueue {
     pub fn charge(&mut self, id: SequenceId, origin: &Origin, cost: f64) {
         self.owners.charge(origin.owner, cost);
         if let Some(sessions) = self.sessions.get_mut(&origin.owner) {
-            sessions.charge(origin.session_key(id), cost / origin.weight());
+            sessions.charge(origin.session_key(id), cost / origin.urgency());
         }
     }
 
@@ -142,7 +157,7 @@ impl FairQueue {
             id,
             owner: origin.owner,
             session: origin.session_key(id),
-            cost: [cost / origin.weight(), cost / origin.weight().min(1.0)],
+            cost: [cost / origin.urgency(), cost / origin.urgency().min(1.0) / origin.owner_weight()],
             place: id as f64 + f64::from(ARRIVALS_A_STEP * origin.clamped()),
         }
     }
@@ -197,10 +212,12 @@ fn rank(
     }
 }
 
-/// Accounts that share alike.
+/// Accounts that share by weight.
 #[derive(Debug)]
 struct Level {
     accounts: HashMap<u64, Account>,
+    /// Sum of their weights.
+    weights: f64,
     clock: f64,
     /// Accounts without a live sequence, kept for what they owe.
     idle: usize,
@@ -209,8 +226,10 @@ struct Level {
     most_sharing: f64,
 }
 
+/// Service is by weight here.
 #[derive(Debug)]
 struct Account {
+    weight: f64,
     served: f64,
     /// What it may still run ahead.
     credit: f64,
@@ -219,11 +238,11 @@ struct Account {
 
 impl Level {
     fn new(credit: f64, debt: f64, most_sharing: f64) -> Self {
-        Self { accounts: HashMap::new(), clock: 0.0, idle: 0, credit, debt, most_sharing }
+        Self { accounts: HashMap::new(), weights: 0.0, clock: 0.0, idle: 0, credit, debt, most_sharing }
     }
 
-    fn join(&mut self, key: u64) {
-        let fresh = Account { served: self.clock, credit: self.credit, live: 0 };
+    fn join(&mut self, key: u64, weight: f64) {
+        let fresh = Account { weight, served: self.clock, credit: self.credit, live: 0 };
         let accounts = self.accounts.len();
         let account = self.accounts.entry(key).or_insert(fresh);
         if account.live > 0 {
@@ -231,7 +250,10 @@ impl Level {
             return;
         }
         account.live = 1;
-        self.idle -= usize::from(self.accounts.len() == accounts);
+        match self.accounts.len() == accounts {
+            true => self.idle -= 1,
+            false => self.weights += weight,
+        }
     }
 
     fn leave(&mut self, key: u64) {
@@ -244,11 +266,10 @@ impl Level {
     }
 
     fn charge(&mut self, key: u64, cost: f64) {
-        let sharing = self.most_sharing.min(self.accounts.len() as f64);
         if let Some(account) = self.accounts.get_mut(&key) {
-            account.served += cost;
-            account.credit = (account.credit - cost).max(0.0);
-            self.clock += cost / sharing;
+            account.served += cost / account.weight;
+            account.credit = (account.credit - cost / account.weight).max(0.0);
+            self.clock += cost / self.most_sharing.min(self.weights);
         }
     }
 
@@ -258,6 +279,7 @@ impl Level {
             let clock = self.clock;
             self.accounts.retain(|_, account| account.live > 0 || (account.served > clock && !alone));
             self.idle = self.accounts.values().filter(|account| account.live == 0).count();
+            self.weights = self.accounts.values().map(|account| account.weight).sum();
         }
     }
 
@@ -274,7 +296,7 @@ mod tests {
     const STEP: usize = 100;
 
     fn origin(owner: u64, session: u64) -> Origin {
-        Origin { owner, session: Some(session), priority: 0 }
+        Origin { owner, session: Some(session), ..Origin::default() }
     }
 
     /// The ids in line, each with its origin and what it has left.
@@ -365,20 +387,42 @@ mod tests {
         assert_eq!(queue.owners.start(1), queue.owners.start(2) - credit);
     }
 
+    /// What each of several sequences gets that always want more, in steps that serve the first in line.
+    fn shares<const N: usize>(origins: [Origin; N]) -> [f64; N] {
+        let wants: Vec<_> =
+            origins.iter().enumerate().map(|(id, &origin)| (id as SequenceId, origin, 10.0)).collect();
+        let mut queue = joined(&wants);
+        let mut served = [0.0; N];
+        for _ in 0..4000 {
+            let first = line(&mut queue, &wants)[0];
+            queue.charge(first, &origins[first as usize], 10.0);
+            served[first as usize] += 10.0;
+        }
+        served
+    }
+
     #[test]
     fn each_priority_doubles_the_share() {
-        let mut queue = FairQueue::new(STEP);
-        let urgent = Origin { priority: -2, ..origin(1, 1) };
-        let plain = origin(1, 2);
-        queue.join(1, &urgent);
-        queue.join(2, &plain);
-        let mut served = [0.0; 2];
-        for _ in 0..1000 {
-            let first = line(&mut queue, &[(1, urgent, 10.0), (2, plain, 10.0)])[0];
-            queue.charge(first, if first == 1 { &urgent } else { &plain }, 10.0);
-            served[first as usize - 1] += 10.0;
+        let served = shares([Origin { priority: -2, ..origin(1, 1) }, origin(1, 2)]);
+        assert!((served[0] / served[1] - 4.0).abs() < 0.2, "{served:?}");
+    }
+
+    #[test]
+    fn owners_share_by_weight() {
+        let served = shares([Origin { weight: 5, ..origin(1, 1) }, origin(2, 1), origin(3, 1)]);
+        for light in &served[1..] {
+            assert!((served[0] / light - 5.0).abs() < 0.2, "{served:?}");
         }
-        assert!((served[0] / served[1] - 4.0_f64).abs() < 0.2, "{served:?}");
+        let even = shares([Origin { weight: 0, ..origin(1, 1) }, origin(2, 1)]);
+        assert_eq!(even[0], even[1]);
+    }
+
+    #[test]
+    fn a_weight_gives_its_owners_sessions_no_other_shares_among_them() {
+        let heavy = |session| Origin { weight: 7, ..origin(1, session) };
+        let served = shares([heavy(1), heavy(2), Origin { priority: 1, ..heavy(3) }]);
+        assert!((served[0] / served[1] - 1.0).abs() < 0.05, "{served:?}");
+        assert!((served[0] / served[2] - 2.0).abs() < 0.2, "{served:?}");
     }
 
     #[test]
@@ -405,6 +449,7 @@ mod tests {
         for id in 0..100 {
             let origin = Origin {
                 owner: id % 7,
+                weight: id as u32 % 7,
                 session: (id % 2 == 0).then_some(id % 3),
                 priority: id as i32 % 9 - 4,
             };
@@ -414,5 +459,6 @@ mod tests {
         }
         (0..100).for_each(|_| queue.settle());
         assert!(queue.owners.accounts.is_empty() && queue.sessions.is_empty());
+        assert_eq!(queue.owners.weights, 0.0);
     }
 }

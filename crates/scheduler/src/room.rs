@@ -1,7 +1,7 @@
 //! Who gives way: running sequences that lose their blocks or their place to others.
 //!
-//! Places and blocks are shared among owners max-min: a sequence takes them from an owner that still
-//! holds at least as much afterwards; so no exchange is undone by the reverse one. Within an owner a
+//! Places and blocks are shared among owners max-min, by weight: a sequence takes them from an owner that
+//! still holds at least as much for its weight afterwards; so no exchange is undone by the reverse one. Within an owner a
 //! prefill gives way to one that stands well before it in line. A sequence gives way at most
 //! [`MOST_YIELDS`] times, lest it compute the same for ever, and the running sequence that came first
 //! never does, nor loses its blocks to decodes: so something always comes to its end.
@@ -9,7 +9,7 @@
 use std::cmp::Reverse;
 
 use crate::BLOCK_SIZE;
-use crate::fairness::Candidate;
+use crate::fairness::{Candidate, Origin};
 use crate::scheduler::{Policy, Scheduler, StepPlan};
 use crate::sequence::SequenceId;
 
@@ -23,26 +23,46 @@ pub(crate) struct Holdings(Vec<Holding>);
 #[derive(Debug, Clone, Copy)]
 struct Holding {
     owner: u64,
+    weight: f64,
     running: usize,
     /// Blocks, shared ones counted for each who shares them.
     blocks: usize,
 }
 
+impl Holding {
+    /// What it has for its weight, if that changes by `more`: places, or blocks.
+    fn share(&self, places: bool, more: f64) -> f64 {
+        let held = if places { self.running } else { self.blocks };
+        (held as f64 + more) / self.weight
+    }
+}
+
 impl Holdings {
-    fn of(&self, owner: u64) -> Holding {
-        let none = Holding { owner, running: 0, blocks: 0 };
-        self.0.iter().find(|holding| holding.owner == owner).copied().unwrap_or(none)
+    fn of(&self, origin: &Origin) -> Holding {
+        let none = Holding { owner: origin.owner, weight: origin.owner_weight(), running: 0, blocks: 0 };
+        self.0.iter().find(|holding| holding.owner == origin.owner).copied().unwrap_or(none)
     }
 
-    fn add(&mut self, owner: u64, blocks: usize) {
-        match self.0.iter_mut().find(|holding| holding.owner == owner) {
+    fn add(&mut self, origin: &Origin, blocks: usize) {
+        match self.0.iter_mut().find(|holding| holding.owner == origin.owner) {
             Some(holding) => {
                 holding.running += 1;
                 holding.blocks += blocks;
             }
-            None => self.0.push(Holding { owner, running: 1, blocks }),
+            None => {
+                let (owner, weight) = (origin.owner, origin.owner_weight());
+                self.0.push(Holding { owner, weight, running: 1, blocks });
+            }
         }
     }
+}
+
+/// Who gives way first: the greatest.
+type Rank = (f64, Reverse<u64>, i32, SequenceId);
+
+fn greatest(ranks: impl Iterator<Item = Rank>) -> Option<SequenceId> {
+    let order = |a: &Rank, b: &Rank| a.0.total_cmp(&b.0).then((a.1, a.2, a.3).cmp(&(b.1, b.2, b.3)));
+    ranks.max_by(order).map(|(.., id)| id)
 }
 
 impl Scheduler {
@@ -50,13 +70,14 @@ impl Scheduler {
     /// holds most, the least urgent, youngest. By arrival alone, the youngest.
     pub(crate) fn victim_for_blocks(&mut self) -> SequenceId {
         self.count_holdings();
-        let most = self.running.iter().skip(1).copied().max_by_key(|&id| match self.config.policy {
+        let rank = |&id: &SequenceId| match self.config.policy {
             Policy::Fair => {
-                let origin = self.sequences[&id].origin;
-                (self.holdings.of(origin.owner).blocks, origin.priority, id)
+                let origin = &self.sequences[&id].origin;
+                (self.holdings.of(origin).share(false, 0.0), Reverse(0), origin.priority, id)
             }
-            Policy::FirstComeFirstServed => (0, 0, id),
-        });
+            Policy::FirstComeFirstServed => (0.0, Reverse(0), 0, id),
+        };
+        let most = greatest(self.running.iter().skip(1).map(rank));
         most.or(self.running.last().copied()).expect("a sequence that needs a block runs")
     }
 
@@ -86,23 +107,23 @@ impl Scheduler {
         }
         self.count_holdings();
         let sequence = &self.sequences[&next.id];
-        let mine = self.holdings.of(sequence.origin.owner);
-        let needs = sequence.tokens.len().div_ceil(BLOCK_SIZE);
         let lacks_place = self.running.len() == self.config.max_sequences;
-        let has_too_much = |&id: &SequenceId| {
-            let theirs = self.holdings.of(self.sequences[&id].origin.owner);
-            match lacks_place {
-                true => theirs.running >= mine.running + 2,
-                false => theirs.blocks >= mine.blocks + needs + self.sequences[&id].blocks.len(),
-            }
+        // A place, or blocks.
+        let amount = |blocks: usize| if lacks_place { 1.0 } else { blocks as f64 };
+        let needs = amount(sequence.tokens.len().div_ceil(BLOCK_SIZE));
+        let mine = self.holdings.of(&sequence.origin);
+        let has_too_much = |id: &&SequenceId| {
+            let other = &self.sequences[*id];
+            let theirs = self.holdings.of(&other.origin);
+            let given = amount(other.blocks.len());
+            theirs.share(lacks_place, -given) >= mine.share(lacks_place, needs)
         };
-        let yielding = self.running.iter().copied().filter(|id| self.may_yield(id));
-        yielding.filter(has_too_much).max_by_key(|&id| {
-            let origin = self.sequences[&id].origin;
-            let theirs = self.holdings.of(origin.owner);
-            let held = if lacks_place { theirs.running } else { theirs.blocks };
+        let rank = |&id: &SequenceId| {
+            let origin = &self.sequences[&id].origin;
+            let held = self.holdings.of(origin).share(lacks_place, 0.0);
             (held, Reverse(origin.owner), origin.priority, id)
-        })
+        };
+        greatest(self.running.iter().filter(|id| self.may_yield(id)).filter(has_too_much).map(rank))
     }
 
     /// Whether a sequence runs, did not come first of those, and has not given way too often.
@@ -114,7 +135,7 @@ impl Scheduler {
         self.holdings.0.clear();
         for id in &self.running {
             let sequence = &self.sequences[id];
-            self.holdings.add(sequence.origin.owner, sequence.blocks.len());
+            self.holdings.add(&sequence.origin, sequence.blocks.len());
         }
     }
 }

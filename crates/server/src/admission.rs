@@ -1,5 +1,6 @@
 //! Who gets in: the API key, the drain, and a name for every request.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
@@ -9,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 
 use crate::openai::ApiError;
-use crate::{Server, body};
+use crate::{Server, ServerConfig, body};
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Asked by probes and scrapers, which hold no key and want an answer during a drain.
@@ -30,6 +31,12 @@ impl Owner {
     pub fn digest(&self) -> &[u8; 32] {
         &self.0
     }
+}
+
+/// What the keys' owners weigh, each by the tag that stands for it.
+pub(crate) fn weights(config: &ServerConfig) -> HashMap<Arc<str>, u32> {
+    let tags = config.api_keys.iter().map(|key| Owner::of_key(key.as_bytes()).tag().into());
+    tags.zip(config.key_weights.iter().copied()).collect()
 }
 
 /// Lets a request through if it shows a key and the server is not draining.
@@ -127,6 +134,15 @@ mod tests {
         assert_eq!(status(&["a"], Some(("authorization", "Basic a"))), 401);
         assert_eq!(status(&["a"], Some(("authorization", "a"))), 401);
         assert_eq!(status(&["a"], Some(("x-api-key", ""))), 401);
+    }
+
+    #[test]
+    fn a_key_weighs_what_stands_in_its_place() {
+        let api_keys = ["a", "b", "c"].map(str::to_owned).to_vec();
+        let config = ServerConfig { api_keys, key_weights: vec![1, 4], ..ServerConfig::new("m") };
+        let weights = weights(&config);
+        let of = |key: &[u8]| weights.get(&*Owner::of_key(key).origin(None).owner.unwrap()).copied();
+        assert_eq!([of(b"a"), of(b"b"), of(b"c")], [Some(1), Some(4), None]);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! detokenises, watches for stop strings, and hands out what is new as [`Delta`]s. Dropping it
 //! cancels whatever still runs.
 
+use std::collections::HashMap;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -203,12 +204,19 @@ pub struct Generator {
     text: Text,
     engine: Engine,
     metrics: Arc<Metrics>,
+    /// Of owners whose share of service is not 1.
+    weights: Arc<HashMap<Arc<str>, u32>>,
 }
 
 impl Generator {
     /// Joins a model's text with the engine that runs it; `model` labels the metrics.
     pub fn new(model: &str, text: Text, engine: Engine) -> Self {
-        Self { text, engine, metrics: Arc::new(Metrics::new(model)) }
+        Self { text, engine, metrics: Arc::new(Metrics::new(model)), weights: Arc::default() }
+    }
+
+    /// The same, with these owners' shares of service; others have 1.
+    pub(crate) fn with_weights(self, weights: HashMap<Arc<str>, u32>) -> Self {
+        Self { weights: Arc::new(weights), ..self }
     }
 
     /// The model's text.
@@ -234,7 +242,7 @@ impl Generator {
         let mut choices = Vec::with_capacity(completion.prompts.len() * completion.n);
         for prompt in &completion.prompts {
             for choice in 0..completion.n {
-                let request = engine_request(completion, prompt, choice);
+                let request = self.engine_request(completion, prompt, choice);
                 let generation = self.engine.submit(request)?;
                 let decoder = match &completion.reading {
                     Some(reading) => self.text.decoder_for(reading.format),
@@ -252,24 +260,26 @@ impl Generator {
         }
         Ok(Running { choices, n: completion.n, prompts: completion.prompts.clone() })
     }
-}
 
-fn engine_request(completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -> GenerateRequest {
-    let mut sampling = completion.sampling.clone();
-    sampling.seed = sampling.seed.wrapping_add(choice as u64);
-    GenerateRequest {
-        prompt: prompt.clone(),
-        sampling,
-        max_tokens: completion.max_tokens.unwrap_or(usize::MAX),
-        stop_tokens: completion.stop_tokens.clone(),
-        ignore_eos: completion.stop_tokens.is_empty(),
-        prompt_logprobs: completion.prompt_logprobs,
-        grammar: completion.grammar.clone().map(grammar::for_engine),
-        owner: completion.origin.owner.clone(),
-        session: completion.origin.session.clone(),
-        prediction: completion.prediction.clone(),
-        priority: completion.urgency.priority,
-        deadline: completion.urgency.deadline,
+    fn engine_request(&self, completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -> GenerateRequest {
+        let mut sampling = completion.sampling.clone();
+        sampling.seed = sampling.seed.wrapping_add(choice as u64);
+        let owner = completion.origin.owner.clone();
+        GenerateRequest {
+            prompt: prompt.clone(),
+            sampling,
+            max_tokens: completion.max_tokens.unwrap_or(usize::MAX),
+            stop_tokens: completion.stop_tokens.clone(),
+            ignore_eos: completion.stop_tokens.is_empty(),
+            prompt_logprobs: completion.prompt_logprobs,
+            grammar: completion.grammar.clone().map(grammar::for_engine),
+            weight: owner.as_ref().and_then(|owner| self.weights.get(owner)).copied().unwrap_or(1),
+            owner,
+            session: completion.origin.session.clone(),
+            prediction: completion.prediction.clone(),
+            priority: completion.urgency.priority,
+            deadline: completion.urgency.deadline,
+        }
     }
 }
 

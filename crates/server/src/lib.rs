@@ -68,6 +68,8 @@ pub struct ServerConfig {
     pub aliases: Vec<String>,
     /// Keys of which a client must show one; none means that everyone is let in.
     pub api_keys: Vec<String>,
+    /// What each of them weighs, in their order, where the machine is shared; 1 for those beyond.
+    pub key_weights: Vec<u32>,
     /// Largest request body.
     pub max_body_bytes: usize,
     /// Most stop strings of a request.
@@ -96,6 +98,7 @@ impl ServerConfig {
             model: model.into(),
             aliases: Vec::new(),
             api_keys: Vec::new(),
+            key_weights: Vec::new(),
             max_body_bytes: 32 << 20,
             max_stops: 16,
             max_choices: 16,
@@ -146,7 +149,7 @@ impl Server {
             reasoning: config.reasoning_parser.unwrap_or(own.reasoning),
         };
         Arc::new(Self {
-            generator: Generator::new(&config.model, text, engine),
+            generator: Generator::new(&config.model, text, engine).with_weights(admission::weights(&config)),
             markup,
             format,
             verbatim: Arc::new(verbatim::Verbatim::new()),

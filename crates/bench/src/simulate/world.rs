@@ -232,11 +232,11 @@ impl<'a> World<'a> {
         let (prompt, answer, origin) = if agent == FLOOD {
             let stream = u64::MAX - id;
             let prompt = (0..FLOOD_PROMPT / self.load.unit).map(|at| agents::token(stream, at)).collect();
-            let origin = Origin { owner: FLOODER, session: None, priority: 0 };
+            let origin = Origin { owner: FLOODER, ..Origin::default() };
             (prompt, FLOOD_ANSWER / self.load.unit, origin)
         } else {
             let agent = &mut self.agents[agent];
-            let origin = Origin { owner: agent.owner, session: Some(agent.session), priority: 0 };
+            let origin = Origin { owner: agent.owner, session: Some(agent.session), ..Origin::default() };
             (agent.context.clone(), agent.answer(), origin)
         };
         let turn = Turn {

@@ -63,6 +63,7 @@ pub fn request(prompt: impl Into<Vec<u32>>, max_tokens: usize) -> GenerateReques
         prompt_logprobs: false,
         grammar: None,
         owner: None,
+        weight: 1,
         session: None,
         prediction: Arc::from([]),
         priority: 0,

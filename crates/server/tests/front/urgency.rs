@@ -18,9 +18,13 @@ const MESSAGES: &str = "/v1/messages";
 
 /// A server that runs one request at a time, in small steps of 40 ms.
 fn narrow() -> Fixture {
+    narrow_with(ServerConfig::new(MODEL))
+}
+
+fn narrow_with(config: ServerConfig) -> Fixture {
     let engine = EngineConfig { max_sequences: 1, max_batch_tokens: 4, ..engine_config() };
     let manner = Manner { step: Duration::from_millis(40), ..Manner::default() };
-    start_with(ServerConfig::new(MODEL), engine, manner, true)
+    start_with(config, engine, manner, true)
 }
 
 /// A short answer to a prompt of some eighty tokens, another one in each dialect.
@@ -137,6 +141,40 @@ async fn an_urgent_request_passes_one_that_can_wait() {
         ask("numbered", json!({"priority": -3}), 2),
     );
     assert_eq!(*order.lock().unwrap(), ["numbered", "ordinary", "flexible"]);
+}
+
+#[tokio::test]
+async fn a_key_that_weighs_more_is_served_more() {
+    let config = ServerConfig {
+        api_keys: ["light", "heavy", "other"].map(str::to_owned).to_vec(),
+        key_weights: vec![1, 8],
+        ..ServerConfig::new(MODEL)
+    };
+    let fixture = narrow_with(config);
+    let order = Mutex::new(Vec::new());
+    let post = async |key: &'static str, prompt: String, max_tokens: usize| {
+        let body = json!({"model": MODEL, "prompt": prompt, "max_tokens": max_tokens}).to_string();
+        let request = Request::post(COMPLETIONS).header("x-api-key", key).body(Body::from(body));
+        let answer = fixture.send(request.unwrap()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        order.lock().unwrap().push(key);
+    };
+    let ask = async |key: &'static str, behind: usize| {
+        while fixture.engine.stats().running == 0 || fixture.engine.stats().waiting < behind {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        post(key, format!("{behind}: {key}, twenty bytes"), 1).await;
+    };
+    tokio::join!(
+        post("other", "ab".into(), 25),
+        ask("light", 0),
+        ask("heavy", 1),
+        ask("light", 2),
+        ask("heavy", 3),
+        ask("light", 4),
+        ask("heavy", 5),
+    );
+    assert_eq!(*order.lock().unwrap(), ["other", "heavy", "heavy", "heavy", "light", "light", "light"]);
 }
 
 #[tokio::test]
