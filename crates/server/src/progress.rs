@@ -3,6 +3,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 /// How often it hears, at most.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(500);
 
@@ -35,4 +37,18 @@ impl fmt::Display for Progress {
 /// Appends it as a comment of a stream of events, which parsers pass over.
 pub(crate) fn comment(progress: Progress, out: &mut Vec<u8>) {
     out.extend_from_slice(format!(": {progress}\n\n").as_bytes());
+}
+
+/// The same for a WebSocket, which has no comments: an event of a type that clients do not know and pass over.
+pub(crate) fn event(progress: Progress, response_id: &str, stream_id: Option<&str>) -> Value {
+    let mut event = match progress {
+        Progress::Queued { position } => json!({"state": "queued", "position": position}),
+        Progress::Prefill { done, total } => json!({"state": "prefill", "done": done, "total": total}),
+    };
+    event["type"] = "rudder.progress".into();
+    event["response_id"] = response_id.into();
+    if let Some(stream_id) = stream_id {
+        event["stream_id"] = stream_id.into();
+    }
+    event
 }

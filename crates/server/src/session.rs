@@ -6,7 +6,7 @@
 //! tag, so nobody meets another's session by naming it.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
@@ -39,6 +39,8 @@ pub(crate) struct Caller {
     pub owner: Owner,
     /// When what it asks is not worth answering any more.
     pub deadline: Option<Instant>,
+    /// How long that is after it came.
+    timeout: Option<Duration>,
     header: Option<Arc<str>>,
     lane: Option<Arc<str>>,
 }
@@ -49,21 +51,22 @@ impl<S: Sync> FromRequestParts<S> for Caller {
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
         let owner = parts.extensions.get::<Owner>().copied().unwrap_or_default();
         let value = |name| parts.headers.get(name).and_then(|value| value.to_str().ok());
-        let deadline = urgency::deadline(&parts.headers, Instant::now())?;
+        let timeout = urgency::timeout(&parts.headers)?;
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let header = HEADERS.into_iter().filter_map(value).find_map(name);
-        Ok(Self { owner, deadline, header, lane: None })
+        Ok(Self { owner, deadline, timeout, header, lane: None })
     }
 }
 
 impl Caller {
-    /// The same on a lane of a WebSocket, which is a session to whom nothing else names one.
-    pub fn on_lane(&self, connection: &str, stream_id: Option<&str>) -> Self {
+    /// The same on a lane of a WebSocket, which is a session to whom nothing else names one. What it asks
+    /// there came at `arrived`.
+    pub fn on_lane(&self, connection: &str, stream_id: Option<&str>, arrived: Instant) -> Self {
         let lane = match stream_id {
             Some(stream_id) => name(&format!("{connection}/{stream_id}")),
             None => name(connection),
         };
-        // The connection's headers do not speak of each request on it.
-        Self { lane, deadline: None, ..self.clone() }
+        Self { lane, deadline: self.timeout.map(|timeout| arrived + timeout), ..self.clone() }
     }
 
     /// The session that the body's key or the headers name.

@@ -2,7 +2,8 @@
 //!
 //! Requests of one lane (`stream_id`) run one after the other, lanes run side by side. Responses that are not
 //! stored can be gone on from on the connection that made them, and live as long as that. Errors are events;
-//! the connection stays open.
+//! the connection stays open. Where a stream has comments on its progress, a socket has events of a type of our
+//! own, without a sequence number, as they are no part of the response.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -33,6 +34,7 @@ use crate::Server;
 use crate::admission::random_id;
 use crate::openai::ApiError;
 use crate::openai::params::CommonFields;
+use crate::progress::{self, Progress};
 use crate::session::Caller;
 
 /// Most lanes of a connection, and requests that wait on one.
@@ -237,7 +239,7 @@ impl Connection {
             Some(id) => self.previous(id).await?,
             None => self.server.responses.context(self.caller.owner, None, settings.conversation()).await?,
         };
-        let caller = self.caller.on_lane(&self.id, fields.stream_id.as_deref());
+        let caller = self.caller.on_lane(&self.id, fields.stream_id.as_deref(), arrived);
         let created = create::assemble(&self.server, &caller, fields, settings, previous, arrived)?;
         let started = run::start(&self.server, created.ask, Start { id: None, streams: true }).await;
         if let (Err(_), Some((parent, steers))) = (&started, created.steered) {
@@ -266,8 +268,13 @@ impl Connection {
             self.keep(live.clone());
             let mut reader = live.read_from(0);
             let mut events = Vec::new();
-            while reader.read(&mut events).await {
-                self.send_all(&mut events).await;
+            let mut told = None;
+            loop {
+                match timeout(progress::INTERVAL, reader.read(&mut events)).await {
+                    Ok(true) => self.send_all(&mut events).await,
+                    Ok(false) => break,
+                    Err(_) => self.tell_progress(&live, &mut told).await,
+                }
             }
             tether.let_go();
             self.running.fetch_sub(1, Ordering::Relaxed);
@@ -286,6 +293,15 @@ impl Connection {
             }
             next = live.successor();
             previous = Some(live.id.clone());
+        }
+    }
+
+    /// Tells how far a response has come that says nothing yet, if that is new.
+    async fn tell_progress(&self, live: &Live, told: &mut Option<Progress>) {
+        let progress = live.state().progress;
+        if let Some(news) = progress.filter(|_| progress != *told) {
+            *told = progress;
+            self.send_json(&progress::event(news, &live.id, live.ask.stream_id.as_deref())).await;
         }
     }
 

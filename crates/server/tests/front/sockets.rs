@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 use crate::common::{Fixture, MODEL, start_agent, start_slow_agent};
@@ -38,6 +39,13 @@ impl Listening {
     pub async fn connect(&self) -> Socket {
         Socket(connect_async(&self.address).await.unwrap().0)
     }
+
+    /// Connects with a header besides.
+    pub async fn connect_with(&self, name: &'static str, value: &'static str) -> Socket {
+        let mut request = self.address.as_str().into_client_request().unwrap();
+        request.headers_mut().insert(name, value.parse().unwrap());
+        Socket(connect_async(request).await.unwrap().0)
+    }
 }
 
 impl Socket {
@@ -52,8 +60,18 @@ impl Socket {
         self.send(event).await;
     }
 
-    /// The next event.
+    /// The next event of a response's, or an error.
     pub async fn next(&mut self) -> Value {
+        loop {
+            let event = self.next_or_progress().await;
+            if event["type"] != "rudder.progress" {
+                return event;
+            }
+        }
+    }
+
+    /// The next event of all.
+    pub async fn next_or_progress(&mut self) -> Value {
         loop {
             let message =
                 tokio::time::timeout(Duration::from_secs(20), self.0.next()).await.expect("silence");

@@ -10,6 +10,8 @@ use rudder_server::ServerConfig;
 use serde_json::{Value, json};
 
 use crate::common::{Answer, Fixture, MODEL, Manner, engine_config, start, start_with};
+use crate::legal::Order;
+use crate::sockets::listen;
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -46,7 +48,12 @@ fn with(mut body: Value, extra: Value) -> Value {
 
 /// Keeps the server busy for a second.
 async fn occupy(fixture: &Fixture) {
-    let answer = fixture.post(COMPLETIONS, &json!({"prompt": "ab", "max_tokens": 25})).await;
+    occupy_for(fixture, 25).await;
+}
+
+/// Keeps the server busy for so many steps.
+async fn occupy_for(fixture: &Fixture, steps: usize) {
+    let answer = fixture.post(COMPLETIONS, &json!({"prompt": "ab", "max_tokens": steps})).await;
     assert_eq!(answer.status, 200);
 }
 
@@ -81,6 +88,57 @@ async fn a_stream_tells_its_place_in_line_and_how_much_of_its_prompt_is_read() {
         let (done, total) = read.split_once('/').unwrap();
         assert!(done.parse::<usize>().unwrap() <= total.parse::<usize>().unwrap(), "{text}");
     }
+}
+
+#[tokio::test]
+async fn a_socket_tells_its_place_in_line_and_how_much_of_its_prompt_is_read() {
+    let server = listen(narrow()).await;
+    let mut socket = server.connect().await;
+    let ask = async {
+        while server.fixture.engine.stats().running == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let input = "waiting ".repeat(24);
+        socket.create(json!({"stream_id": "a", "input": input, "max_output_tokens": 1})).await;
+        let (mut order, mut told) = (Order::on(Some("a")), Vec::new());
+        while !order.ended() {
+            let event = socket.next_or_progress().await;
+            match event["type"] == "rudder.progress" {
+                true => told.push(event),
+                false => order.take(&event),
+            }
+        }
+        (order.response, told)
+    };
+    let ((response, told), ()) = tokio::join!(ask, occupy_for(&server.fixture, 60));
+    for event in &told {
+        assert_eq!((&event["response_id"], &event["stream_id"]), (&response["id"], &json!("a")));
+        assert!(event.get("sequence_number").is_none(), "{event}");
+    }
+    let queued = told.iter().find(|event| event["state"] == "queued").expect("it waited");
+    assert_eq!(queued["position"], 1);
+    let read = told.iter().find(|event| event["state"] == "prefill").expect("it was read in pieces");
+    assert!(read["done"].as_u64().unwrap() <= read["total"].as_u64().unwrap(), "{read}");
+    let distinct = told.windows(2).all(|pair| pair[0] != pair[1]);
+    assert!(distinct, "the same is told once: {told:?}");
+}
+
+#[tokio::test]
+async fn a_sockets_timeout_holds_for_each_of_its_requests() {
+    let server = listen(narrow()).await;
+    let mut socket = server.connect_with("x-request-timeout", "0.5").await;
+    let late = async {
+        while server.fixture.engine.stats().running == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        socket.create(json!({"input": "late", "max_output_tokens": 1})).await;
+        socket.response().await
+    };
+    let (late, ()) = tokio::join!(late, occupy(&server.fixture));
+    assert_eq!((&late["status"], &late["error"]["code"]), (&json!("failed"), &json!("deadline_exceeded")));
+    // Its own time begins with its arrival.
+    socket.create(json!({"input": "in time", "max_output_tokens": 1})).await;
+    assert_eq!(socket.response().await["status"], "incomplete");
 }
 
 #[tokio::test]
