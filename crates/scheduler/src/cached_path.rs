@@ -112,7 +112,7 @@ mod tests {
                 for turn in 0..steps {
                     step(&mut scheduler, &mut plan, |other| (other + turn as u64).is_multiple_of(life));
                     // Not all in every step, so that some miss changes.
-                    let waiting = scheduler.waiting.iter().copied().filter(|id| (id + turn as u64) % 3 > 0);
+                    let waiting = scheduler.waiting.iter().copied().filter(|id| !(id + turn as u64).is_multiple_of(3));
                     for id in waiting.collect::<Vec<_>>() {
                         scheduler.update_cached(id);
                         let sequence = &scheduler.sequences[&id];

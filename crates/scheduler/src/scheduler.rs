@@ -15,8 +15,8 @@
 //!   one; for the others decodes may take half of what is then left, so prefill never stands still.
 //! - Drafted tokens take what the other decodes leave; see `drafts`.
 //! - Beside decodes, prefill keeps to a limit, so that these keep a pace. To the prompts of an owner that
-//!   floods a step gives no more time than a quarter of what it takes for others: so others' answers are
-//!   at most a quarter slower for it, and where these end the sooner, it has the machine to itself.
+//!   floods a step gives no more time than a quarter of what it takes for others: so they slow others'
+//!   answers by a quarter at most, and where these end the sooner, the flood has the machine to itself.
 //! - A waiting sequence whose next block another computes in this very step (forks of one prompt), or
 //!   has fetched, lets it go ahead and then shares, rather than compute the same twice.
 
