@@ -43,6 +43,10 @@ pub(crate) struct AnswerReader {
     events: Vec<OutputEvent>,
     custom: Vec<String>,
     single_call: bool,
+    /// The last call of the answer is whole: nothing is wanted any more but its closing mark.
+    complete: bool,
+    /// What follows that call is not its closing mark.
+    cut: bool,
     answer: Message,
     reasoning_tokens: usize,
     reasons: bool,
@@ -56,6 +60,8 @@ impl AnswerReader {
             events: Vec::new(),
             custom: custom.map(|tool| tool.name.clone()).collect(),
             single_call: reading.single_call,
+            complete: false,
+            cut: false,
             answer: Message::new(Role::Assistant, ""),
             reasoning_tokens: 0,
             reasons: false,
@@ -70,6 +76,11 @@ impl AnswerReader {
     /// Tokens spent on reasoning so far.
     pub fn reasoning_tokens(&self) -> usize {
         self.reasoning_tokens
+    }
+
+    /// Whether the text read is that of the answer, and no more.
+    pub fn is_whole(&self) -> bool {
+        !self.cut
     }
 
     /// Whether the text so far ends within a call.
@@ -94,11 +105,16 @@ impl AnswerReader {
         self.take_events(pieces);
     }
 
+    /// Returns whether the answer is over: after its last call, and the mark that closes it, so that what is
+    /// remembered of it is well-formed.
     fn take_events(&mut self, pieces: &mut Vec<Piece>) -> bool {
         // The buffer returns, so that reading a token allocates none.
         let mut events = std::mem::take(&mut self.events);
-        let mut over = false;
         for event in events.drain(..) {
+            if self.complete {
+                self.cut = true;
+                break;
+            }
             let piece = match event {
                 OutputEvent::Reasoning(text) => {
                     self.answer.reasoning.get_or_insert_default().push_str(&text);
@@ -123,14 +139,19 @@ impl AnswerReader {
                 }
                 OutputEvent::CallEnd => Piece::CallEnd,
             };
-            over = self.single_call && piece == Piece::CallEnd;
+            self.complete = piece == Piece::CallEnd && (self.single_call || self.repeats());
             append(piece, pieces);
-            if over {
-                break;
-            }
         }
         self.events = events;
-        over
+        self.complete && (self.cut || !self.parser.in_block())
+    }
+
+    /// Whether the last call says word for word what the one before it said, or two earlier ones did. Small
+    /// models that must call go on so until their tokens run out, and nobody wants those calls.
+    fn repeats(&self) -> bool {
+        let Some((last, earlier)) = self.answer.calls.split_last() else { return false };
+        let same = |call: &ToolCall| call.name == last.name && call.input == last.input;
+        earlier.last().is_some_and(same) || earlier.iter().filter(|call| same(call)).count() >= 2
     }
 }
 
@@ -141,5 +162,69 @@ fn append(piece: Piece, pieces: &mut Vec<Piece>) {
         | (Some(Piece::Text(last)), Piece::Text(text))
         | (Some(Piece::CallInput(last)), Piece::CallInput(text)) => last.push_str(&text),
         (_, piece) => pieces.push(piece),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rudder_text::{ToolFormat, ToolInput};
+
+    fn reader(single_call: bool) -> AnswerReader {
+        let input = ToolInput::Json { schema: serde_json::json!({}), strict: false };
+        AnswerReader::new(&Reading {
+            format: OutputFormat { tools: Some(ToolFormat::Hermes), reasoning: None },
+            tools: Arc::from([Tool { name: "weather".into(), description: String::new(), input }]),
+            prompt_tail: String::new(),
+            single_call,
+            memory: Arc::new(Verbatim::new()),
+            conversation: Prefix::default(),
+        })
+    }
+
+    fn call(city: &str) -> String {
+        format!(r#"<tool_call>{{"name": "weather", "arguments": {{"city": "{city}"}}}}"#)
+    }
+
+    /// Calls made until the answer is over, with the city after which it was.
+    fn asked(cities: &[&str]) -> (usize, Option<String>) {
+        let (mut reader, mut pieces) = (reader(false), Vec::new());
+        let over = cities.iter().find(|city| {
+            assert!(!reader.token(&call(city), &mut pieces), "the call is not closed");
+            reader.token("</tool_call>", &mut pieces)
+        });
+        assert!(reader.is_whole());
+        (reader.answer().calls.len(), over.map(|city| (*city).to_owned()))
+    }
+
+    #[test]
+    fn a_single_call_ends_with_its_closing_mark_or_before_another_call() {
+        for (after, whole) in [
+            ("</tool_call>", true),
+            ("\n</tool_call>", true),
+            (", {\"name\": \"weather\", \"arguments\": {\"city\"", false),
+        ] {
+            let (mut reader, mut pieces) = (reader(true), Vec::new());
+            assert!(!reader.token(&call("Rome"), &mut pieces));
+            let over = after.chars().any(|c| reader.token(c.encode_utf8(&mut [0; 4]), &mut pieces));
+            assert_eq!((over, reader.is_whole()), (true, whole), "{after}");
+            assert_eq!(reader.answer().calls.len(), 1);
+            assert_eq!(pieces.last(), Some(&Piece::CallEnd), "{after}");
+        }
+    }
+
+    #[test]
+    fn different_calls_go_on() {
+        assert_eq!(asked(&["Rome", "Oslo", "Rome", "Kyiv"]), (4, None));
+    }
+
+    #[test]
+    fn a_call_said_twice_in_a_row_ends_the_answer() {
+        assert_eq!(asked(&["Rome", "Oslo", "Oslo", "Kyiv"]), (3, Some("Oslo".into())));
+    }
+
+    #[test]
+    fn a_call_said_for_the_third_time_ends_the_answer() {
+        assert_eq!(asked(&["Rome", "Oslo", "Rome", "Kyiv", "Rome", "Bonn"]), (5, Some("Rome".into())));
     }
 }

@@ -266,10 +266,11 @@ impl Choice {
         self.delta.end = Some(End { reason, usage: self.usage });
     }
 
-    /// Keeps what was said for the turns to come. Text that a stop string cut is not what the tokens say.
+    /// Keeps what was said for the turns to come. Text that was cut is not what the tokens say.
     fn remember(&mut self, reason: &EndReason) {
         let (Some(reading), Some(reader)) = (&self.reading, &self.reader) else { return };
-        if matches!(reason, EndReason::StopToken | EndReason::Length | EndReason::Stopped) {
+        let uncut = matches!(reason, EndReason::StopToken | EndReason::Length | EndReason::Stopped);
+        if uncut && reader.is_whole() {
             reading.remember(reader.answer(), std::mem::take(&mut self.generated));
         }
     }

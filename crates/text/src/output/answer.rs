@@ -120,6 +120,11 @@ impl Answer {
         }
     }
 
+    /// Whether calls were opened and not closed.
+    pub(super) fn in_block(&self) -> bool {
+        matches!(self.state, State::Block { .. })
+    }
+
     /// Whether the end came within a call.
     pub(super) fn is_cut(&self) -> bool {
         self.in_call

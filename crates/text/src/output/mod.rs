@@ -157,4 +157,13 @@ impl OutputParser {
             Reading::Harmony(harmony) => harmony.in_call(),
         }
     }
+
+    /// Whether a mark that opened calls has not been closed yet, though all its calls may be whole.
+    pub fn in_block(&self) -> bool {
+        match &self.reader {
+            Reading::Answer(answer) => answer.in_block(),
+            // Its calls end with the message, by a token that ends the generation.
+            Reading::Harmony(_) => false,
+        }
+    }
 }
