@@ -44,8 +44,8 @@ impl Engine {
         self.ask(move |step_loop| step_loop.sessions(owner.as_deref())).await
     }
 
-    /// Forgets a session and lets go of what it alone has cached in memory; its running turns go on.
-    /// Returns whether it was there.
+    /// Forgets a session and lets go of what it alone has cached in memory, and soon after of what lies on
+    /// disk; its running turns go on. Returns whether it was there.
     ///
     /// # Errors
     /// If the engine has ended.

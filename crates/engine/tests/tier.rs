@@ -12,7 +12,7 @@ use common::{
     Answer, CONFIG, ask, assert_whole, checkpoint, collect, eventually, model, model_at, prompt, request,
 };
 use rudder_engine::{
-    Constraint, DiskTier, Engine, EngineConfig, GenerateRequest, Grammar, Next, TierConfig, TierError,
+    Constraint, DiskTier, Engine, EngineConfig, Event, GenerateRequest, Grammar, Next, TierConfig, TierError,
 };
 use rudder_kvstore::{Disk, Medium, SegmentFile, StoreError};
 use rudder_model::Model;
@@ -445,6 +445,9 @@ impl SegmentFile for FailingFile {
         self.0.write_at(&bytes[..fits as usize], offset)?;
         if fits == bytes.len() as u64 { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) }
     }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.discard(offset, len)
+    }
     fn sync(&self) -> io::Result<()> {
         self.0.sync()
     }
@@ -467,4 +470,41 @@ async fn a_session_tells_how_much_of_it_is_on_disk() {
     assert_eq!(sessions.len(), 1);
     // The answer's last token has no KV.
     assert_eq!((sessions[0].info.tokens, sessions[0].disk_tokens), (TURN + 39, Some(256)));
+}
+
+async fn turn_of(engine: &Engine, session: &str, seed: u32) -> usize {
+    let session = Some(Arc::from(session));
+    let mut generation =
+        engine.submit(GenerateRequest { session, ..request(prompt(seed, TURN), 40) }).unwrap();
+    let mut cached = None;
+    while let Some(event) = generation.next().await {
+        if let Event::Finished { usage, .. } = event {
+            cached = Some(usage.cached_tokens);
+        }
+    }
+    cached.expect("the turn ends")
+}
+
+#[tokio::test]
+async fn a_deleted_session_leaves_nothing_on_disk_but_what_others_use() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    for (session, seed) in [("gone", 1), ("gone", 2), ("stays", 2), ("stays", 3)] {
+        turn_of(&engine, session, seed).await;
+    }
+    eventually("an empty queue", || engine.stats().tier.queued == 0);
+    let blocks = engine.stats().tier.store.blocks;
+    assert!(engine.remove_session("gone".into()).await.unwrap());
+    let own = (TURN as u64 + 39) / 16;
+    eventually("erased blocks", || engine.stats().tier.store.blocks == blocks - own);
+    stop(engine);
+
+    let engine = start(folder.path());
+    let all = (TURN - 1) / 16 * 16;
+    let mut found = Vec::new();
+    for seed in 1..4 {
+        found.push(turn_of(&engine, "new", seed).await);
+    }
+    assert_eq!(found, [0, all, all]);
+    assert_eq!(engine.stats().tier.store.torn, 0);
 }

@@ -12,6 +12,7 @@
 //!   capacity without ever compacting.
 //! - The index is rebuilt at [`Store::open`] from the segments' tables. What is torn, damaged or
 //!   another model's is not indexed, and every payload is checked against its checksum when read.
+//! - A block carries the [`Label`] of whoever wrote it; what only they have used is erased on request.
 //! - Nothing here depends on a clock or on file times.
 //!
 //! Writes go through the system's page cache and are not synced one by one: after a killed process
@@ -21,10 +22,12 @@
 //! of its blocks there. Direct I/O would lose that and save a copy that costs less than the checksum.
 
 mod key;
+mod label;
 mod medium;
 pub mod segment;
 mod store;
 
 pub use key::{BLOCK_TOKENS, BlockKey, Fingerprint};
+pub use label::Label;
 pub use medium::{Disk, Medium, SegmentFile};
 pub use store::{ReadError, Store, StoreError, StoreStats, WriteError};

@@ -19,7 +19,7 @@ pub trait Medium: Send + Sync {
     /// # Errors
     /// If it cannot be made.
     fn create(&self, name: &str) -> io::Result<Box<dyn SegmentFile>>;
-    /// Opens a file for reading.
+    /// Opens a file.
     ///
     /// # Errors
     /// If it cannot be opened.
@@ -48,6 +48,11 @@ pub trait SegmentFile: Send + Sync {
     /// # Errors
     /// If it cannot be written whole.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// Lets go of `len` bytes from `offset` on, which read as zeros then; the file keeps its length.
+    ///
+    /// # Errors
+    /// If the file's system cannot do that.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Waits until what was written would survive a power failure.
     ///
     /// # Errors
@@ -94,7 +99,7 @@ impl Medium for Disk {
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn SegmentFile>> {
-        Ok(Box::new(File::open(self.folder.join(name))?))
+        Ok(Box::new(OpenOptions::new().read(true).write(true).open(self.folder.join(name))?))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
@@ -113,6 +118,17 @@ impl SegmentFile for File {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.write_all_at(bytes, offset)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        use rustix::fs::FallocateFlags as Flags;
+        Ok(rustix::fs::fallocate(self, Flags::PUNCH_HOLE | Flags::KEEP_SIZE, offset, len)?)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -4,16 +4,17 @@
 //! 0       header, 4096 bytes: magic "RUDDERKV", version u32, tokens a block u32, payload bytes u64,
 //!         slots u32, zero u32, segment number u64, fingerprint [32], checksum u64 of all before
 //! 4096    table, 128 bytes a slot: key [32], tokens u32 x 16, payload checksum u64, mark u32, slot u32,
-//!         zero u64, checksum u64 of all before
+//!         label u64 (0: nobody's), checksum u64 of all before
 //! P       payloads, in slots of whole pages; P is the end of the table, rounded up to a page
 //! ```
 //!
 //! Checksums are XXH3 with 64 bits. A payload's is seeded with its key, so that a payload in the wrong
-//! place does not pass. A slot's payload is written before its entry in the table, and its entry once.
+//! place does not pass. A slot's payload is written before its entry in the table, and its entry once; a
+//! block that is erased has zeros for its entry, as a slot that was never written.
 
 use twox_hash::XxHash3_64;
 
-use crate::{BLOCK_TOKENS, BlockKey, Fingerprint};
+use crate::{BLOCK_TOKENS, BlockKey, Fingerprint, Label};
 
 /// Changes whenever this format does.
 pub const VERSION: u32 = 1;
@@ -23,7 +24,7 @@ const MARK: u32 = 0x4b56_424c;
 /// Pages of files and of memory, whose multiples direct I/O would ask for too.
 const PAGE: u64 = 4096;
 /// Bytes of a table entry.
-const ENTRY: usize = 128;
+pub(crate) const ENTRY: usize = 128;
 /// Bytes of the header that carry something, its checksum included.
 const HEADER: usize = 80;
 /// A segment is about so large, so that one that goes takes little with it,
@@ -53,6 +54,8 @@ pub struct Entry {
     pub tokens: [u32; BLOCK_TOKENS],
     /// Of its payload.
     pub checksum: u64,
+    /// Whose it is.
+    pub label: Label,
 }
 
 /// What a header says.
@@ -134,8 +137,8 @@ pub const HEADER_BYTES: usize = HEADER;
 
 impl Entry {
     /// The entry of a block.
-    pub fn new(key: BlockKey, tokens: [u32; BLOCK_TOKENS], payload: &[u8]) -> Self {
-        Self { key, tokens, checksum: payload_checksum(&key, payload) }
+    pub fn new(key: BlockKey, tokens: [u32; BLOCK_TOKENS], payload: &[u8], label: Label) -> Self {
+        Self { key, tokens, checksum: payload_checksum(&key, payload), label }
     }
 
     /// As bytes, to be written at [`Geometry::entry_at`] of `slot`.
@@ -148,6 +151,7 @@ impl Entry {
         bytes[96..104].copy_from_slice(&self.checksum.to_le_bytes());
         bytes[104..108].copy_from_slice(&MARK.to_le_bytes());
         bytes[108..112].copy_from_slice(&slot.to_le_bytes());
+        bytes[112..120].copy_from_slice(&self.label.0.to_le_bytes());
         let checksum = XxHash3_64::oneshot(&bytes[..120]);
         bytes[120..].copy_from_slice(&checksum.to_le_bytes());
         bytes
@@ -174,7 +178,7 @@ impl Entry {
         let mut key = [0; 32];
         key.copy_from_slice(&bytes[..32]);
         let tokens = std::array::from_fn(|i| u32_at(bytes, 32 + 4 * i));
-        Self { key: BlockKey(key), tokens, checksum: u64_at(bytes, 96) }
+        Self { key: BlockKey(key), tokens, checksum: u64_at(bytes, 96), label: Label(u64_at(bytes, 112)) }
     }
 }
 

@@ -5,8 +5,8 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::medium::{Medium, SegmentFile};
-use crate::segment::{self, Entry, Geometry, HEADER_BYTES, Header};
-use crate::{BLOCK_TOKENS, BlockKey, Fingerprint};
+use crate::segment::{self, ENTRY, Entry, Geometry, HEADER_BYTES, Header};
+use crate::{BLOCK_TOKENS, BlockKey, Fingerprint, Label};
 
 /// Most segment files, each of which is open: more than a full store has, for every start begins one anew.
 const MOST_FILES: usize = 400;
@@ -124,12 +124,24 @@ enum Place {
         segment: u64,
         slot: u32,
         checksum: u64,
+        label: Label,
     },
+}
+
+/// A block to be read.
+struct Found {
+    file: Arc<dyn SegmentFile>,
+    payload_at: u64,
+    segment: u64,
+    slot: u32,
+    checksum: u64,
 }
 
 struct Segment {
     /// `None`: another model's.
     file: Option<Arc<dyn SegmentFile>>,
+    /// Its own: a store of another capacity may have made it.
+    geometry: Geometry,
     bytes: u64,
     keys: Vec<BlockKey>,
     /// When one of its blocks was asked for last.
@@ -200,18 +212,22 @@ impl Store {
         keys.iter().take_while(|key| matches!(index.places.get(key), Some(Place::At { .. }))).count()
     }
 
-    /// How many of the first keys are stored or on their way. Their segments count as used now.
-    pub fn touch(&self, keys: &[BlockKey]) -> usize {
+    /// How many of the first keys are stored or on their way. Their segments count as used now, and those
+    /// that are another's than `label`'s as several people's.
+    pub fn touch(&self, keys: &[BlockKey], label: Label) -> usize {
         let mut index = self.lock();
         index.tick += 1;
-        let tick = index.tick;
+        let Index { places, segments, tick, .. } = &mut *index;
         for (known, key) in keys.iter().enumerate() {
-            match index.places.get(key).copied() {
+            match places.get_mut(key) {
                 None => return known,
                 Some(Place::Coming) => (),
-                Some(Place::At { segment, .. }) => {
-                    if let Some(segment) = index.segments.get_mut(&segment) {
-                        segment.used = tick;
+                Some(Place::At { segment, label: whose, .. }) => {
+                    if *whose != label {
+                        *whose = Label::NOBODY;
+                    }
+                    if let Some(segment) = segments.get_mut(segment) {
+                        segment.used = *tick;
                     }
                 }
             }
@@ -247,9 +263,10 @@ impl Store {
         key: BlockKey,
         tokens: [u32; BLOCK_TOKENS],
         payload: &[u8],
+        label: Label,
     ) -> Result<(), WriteError> {
         let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = Entry::new(key, tokens, payload);
+        let entry = Entry::new(key, tokens, payload, label);
         self.append(&mut tail, &entry, payload).map_err(|error| {
             self.withdraw(&key);
             self.lock().stats.write_errors += 1;
@@ -295,7 +312,9 @@ impl Store {
         let mut index = self.lock();
         index.tick += 1;
         let bytes = self.geometry.file_bytes(0);
-        let segment = Segment { file: Some(file.clone()), bytes, keys: Vec::new(), used: index.tick };
+        let geometry = self.geometry;
+        let segment =
+            Segment { file: Some(file.clone()), geometry, bytes, keys: Vec::new(), used: index.tick };
         index.segments.insert(number, segment);
         index.stats.bytes += bytes;
         Ok(file)
@@ -334,8 +353,8 @@ impl Store {
     /// If it is not there, cannot be read, or is not as it was written; it is forgotten then, and
     /// `out` undefined.
     pub fn read(&self, key: &BlockKey, out: &mut [u8]) -> Result<(), ReadError> {
-        let (file, segment, slot, checksum) = self.find(key).ok_or(ReadError::Missing)?;
-        let outcome = match file.read_at(out, self.geometry.payload_at(slot)) {
+        let Found { file, payload_at, segment, slot, checksum } = self.find(key).ok_or(ReadError::Missing)?;
+        let outcome = match file.read_at(out, payload_at) {
             Err(error) => Err(ReadError::Io { segment, error }),
             Ok(()) if segment::payload_checksum(key, out) != checksum => {
                 Err(ReadError::Damaged { segment, slot })
@@ -360,19 +379,37 @@ impl Store {
     /// the disk, but reads nothing into memory of this process.
     pub fn read_ahead(&self, keys: &[BlockKey]) {
         for key in keys {
-            let Some((file, _, slot, _)) = self.find(key) else { return };
-            file.read_ahead(self.geometry.payload_at(slot), self.geometry.block_bytes as u64);
+            let Some(found) = self.find(key) else { return };
+            found.file.read_ahead(found.payload_at, self.geometry.block_bytes as u64);
         }
     }
 
-    fn find(&self, key: &BlockKey) -> Option<(Arc<dyn SegmentFile>, u64, u32, u64)> {
+    fn find(&self, key: &BlockKey) -> Option<Found> {
         let mut index = self.lock();
-        let Some(&Place::At { segment, slot, checksum }) = index.places.get(key) else { return None };
+        let Some(&Place::At { segment, slot, checksum, .. }) = index.places.get(key) else { return None };
         index.tick += 1;
         let tick = index.tick;
         let found = index.segments.get_mut(&segment)?;
         found.used = tick;
-        Some((found.file.clone()?, segment, slot, checksum))
+        let (file, payload_at) = (found.file.clone()?, found.geometry.payload_at(slot));
+        Some(Found { file, payload_at, segment, slot, checksum })
+    }
+
+    /// Erases the blocks that were written under a label and that nobody else has asked for since: their
+    /// tokens, and their payloads where the medium can discard them. Their files keep their length. Returns
+    /// how many they were.
+    ///
+    /// # Errors
+    /// If one could not be erased. None of them can be read any more all the same, but such a one is back
+    /// after a restart.
+    pub fn erase(&self, label: Label) -> Result<usize, WriteError> {
+        let gone = self.lock().take(label);
+        let blocks = gone.values().map(|(_, _, slots)| slots.len()).sum();
+        let mut outcome = Ok(());
+        for (file, geometry, slots) in gone.into_values() {
+            outcome = outcome.and(erase_slots(&*file, geometry, &slots));
+        }
+        Ok(outcome.map(|()| blocks)?)
     }
 
     /// A snapshot of the counters.
@@ -405,7 +442,8 @@ impl Index {
             Ok(()) => Header::decode(&header).filter(|header| header.number == number),
         };
         self.stats.bytes += bytes;
-        let mut segment = Segment { file: None, bytes, keys: Vec::new(), used: 0 };
+        let geometry = header.map_or(Geometry { block_bytes, slots: 0 }, |header| header.geometry);
+        let mut segment = Segment { file: None, geometry, bytes, keys: Vec::new(), used: 0 };
         match header {
             None => {
                 self.stats.torn += 1;
@@ -420,12 +458,12 @@ impl Index {
             {
                 self.stats.foreign += 1;
             }
-            Some(header) => {
+            Some(_) => {
                 segment.file = Some(file.clone());
                 self.tick += 1;
                 segment.used = self.tick;
                 self.segments.insert(number, segment);
-                self.read_table(file.as_ref(), number, header.geometry, bytes);
+                self.read_table(file.as_ref(), number, geometry, bytes);
                 return;
             }
         }
@@ -457,7 +495,7 @@ impl Index {
         self.stats.bytes += bytes.saturating_sub(segment.bytes);
         segment.bytes = segment.bytes.max(bytes);
         segment.keys.push(entry.key);
-        let place = Place::At { segment: number, slot, checksum: entry.checksum };
+        let place = Place::At { segment: number, slot, checksum: entry.checksum, label: entry.label };
         if !matches!(self.places.insert(entry.key, place), Some(Place::At { .. })) {
             self.stats.blocks += 1;
         }
@@ -473,6 +511,28 @@ impl Index {
         there
     }
 
+    /// Forgets the blocks under a label; returns their slots by segment.
+    fn take(&mut self, label: Label) -> BTreeMap<u64, Erased> {
+        let mut gone = BTreeMap::<u64, Erased>::new();
+        if label == Label::NOBODY {
+            return gone;
+        }
+        let segments = &self.segments;
+        let before = self.places.len();
+        self.places.retain(|_, place| {
+            let Place::At { segment, slot, label: whose, .. } = *place else { return true };
+            let found = segments.get(&segment).filter(|_| whose == label);
+            let Some((file, geometry)) = found.and_then(|found| Some((found.file.clone()?, found.geometry)))
+            else {
+                return true;
+            };
+            gone.entry(segment).or_insert_with(|| (file, geometry, Vec::new())).2.push(slot);
+            false
+        });
+        self.stats.blocks -= (before - self.places.len()) as u64;
+        gone
+    }
+
     fn least_valuable(&self) -> Option<u64> {
         let value = |segment: &Segment| (segment.file.is_some(), segment.used);
         self.segments.iter().min_by_key(|(_, segment)| value(segment)).map(|(&number, _)| number)
@@ -486,6 +546,18 @@ impl Index {
         }
         number
     }
+}
+
+/// Of one segment: its file, its geometry, and the slots to erase.
+type Erased = (Arc<dyn SegmentFile>, Geometry, Vec<u32>);
+
+fn erase_slots(file: &dyn SegmentFile, geometry: Geometry, slots: &[u32]) -> io::Result<()> {
+    for &slot in slots {
+        file.write_at(&[0; ENTRY], geometry.entry_at(slot))?;
+        // Where it cannot be, the payload stays until its segment goes, without the tokens it is of.
+        let _ = file.discard(geometry.payload_at(slot), geometry.block_bytes as u64);
+    }
+    file.sync()
 }
 
 fn name_of(number: u64) -> String {

@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use proptest::prelude::*;
 use rudder_kvstore::segment::{Geometry, Header};
 use rudder_kvstore::{
-    BLOCK_TOKENS, BlockKey, Disk, Fingerprint, Medium, ReadError, SegmentFile, Store, StoreError,
+    BLOCK_TOKENS, BlockKey, Disk, Fingerprint, Label, Medium, ReadError, SegmentFile, Store, StoreError,
 };
 
 const BYTES: usize = 5000;
 const MIB: u64 = 1 << 20;
 const MODEL: Fingerprint = Fingerprint([7; 32]);
+const ALICE: Label = Label(11);
+const BOB: Label = Label(12);
 
 fn open(folder: &Path) -> Store {
     open_as(folder, 64 * MIB, MODEL)
@@ -43,7 +45,7 @@ fn chain(store: &Store, n: u32) -> Vec<BlockKey> {
 
 fn put(store: &Store, keys: &[BlockKey], n: u32) {
     assert!(store.announce(keys[n as usize]));
-    store.write(keys[n as usize], tokens(n), &payload(n)).unwrap();
+    store.write(keys[n as usize], tokens(n), &payload(n), ALICE).unwrap();
 }
 
 fn fill(store: &Store, n: u32) -> Vec<BlockKey> {
@@ -102,10 +104,10 @@ fn a_block_is_announced_once_until_it_is_withdrawn() {
     let store = open(folder.path());
     let keys = chain(&store, 2);
     assert!(store.announce(keys[0]) && !store.announce(keys[0]));
-    assert_eq!((store.touch(&keys), store.readable(&keys)), (1, 0));
+    assert_eq!((store.touch(&keys, ALICE), store.readable(&keys)), (1, 0));
     assert!(matches!(get(&store, &keys[0]), Err(ReadError::Missing)));
     store.withdraw(&keys[0]);
-    assert_eq!(store.touch(&keys), 0);
+    assert_eq!(store.touch(&keys, ALICE), 0);
     put(&store, &keys, 0);
     assert!(!store.announce(keys[0]));
     store.withdraw(&keys[0]);
@@ -220,7 +222,7 @@ fn the_store_stays_below_its_capacity_and_drops_what_was_used_longest_ago() {
     let on_disk = || files(folder.path()).iter().map(|f| f.metadata().unwrap().len()).sum::<u64>();
     for n in 0..1000 {
         put(&store, &keys, n);
-        store.touch(&keys[..8]); // a live session's
+        store.touch(&keys[..8], ALICE); // a live session's
         assert!(on_disk() <= capacity && store.stats().bytes <= capacity, "after block {n}");
     }
     assert_eq!(store.readable(&keys[..8]), 8);
@@ -319,6 +321,9 @@ impl SegmentFile for FailingFile {
         self.0.write_at(&bytes[..fits as usize], offset)?;
         if fits == bytes.len() as u64 { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) }
     }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.discard(offset, len)
+    }
     fn sync(&self) -> io::Result<()> {
         self.0.sync()
     }
@@ -341,7 +346,7 @@ fn a_full_disk_refuses_blocks_keeps_the_others_and_takes_more_once_there_is_room
         let mut written = 0;
         for (n, key) in (0..5).zip(&keys) {
             assert!(store.announce(*key), "a block that could not be written may be tried again");
-            written += usize::from(store.write(*key, tokens(n), &payload(n)).is_ok());
+            written += usize::from(store.write(*key, tokens(n), &payload(n), ALICE).is_ok());
         }
         assert!(written <= (room as usize) / BYTES);
         assert_eq!(store.stats().write_errors as usize, 5 - written);
@@ -396,6 +401,48 @@ proptest! {
             if let Ok(found) = get(&store, key) {
                 prop_assert_eq!(found, payload(n));
             }
+        }
+    }
+}
+
+#[test]
+fn what_is_erased_is_gone_from_the_files_and_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let keys = fill(&store, 6);
+    let bobs = BlockKey(*b"a key of a block that is Bob's..");
+    assert!(store.announce(bobs));
+    store.write(bobs, tokens(9), &payload(9), BOB).unwrap();
+    assert_eq!(store.touch(&keys[..2], BOB), 2);
+    assert_eq!(store.erase(Label::NOBODY).unwrap(), 0);
+    assert_eq!(store.erase(ALICE).unwrap(), 4);
+    let check = |store: &Store| {
+        assert_eq!((store.readable(&keys), store.stats().blocks, store.stats().torn), (2, 3, 0));
+        assert!(matches!(get(store, &keys[2]), Err(ReadError::Missing)));
+        assert_eq!(get(store, &keys[1]).unwrap(), payload(1));
+        assert_eq!(get(store, &bobs).unwrap(), payload(9));
+    };
+    check(&store);
+    drop(store);
+    let bytes: Vec<u8> = files(folder.path()).iter().flat_map(|file| std::fs::read(file).unwrap()).collect();
+    let holds = |part: &[u8]| bytes.windows(part.len()).any(|window| window == part);
+    let first_token = |n: u32| tokens(n).map(u32::to_le_bytes).concat();
+    assert!(holds(&first_token(1)) && holds(&payload(1)));
+    assert!(!holds(&first_token(2)) && !holds(&payload(2)));
+    let store = open(folder.path());
+    check(&store);
+    put(&store, &keys, 2);
+    assert_eq!(get(&store, &keys[2]).unwrap(), payload(2), "and can be written anew");
+}
+
+#[test]
+fn a_store_of_another_size_reads_what_the_first_has_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = fill(&open(folder.path()), 4);
+    for capacity in [32 * MIB, 640 * MIB] {
+        let store = open_as(folder.path(), capacity, MODEL);
+        for (n, key) in (0..).zip(&keys) {
+            assert_eq!(get(&store, key).unwrap(), payload(n), "{capacity}");
         }
     }
 }

@@ -208,6 +208,18 @@ impl SessionTable {
         self.by_key.contains_key(key)
     }
 
+    /// The key of the session that a waiting or running sequence is a turn of.
+    pub fn key_of(&self, id: SequenceId) -> Option<&Arc<str>> {
+        let session = self.turns.get(&id)?.session?;
+        self.entries.get(&session).map(|entry| &entry.key)
+    }
+
+    /// Whether there is a session with this key that was found by its prefix.
+    pub fn is_found(&self, key: &str) -> bool {
+        let entry = self.by_key.get(key).and_then(|session| self.entries.get(session));
+        entry.is_some_and(|entry| !entry.has_key)
+    }
+
     /// Sessions with turns that wait or run.
     pub fn running(&self) -> usize {
         self.running

@@ -33,7 +33,7 @@ pub(crate) async fn retrieve(
     Ok(Json(shown(owner, &find(&server, owner, &id).await?)))
 }
 
-/// `DELETE /v1/sessions/{id}`: what it alone had cached in memory is free at once, but for what runs.
+/// `DELETE /v1/sessions/{id}`: what it alone had cached is free at once, but for what runs, and soon on disk.
 pub(crate) async fn delete(
     State(server): State<Arc<Server>>,
     Extension(owner): Extension<Owner>,

@@ -1,10 +1,11 @@
 //! Where the loop meets the table of sessions, and tells it the time: milliseconds since the start.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Instant;
 
-use rudder_kvstore::BlockKey;
+use rudder_kvstore::{BlockKey, Label};
 use rudder_scheduler::{PinError, Scheduler, SequenceId, SessionInfo, SessionTable, StepPlan, Tick};
 
 use super::StepLoop;
@@ -16,11 +17,22 @@ pub(super) struct Sessions {
     started: Instant,
     /// By session: what tells how much of it is on disk.
     marks: HashMap<Arc<str>, Vec<BlockKey>>,
+    /// Tells sessions that this process made keys up for from those of the processes before it.
+    salt: u64,
 }
 
 impl Sessions {
     pub(super) fn new() -> Self {
-        Self { table: SessionTable::default(), started: Instant::now(), marks: HashMap::new() }
+        let salt = RandomState::new().hash_one(0);
+        Self { table: SessionTable::default(), started: Instant::now(), marks: HashMap::new(), salt }
+    }
+
+    /// What a session's blocks bear on disk.
+    fn label(&self, key: &str) -> Label {
+        match self.table.is_found(key) {
+            true => Label::of(&format!("{:x} {key}", self.salt)),
+            false => Label::of(key),
+        }
     }
 
     fn now(&self) -> Tick {
@@ -58,6 +70,11 @@ impl StepLoop {
     /// After it is planned.
     pub(super) fn find_sessions(&mut self, plan: &StepPlan) {
         self.sessions.table.admit(&mut self.scheduler, plan);
+        let Some(tier) = &mut self.tier else { return };
+        for &(id, _) in &plan.admitted {
+            let key = self.sessions.table.key_of(id);
+            tier.label(id, key.map_or(Label::NOBODY, |key| self.sessions.label(key)));
+        }
     }
 
     /// Before a sequence is forgotten.
@@ -88,6 +105,9 @@ impl StepLoop {
     /// Forgets a session; returns whether it was there.
     pub(crate) fn remove_session(&mut self, key: &str) -> bool {
         self.sessions.marks.remove(key);
+        if let Some(tier) = self.tier.as_ref().filter(|_| self.sessions.table.contains(key)) {
+            tier.erase(self.sessions.label(key));
+        }
         self.sessions.table.remove(&mut self.scheduler, key).is_some()
     }
 

@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rudder_kvstore::{
-    BLOCK_TOKENS, BlockKey, Disk, Fingerprint, Medium, ReadError, Store, StoreError, StoreStats,
+    BLOCK_TOKENS, BlockKey, Disk, Fingerprint, Label, Medium, ReadError, Store, StoreError, StoreStats,
 };
 use rudder_model::Model;
 use rudder_scheduler::{BLOCK_SIZE, Scheduler, Sequence, SequenceId, StepPlan};
@@ -38,7 +38,7 @@ use self::ahead::Ahead;
 use self::breaker::Breaker;
 use self::reader::{Arrival, Order, Reader};
 use self::speeds::Speeds;
-use self::writer::{Job, Queue, Writer};
+use self::writer::{Block, Job, Queue, Writer};
 
 const _: () = assert!(BLOCK_TOKENS == BLOCK_SIZE);
 
@@ -121,6 +121,8 @@ struct Chain {
     keys: Vec<BlockKey>,
     /// How many of them are on disk or on their way.
     offered: usize,
+    /// Its session's.
+    label: Label,
 }
 
 /// A sequence that waits for its blocks.
@@ -387,6 +389,16 @@ impl DiskTier {
 
     // ---- out -------------------------------------------------------------------------------
 
+    /// A sequence was admitted: what is written of it bears its session's label.
+    pub(crate) fn label(&mut self, id: SequenceId, label: Label) {
+        self.chains.entry(id).or_default().label = label;
+    }
+
+    /// Erases what bears a label and what nobody else has used, once all that is queued is written.
+    pub(crate) fn erase(&self, label: Label) {
+        self.writer.queue_job(Job::Erase(label));
+    }
+
     /// After a step: learns how fast it was, and has the blocks written that its sequences have filled.
     pub(crate) fn keep(
         &mut self,
@@ -442,7 +454,7 @@ impl DiskTier {
         chain.extend(self.store.root(), sequence, full);
         while chain.offered < full {
             let rest = &chain.keys[chain.offered..full];
-            chain.offered += self.store.touch(rest);
+            chain.offered += self.store.touch(rest, chain.label);
             if chain.offered == full || *room == 0 {
                 return;
             }
@@ -452,7 +464,8 @@ impl DiskTier {
             {
                 return self.writer.give_back(payload);
             }
-            self.writer.write(Job { key, tokens: *sequence.block_tokens(index), payload });
+            let (tokens, label) = (*sequence.block_tokens(index), chain.label);
+            self.writer.queue_job(Job::Write(Block { key, tokens, label, payload }));
             chain.offered += 1;
             *room -= 1;
         }

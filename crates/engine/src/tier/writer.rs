@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
-use rudder_kvstore::{BLOCK_TOKENS, BlockKey, Store};
+use rudder_kvstore::{BLOCK_TOKENS, BlockKey, Label, Store};
 
 use super::breaker::Breaker;
 use super::buffers::Buffers;
@@ -12,10 +12,18 @@ use super::buffers::Buffers;
 /// Blocks on their way to the disk take at most about so many bytes of memory.
 const QUEUE_BYTES: usize = 64 << 20;
 
+/// What the thread does, in order.
+pub(crate) enum Job {
+    Write(Block),
+    /// Erase what bears the label.
+    Erase(Label),
+}
+
 /// A block to write.
-pub(crate) struct Job {
+pub(crate) struct Block {
     pub key: BlockKey,
     pub tokens: [u32; BLOCK_TOKENS],
+    pub label: Label,
     /// From [`Writer::buffer`].
     pub payload: Box<[u8]>,
 }
@@ -66,8 +74,8 @@ impl Writer {
         self.queue.buffers.give(buffer);
     }
 
-    /// Queues an announced block.
-    pub fn write(&self, job: Job) {
+    /// Queues an announced block, or what is to be done after all that is queued.
+    pub fn queue_job(&self, job: Job) {
         // The thread outlives this handle: it ends by the channel's end.
         let _ = self.jobs.send(job);
     }
@@ -97,13 +105,22 @@ impl Health {
 }
 
 fn write_all(store: &Store, jobs: &mpsc::Receiver<Job>, buffers: &Buffers, health: &Health) {
-    for Job { key, tokens, payload } in jobs {
+    for job in jobs {
+        let Block { key, tokens, label, payload } = match job {
+            Job::Write(block) => block,
+            Job::Erase(label) => {
+                if let Err(error) = store.erase(label) {
+                    tracing::warn!(%error, "a deleted session's KV blocks could not all be erased from disk");
+                }
+                continue;
+            }
+        };
         let allowed = health.breaker().allows(Instant::now());
         if !allowed {
             store.withdraw(&key);
             health.dropped.fetch_add(1, Ordering::Relaxed);
         } else {
-            match store.write(key, tokens, &payload) {
+            match store.write(key, tokens, &payload, label) {
                 Ok(()) => health.breaker().success(),
                 Err(error) => {
                     let pause = health.breaker().failure(Instant::now());
