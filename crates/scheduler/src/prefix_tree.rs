@@ -2,7 +2,8 @@
 //!
 //! A node is a full block; an edge is the block's sixteen tokens. A node's identity is its block,
 //! so a path from the root spells a token prefix and lists the blocks that hold its keys and
-//! values. Lookup costs one hash of sixteen tokens a block, and compares tokens, not only hashes.
+//! values. A conversation is a chain, so the child that came last is looked at first: a comparison of
+//! sixteen tokens a block, and a hash of them only where a path branches.
 
 use std::collections::HashMap;
 
@@ -14,20 +15,31 @@ type Edge = (Option<BlockId>, [u32; BLOCK_SIZE]);
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct PrefixTree {
-    nodes: HashMap<Edge, BlockId>,
-    /// The edge of each block in the tree, and how many children it has; indexed by block.
-    edges: Vec<Option<(Edge, u32)>>,
+    by_edge: HashMap<Edge, BlockId>,
+    /// Indexed by block; `None` for blocks outside the tree.
+    nodes: Vec<Option<Node>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Node {
+    edge: Edge,
+    children: u32,
+    /// The child that came last. It may have left the tree, and may even have come back elsewhere.
+    newest: Option<BlockId>,
 }
 
 impl PrefixTree {
     /// An empty tree over blocks `0 .. blocks`.
     pub(crate) fn new(blocks: usize) -> Self {
-        Self { nodes: HashMap::new(), edges: vec![None; blocks] }
+        Self { by_edge: HashMap::new(), nodes: vec![None; blocks] }
     }
 
     /// The block that continues `parent` with these tokens.
     pub(crate) fn child(&self, parent: Option<BlockId>, tokens: &[u32; BLOCK_SIZE]) -> Option<BlockId> {
-        self.nodes.get(&(parent, *tokens)).copied()
+        let edge = (parent, *tokens);
+        let newest = parent.and_then(|parent| self.nodes[parent as usize]?.newest);
+        let is_child = |&block: &BlockId| self.nodes[block as usize].is_some_and(|node| node.edge == edge);
+        newest.filter(is_child).or_else(|| self.by_edge.get(&edge).copied())
     }
 
     /// Puts `block` below `parent`, unless a block with the same tokens is there: that one is
@@ -39,25 +51,26 @@ impl PrefixTree {
         block: BlockId,
     ) -> Option<BlockId> {
         let edge = (parent, *tokens);
-        if let Some(&present) = self.nodes.get(&edge) {
+        if let Some(&present) = self.by_edge.get(&edge) {
             return Some(present);
         }
-        self.nodes.insert(edge, block);
-        self.edges[block as usize] = Some((edge, 0));
-        if let Some((_, children)) = parent.and_then(|p| self.edges[p as usize].as_mut()) {
-            *children += 1;
+        self.by_edge.insert(edge, block);
+        self.nodes[block as usize] = Some(Node { edge, children: 0, newest: None });
+        if let Some(parent) = self.parent_of(edge) {
+            parent.children += 1;
+            parent.newest = Some(block);
         }
         None
     }
 
     /// Whether the block is a node.
     pub(crate) fn contains(&self, block: BlockId) -> bool {
-        self.edges[block as usize].is_some()
+        self.nodes[block as usize].is_some()
     }
 
     /// Whether the block has no children.
     pub(crate) fn is_leaf(&self, block: BlockId) -> bool {
-        self.edges[block as usize].is_some_and(|(_, children)| children == 0)
+        self.nodes[block as usize].is_some_and(|node| node.children == 0)
     }
 
     /// Takes a leaf out of the tree; returns its parent.
@@ -65,12 +78,76 @@ impl PrefixTree {
     /// # Panics
     /// If the block is no leaf: its children would then hang below whatever the block holds next.
     pub(crate) fn remove(&mut self, block: BlockId) -> Option<BlockId> {
-        let (edge, children) = self.edges[block as usize].take().expect("the block is in the tree");
-        assert_eq!(children, 0, "block {block} is evicted before its children");
-        self.nodes.remove(&edge);
-        if let Some((_, children)) = edge.0.and_then(|p| self.edges[p as usize].as_mut()) {
-            *children -= 1;
+        let node = self.nodes[block as usize].take().expect("the block is in the tree");
+        assert_eq!(node.children, 0, "block {block} is evicted before its children");
+        self.by_edge.remove(&node.edge);
+        if let Some(parent) = self.parent_of(node.edge) {
+            parent.children -= 1;
         }
-        edge.0
+        node.edge.0
+    }
+
+    fn parent_of(&mut self, (parent, _): Edge) -> Option<&mut Node> {
+        self.nodes[parent? as usize].as_mut()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[derive(Debug, Clone)]
+    enum Change {
+        /// Under one of the blocks in the tree, or the root, by its place in a list of them.
+        Insert(usize, u32),
+        Remove(usize),
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        prop_oneof![
+            3 => (any::<usize>(), 0u32..4).prop_map(|(at, token)| Change::Insert(at, token)),
+            2 => any::<usize>().prop_map(Change::Remove),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn every_child_is_found_and_nothing_else(changes in prop::collection::vec(change(), 1..200)) {
+            let mut tree = PrefixTree::new(16);
+            // Edges and their blocks, as they should be.
+            let mut model: Vec<(Edge, BlockId)> = Vec::new();
+            for change in changes {
+                match change {
+                    Change::Insert(at, token) => {
+                        let parents: Vec<_> =
+                            std::iter::once(None).chain(model.iter().map(|&(_, block)| Some(block))).collect();
+                        let edge = (parents[at % parents.len()], [token; BLOCK_SIZE]);
+                        let free = (0..16).find(|&block| !tree.contains(block));
+                        let present = model.iter().find(|(known, _)| *known == edge).map(|&(_, block)| block);
+                        if let Some(block) = free {
+                            prop_assert_eq!(tree.insert(edge.0, &edge.1, block), present);
+                            if present.is_none() {
+                                model.push((edge, block));
+                            }
+                        }
+                    }
+                    Change::Remove(at) => {
+                        let leaves: Vec<_> = (0..16).filter(|&block| tree.is_leaf(block)).collect();
+                        if let Some(&leaf) = leaves.get(at % leaves.len().max(1)) {
+                            let at = model.iter().position(|&(_, block)| block == leaf).unwrap();
+                            prop_assert_eq!(tree.remove(leaf), model.swap_remove(at).0.0);
+                        }
+                    }
+                }
+                for parent in std::iter::once(None).chain((0..16).filter(|&b| tree.contains(b)).map(Some)) {
+                    for token in 0..4 {
+                        let edge = (parent, [token; BLOCK_SIZE]);
+                        let known = model.iter().find(|(known, _)| *known == edge).map(|&(_, block)| block);
+                        prop_assert_eq!(tree.child(parent, &edge.1), known);
+                    }
+                }
+            }
+        }
     }
 }
