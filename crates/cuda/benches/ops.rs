@@ -7,7 +7,8 @@
 
 use rudder_cuda::{Cuda, Matrix, Tensor};
 use rudder_ops::{
-    AttentionShape, Backend, Batch, DType, RawTensor, Result, Rope, RopePairing, SampleRow, SamplingParams,
+    AttentionShape, Backend, Batch, DType, ExpertWeights, RawTensor, Result, Rope, RopePairing, SampleRow,
+    SamplingParams,
 };
 use std::sync::Arc;
 use std::time::Instant;
@@ -168,7 +169,7 @@ impl Bench {
             let operations = 4.0 * read * LLAMA.out_width() as f64;
             let name = format!("decode attention, {sequences} x {context}");
             self.time(name, read * token, operations, |cuda, _| {
-                cuda.attention(&qkv, &LLAMA, 0, &cache, &mut out)
+                cuda.attention(&qkv, &LLAMA, Default::default(), 0, &cache, &mut out)
             })?;
         }
         for (new, context) in [(2000usize, 2000usize), (8000, 8000), (2000, 32_000)] {
@@ -183,7 +184,7 @@ impl Bench {
             let operations = 4.0 * pairs * LLAMA.out_width() as f64;
             let name = format!("prefill attention, {new} of {context}");
             self.time(name, context as f64 * token, operations, |cuda, _| {
-                cuda.attention(&qkv, &LLAMA, 0, &cache, &mut out)
+                cuda.attention(&qkv, &LLAMA, Default::default(), 0, &cache, &mut out)
             })?;
             let bytes = (new * (width * 8 + 2 * LLAMA.kv_heads * LLAMA.head_dim * 2)) as f64;
             self.time(format!("rope and cache, {new} rows"), bytes, 0.0, |cuda, _| {
@@ -198,7 +199,7 @@ impl Bench {
         let (experts, top_k, hidden, inner) = (128, 8, 2048, 768);
         let stack = |shape: &[usize]| vec![self.raw(shape); experts];
         let (up, down) = (stack(&[inner, hidden]), stack(&[hidden, inner]));
-        let weights = self.cuda.load_experts(&up, &up, &down)?;
+        let weights = self.cuda.load_experts(&ExpertWeights::plain(&up, &up, &down))?;
         for rows in [1, 4, 8, 16, 64, 256, 4096] {
             let [x, _] = self.rows(rows, hidden)?;
             let logits: Vec<f32> = (0..rows * experts).map(|i| (i * 7919 % 1009) as f32 / 300.0).collect();

@@ -12,8 +12,8 @@ use crate::step::{List, Step, is_decode};
 use crate::tensor::{Format, Tensor, check};
 use crate::upload::Uploader;
 use rudder_ops::{
-    AttentionShape, Backend, Batch, DType, OpError, QkNorm, RawTensor, Result, Rope, SampleRow, Sampled,
-    SamplerScratch, sample_row,
+    Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, OpError, QkNorm,
+    RawTensor, Result, Rope, SampleRow, Sampled, SamplerScratch, sample_row,
 };
 
 /// A GPU as a [`Backend`].
@@ -187,7 +187,11 @@ impl Backend for Cuda {
         Ok(Vector { buffer, len })
     }
 
-    fn load_experts(&mut self, gate: &[RawTensor], up: &[RawTensor], down: &[RawTensor]) -> Result<Experts> {
+    fn load_experts(&mut self, weights: &ExpertWeights<'_>) -> Result<Experts> {
+        let ExpertWeights { gate, up, down, biases, activation } = *weights;
+        check(biases.is_none() && activation == Activation::Silu, || {
+            "experts with biases or a clamped gate (gpt-oss) are not supported on GPUs; use --device cpu".to_owned()
+        })?;
         let experts = gate.len();
         check((1..=MOST_EXPERTS).contains(&experts) && experts == up.len() && experts == down.len(), || {
             format!("{experts} gate, {} up and {} down matrices of experts", up.len(), down.len())
@@ -306,11 +310,15 @@ impl Backend for Cuda {
         &mut self,
         qkv: &Tensor,
         shape: &AttentionShape,
+        options: AttentionOptions<'_, Vector>,
         layer: usize,
         cache: &KvCache,
         out: &mut Tensor,
     ) -> Result<()> {
         expect_cache(shape, cache)?;
+        check(options.window.is_none() && options.sinks.is_none(), || {
+            "sliding windows and attention sinks are not supported on GPUs; use --device cpu".to_owned()
+        })?;
         let Some(parts) = &self.parts else {
             return Err(OpError::Backend("attention without a KV cache".to_owned()));
         };

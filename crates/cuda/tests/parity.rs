@@ -11,8 +11,8 @@ use half::{bf16, f16};
 use rudder_cuda::Cuda;
 use rudder_ops::reference::Reference;
 use rudder_ops::{
-    AttentionShape, Backend, Batch, DType, LogitBias, OpError, QkNorm, RawTensor, Result, Rope, RopePairing,
-    SampleRow, Sampled, SamplingParams, TokenCounts,
+    AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError, QkNorm,
+    RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts,
 };
 use std::sync::Arc;
 
@@ -251,7 +251,7 @@ impl AttentionCase {
             b.begin(step)?;
             let norm = norm.as_ref().map(|(q, k)| QkNorm { q, k, eps: 1e-6 });
             b.rope_and_cache(&mut qkv, &self.shape, norm, 1, &mut cache)?;
-            b.attention(&qkv, &self.shape, 1, &cache, &mut out)?;
+            b.attention(&qkv, &self.shape, AttentionOptions::default(), 1, &cache, &mut out)?;
             results[0].extend(b.to_host(&qkv)?);
             results[1].extend(b.to_host(&out)?);
         }
@@ -329,7 +329,7 @@ fn run_moe<B: Backend>(
     top_k: usize,
     renormalise: bool,
 ) -> Result<Vec<f32>> {
-    let experts = b.load_experts(gate, up, down)?;
+    let experts = b.load_experts(&ExpertWeights::plain(gate, up, down))?;
     let (xs, logits) = (upload(b, x)?, upload(b, logits)?);
     let mut out = b.tensor(1024, x.1)?;
     b.moe(&xs, &logits, &experts, top_k, renormalise, &mut out)?;
@@ -406,7 +406,7 @@ fn what_a_block_held_before_does_not_show() -> Result<()> {
                 batch.push(&vec![0; rows.len() / width], computed, &[1, 0], 0);
                 cuda.begin(&batch)?;
                 cuda.rope_and_cache(&mut x, &shape, None, 0, &mut cache)?;
-                cuda.attention(&x, &shape, 0, &cache, &mut out)?;
+                cuda.attention(&x, &shape, AttentionOptions::default(), 0, &cache, &mut out)?;
                 results.push(cuda.to_host(&out)?);
             }
             Ok(results[1..].concat())
@@ -580,8 +580,8 @@ fn weights_of_wrong_shape_are_refused_by_name() {
         cuda.load_matrix(&[raw("bad", &[2, 3, 4])]).err(),
         cuda.load_embedding(&raw("bad", &[8])).err(),
         cuda.load_vector(&[raw("good", &[8]), raw("bad", &[8, 1])]).err(),
-        cuda.load_experts(&good, &[raw("bad", &[6, 7])], &[raw("good", &[8, 6])]).err(),
-        cuda.load_experts(&good, &good, &[raw("bad", &[6, 8])]).err(),
+        cuda.load_experts(&ExpertWeights::plain(&good, &[raw("bad", &[6, 7])], &[raw("good", &[8, 6])])).err(),
+        cuda.load_experts(&ExpertWeights::plain(&good, &good, &[raw("bad", &[6, 8])])).err(),
     ];
     for error in refusals {
         assert!(matches!(&error, Some(OpError::Shape { name, .. }) if name == "bad"), "{error:?}");
@@ -601,7 +601,7 @@ fn steps_that_do_not_fit_are_errors() -> Result<()> {
         b.begin(&batch)?;
         b.embed(&table, &mut qkv)?;
         b.rope_and_cache(&mut qkv, &shape, None, layer, &mut cache)?;
-        b.attention(&qkv, &shape, layer, &cache, &mut out)
+        b.attention(&qkv, &shape, AttentionOptions::default(), layer, &cache, &mut out)
     };
     assert!(step(&mut b, &[0], 0, 0).is_err_and(|e| e.to_string().contains("rope")));
     b.load_rope(&Rope { inv_freq: vec![1.0, 0.1], pairing: RopePairing::Halves }, 16)?;

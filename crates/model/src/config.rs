@@ -1,15 +1,15 @@
 //! What a model is: sizes, rope and experts, read from GGUF metadata or from Hugging Face's config.json.
 
-use rudder_ops::{AttentionShape, Rope};
+use rudder_ops::{Activation, AttentionShape, Rope};
 
 use crate::arch::Architecture;
 use crate::gguf::Gguf;
-use crate::rope::{Scaling, inverse_frequencies};
+use crate::rope::{Scaling, Yarn, inverse_frequencies};
 
 /// What every architecture states of itself.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// `llama`, `qwen2`, `qwen3`, `qwen3moe`.
+    /// `llama`, `qwen2`, `qwen3`, `qwen3moe`, `gpt-oss`.
     pub architecture: String,
     /// Width of the residual stream.
     pub hidden: usize,
@@ -17,8 +17,10 @@ pub struct ModelConfig {
     pub intermediate: usize,
     /// Decoder layers.
     pub layers: usize,
-    /// Attention sizes.
+    /// Attention sizes. YaRN's factors on rotated queries and keys are part of their products' scale.
     pub attention: AttentionShape,
+    /// How many of the latest tokens each layer sees; `None`: all. The KV cache keeps all of them in any case.
+    pub windows: Vec<Option<usize>>,
     /// Vocabulary size.
     pub vocab: usize,
     /// Context length the model was trained for, scaling included.
@@ -42,6 +44,8 @@ pub struct MoeConfig {
     pub intermediate: usize,
     /// Whether the chosen experts' weights are made to sum to one.
     pub renormalise: bool,
+    /// What stands between an expert's matrices.
+    pub activation: Activation,
 }
 
 /// The sizes as a file states them, before they are checked against each other.
@@ -57,6 +61,10 @@ pub(crate) struct Stated {
     pub rms_eps: f32,
     pub rope_theta: f64,
     pub scaling: Scaling,
+    /// Size of the sliding window.
+    pub window: Option<usize>,
+    /// Which layers have it; every other one, from the first on, where the file does not say.
+    pub sliding: Option<Vec<bool>>,
     pub moe: Option<MoeConfig>,
 }
 
@@ -104,20 +112,39 @@ impl Stated {
             bounded("the number of experts per token", moe.top_k, moe.experts)?;
             bounded("the experts' width", moe.intermediate, 1 << 20)?;
         }
+        if let Some(window) = self.window {
+            bounded("the sliding window", window, 1 << 28)?;
+        }
         let inv_freq = inverse_frequencies(head_dim, self.rope_theta, &self.scaling)?;
-        let scale = 1.0 / (head_dim as f32).sqrt();
+        let scale = self.scaling.attention_factor().powi(2) as f32 / (head_dim as f32).sqrt();
+        if !(scale.is_finite() && scale > 0.0) {
+            return Err(format!("{:?} makes attention's scale {scale}", self.scaling));
+        }
+        let windows = self.windows()?;
         Ok(ModelConfig {
             architecture: arch.name.to_owned(),
             hidden: self.hidden,
             intermediate: self.intermediate,
             layers: self.layers,
             attention: AttentionShape { heads: self.heads, kv_heads: self.kv_heads, head_dim, scale },
+            windows,
             vocab: self.vocab,
             context_length: self.context_length,
             rms_eps: self.rms_eps,
             rope: Rope { inv_freq, pairing },
             moe: self.moe,
         })
+    }
+
+    /// Each layer's window.
+    fn windows(&self) -> Result<Vec<Option<usize>>, String> {
+        match &self.sliding {
+            None => Ok((0..self.layers).map(|layer| self.window.filter(|_| layer % 2 == 0)).collect()),
+            Some(sliding) if sliding.len() == self.layers => {
+                Ok(sliding.iter().map(|&slides| self.window.filter(|_| slides)).collect())
+            }
+            Some(sliding) => Err(format!("types of {} layers for {}", sliding.len(), self.layers)),
+        }
     }
 }
 
@@ -161,13 +188,19 @@ pub(crate) fn from_gguf(gguf: &Gguf, arch: &Architecture) -> Result<ModelConfig,
             .float("attention.layer_norm_rms_epsilon")?
             .ok_or_else(|| keys.missing("attention.layer_norm_rms_epsilon"))?,
         rope_theta: keys.float("rope.freq_base")?.unwrap_or(10_000.0).into(),
-        scaling: gguf_scaling(&keys)?,
+        scaling: gguf_scaling(&keys, arch)?,
+        window: match arch.sliding {
+            true => Some(keys.required("attention.sliding_window")?),
+            false => None,
+        },
+        sliding: None,
         moe: match arch.moe {
             true => Some(MoeConfig {
                 experts: keys.required("expert_count")?,
                 top_k: keys.required("expert_used_count")?,
                 intermediate: keys.required("expert_feed_forward_length")?,
                 renormalise: keys.bool("expert_weights_norm")?.unwrap_or(true),
+                activation: arch.activation,
             }),
             false => None,
         },
@@ -185,7 +218,7 @@ pub(crate) fn from_gguf(gguf: &Gguf, arch: &Architecture) -> Result<ModelConfig,
 
 /// Rope scaling of a GGUF file: a `rope_freqs.weight` tensor (llama3's, worked out by the converter), or
 /// `rope.scaling.type` with its factor.
-fn gguf_scaling(keys: &Keys<'_>) -> Result<Scaling, String> {
+fn gguf_scaling(keys: &Keys<'_>, arch: &Architecture) -> Result<Scaling, String> {
     const TENSOR: &str = "rope_freqs.weight";
     if let Ok(tensor) = keys.gguf.tensor(TENSOR) {
         if tensor.dtype != rudder_ops::DType::F32 || tensor.elements() > 1 << 10 {
@@ -197,14 +230,24 @@ fn gguf_scaling(keys: &Keys<'_>) -> Result<Scaling, String> {
     let kind = keys.gguf.str(&keys.key("rope.scaling.type"));
     match kind.as_deref() {
         None | Some("none") => Ok(Scaling::None),
-        Some("linear") => {
-            let factor =
-                keys.float("rope.scaling.factor")?.ok_or_else(|| keys.missing("rope.scaling.factor"))?;
-            Ok(Scaling::Linear { factor: factor.into() })
+        Some("linear") => Ok(Scaling::Linear { factor: keys.required_float("rope.scaling.factor")? }),
+        Some("yarn") => {
+            let factor = keys.required_float("rope.scaling.factor")?;
+            let beta = |name, default| keys.float(name).map(|beta| beta.map_or(default, f64::from));
+            let [fast, slow] = Yarn::BETAS;
+            let attention_factor = keys.float("rope.scaling.yarn_attn_factor")?;
+            Ok(Scaling::Yarn(Yarn {
+                factor,
+                beta_fast: beta("rope.scaling.yarn_beta_fast", fast)?,
+                beta_slow: beta("rope.scaling.yarn_beta_slow", slow)?,
+                original_context: keys.required("rope.scaling.original_context_length")? as f64,
+                truncate: arch.yarn_truncates,
+                attention_factor: attention_factor.map_or(Yarn::mscale(factor, 1.0), f64::from),
+            }))
         }
-        Some(other) => {
-            Err(format!("rope scaling type {other:?} is not supported (supported: none, linear, llama3)"))
-        }
+        Some(other) => Err(format!(
+            "rope scaling type {other:?} is not supported (supported: none, linear, llama3, yarn)"
+        )),
     }
 }
 
@@ -246,6 +289,10 @@ impl Keys<'_> {
 
     fn float(&self, key: &str) -> Result<Option<f32>, String> {
         self.typed(key, "a float", |key| self.gguf.f32(key))
+    }
+
+    fn required_float(&self, key: &str) -> Result<f64, String> {
+        Ok(self.float(key)?.ok_or_else(|| self.missing(key))?.into())
     }
 
     fn bool(&self, key: &str) -> Result<Option<bool>, String> {

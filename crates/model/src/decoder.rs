@@ -1,6 +1,8 @@
 //! The decoder that all architectures share: a pre-norm transformer over the op set.
 
-use rudder_ops::{BLOCK_SIZE, Backend, Batch, OpError, QkNorm, SampleRow, Sampled, SamplingParams};
+use rudder_ops::{
+    AttentionOptions, BLOCK_SIZE, Backend, Batch, OpError, QkNorm, SampleRow, Sampled, SamplingParams,
+};
 
 use crate::{KvBlock, Model, ModelConfig};
 
@@ -34,7 +36,10 @@ pub(crate) struct Layer<B: Backend> {
     pub qkv: B::Matrix,
     pub qkv_bias: Option<B::Vector>,
     pub qk_norm: Option<(B::Vector, B::Vector)>,
+    pub window: Option<usize>,
+    pub sinks: Option<B::Vector>,
     pub attn_output: B::Matrix,
+    pub attn_output_bias: Option<B::Vector>,
     pub ffn_norm: B::Vector,
     pub mlp: Mlp<B>,
 }
@@ -44,7 +49,7 @@ pub(crate) enum Mlp<B: Backend> {
     /// Gate and up stacked, then down.
     Dense { gate_up: B::Matrix, down: B::Matrix },
     /// Router logits choose among experts.
-    Moe { router: B::Matrix, experts: B::Experts },
+    Moe { router: B::Matrix, router_bias: Option<B::Vector>, experts: B::Experts },
 }
 
 /// Activations of a step, allocated once. Rows: tokens of the batch, or its outputs where the name says so and
@@ -118,6 +123,19 @@ impl<B: Backend> Layer<B> {
         backend.rope_and_cache(&mut w.qkv, &config.attention, norm, index, cache)
     }
 
+    /// Attention of all rows, from `qkv` to `heads`.
+    fn attend(
+        &self,
+        index: usize,
+        backend: &mut B,
+        config: &ModelConfig,
+        cache: &B::KvCache,
+        w: &mut Workspace<B>,
+    ) -> Result<(), OpError> {
+        let options = AttentionOptions { window: self.window, sinks: self.sinks.as_ref() };
+        backend.attention(&w.qkv, &config.attention, options, index, cache, &mut w.heads)
+    }
+
     /// From attention's `heads` and the residual stream to what this layer's MLP adds to it:
     /// `residual += heads * o; delta = mlp(norm(residual))`.
     fn finish(
@@ -128,7 +146,7 @@ impl<B: Backend> Layer<B> {
         residual: &mut B::Tensor,
         (normed, delta, mlp): (&mut B::Tensor, &mut B::Tensor, &mut MlpWorkspace<B>),
     ) -> Result<(), OpError> {
-        backend.linear(heads, &self.attn_output, None, delta)?;
+        backend.linear(heads, &self.attn_output, self.attn_output_bias.as_ref(), delta)?;
         backend.rms_norm(residual, Some(delta), &self.ffn_norm, config.rms_eps, normed)?;
         match (&self.mlp, mlp, &config.moe) {
             (Mlp::Dense { gate_up, down }, MlpWorkspace::Dense { gate_up: both, activated }, _) => {
@@ -136,8 +154,8 @@ impl<B: Backend> Layer<B> {
                 backend.silu_mul(both, activated)?;
                 backend.linear(activated, down, None, delta)
             }
-            (Mlp::Moe { router, experts }, MlpWorkspace::Moe { router_logits }, Some(moe)) => {
-                backend.linear(normed, router, None, router_logits)?;
+            (Mlp::Moe { router, router_bias, experts }, MlpWorkspace::Moe { router_logits }, Some(moe)) => {
+                backend.linear(normed, router, router_bias.as_ref(), router_logits)?;
                 backend.moe(normed, router_logits, experts, moe.top_k, moe.renormalise, delta)
             }
             _ => unreachable!("layers and workspace are made from one configuration"),
@@ -208,7 +226,7 @@ impl<B: Backend> Model for Decoder<B> {
         let Some((last, layers)) = self.layers.split_last() else { unreachable!("a model has layers") };
         for (index, layer) in layers.iter().enumerate() {
             layer.project(index, backend, config, cache, w)?;
-            backend.attention(&w.qkv, &config.attention, index, cache, &mut w.heads)?;
+            layer.attend(index, backend, config, cache, w)?;
             let buffers = (&mut w.normed, &mut w.delta, &mut w.mlp);
             layer.finish(backend, config, &w.heads, &mut w.residual, buffers)?;
         }
@@ -217,7 +235,7 @@ impl<B: Backend> Model for Decoder<B> {
         backend.gather(&w.residual, None, &mut w.output)?;
         let wanted = !batch.outputs.is_empty();
         if wanted {
-            backend.attention(&w.qkv, &config.attention, layers.len(), cache, &mut w.heads)?;
+            last.attend(layers.len(), backend, config, cache, w)?;
             backend.gather(&w.heads, None, &mut w.output_heads)?;
             let buffers = (&mut w.output_normed, &mut w.delta, &mut w.mlp);
             last.finish(backend, config, &w.output_heads, &mut w.output, buffers)?;

@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
+use rudder_ops::DType::MXFP4;
+use rudder_ops::mxfp4::{BLOCK_BYTES, BLOCK_LEN};
 use rudder_ops::{DType, RawTensor};
 
 use crate::ModelConfig;
 use crate::arch::Architecture;
 
 /// Configurations that are compiled in, as their checkpoints' config.json has them.
-const PRESETS: [(&str, &str); 3] = [
+const PRESETS: [(&str, &str); 4] = [
     ("llama-3.1-8b", include_str!("../presets/llama-3.1-8b.json")),
     ("qwen3-8b", include_str!("../presets/qwen3-8b.json")),
     ("qwen3-coder-30b-a3b", include_str!("../presets/qwen3-coder-30b-a3b.json")),
+    ("gpt-oss-20b", include_str!("../presets/gpt-oss-20b.json")),
 ];
 /// Tensors begin at different places in their pool, so far apart at most.
 const SHIFT: usize = 1 << 16;
@@ -26,24 +29,29 @@ pub(crate) fn preset_names() -> String {
     PRESETS.map(|(name, _)| name).join(", ")
 }
 
-/// Tensors of random bf16 that lie over each other in one pool, as large as the largest of them.
+/// Tensors of random bf16 that lie over each other in one pool, as large as the largest of them; experts' matrices of MXFP4
+/// in another where the configuration says so.
 pub(crate) struct Dummy {
     pool: Arc<Vec<u8>>,
+    mxfp4: Option<Arc<Vec<u8>>>,
     ones: Arc<Vec<u8>>,
     bytes: u64,
     tied: bool,
 }
 
 impl Dummy {
-    pub fn new(config: &ModelConfig, arch: &Architecture, tied: bool) -> Self {
+    pub fn new(config: &ModelConfig, arch: &Architecture, tied: bool, mxfp4: bool) -> Self {
         let q = config.attention.out_width();
         let inner = config.moe.map_or(config.intermediate, |moe| moe.intermediate);
         let largest = config.hidden * config.vocab.max(inner).max(config.attention.qkv_width());
         let widest = config.hidden.max(q).max(config.attention.qkv_width());
+        let [experts, others] = parameters(config, arch, tied);
+        let expert_bytes = if mxfp4 { MXFP4.bytes(experts).unwrap_or(0) } else { 2 * experts };
         Self {
             pool: Arc::new(random(2 * (largest + SHIFT))),
             ones: Arc::new(0x3f80u16.to_le_bytes().repeat(widest)),
-            bytes: 2 * parameters(config, arch, tied),
+            bytes: (expert_bytes + 2 * others) as u64,
+            mxfp4: mxfp4.then(|| Arc::new(random_mxfp4(config.hidden * inner / BLOCK_LEN + SHIFT))),
             tied,
         }
     }
@@ -58,12 +66,34 @@ impl Dummy {
 
     /// A tensor of this name: norms are ones, all else is small.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Option<RawTensor> {
+        let hash = name.bytes().fold(0usize, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+        if let Some(pool) = self.mxfp4.as_ref().filter(|_| shape.len() == 2 && name.contains(".experts.")) {
+            return RawTensor::new(name, shape.to_vec(), MXFP4, pool.clone(), BLOCK_BYTES * (hash % SHIFT));
+        }
         let norm = shape.len() == 1 && name.contains("norm");
         let pool = if norm { self.ones.clone() } else { self.pool.clone() };
-        let hash = name.bytes().fold(0usize, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
         let start = if norm { 0 } else { 2 * (hash % SHIFT) };
         RawTensor::new(name, shape.to_vec(), DType::BF16, pool, start)
     }
+}
+
+/// The next of a sequence of random numbers.
+fn next(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z ^ (z >> 31)
+}
+
+/// So many blocks of random codes, all scaled by 2^-9.
+fn random_mxfp4(blocks: usize) -> Vec<u8> {
+    let mut state = 0;
+    let mut pool = Vec::with_capacity(blocks * BLOCK_BYTES);
+    for _ in 0..blocks {
+        pool.push(127 - 9);
+        pool.extend_from_slice(&next(&mut state).to_le_bytes());
+        pool.extend_from_slice(&next(&mut state).to_le_bytes());
+    }
+    pool
 }
 
 /// `bytes` of random bf16 of either sign between 2^-11 and 2^-7, so that rows of a few thousand keep sums about 1.
@@ -71,28 +101,31 @@ fn random(bytes: usize) -> Vec<u8> {
     let mut state = 0u64;
     let mut pool = Vec::with_capacity(bytes.next_multiple_of(8));
     while pool.len() < bytes {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         // Of each 16 bits the sign, the exponent's lowest two and the mantissa are random; 116 is 2^-11.
-        let numbers = (z ^ (z >> 31)) & 0x81ff_81ff_81ff_81ff | 0x3a00_3a00_3a00_3a00;
+        let numbers = next(&mut state) & 0x81ff_81ff_81ff_81ff | 0x3a00_3a00_3a00_3a00;
         pool.extend_from_slice(&numbers.to_le_bytes());
     }
     pool
 }
 
-/// Numbers in all weights together.
-fn parameters(config: &ModelConfig, arch: &Architecture, tied: bool) -> u64 {
+/// Numbers in all experts' matrices, and in all other weights together.
+fn parameters(config: &ModelConfig, arch: &Architecture, tied: bool) -> [usize; 2] {
     let (hidden, vocab, attention) = (config.hidden, config.vocab, &config.attention);
-    let mlp = match &config.moe {
-        Some(moe) => hidden * moe.experts + 3 * moe.experts * hidden * moe.intermediate,
-        None => 3 * hidden * config.intermediate,
+    let when = |holds: bool, numbers: usize| if holds { numbers } else { 0 };
+    let (experts, mlp) = match &config.moe {
+        Some(moe) => {
+            let biases = moe.experts * (1 + 2 * moe.intermediate + hidden);
+            let experts = 3 * moe.experts * hidden * moe.intermediate;
+            (experts, hidden * moe.experts + when(arch.expert_biases, biases))
+        }
+        None => (0, 3 * hidden * config.intermediate),
     };
     let qkv = attention.qkv_width();
-    let bias = if arch.qkv_bias { qkv } else { 0 };
-    let norms = 2 * hidden + if arch.qk_norm { 2 * attention.head_dim } else { 0 };
+    let bias = when(arch.qkv_bias, qkv) + when(arch.output_bias, hidden) + when(arch.sinks, attention.heads);
+    let norms = 2 * hidden + when(arch.qk_norm, 2 * attention.head_dim);
     let layer = hidden * (qkv + attention.out_width()) + bias + norms + mlp;
     let tables = if tied { 1 } else { 2 };
-    (tables * vocab * hidden + hidden) as u64 + config.layers as u64 * layer as u64
+    [config.layers * experts, tables * vocab * hidden + hidden + config.layers * layer]
 }
 
 #[cfg(test)]
@@ -108,9 +141,15 @@ mod tests {
     #[test]
     fn presets_are_as_large_as_their_names_say() {
         // The parameters that the models' cards state.
-        for (name, billions) in [("llama-3.1-8b", 8.03), ("qwen3-8b", 8.19), ("qwen3-coder-30b-a3b", 30.53)] {
+        let stated = [
+            ("llama-3.1-8b", 8.03),
+            ("qwen3-8b", 8.19),
+            ("qwen3-coder-30b-a3b", 30.53),
+            ("gpt-oss-20b", 20.91),
+        ];
+        for (name, billions) in stated {
             let (config, arch) = config(name);
-            let found = parameters(&config, arch, false) as f64 / 1e9;
+            let found = parameters(&config, arch, false).iter().sum::<usize>() as f64 / 1e9;
             assert!((found - billions).abs() < 0.005, "{name}: {found}");
         }
         assert!(preset("gpt-2").is_none());

@@ -1,11 +1,11 @@
 //! Hugging Face's config.json, read by the names and defaults of transformers' configuration classes.
 
-use rudder_ops::RopePairing;
+use rudder_ops::{Activation, RopePairing};
 use serde_json::{Map, Value};
 
 use crate::arch::{self, Architecture};
 use crate::config::{ModelConfig, MoeConfig, Stated};
-use crate::rope::{Llama3, Scaling};
+use crate::rope::{Llama3, Scaling, Yarn};
 
 /// A parsed config.json: the architecture, the configuration, and whether the output matrix is the
 /// embedding table (`None` when it does not say).
@@ -13,6 +13,8 @@ pub(crate) struct HfConfig {
     pub arch: &'static Architecture,
     pub config: ModelConfig,
     pub tied: Option<bool>,
+    /// Whether the experts are stored as MXFP4.
+    pub mxfp4: bool,
 }
 
 /// Reads a config.json.
@@ -21,9 +23,10 @@ pub(crate) fn parse(json: &[u8]) -> Result<HfConfig, String> {
     let fields = Fields(&json);
     let model_type = fields.str("model_type")?.ok_or("\"model_type\" is missing")?;
     let arch = arch::by_hf_model_type(model_type)?;
-    refuse_unsupported(&fields)?;
+    refuse_unsupported(&fields, arch)?;
     let heads = fields.required("num_attention_heads")?;
     let (rope_theta, scaling) = rope(&fields)?;
+    let (window, sliding) = if arch.sliding { windows(&fields)? } else { (None, None) };
     let stated = Stated {
         hidden: fields.required("hidden_size")?,
         intermediate: fields.required("intermediate_size")?,
@@ -36,16 +39,34 @@ pub(crate) fn parse(json: &[u8]) -> Result<HfConfig, String> {
         rms_eps: fields.f64("rms_norm_eps")?.unwrap_or(1e-6) as f32,
         rope_theta,
         scaling,
+        window,
+        sliding,
         moe: match arch.moe {
-            true => Some(moe(&fields)?),
+            true => Some(moe(&fields, arch)?),
             false => None,
         },
     };
     let config = stated.check(arch, RopePairing::Halves)?;
-    Ok(HfConfig { arch, config, tied: fields.bool("tie_word_embeddings")? })
+    let mxfp4 = quantised_by(&fields).is_some();
+    Ok(HfConfig { arch, config, tied: fields.bool("tie_word_embeddings")?, mxfp4 })
 }
 
-fn moe(fields: &Fields<'_>) -> Result<MoeConfig, String> {
+/// The sliding window, and which layers have it.
+fn windows(fields: &Fields<'_>) -> Result<(Option<usize>, Option<Vec<bool>>), String> {
+    let window = fields.usize("sliding_window")?;
+    let Some(types) = fields.0.get("layer_types").filter(|types| !types.is_null()) else {
+        return Ok((window, None));
+    };
+    let types = types.as_array().ok_or("\"layer_types\" is not an array")?;
+    let sliding = types.iter().map(|kind| match kind.as_str() {
+        Some("sliding_attention") => Ok(true),
+        Some("full_attention") => Ok(false),
+        _ => Err(format!("layer type {kind} is not supported (supported: sliding_attention, full_attention)")),
+    });
+    Ok((window, Some(sliding.collect::<Result<_, _>>()?)))
+}
+
+fn moe(fields: &Fields<'_>, arch: &Architecture) -> Result<MoeConfig, String> {
     if fields.usize("decoder_sparse_step")?.is_some_and(|step| step != 1)
         || fields.0.get("mlp_only_layers").and_then(Value::as_array).is_some_and(|layers| !layers.is_empty())
     {
@@ -57,17 +78,31 @@ fn moe(fields: &Fields<'_>) -> Result<MoeConfig, String> {
         Some(experts) => experts,
         None => fields.required("num_local_experts")?, // transformers 5
     };
+    let activation = match arch.activation {
+        Activation::Silu => Activation::Silu,
+        Activation::ClampedSwiglu { alpha, limit } => Activation::ClampedSwiglu {
+            alpha: fields.f64("swiglu_alpha")?.map_or(alpha, |alpha| alpha as f32),
+            limit: fields.f64("swiglu_limit")?.map_or(limit, |limit| limit as f32),
+        },
+    };
     Ok(MoeConfig {
         experts,
         top_k: fields.required("num_experts_per_tok")?,
-        intermediate: fields.required("moe_intermediate_size")?,
-        renormalise: fields.bool("norm_topk_prob")?.unwrap_or(false),
+        intermediate: match fields.usize("moe_intermediate_size")? {
+            Some(intermediate) => intermediate,
+            None => fields.required("intermediate_size")?, // gpt-oss
+        },
+        renormalise: arch.softmax_of_chosen || fields.bool("norm_topk_prob")?.unwrap_or(false),
+        activation,
     })
 }
 
 /// Says no to settings that would change the answer and that no architecture here implements.
-fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), String> {
-    for flag in ["attention_bias", "mlp_bias", "use_sliding_window"] {
+fn refuse_unsupported(fields: &Fields<'_>, arch: &Architecture) -> Result<(), String> {
+    if fields.bool("attention_bias")?.is_some_and(|bias| bias != arch.output_bias) {
+        return Err(format!("\"attention_bias\": {} is not supported", !arch.output_bias));
+    }
+    for flag in ["mlp_bias", "use_sliding_window"] {
         if fields.bool(flag)? == Some(true) {
             return Err(format!("{flag:?}: true is not supported"));
         }
@@ -77,13 +112,20 @@ fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), String> {
     {
         return Err(format!("\"hidden_act\" {act:?} is not supported (supported: silu)"));
     }
-    if let Some(Value::Object(quantization)) = fields.0.get("quantization_config") {
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        return Err(format!(
+    match quantised_by(fields) {
+        None => Ok(()),
+        // Of gpt-oss the experts are, as `weights` finds them.
+        Some("mxfp4") if arch.expert_biases => Ok(()),
+        Some(method) => Err(format!(
             "quantised by {method:?}, which is not supported; use the GGUF or the original weights"
-        ));
+        )),
     }
-    Ok(())
+}
+
+/// The method of quantisation, if there is one.
+fn quantised_by<'a>(fields: &Fields<'a>) -> Option<&'a str> {
+    let Some(Value::Object(quantization)) = fields.0.get("quantization_config") else { return None };
+    Some(quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown"))
 }
 
 /// Rope's base and scaling: `rope_parameters` (transformers 5), else `rope_theta` and `rope_scaling`.
@@ -113,9 +155,27 @@ fn rope(fields: &Fields<'_>) -> Result<(f64, Scaling), String> {
             high_freq_factor: number("high_freq_factor")?,
             original_context: number("original_max_position_embeddings")?,
         }),
+        "yarn" => {
+            let factor = number("factor")?;
+            let [beta_fast, beta_slow] = Yarn::BETAS;
+            let weighted = |name: &str| Ok::<_, String>(rope.f64(name)?.map(|w| Yarn::mscale(factor, w)));
+            let attention_factor = match (rope.f64("attention_factor")?, weighted("mscale")?, weighted("mscale_all_dim")?) {
+                (Some(attention_factor), ..) => attention_factor,
+                (None, Some(some), Some(all)) => some / all,
+                _ => Yarn::mscale(factor, 1.0),
+            };
+            Scaling::Yarn(Yarn {
+                factor,
+                beta_fast: rope.f64("beta_fast")?.unwrap_or(beta_fast),
+                beta_slow: rope.f64("beta_slow")?.unwrap_or(beta_slow),
+                original_context: number("original_max_position_embeddings")?,
+                truncate: rope.bool("truncate")?.unwrap_or(true),
+                attention_factor,
+            })
+        }
         other => {
             return Err(format!(
-                "rope scaling type {other:?} is not supported (supported: default, linear, llama3)"
+                "rope scaling type {other:?} is not supported (supported: default, linear, llama3, yarn)"
             ));
         }
     };
@@ -201,7 +261,8 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_an_error_that_names_it() {
-        assert!(error(r#"{"rope_scaling": {"type": "yarn", "factor": 4.0}}"#).contains("yarn"));
+        assert!(error(r#"{"rope_scaling": {"type": "longrope", "factor": 4.0}}"#).contains("longrope"));
+        assert!(error(r#"{"rope_scaling": {"type": "yarn", "factor": 4.0}}"#).contains("original_max"));
         assert!(
             error(r#"{"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}"#).contains("low_freq_factor")
         );
@@ -209,6 +270,53 @@ mod tests {
         assert!(error(r#"{"hidden_act": "gelu"}"#).contains("gelu"));
         assert!(error(r#"{"use_sliding_window": true}"#).contains("use_sliding_window"));
         assert!(error(r#"{"quantization_config": {"quant_method": "awq"}}"#).contains("awq"));
+    }
+
+    /// Fields that make of the others a gpt-oss.
+    const GPT_OSS: &str = r#""model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2"#;
+
+    #[test]
+    fn gpt_oss_slides_every_other_layer_or_those_that_the_file_names() {
+        let config = |change: &str| with(&format!("{{{GPT_OSS}, {change}}}")).map(|hf| hf.config);
+        let window = r#""sliding_window": 8"#;
+        let found = config(window).unwrap();
+        assert_eq!(found.windows, [Some(8), None]);
+        let moe = found.moe.unwrap();
+        assert_eq!((moe.intermediate, moe.renormalise), (96, true));
+        assert_eq!(moe.activation, Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 });
+        let types = |types: &str| config(&format!(r#"{window}, "layer_types": {types}"#));
+        assert_eq!(types(r#"["full_attention", "sliding_attention"]"#).unwrap().windows, [None, Some(8)]);
+        assert!(types(r#"["full_attention"]"#).unwrap_err().contains("1 layers for 2"));
+        assert!(types(r#"["full_attention", "linear_attention"]"#).unwrap_err().contains("linear_attention"));
+        assert!(config(r#""sliding_window": 0"#).unwrap_err().contains("window"));
+        assert!(config(r#""attention_bias": false"#).unwrap_err().contains("attention_bias"));
+        let quantised = |method: &str| {
+            let quantised = format!(r#"{{{GPT_OSS}, "quantization_config": {{"quant_method": "{method}"}}}}"#);
+            with(&quantised).map(|hf| hf.mxfp4)
+        };
+        assert_eq!((quantised("mxfp4"), quantised("awq").is_err()), (Ok(true), true));
+        assert_eq!(with("{}").unwrap().config.windows, [None, None]);
+    }
+
+    #[test]
+    fn yarn_keeps_high_frequencies_divides_low_ones_and_sharpens_attention() {
+        let yarn = |more: &str| {
+            let rope = r#""rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096"#;
+            with(&format!(r#"{{"head_dim": 64, "rope_theta": 150000.0, "rope_scaling": {{{rope}{more}}}}}"#)).unwrap().config
+        };
+        let plain = with(r#"{"head_dim": 64, "rope_theta": 150000.0}"#).unwrap().config;
+        let ratio = |config: &ModelConfig, i: usize| plain.rope.inv_freq[i] / config.rope.inv_freq[i];
+        let exact = yarn(r#", "truncate": false"#);
+        // gpt-oss's own: the blend lies between pairs 8.09 and 17.40.
+        assert!((ratio(&exact, 8) - 1.0).abs() < 1e-6 && (ratio(&exact, 18) - 32.0).abs() < 1e-4);
+        let kept = 1.0 - (12.0 - 8.0928) / (17.3979 - 8.0928);
+        assert!((ratio(&exact, 12) - 1.0 / (kept + (1.0 - kept) / 32.0)).abs() < 1e-3, "{}", ratio(&exact, 12));
+        assert!(ratio(&yarn(""), 9) != ratio(&exact, 9));
+        let factor = 0.1 * 32f32.ln() + 1.0;
+        assert!((exact.attention.scale - factor * factor / 8.0).abs() < 1e-6);
+        let unscaled = yarn(r#", "mscale": 1.0, "mscale_all_dim": 1.0"#);
+        assert_eq!(unscaled.attention.scale, plain.attention.scale);
+        assert_eq!(yarn(r#", "attention_factor": 2.0"#).attention.scale, 0.5);
     }
 
     #[test]
@@ -225,6 +333,7 @@ mod tests {
             r#"{"head_dim": 15}"#,
             r#"{"rms_norm_eps": -1.0}"#,
             r#"{"rope_theta": 0.0}"#,
+            r#"{"rope_scaling": {"type": "yarn", "factor": 0.0, "original_max_position_embeddings": 64}}"#,
             r#"{"max_position_embeddings": 0}"#,
         ] {
             error(change);

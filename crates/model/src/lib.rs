@@ -10,6 +10,7 @@ mod decoder;
 mod dummy;
 mod error;
 mod fingerprint;
+mod fused_experts;
 mod gguf;
 mod hf_config;
 mod load;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use rudder_ops::{BLOCK_SIZE, Backend, RawTensor};
+use rudder_ops::{BLOCK_SIZE, Backend, ExpertWeights, RawTensor};
 
 use crate::arch::{self, Architecture};
 use crate::decoder::{Decoder, Layer, Limits, Mlp, Workspace};
@@ -11,7 +11,7 @@ use crate::fingerprint::Fingerprint;
 use crate::gguf::Gguf;
 use crate::safetensors::Checkpoint;
 use crate::weights::Weights;
-use crate::{KvBlock, LoadError, Model, ModelConfig, config, hf_config};
+use crate::{KvBlock, LoadError, Model, ModelConfig, MoeConfig, config, hf_config};
 
 /// Slots are numbered in 32 bits, and the last number means none.
 const MOST_KV_BLOCKS: usize = u32::MAX as usize / BLOCK_SIZE;
@@ -105,7 +105,7 @@ impl ModelSource {
         };
         let hf = hf.map_err(|reason| LoadError::invalid(&file, reason))?;
         let tied = hf.tied.unwrap_or(false);
-        let weights = Weights::dummy(Dummy::new(&hf.config, hf.arch, tied));
+        let weights = Weights::dummy(Dummy::new(&hf.config, hf.arch, tied, hf.mxfp4));
         Ok(Self { path: name.into(), arch: hf.arch, config: hf.config, weights, tied })
     }
 
@@ -326,12 +326,23 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
             }
             false => None,
         };
+        let attn_output_bias = match arch.output_bias {
+            true => Some(self.vector(&[bias("attn_output", hidden)?])?),
+            false => None,
+        };
+        let sinks = match arch.sinks {
+            true => Some(self.vector(&[weights.sinks(layer, config.attention.heads)?])?),
+            false => None,
+        };
         Ok(Layer {
             attn_norm: self.vector(&[weights.norm(layer, "attn_norm", hidden)?])?,
             qkv: self.matrix(&qkv)?,
             qkv_bias,
             qk_norm,
+            window: config.windows[layer],
+            sinks,
             attn_output: self.matrix(&[weights.matrix(layer, "attn_output", [hidden, q])?])?,
+            attn_output_bias,
             ffn_norm: self.vector(&[weights.norm(layer, "ffn_norm", hidden)?])?,
             mlp: self.mlp(layer)?,
         })
@@ -347,16 +358,39 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
             let down = weights.matrix(layer, "ffn_down", [hidden, width])?;
             return Ok(Mlp::Dense { gate_up: self.matrix(&[gate, up])?, down: self.matrix(&[down])? });
         };
-        let (count, width) = (moe.experts, moe.intermediate);
+        let count = moe.experts;
         let router = self.matrix(&[weights.matrix(layer, "ffn_gate_inp", [count, hidden])?])?;
+        let router_bias = match self.source.arch.expert_biases {
+            true => Some(self.vector(&[weights.bias(layer, "ffn_gate_inp", count)?])?),
+            false => None,
+        };
+        Ok(Mlp::Moe { router, router_bias, experts: self.experts(layer, moe)? })
+    }
+
+    fn experts(&mut self, layer: usize, moe: MoeConfig) -> Result<B::Experts, LoadError> {
+        let (weights, hidden) = (&self.source.weights, self.source.config.hidden);
+        let (count, width) = (moe.experts, moe.intermediate);
         let gate = weights.experts(layer, "gate", count, [width, hidden])?;
         let up = weights.experts(layer, "up", count, [width, hidden])?;
         let down = weights.experts(layer, "down", count, [hidden, width])?;
-        let experts = self.backend.load_experts(&gate, &up, &down)?;
-        for parts in [gate, up, down] {
-            self.uploaded(&parts);
+        let biases = match self.source.arch.expert_biases {
+            true => {
+                let of = |name, len| weights.expert_biases(layer, name, count, len);
+                Some([of("gate", width)?, of("up", width)?, of("down", hidden)?])
+            }
+            false => None,
+        };
+        let experts = self.backend.load_experts(&ExpertWeights {
+            gate: &gate,
+            up: &up,
+            down: &down,
+            biases: biases.as_ref().map(|biases| biases.each_ref().map(Vec::as_slice)),
+            activation: moe.activation,
+        })?;
+        for parts in [gate, up, down].iter().chain(biases.iter().flatten()) {
+            self.uploaded(parts);
         }
-        Ok(Mlp::Moe { router, experts })
+        Ok(experts)
     }
 }
 
@@ -375,12 +409,13 @@ mod tests {
 
     #[test]
     fn random_weights_fit_every_architecture() {
-        for name in ["llama", "qwen2", "qwen3", "qwen3moe"] {
+        for name in ["llama", "qwen2", "qwen3", "qwen3moe", "gptoss", "gptoss-mxfp4"] {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
             let source = ModelSource::dummy(&folder.to_string_lossy()).expect("a configuration");
             let checkpoint = ModelSource::open(&folder).expect("a checkpoint");
-            // Checkpoints of f32 are twice as large.
-            assert_eq!(2 * source.weight_bytes(), checkpoint.weight_bytes(), "{name}");
+            // Checkpoints of f32 are twice as large; MXFP4 is as large as it is.
+            let mxfp4 = if name.ends_with("mxfp4") { 2 * 4 * 3 * 64 * 128 / 32 * 17 } else { 0 };
+            assert_eq!(2 * (source.weight_bytes() - mxfp4), checkpoint.weight_bytes() - mxfp4, "{name}");
             let options =
                 LoadOptions { max_batch_tokens: 8, max_outputs: 8, kv: KvSize::Blocks(2), max_context: 32 };
             let loaded = source.load(rudder_ops::reference::Reference::new(), options, |_, _| ());

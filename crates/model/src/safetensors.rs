@@ -116,6 +116,26 @@ impl Checkpoint {
             .ok_or_else(|| invalid("reaches beyond its file".to_owned()))
     }
 
+    /// A tensor of bytes: its shape, and what it holds.
+    ///
+    /// # Errors
+    /// If there is none of this name, or its dtype is another.
+    pub fn bytes(&self, name: &str) -> Result<(&[usize], &[u8]), LoadError> {
+        let invalid = |reason: String| LoadError::invalid(&self.folder, format!("tensor {name} {reason}"));
+        let entry = self.tensors.get(name).ok_or_else(|| invalid("is missing".to_owned()))?;
+        if entry.dtype != Dtype::U8 {
+            return Err(invalid(format!("has dtype {:?}, expected U8", entry.dtype)));
+        }
+        let bytes = entry.map.get(entry.start..).and_then(|rest| rest.get(..entry.bytes));
+        let bytes = bytes.ok_or_else(|| invalid("reaches beyond its file".to_owned()))?;
+        Ok((&entry.shape, bytes))
+    }
+
+    /// The folder it lies in.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Gives back the pages of a tensor of this checkpoint.
     pub(crate) fn release(&self, tensor: &RawTensor) {
         if let Some(entry) = self.tensors.get(&tensor.name) {

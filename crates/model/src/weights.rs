@@ -6,6 +6,7 @@ use rudder_ops::RawTensor;
 
 use crate::LoadError;
 use crate::dummy::Dummy;
+use crate::fused_experts::FusedExperts;
 use crate::gguf::Gguf;
 use crate::safetensors::Checkpoint;
 
@@ -24,6 +25,12 @@ const LAYER_NAMES: [(&str, &str); 13] = [
     ("ffn_down", "mlp.down_proj"),
     ("ffn_gate_inp", "mlp.gate"),
     ("experts", "mlp.experts"),
+];
+
+/// What gpt-oss calls some of them: canonical names, GGUF's and Hugging Face's.
+const OTHER_NAMES: [(&str, &str, &str); 2] = [
+    ("ffn_norm", "post_attention_norm", "post_attention_layernorm"),
+    ("ffn_gate_inp", "ffn_gate_inp", "mlp.router"),
 ];
 
 /// A model's weights. Every tensor is handed out with its shape checked.
@@ -104,6 +111,15 @@ impl Weights {
         self.tensor(&self.layer_name(layer, name, "bias"), &[len])
     }
 
+    /// The attention sinks of a layer, `[heads]`.
+    pub fn sinks(&self, layer: usize, heads: usize) -> Result<RawTensor, LoadError> {
+        let name = match self.format {
+            Format::Gguf(_) => format!("blk.{layer}.attn_sinks.weight"),
+            Format::HuggingFace(_) | Format::Dummy(_) => format!("model.layers.{layer}.self_attn.sinks"),
+        };
+        self.tensor(&name, &[heads])
+    }
+
     /// One matrix, `[out, in]`, of each of a layer's experts; `name` is `gate`, `up` or `down`.
     pub fn experts(
         &self,
@@ -118,13 +134,48 @@ impl Weights {
                 let stacked = self.tensor(&name, &[count, shape[0], shape[1]])?;
                 Ok((0..count).map(|expert| stacked.index(expert)).collect())
             }
-            Format::HuggingFace(_) | Format::Dummy(_) => (0..count)
-                .map(|expert| {
-                    let kind = format!("{expert}.{name}_proj.weight");
-                    self.tensor(&self.layer_name(layer, "experts", &kind), &shape)
-                })
-                .collect(),
+            Format::HuggingFace(_) | Format::Dummy(_) => match self.fused_experts(layer) {
+                Some(fused) => fused.matrices(name, count, shape),
+                None => self.each_expert(layer, count, &format!("{name}_proj.weight"), &shape),
+            },
         }
+    }
+
+    /// The biases of [`Weights::experts`], `[len]` each.
+    pub fn expert_biases(
+        &self,
+        layer: usize,
+        name: &str,
+        count: usize,
+        len: usize,
+    ) -> Result<Vec<RawTensor>, LoadError> {
+        match &self.format {
+            Format::Gguf(_) => {
+                let stacked = self.tensor(&format!("blk.{layer}.ffn_{name}_exps.bias"), &[count, len])?;
+                Ok((0..count).map(|expert| stacked.index(expert)).collect())
+            }
+            Format::HuggingFace(_) | Format::Dummy(_) => match self.fused_experts(layer) {
+                Some(fused) => fused.biases(name, count, len),
+                None => self.each_expert(layer, count, &format!("{name}_proj.bias"), &[len]),
+            },
+        }
+    }
+
+    fn fused_experts(&self, layer: usize) -> Option<FusedExperts<'_>> {
+        let Format::HuggingFace(checkpoint) = &self.format else { return None };
+        FusedExperts::find(checkpoint, format!("model.layers.{layer}.mlp.experts"))
+    }
+
+    /// One tensor of each expert, where each has its own.
+    fn each_expert(
+        &self,
+        layer: usize,
+        count: usize,
+        kind: &str,
+        shape: &[usize],
+    ) -> Result<Vec<RawTensor>, LoadError> {
+        let name = |expert: usize| self.layer_name(layer, "experts", &format!("{expert}.{kind}"));
+        (0..count).map(|expert| self.tensor(&name(expert), shape)).collect()
     }
 
     /// Gives back the pages of a tensor that was uploaded: what a backend keeps of it, it has copied or
@@ -145,13 +196,16 @@ impl Weights {
     }
 
     fn layer_name(&self, layer: usize, name: &str, kind: &str) -> String {
-        match self.format {
-            Format::Gguf(_) => format!("blk.{layer}.{name}.{kind}"),
-            Format::HuggingFace(_) | Format::Dummy(_) => {
-                let theirs =
-                    LAYER_NAMES.iter().find(|(ours, _)| *ours == name).map_or(name, |(_, theirs)| theirs);
-                format!("model.layers.{layer}.{theirs}.{kind}")
-            }
+        let full = |gguf: &str, hugging_face: &str| match self.format {
+            Format::Gguf(_) => format!("blk.{layer}.{gguf}.{kind}"),
+            Format::HuggingFace(_) | Format::Dummy(_) => format!("model.layers.{layer}.{hugging_face}.{kind}"),
+        };
+        let theirs = LAYER_NAMES.iter().find(|(ours, _)| *ours == name).map_or(name, |(_, theirs)| theirs);
+        let usual = full(name, theirs);
+        let other = OTHER_NAMES.iter().find(|(ours, ..)| *ours == name);
+        match other.map(|(_, gguf, hugging_face)| full(gguf, hugging_face)) {
+            Some(other) if !self.contains(&usual) && self.contains(&other) => other,
+            _ => usual,
         }
     }
 

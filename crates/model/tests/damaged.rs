@@ -180,7 +180,7 @@ fn a_configuration_that_makes_no_sense_is_an_error_that_names_the_key() {
     assert_names(&set("qwen2.block_count", U32, u32(u32::MAX)), &["layers"]);
     assert_names(&set("qwen2.attention.head_count", U32, u32(0)), &["heads is 0"]);
     assert_names(&set("qwen2.attention.head_count_kv", U32, u32(3)), &["KV heads"]);
-    assert_names(&set("qwen2.rope.scaling.type", STRING, string("yarn")), &["yarn"]);
+    assert_names(&set("qwen2.rope.scaling.type", STRING, string("longrope")), &["longrope"]);
     assert_names(&set("qwen2.rope.dimension_count", U32, u32(8)), &["rope"]);
     assert_names(&set("split.count", U32, u32(2)), &["split"]);
     assert_names(

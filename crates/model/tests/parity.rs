@@ -16,6 +16,8 @@ const OPTIONS: LoadOptions =
 /// Blocks of the two sequences, out of order and interleaved.
 const BLOCKS: [[u32; 3]; 2] = [[5, 0, 3], [1, 6, 2]];
 const TOLERANCE: f32 = 1e-4;
+/// Where quantised weights meet activations rounded to eight bits.
+const QUANTISED: f32 = 0.1;
 
 /// Runs two sequences side by side, sequence `s` advancing `chunks[s]` tokens a step, and returns the
 /// largest absolute difference to the expected logits.
@@ -60,7 +62,8 @@ fn check<B: Backend>(path: &Path, name: &str, backend: B) {
     // Whole, in chunks that end inside and on blocks, token by token, decode beside prefill.
     for chunks in [[40, 40], [7, 16], [17, 3], [1, 1], [1, 40]] {
         let worst = worst_difference(&mut *loaded.model, &expected, chunks);
-        assert!(worst < TOLERANCE, "{name} on {backend_name}, chunks of {chunks:?}: {worst}");
+        let tolerance = if name.contains("mxfp4") && backend_name == "cpu" { QUANTISED } else { TOLERANCE };
+        assert!(worst < tolerance, "{name} on {backend_name}, chunks of {chunks:?}: {worst}");
     }
 }
 

@@ -83,7 +83,7 @@ fn attention(c: &mut Criterion) {
             _ => Throughput::Elements((pairs * 4 * SHAPE.out_width()) as u64),
         });
         group.bench_function(BenchmarkId::new("attention", format!("{rows} at {cached}")), |b| {
-            b.iter(|| cpu.attention(&qkv, &SHAPE, next(), &cache, &mut out));
+            b.iter(|| cpu.attention(&qkv, &SHAPE, Default::default(), next(), &cache, &mut out));
         });
         if cached == 0 || cached == 2000 {
             group.throughput(Throughput::Bytes((8 * rows * width) as u64));

@@ -4,7 +4,7 @@
 //! Every format is brought to one form: element `i` of a block is
 //! `(d * scales[i / 16]) * (quants[i] - offset) + min * mins[i / 16]`.
 
-use crate::DType;
+use crate::{DType, mxfp4};
 use half::f16;
 
 /// One block of 32 or 256 elements.
@@ -20,12 +20,14 @@ pub(crate) struct Block {
     pub scales: [i8; 16],
     /// Minimum of each 16 elements, in units of `min`.
     pub mins: [u8; 16],
+    /// Of MXFP4 the scale's byte; its quants are codes ([`mxfp4::UNSIGNED`]), and the form above does not hold.
+    pub exponent: u8,
 }
 
 impl Block {
     /// A block of zeros.
     pub const fn zero() -> Self {
-        Self { quants: [0; 256], d: f16::ZERO, min: f16::ZERO, scales: [1; 16], mins: [1; 16] }
+        Self { quants: [0; 256], d: f16::ZERO, min: f16::ZERO, scales: [1; 16], mins: [1; 16], exponent: 0 }
     }
 
     /// Reads one block of a quantised format from exactly its bytes. Inlined, as all below it, so that
@@ -74,6 +76,10 @@ impl Block {
                 }
             }
             DType::Q6_K => self.read_q6_k(bytes),
+            DType::MXFP4 => {
+                self.exponent = bytes[0];
+                nibbles(&bytes[1..17], &mut self.quants);
+            }
         }
     }
 
@@ -149,6 +155,7 @@ pub(crate) const fn offset(dtype: DType) -> i32 {
         DType::Q8_0 => 128,
         DType::Q3_K => 4,
         DType::Q6_K => 32,
+        DType::MXFP4 => mxfp4::OFFSET,
         _ => 0,
     }
 }

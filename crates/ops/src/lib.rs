@@ -11,6 +11,7 @@ mod batch;
 pub mod cpu;
 pub mod dequant;
 mod ggml;
+pub mod mxfp4;
 mod raw;
 pub mod reference;
 mod sampling;
@@ -113,6 +114,58 @@ pub struct QkNorm<'a, V> {
     pub eps: f32,
 }
 
+/// What a layer's attention has beside the causal mask.
+pub struct AttentionOptions<'a, V> {
+    /// How many of the latest tokens a row sees, its own included (a sliding window); `None`: all.
+    pub window: Option<usize>,
+    /// A learnt logit for each query head, `[heads]`, that draws its share of the softmax and brings no value: an
+    /// attention sink (Xiao et al. 2023, arXiv:2309.17453, as gpt-oss has it).
+    pub sinks: Option<&'a V>,
+}
+
+// Derived, both would ask it of `V`.
+impl<V> Default for AttentionOptions<'_, V> {
+    fn default() -> Self {
+        Self { window: None, sinks: None }
+    }
+}
+
+/// What an expert makes of its gate and up rows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Activation {
+    /// `silu(gate) * up`.
+    Silu,
+    /// `g * sigmoid(alpha * g) * (u + 1)` with `g` the gate up to `limit` and `u` up within `limit` of 0 (gpt-oss).
+    ClampedSwiglu {
+        /// Factor in the sigmoid.
+        alpha: f32,
+        /// Largest gate and largest magnitude of up.
+        limit: f32,
+    },
+}
+
+/// The weights of a layer's experts, one tensor an expert, in order.
+#[derive(Clone, Copy)]
+pub struct ExpertWeights<'a> {
+    /// `[intermediate, hidden]` each.
+    pub gate: &'a [RawTensor],
+    /// `[intermediate, hidden]` each.
+    pub up: &'a [RawTensor],
+    /// `[hidden, intermediate]` each.
+    pub down: &'a [RawTensor],
+    /// Of gate and up `[intermediate]`, of down `[hidden]` each.
+    pub biases: Option<[&'a [RawTensor]; 3]>,
+    /// What stands between them.
+    pub activation: Activation,
+}
+
+impl<'a> ExpertWeights<'a> {
+    /// Experts without biases, gated by SiLU.
+    pub fn plain(gate: &'a [RawTensor], up: &'a [RawTensor], down: &'a [RawTensor]) -> Self {
+        Self { gate, up, down, biases: None, activation: Activation::Silu }
+    }
+}
+
 /// The op set. One value is one device; a step's ops are called in order from one thread.
 ///
 /// Contract shared by all ops:
@@ -156,14 +209,8 @@ pub trait Backend: Send + Sized + 'static {
     fn load_embedding(&mut self, table: &RawTensor) -> Result<Self::Embedding>;
     /// Uploads vectors concatenated in order, widened to f32.
     fn load_vector(&mut self, parts: &[RawTensor]) -> Result<Self::Vector>;
-    /// Uploads one layer's experts: `gate`, `up` `[intermediate, hidden]` and `down`
-    /// `[hidden, intermediate]` for each expert in order.
-    fn load_experts(
-        &mut self,
-        gate: &[RawTensor],
-        up: &[RawTensor],
-        down: &[RawTensor],
-    ) -> Result<Self::Experts>;
+    /// Uploads one layer's experts.
+    fn load_experts(&mut self, weights: &ExpertWeights<'_>) -> Result<Self::Experts>;
     /// Allocates a workspace tensor.
     fn tensor(&mut self, max_rows: usize, width: usize) -> Result<Self::Tensor>;
     /// Allocates a KV cache of `blocks` blocks of [`BLOCK_SIZE`] tokens for `layers` layers.
@@ -222,12 +269,13 @@ pub trait Backend: Send + Sized + 'static {
         cache: &mut Self::KvCache,
     ) -> Result<()>;
     /// Causal attention of every query row of `qkv` over its sequence's cached keys and values
-    /// up to and including its own position; `out` is `[rows, heads * head_dim]`. Query head `h`
-    /// reads KV head `h / (heads / kv_heads)`.
+    /// up to and including its own position, as far as `options` let it see; `out` is `[rows, heads * head_dim]`.
+    /// Query head `h` reads KV head `h / (heads / kv_heads)`.
     fn attention(
         &mut self,
         qkv: &Self::Tensor,
         shape: &AttentionShape,
+        options: AttentionOptions<'_, Self::Vector>,
         layer: usize,
         cache: &Self::KvCache,
         out: &mut Self::Tensor,
@@ -236,7 +284,7 @@ pub trait Backend: Send + Sized + 'static {
     fn silu_mul(&mut self, gate_up: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
     /// Mixture of experts: softmax over `router_logits` rows, the `top_k` largest (ties to the
     /// lower index), weights renormalised to sum to one when `renormalise`, and the weighted sum
-    /// of those experts' SiLU-gated MLPs of `x`.
+    /// of those experts' gated MLPs of `x`.
     fn moe(
         &mut self,
         x: &Self::Tensor,

@@ -20,12 +20,14 @@ pub enum DType {
     Q4_K,
     Q5_K,
     Q6_K,
+    /// Of OCP, in GGML's layout.
+    MXFP4,
 }
 
 /// A GGML type number that Rudder does not read.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
 #[error(
-    "GGML type {0} is not supported (supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K)"
+    "GGML type {0} is not supported (supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, MXFP4)"
 )]
 pub struct UnsupportedDType(pub u32);
 
@@ -49,6 +51,7 @@ impl DType {
             13 => DType::Q5_K,
             14 => DType::Q6_K,
             30 => DType::BF16,
+            39 => DType::MXFP4,
             other => return Err(UnsupportedDType(other)),
         })
     }
@@ -57,7 +60,7 @@ impl DType {
     pub fn block_len(self) -> usize {
         match self {
             DType::F32 | DType::F16 | DType::BF16 => 1,
-            DType::Q4_0 | DType::Q4_1 | DType::Q5_0 | DType::Q5_1 | DType::Q8_0 => 32,
+            DType::Q4_0 | DType::Q4_1 | DType::Q5_0 | DType::Q5_1 | DType::Q8_0 | DType::MXFP4 => 32,
             DType::Q2_K | DType::Q3_K | DType::Q4_K | DType::Q5_K | DType::Q6_K => 256,
         }
     }
@@ -77,6 +80,7 @@ impl DType {
             DType::Q4_K => 144,
             DType::Q5_K => 176,
             DType::Q6_K => 210,
+            DType::MXFP4 => 17,
         }
     }
 

@@ -4,8 +4,8 @@
 //! weights are widened by candle's own routines. It is slow and allocates as it likes.
 
 use crate::{
-    AttentionShape, BLOCK_SIZE, Backend, Batch, DType, OpError, QkNorm, RawTensor, Result, Rope, RopePairing,
-    SampleRow, Sampled, SamplerScratch, sample_row,
+    Activation, AttentionOptions, AttentionShape, BLOCK_SIZE, Backend, Batch, DType, ExpertWeights, OpError,
+    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplerScratch, sample_row,
 };
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{D, Device, IndexOp, Tensor as Candle};
@@ -26,8 +26,17 @@ pub struct Tensor {
     width: usize,
 }
 
-/// The MLP of one expert: gate, up and down.
-pub struct Expert([Candle; 3]);
+/// The experts of a layer.
+pub struct Experts {
+    experts: Vec<Expert>,
+    activation: Activation,
+}
+
+/// The MLP of one expert: gate, up and down, and their biases.
+struct Expert {
+    weights: [Candle; 3],
+    biases: Option<[Candle; 3]>,
+}
 
 /// Keys and values of every layer, `[blocks * BLOCK_SIZE, kv_heads * head_dim]` each.
 pub struct KvCache(Vec<[Candle; 2]>);
@@ -80,6 +89,7 @@ fn widen(raw: &RawTensor) -> Result<Candle> {
         DType::Q4_K => GgmlDType::Q4K,
         DType::Q5_K => GgmlDType::Q5K,
         DType::Q6_K => GgmlDType::Q6K,
+        DType::MXFP4 => return widen_mxfp4(raw),
     };
     // candle insists on aligned bytes, which a file does not promise.
     let mut copy = vec![0; raw.bytes().len() + 4];
@@ -88,6 +98,26 @@ fn widen(raw: &RawTensor) -> Result<Candle> {
     copy.copy_from_slice(raw.bytes());
     let storage = QStorage::from_data(Cow::Borrowed(copy), &CPU, dtype)?;
     Ok(QTensor::new(storage, raw.shape.as_slice())?.dequantize(&CPU)?)
+}
+
+/// MXFP4 by its definition: each number a sign, two bits of exponent and one of mantissa, times its block's power of two.
+fn widen_mxfp4(raw: &RawTensor) -> Result<Candle> {
+    let number = |code: u8, scale: u8| {
+        let (exponent, mantissa) = (i32::from(code >> 1 & 3), f64::from(code & 1));
+        let magnitude = match exponent {
+            0 => mantissa / 2.0,
+            _ => (1.0 + mantissa / 2.0) * 2f64.powi(exponent - 1),
+        };
+        let sign = if code & 8 == 0 { 1.0 } else { -1.0 };
+        let scale = if scale == 255 { f64::NAN } else { 2f64.powi(i32::from(scale) - 127) };
+        (sign * magnitude * scale) as f32
+    };
+    let mut values = Vec::with_capacity(raw.elements());
+    for block in raw.bytes().chunks_exact(17) {
+        values.extend(block[1..].iter().map(|byte| number(byte & 15, block[0])));
+        values.extend(block[1..].iter().map(|byte| number(byte >> 4, block[0])));
+    }
+    Ok(Candle::from_vec(values, raw.shape.as_slice(), &CPU)?)
 }
 
 /// Widens a matrix, which must be `expected` where that is known.
@@ -118,6 +148,19 @@ fn rms_norm(x: &Candle, weight: &Candle, eps: f32) -> Result<Candle> {
 
 fn silu(x: &Candle) -> Result<Candle> {
     Ok((x / (x.neg()?.exp()? + 1.0)?)?)
+}
+
+/// What an expert makes of its gate and up rows.
+fn gated(activation: Activation, gate: &Candle, up: &Candle) -> Result<Candle> {
+    match activation {
+        Activation::Silu => Ok((silu(gate)? * up)?),
+        Activation::ClampedSwiglu { alpha, limit } => {
+            let gate = gate.minimum(limit)?;
+            let up = up.clamp(-limit, limit)?;
+            let sigmoid = ((&gate * -f64::from(alpha))?.exp()? + 1.0)?.recip()?;
+            Ok(((gate * sigmoid)? * (up + 1.0)?)?)
+        }
+    }
 }
 
 /// Rotates `[rows, heads, head_dim]`.
@@ -151,7 +194,7 @@ impl Backend for Reference {
     type Matrix = Candle;
     type Embedding = Candle;
     type Vector = Candle;
-    type Experts = Vec<Expert>;
+    type Experts = Experts;
     type KvCache = KvCache;
 
     fn name(&self) -> &str {
@@ -177,21 +220,22 @@ impl Backend for Reference {
         Ok(Candle::cat(&parts.iter().map(widen).collect::<Result<Vec<_>>>()?, 0)?)
     }
 
-    fn load_experts(
-        &mut self,
-        gate: &[RawTensor],
-        up: &[RawTensor],
-        down: &[RawTensor],
-    ) -> Result<Vec<Expert>> {
+    fn load_experts(&mut self, weights: &ExpertWeights<'_>) -> Result<Experts> {
+        let ExpertWeights { gate, up, down, biases, activation } = *weights;
         let Some([intermediate, hidden]) = gate.first().and_then(|g| g.shape.first_chunk().copied()) else {
             return Err(OpError::Backend("a layer has no experts".to_owned()));
         };
         let inner = [Some(intermediate), Some(hidden)];
         let outer = [Some(hidden), Some(intermediate)];
-        let experts = gate.iter().zip(up).zip(down).map(|((gate, up), down)| {
-            Ok(Expert([widen_matrix(gate, inner)?, widen_matrix(up, inner)?, widen_matrix(down, outer)?]))
+        let experts = gate.iter().zip(up).zip(down).enumerate().map(|(i, ((gate, up), down))| {
+            let biases = match biases {
+                Some([gate, up, down]) => Some([widen(&gate[i])?, widen(&up[i])?, widen(&down[i])?]),
+                None => None,
+            };
+            let weights = [widen_matrix(gate, inner)?, widen_matrix(up, inner)?, widen_matrix(down, outer)?];
+            Ok(Expert { weights, biases })
         });
-        experts.collect()
+        Ok(Experts { experts: experts.collect::<Result<_>>()?, activation })
     }
 
     fn tensor(&mut self, _max_rows: usize, width: usize) -> Result<Tensor> {
@@ -276,6 +320,7 @@ impl Backend for Reference {
         &mut self,
         qkv: &Tensor,
         shape: &AttentionShape,
+        options: AttentionOptions<'_, Candle>,
         layer: usize,
         cache: &KvCache,
         out: &mut Tensor,
@@ -297,10 +342,20 @@ impl Backend for Reference {
             let q = q.reshape((span.len, shape.heads, shape.head_dim))?.transpose(0, 1)?.contiguous()?;
             let scores = (q.matmul(&k?.t()?)? * f64::from(shape.scale))?;
             let first = span.context - span.len;
-            let mask = (0..span.len * span.context)
-                .map(|i| if i % span.context <= first + i / span.context { 0.0 } else { f32::NEG_INFINITY });
+            let window = options.window.unwrap_or(usize::MAX);
+            let mask = (0..span.len * span.context).map(|i| {
+                let (key, row) = (i % span.context, first + i / span.context);
+                if key <= row && row - key < window { 0.0 } else { f32::NEG_INFINITY }
+            });
             let mask = Candle::from_iter(mask, &CPU)?.reshape((1, span.len, span.context))?;
-            let y = softmax(&scores.broadcast_add(&mask)?)?.matmul(&v?)?;
+            let mut scores = scores.broadcast_add(&mask)?;
+            if let Some(sinks) = options.sinks {
+                let sinks = sinks.reshape((shape.heads, 1, 1))?.repeat((1, span.len, 1))?;
+                scores = Candle::cat(&[scores, sinks], 2)?;
+            }
+            // What a sink draws of the softmax goes nowhere.
+            let weights = softmax(&scores)?.narrow(2, 0, span.context)?;
+            let y = weights.contiguous()?.matmul(&v?)?;
             spans.push(y.transpose(0, 1)?.reshape((span.len, shape.out_width()))?);
         }
         out.set(Candle::cat(&spans, 0)?)
@@ -316,7 +371,7 @@ impl Backend for Reference {
         &mut self,
         x: &Tensor,
         router_logits: &Tensor,
-        experts: &Vec<Expert>,
+        experts: &Experts,
         top_k: usize,
         renormalise: bool,
         out: &mut Tensor,
@@ -326,9 +381,16 @@ impl Backend for Reference {
             let x = x.get()?.narrow(0, row, 1)?;
             let mut sum = x.zeros_like()?;
             for (expert, weight) in route(logits, top_k, renormalise)? {
-                let Expert([gate, up, down]) = &experts[expert];
-                let hidden = (silu(&x.matmul(&gate.t()?)?)? * x.matmul(&up.t()?)?)?;
-                sum = (sum + (hidden.matmul(&down.t()?)? * weight)?)?;
+                let Expert { weights, biases } = &experts.experts[expert];
+                let product = |x: &Candle, i: usize| -> Result<Candle> {
+                    let y = x.matmul(&weights[i].t()?)?;
+                    Ok(match biases {
+                        Some(biases) => y.broadcast_add(&biases[i])?,
+                        None => y,
+                    })
+                };
+                let hidden = gated(experts.activation, &product(&x, 0)?, &product(&x, 1)?)?;
+                sum = (sum + (product(&hidden, 2)? * weight)?)?;
             }
             rows.push(sum);
         }

@@ -2,7 +2,10 @@
 //! neighbours, chunk sizes, block tables or threads.
 
 use rudder_ops::cpu::{Cpu, KvDType};
-use rudder_ops::{AttentionShape, Backend, Batch, QkNorm, RawTensor, Result, Rope, RopePairing};
+use rudder_ops::{
+    Activation, AttentionOptions, AttentionShape, Backend, Batch, ExpertWeights, QkNorm, RawTensor, Result,
+    Rope, RopePairing,
+};
 
 const HIDDEN: usize = 48;
 const INNER: usize = 80;
@@ -29,6 +32,8 @@ fn raw(seed: u32, shape: &[usize]) -> RawTensor {
 /// One decoder layer with every op in it.
 struct Model {
     cpu: Cpu,
+    window: Option<usize>,
+    sinks: Vec<f32>,
     embedding: <Cpu as Backend>::Embedding,
     norm: Vec<f32>,
     head_norm: Vec<f32>,
@@ -42,7 +47,8 @@ struct Model {
 }
 
 impl Model {
-    fn new(threads: usize, kv_dtype: KvDType) -> Result<Self> {
+    /// Attends within `window`; with one, to sinks too.
+    fn new(threads: usize, kv_dtype: KvDType, window: Option<usize>) -> Result<Self> {
         let mut cpu = Cpu::new(threads, kv_dtype);
         let mut table = values(1, VOCAB * HIDDEN);
         table[(VOCAB - 1) * HIDDEN..].fill(f32::NAN);
@@ -52,7 +58,20 @@ impl Model {
             (0..EXPERTS as u32).map(|i| raw(seed + i, &shape)).collect()
         };
         let inner = [INNER, HIDDEN];
+        let (gate, up, down) = (stack(20, inner), stack(30, inner), stack(40, [HIDDEN, INNER]));
+        let biases =
+            |seed, len| -> Vec<RawTensor> { (0..EXPERTS as u32).map(|i| raw(seed + i, &[len])).collect() };
+        let biases = [biases(50, INNER), biases(60, INNER), biases(70, HIDDEN)];
+        let experts = ExpertWeights {
+            gate: &gate,
+            up: &up,
+            down: &down,
+            biases: Some(biases.each_ref().map(Vec::as_slice)),
+            activation: Activation::ClampedSwiglu { alpha: 1.702, limit: 0.5 },
+        };
         Ok(Self {
+            window,
+            sinks: cpu.load_vector(&[raw(10, &[SHAPE.heads])])?,
             embedding: cpu.load_embedding(&RawTensor::from_f32("table", vec![VOCAB, HIDDEN], &table))?,
             norm: cpu.load_vector(&[raw(2, &[HIDDEN])])?,
             head_norm: cpu.load_vector(&[raw(3, &[SHAPE.head_dim])])?,
@@ -61,7 +80,7 @@ impl Model {
             gate_up: cpu.load_matrix(&[raw(6, &inner), raw(7, &inner)])?,
             down: cpu.load_matrix(&[raw(8, &[HIDDEN, INNER])])?,
             router: cpu.load_matrix(&[raw(9, &[EXPERTS, HIDDEN])])?,
-            experts: cpu.load_experts(&stack(20, inner), &stack(30, inner), &stack(40, [HIDDEN, INNER]))?,
+            experts: cpu.load_experts(&experts)?,
             cache: cpu.kv_cache(1, &SHAPE, BLOCKS)?,
             cpu,
         })
@@ -81,7 +100,8 @@ impl Model {
         b.linear(&normed, &self.qkv, None, &mut qkv)?;
         let norm = QkNorm { q: &self.head_norm, k: &self.head_norm, eps: 1e-6 };
         b.rope_and_cache(&mut qkv, &SHAPE, Some(norm), 0, &mut self.cache)?;
-        b.attention(&qkv, &SHAPE, 0, &self.cache, &mut attended)?;
+        let options = AttentionOptions { window: self.window, sinks: self.window.map(|_| &self.sinks) };
+        b.attention(&qkv, &SHAPE, options, 0, &self.cache, &mut attended)?;
         b.linear(&attended, &self.attention_out, None, &mut y)?;
         b.rms_norm(&mut x, Some(&y), &self.norm, 1e-6, &mut normed)?;
         b.linear(&normed, &self.gate_up, None, &mut gate_up)?;
@@ -101,16 +121,15 @@ fn prompt(n: usize) -> Vec<u32> {
 }
 
 /// The results of `tokens` computed alone, in one step, on one thread.
-fn whole(tokens: &[u32], kv_dtype: KvDType) -> Result<Vec<u32>> {
+fn whole(tokens: &[u32], kv_dtype: KvDType, window: Option<usize>) -> Result<Vec<u32>> {
     let mut batch = Batch::default();
     let blocks: Vec<u32> = (0..100).collect();
     batch.push(tokens, 0, &blocks, tokens.len());
-    Model::new(1, kv_dtype)?.forward(&batch)
+    Model::new(1, kv_dtype, window)?.forward(&batch)
 }
 
 /// The same in chunks, beside neighbours, in other blocks.
-fn chunked(tokens: &[u32], chunk: usize, threads: usize, kv_dtype: KvDType) -> Result<Vec<u32>> {
-    let mut model = Model::new(threads, kv_dtype)?;
+fn chunked(tokens: &[u32], chunk: usize, mut model: Model) -> Result<Vec<u32>> {
     let blocks: Vec<u32> = (100..BLOCKS as u32).rev().collect();
     let mut results = Vec::new();
     let mut batch = Batch::default();
@@ -130,9 +149,9 @@ fn bits_do_not_depend_on_chunks_neighbours_blocks_or_threads() -> Result<()> {
     // Beyond two pieces of attention, so that one stream's pieces are computed in parallel too.
     let tokens = prompt(1100);
     for kv_dtype in [KvDType::F16, KvDType::F32] {
-        let expected = whole(&tokens, kv_dtype)?;
+        let expected = whole(&tokens, kv_dtype, None)?;
         for (chunk, threads) in [(1, 2), (7, 1), (7, 3), (64, 1), (64, 2), (64, 3), (1100, 3)] {
-            let found = chunked(&tokens, chunk, threads, kv_dtype)?;
+            let found = chunked(&tokens, chunk, Model::new(threads, kv_dtype, None)?)?;
             assert!(found == expected, "{kv_dtype:?} in chunks of {chunk} on {threads} threads differs");
         }
     }
@@ -140,12 +159,38 @@ fn bits_do_not_depend_on_chunks_neighbours_blocks_or_threads() -> Result<()> {
 }
 
 #[test]
+fn nor_do_they_within_a_sliding_window() -> Result<()> {
+    let tokens = prompt(1100);
+    // Within a block, across blocks and pieces, over more than a piece.
+    for window in [5, 130, 700] {
+        let expected = whole(&tokens, KvDType::F16, Some(window))?;
+        for (chunk, threads) in [(1, 2), (7, 3), (64, 2), (1100, 3)] {
+            let found = chunked(&tokens, chunk, Model::new(threads, KvDType::F16, Some(window))?)?;
+            assert!(
+                found == expected,
+                "a window of {window} in chunks of {chunk} on {threads} threads differs"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_stands_before_a_window_does_not_show_even_when_it_is_nan() -> Result<()> {
+    let mut tokens = prompt(600);
+    let expected = whole(&tokens, KvDType::F16, Some(20))?;
+    tokens[570] = NAN_TOKEN;
+    assert!(whole(&tokens, KvDType::F16, Some(20))?[590 * HIDDEN..] == expected[590 * HIDDEN..]);
+    Ok(())
+}
+
+#[test]
 fn a_lone_decode_split_into_pieces_gives_the_same_bits() -> Result<()> {
     let tokens = prompt(1500);
-    let expected = whole(&tokens, KvDType::F16)?;
     let blocks: Vec<u32> = (0..100).collect();
-    for threads in [2, 3, 8] {
-        let mut model = Model::new(threads, KvDType::F16)?;
+    for (threads, window) in [(2, None), (3, None), (8, None), (3, Some(900))] {
+        let expected = whole(&tokens, KvDType::F16, window)?;
+        let mut model = Model::new(threads, KvDType::F16, window)?;
         let mut batch = Batch::default();
         batch.push(&tokens[..1490], 0, &blocks, 0);
         model.forward(&batch)?;
@@ -161,8 +206,8 @@ fn a_lone_decode_split_into_pieces_gives_the_same_bits() -> Result<()> {
 #[test]
 fn what_a_block_held_before_does_not_show() -> Result<()> {
     let tokens = prompt(21);
-    let expected = whole(&tokens, KvDType::F16)?;
-    let mut model = Model::new(2, KvDType::F16)?;
+    let expected = whole(&tokens, KvDType::F16, None)?;
+    let mut model = Model::new(2, KvDType::F16, None)?;
     let mut batch = Batch::default();
     batch.push(&[NAN_TOKEN; 32], 0, &[7, 3], 0);
     model.forward(&batch)?;
@@ -175,8 +220,8 @@ fn what_a_block_held_before_does_not_show() -> Result<()> {
 #[test]
 fn a_later_token_of_the_same_chunk_does_not_show_even_when_it_is_nan() -> Result<()> {
     let mut tokens = prompt(21);
-    let expected = whole(&tokens, KvDType::F16)?;
+    let expected = whole(&tokens, KvDType::F16, None)?;
     tokens[20] = NAN_TOKEN;
-    assert!(whole(&tokens, KvDType::F16)?[..20 * HIDDEN] == expected[..20 * HIDDEN]);
+    assert!(whole(&tokens, KvDType::F16, None)?[..20 * HIDDEN] == expected[..20 * HIDDEN]);
     Ok(())
 }

@@ -4,8 +4,8 @@ use half::{bf16, f16};
 use rudder_ops::cpu::{Cpu, KvDType};
 use rudder_ops::reference::Reference;
 use rudder_ops::{
-    AttentionShape, Backend, Batch, DType, LogitBias, OpError, QkNorm, RawTensor, Result, Rope, RopePairing,
-    SampleRow, Sampled, SamplingParams,
+    Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError,
+    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, mxfp4,
 };
 use std::sync::Arc;
 
@@ -145,6 +145,12 @@ fn stored(random: &mut Random, dtype: DType, shape: Vec<usize>) -> RawTensor {
                 scale.into_iter().chain(block.iter().map(|x| (x * 127.0) as i8 as u8)).collect::<Vec<_>>()
             })
             .collect(),
+        DType::MXFP4 => (0..n / 32)
+            .flat_map(|_| {
+                let codes = std::array::from_fn(|_| random.next() as u8 & 15);
+                mxfp4::block(120 + random.below(4) as u8, &codes)
+            })
+            .collect(),
         other => unreachable!("no test data for {other:?}"),
     };
     RawTensor::new("stored", shape, dtype, Arc::new(bytes), 0).expect("whole blocks")
@@ -153,7 +159,7 @@ fn stored(random: &mut Random, dtype: DType, shape: Vec<usize>) -> RawTensor {
 #[test]
 fn embed_and_load_vector_widen_every_plain_format_and_blocks() -> Result<()> {
     let mut random = Random(3);
-    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8_0] {
+    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::MXFP4] {
         let table = stored(&mut random, dtype, vec![50, 96]);
         let parts = [stored(&mut random, dtype, vec![64]), stored(&mut random, dtype, vec![32])];
         fn run<B: Backend>(b: &mut B, table: &RawTensor, parts: &[RawTensor]) -> Result<Vec<f32>> {
@@ -178,7 +184,7 @@ fn linear_agrees_for_stacked_parts_of_several_formats() -> Result<()> {
     // Quantised weights meet activations rounded to eight bits, so there the bound is theirs:
     // 96 products, each off by at most 1/254 of a value below 1; bf16 activations by 1/256.
     for (dtype, tolerance) in
-        [(DType::F32, 1e-5), (DType::F16, 1e-5), (DType::BF16, 0.05), (DType::Q8_0, 0.1)]
+        [(DType::F32, 1e-5), (DType::F16, 1e-5), (DType::BF16, 0.05), (DType::Q8_0, 0.1), (DType::MXFP4, 0.1)]
     {
         for rows in [1, 5, 40] {
             let parts =
@@ -213,6 +219,8 @@ struct AttentionCase {
     qkv: Vec<f32>,
     steps: Vec<Batch>,
     blocks: usize,
+    window: Option<usize>,
+    sinks: Option<Vec<f32>>,
 }
 
 impl AttentionCase {
@@ -244,7 +252,7 @@ impl AttentionCase {
         }
         let rows: usize = steps.iter().map(Batch::rows).sum();
         let qkv = random.vec(rows * shape.qkv_width(), scale);
-        Self { shape, rope, norm, qkv, steps, blocks: 135 }
+        Self { shape, rope, norm, qkv, steps, blocks: 135, window: None, sinks: None }
     }
 
     /// Rotated rows and outputs of every step, on layer 1 of 2.
@@ -255,6 +263,7 @@ impl AttentionCase {
             Some([q, k]) => Some((vector(b, q)?, vector(b, k)?)),
             None => None,
         };
+        let sinks = self.sinks.as_ref().map(|sinks| vector(b, sinks)).transpose()?;
         let width = self.shape.qkv_width();
         let (mut results, mut start) = (Vec::new(), 0);
         for step in &self.steps {
@@ -265,7 +274,8 @@ impl AttentionCase {
             b.begin(step)?;
             let norm = norm.as_ref().map(|(q, k)| QkNorm { q, k, eps: 1e-6 });
             b.rope_and_cache(&mut qkv, &self.shape, norm, 1, &mut cache)?;
-            b.attention(&qkv, &self.shape, 1, &cache, &mut out)?;
+            let options = AttentionOptions { window: self.window, sinks: sinks.as_ref() };
+            b.attention(&qkv, &self.shape, options, 1, &cache, &mut out)?;
             results.extend(b.to_host(&qkv)?);
             results.extend(b.to_host(&out)?);
         }
@@ -285,6 +295,29 @@ fn rope_and_attention_agree_over_shapes_chunks_and_pieces() -> Result<()> {
         let what = format!("{shape:?}");
         assert_close(&case.run(&mut cpu(2))?, &expected, 3e-5, &what);
         assert_close(&case.run(&mut Cpu::new(2, KvDType::F16))?, &expected, 1e-2, &what);
+    }
+    Ok(())
+}
+
+#[test]
+fn sliding_windows_and_sinks_agree() -> Result<()> {
+    let mut random = Random(11);
+    let windows = [None, Some(1), Some(5), Some(16), Some(130), Some(511), Some(513), Some(5000)];
+    for (i, window) in windows.into_iter().enumerate() {
+        let (heads, kv_heads, head_dim) = [(8, 1, 16), (3, 3, 24), (6, 2, 64)][i % 3];
+        let shape = AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
+        let mut case = AttentionCase::random(&mut random, shape, false, RopePairing::Halves, 2.0);
+        case.window = window;
+        for sinks in
+            [None, Some(random.vec(heads, 4.0)), Some([-1e30, 60.0, 1e30].repeat(heads)[..heads].to_vec())]
+        {
+            case.sinks = sinks;
+            let expected = case.run(&mut Reference::new())?;
+            assert!(expected.iter().all(|x| x.is_finite()));
+            let what = format!("window {window:?}, sinks {:?}", case.sinks);
+            assert_close(&case.run(&mut cpu(2))?, &expected, 3e-5, &what);
+            assert_close(&case.run(&mut Cpu::new(3, KvDType::F16))?, &expected, 1e-2, &what);
+        }
     }
     Ok(())
 }
@@ -319,7 +352,18 @@ fn run_moe<B: Backend>(
     top_k: usize,
     renormalise: bool,
 ) -> Result<Vec<f32>> {
-    let experts = b.load_experts(gate, up, down)?;
+    run_experts(b, x, logits, &ExpertWeights::plain(gate, up, down), top_k, renormalise)
+}
+
+fn run_experts<B: Backend>(
+    b: &mut B,
+    x: Rows,
+    logits: Rows,
+    weights: &ExpertWeights<'_>,
+    top_k: usize,
+    renormalise: bool,
+) -> Result<Vec<f32>> {
+    let experts = b.load_experts(weights)?;
     let (xs, logits) = (upload(b, x)?, upload(b, logits)?);
     let mut out = b.tensor(64, x.1)?;
     b.moe(&xs, &logits, &experts, top_k, renormalise, &mut out)?;
@@ -341,6 +385,35 @@ fn moe_agrees_for_every_top_k_and_ties_go_to_the_lower_expert() -> Result<()> {
                 assert_close(&ours?, &theirs?, 1e-5, &format!("{top_k} of {n}"));
             }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn biased_experts_with_a_clamped_gate_agree() -> Result<()> {
+    let mut random = Random(12);
+    let (n, rows, hidden, intermediate) = (5, 9, 64, 32);
+    // Numbers on both sides of the limit.
+    let activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 1.0 };
+    for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::MXFP4, 0.05)] {
+        let mut stack = |shape: [usize; 2]| -> Vec<RawTensor> {
+            (0..n).map(|_| stored(&mut random, dtype, shape.to_vec())).collect()
+        };
+        let (gate, up) = (stack([intermediate, hidden]), stack([intermediate, hidden]));
+        let down = stack([hidden, intermediate]);
+        let biases = [intermediate, intermediate, hidden].map(|len| -> Vec<RawTensor> {
+            (0..n).map(|_| RawTensor::from_f32("bias", vec![len], &random.vec(len, 1.0))).collect()
+        });
+        let biases = Some(biases.each_ref().map(Vec::as_slice));
+        let weights = ExpertWeights { gate: &gate, up: &up, down: &down, biases, activation };
+        let (x, logits) = (random.vec(rows * hidden, 1.0), random.vec(rows * n, 3.0));
+        let (ours, theirs) =
+            both!(cpu(2), |b: &mut _| run_experts(b, (&x, hidden), (&logits, n), &weights, 2, true));
+        assert_close(&ours?, &theirs?, tolerance, &format!("{dtype:?}"));
+        let plain = ExpertWeights { biases: None, ..weights };
+        let (ours, theirs) =
+            both!(cpu(2), |b: &mut _| run_experts(b, (&x, hidden), (&logits, n), &plain, 2, true));
+        assert_close(&ours?, &theirs?, tolerance, &format!("{dtype:?}, no biases"));
     }
     Ok(())
 }
@@ -431,8 +504,9 @@ fn weights_of_wrong_shape_are_refused_by_name() {
             b.load_matrix(&[raw("bad", &[2, 3, 4])]).err(),
             b.load_embedding(&raw("bad", &[8])).err(),
             b.load_vector(&[raw("good", &[8]), raw("bad", &[8, 1])]).err(),
-            b.load_experts(&good, &[raw("bad", &[6, 7])], &[raw("good", &[8, 6])]).err(),
-            b.load_experts(&good, &good, &[raw("bad", &[6, 8])]).err(),
+            b.load_experts(&ExpertWeights::plain(&good, &[raw("bad", &[6, 7])], &[raw("good", &[8, 6])]))
+                .err(),
+            b.load_experts(&ExpertWeights::plain(&good, &good, &[raw("bad", &[6, 8])])).err(),
         ]
     }
     for error in refusals(&mut cpu(1)).into_iter().chain(refusals(&mut Reference::new())) {
@@ -453,7 +527,7 @@ fn steps_that_do_not_fit_are_errors() -> Result<()> {
         b.begin(&batch)?;
         b.embed(&table, &mut qkv)?;
         b.rope_and_cache(&mut qkv, &shape, None, layer, &mut cache)?;
-        b.attention(&qkv, &shape, layer, &cache, &mut out)
+        b.attention(&qkv, &shape, AttentionOptions::default(), layer, &cache, &mut out)
     };
     assert!(step(&mut b, &[0], 0, 0).is_err_and(|e| e.to_string().contains("rope")));
     b.load_rope(&Rope { inv_freq: vec![1.0, 0.1], pairing: RopePairing::Halves }, 16)?;

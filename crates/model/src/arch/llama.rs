@@ -2,16 +2,13 @@
 //!
 //! Touvron et al. 2023 (arXiv:2307.09288), Grattafiori et al. 2024 (arXiv:2407.21783).
 
-use super::Architecture;
+use super::{Architecture, PLAIN};
 use rudder_ops::RopePairing;
 
 pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: "llama",
     hf_model_type: "llama",
-    hf_head_dim: None,
     // GGUF's converter permutes the rows of Q and K so that neighbours rotate together.
     gguf_pairing: RopePairing::Interleaved,
-    qkv_bias: false,
-    qk_norm: false,
-    moe: false,
+    ..PLAIN
 };

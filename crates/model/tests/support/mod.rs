@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use safetensors::SafeTensors;
+use safetensors::{Dtype, SafeTensors};
 
 /// All fixtures of make_fixtures.py.
-pub const FIXTURES: [&str; 6] =
-    ["llama", "llama3-rope", "qwen2", "qwen3", "qwen3moe", "qwen3moe-raw-weights"];
+pub const FIXTURES: [&str; 8] =
+    ["llama", "llama3-rope", "qwen2", "qwen3", "qwen3moe", "qwen3moe-raw-weights", "gptoss", "gptoss-mxfp4"];
 
 /// A Hugging Face folder with expected logits.
 pub fn fixture(name: &str) -> PathBuf {
@@ -43,17 +43,27 @@ pub fn expected(name: &str) -> Expected {
 /// An F32 tensor: shape (slowest dimension first) and data.
 pub type Tensor = (Vec<usize>, Vec<f32>);
 
-/// All tensors of a fixture under Hugging Face's names.
+/// All tensors of f32 of a fixture under Hugging Face's names.
 pub fn tensors(name: &str) -> BTreeMap<String, Tensor> {
+    let f32s = |data: &[u8]| data.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    tensors_of(name, Dtype::F32, f32s)
+}
+
+/// All tensors of one type.
+fn tensors_of<T>(
+    name: &str,
+    dtype: Dtype,
+    read: impl Fn(&[u8]) -> Vec<T>,
+) -> BTreeMap<String, (Vec<usize>, Vec<T>)> {
     let mut out = BTreeMap::new();
     for entry in fs::read_dir(fixture(name)).unwrap() {
         let path = entry.unwrap().path();
         let file = path.file_name().unwrap().to_str().unwrap();
         if file.starts_with("model") && file.ends_with(".safetensors") {
             let bytes = fs::read(&path).unwrap();
-            for (name, view) in SafeTensors::deserialize(&bytes).unwrap().iter() {
-                let data = view.data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
-                out.insert(name.to_owned(), (view.shape().to_vec(), data));
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            for (name, view) in file.iter().filter(|(_, view)| view.dtype() == dtype) {
+                out.insert(name.to_owned(), (view.shape().to_vec(), read(view.data())));
             }
         }
     }
@@ -147,7 +157,7 @@ impl GgufWriter {
 }
 
 /// Names of a layer's tensors: Hugging Face's and GGUF's.
-const NAMES: [(&str, &str); 12] = [
+const NAMES: [(&str, &str); 13] = [
     ("input_layernorm", "attn_norm"),
     ("post_attention_layernorm", "ffn_norm"),
     ("self_attn.q_proj", "attn_q"),
@@ -160,14 +170,15 @@ const NAMES: [(&str, &str); 12] = [
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
     ("mlp.gate", "ffn_gate_inp"),
+    ("mlp.router", "ffn_gate_inp"),
 ];
 
-/// Converts a fixture to GGUF, F32, as llama.cpp's converter lays each architecture out.
+/// Converts a fixture to GGUF, F32 where it is not MXFP4, as llama.cpp's converter lays each architecture out.
 pub fn to_gguf(name: &str) -> GgufWriter {
     let json: serde_json::Value =
         serde_json::from_slice(&fs::read(fixture(name).join("config.json")).unwrap()).unwrap();
     let model_type = json["model_type"].as_str().unwrap();
-    let arch = model_type.replace('_', "");
+    let arch = if model_type == "gpt_oss" { "gpt-oss".to_owned() } else { model_type.replace('_', "") };
     let mut writer = GgufWriter::new(&arch);
     let int = |field: &str| (json[field].as_u64().unwrap() as u32).to_le_bytes().to_vec();
     let float = |value: &serde_json::Value| (value.as_f64().unwrap() as f32).to_le_bytes().to_vec();
@@ -192,6 +203,18 @@ pub fn to_gguf(name: &str) -> GgufWriter {
         let renormalise = json["norm_topk_prob"].as_bool().unwrap();
         writer.key("qwen3moe.expert_weights_norm", BOOL, vec![renormalise.into()]);
     }
+    if arch == "gpt-oss" {
+        writer.key("gpt-oss.expert_count", U32, int("num_local_experts"));
+        writer.key("gpt-oss.expert_used_count", U32, int("num_experts_per_tok"));
+        writer.key("gpt-oss.expert_feed_forward_length", U32, int("intermediate_size"));
+        writer.key("gpt-oss.attention.sliding_window", U32, int("sliding_window"));
+        let rope = &json["rope_parameters"];
+        let context = rope["original_max_position_embeddings"].as_u64().unwrap() as u32;
+        writer.key("gpt-oss.rope.scaling.type", STRING, string("yarn"));
+        writer.key("gpt-oss.rope.scaling.factor", F32, float(&rope["factor"]));
+        writer.key("gpt-oss.rope.scaling.original_context_length", U32, context.to_le_bytes().to_vec());
+        quantised_experts(&mut writer, name);
+    }
     if json["rope_parameters"]["rope_type"] == "llama3" {
         writer.tensor("rope_freqs.weight", &llama3_divisors(&json));
     }
@@ -204,6 +227,14 @@ pub fn to_gguf(name: &str) -> GgufWriter {
             "lm_head.weight" => writer.tensor("output.weight", &tensor),
             layer => {
                 let (index, rest) = layer.strip_prefix("model.layers.").unwrap().split_once('.').unwrap();
+                if rest == "self_attn.sinks" {
+                    writer.tensor(&format!("blk.{index}.attn_sinks.weight"), &tensor);
+                    continue;
+                }
+                if let Some(kind) = rest.strip_prefix("mlp.experts.").filter(|_| arch == "gpt-oss") {
+                    fused_experts(&mut writer, index, kind, &tensor);
+                    continue;
+                }
                 if let Some(expert) = rest.strip_prefix("mlp.experts.") {
                     let (expert, kind) = expert.split_once('.').unwrap();
                     let gguf =
@@ -212,7 +243,10 @@ pub fn to_gguf(name: &str) -> GgufWriter {
                     continue;
                 }
                 let (stem, kind) = rest.rsplit_once('.').unwrap();
-                let ours = NAMES.iter().find(|(theirs, _)| *theirs == stem).unwrap().1;
+                let ours = match (arch.as_str(), stem) {
+                    ("gpt-oss", "post_attention_layernorm") => "post_attention_norm",
+                    _ => NAMES.iter().find(|(theirs, _)| *theirs == stem).unwrap().1,
+                };
                 match (arch.as_str(), ours) {
                     ("llama", "attn_q") => permute(&mut tensor, heads("num_attention_heads")),
                     ("llama", "attn_k") => permute(&mut tensor, heads("num_key_value_heads")),
@@ -229,6 +263,60 @@ pub fn to_gguf(name: &str) -> GgufWriter {
         writer.tensor(&name, &(shape, data));
     }
     writer
+}
+
+/// gpt-oss's experts: in the last dimension gate and up take turns, and matrices are `[experts, in, out]`.
+fn fused_experts(writer: &mut GgufWriter, layer: &str, kind: &str, (shape, data): &Tensor) {
+    let (stem, bias) = match kind.strip_suffix("_bias") {
+        Some(stem) => (stem, true),
+        None => (kind, false),
+    };
+    let parts: &[&str] = if stem == "gate_up_proj" { &["gate", "up"] } else { &["down"] };
+    let (experts, all) = (shape[0], shape[shape.len() - 1]);
+    let (rows, width) = (all / parts.len(), if bias { 1 } else { shape[1] });
+    for (first, part) in parts.iter().enumerate() {
+        let mut out = Vec::new();
+        for expert in 0..experts {
+            for row in 0..rows {
+                for column in 0..width {
+                    out.push(data[(expert * width + column) * all + row * parts.len() + first]);
+                }
+            }
+        }
+        let (kind, shape) = match bias {
+            true => ("bias", vec![experts, rows]),
+            false => ("weight", vec![experts, rows, width]),
+        };
+        writer.tensor(&format!("blk.{layer}.ffn_{part}_exps.{kind}"), &(shape, out));
+    }
+}
+
+/// gpt-oss's experts in blocks `[experts, out, in / 32, 16]` and scales, as GGML's MXFP4.
+fn quantised_experts(writer: &mut GgufWriter, name: &str) {
+    let tensors = tensors_of(name, Dtype::U8, <[u8]>::to_vec);
+    for (blocks_name, (shape, blocks)) in tensors.iter().filter(|(name, _)| name.ends_with("_blocks")) {
+        let scales = &tensors[&blocks_name.replace("_blocks", "_scales")].1;
+        let layer = blocks_name.split('.').nth(2).unwrap();
+        let parts: &[&str] = if blocks_name.contains("gate_up") { &["gate", "up"] } else { &["down"] };
+        let (experts, rows, groups) = (shape[0], shape[1] / parts.len(), shape[2]);
+        for (first, part) in parts.iter().enumerate() {
+            let mut data = Vec::new();
+            for row in (0..experts * rows).map(|row| row * parts.len() + first) {
+                for group in row * groups..(row + 1) * groups {
+                    let code = |i: usize| blocks[group * 16 + i / 2] >> (i % 2 * 4) & 15;
+                    data.push(scales[group]);
+                    data.extend((0..16).map(|i| code(i) | code(i + 16) << 4));
+                }
+            }
+            writer.tensors.push(GgufTensor {
+                name: format!("blk.{layer}.ffn_{part}_exps.weight"),
+                dims: vec![32 * groups as u64, rows as u64, experts as u64],
+                kind: 39,
+                offset: None,
+                data,
+            });
+        }
+    }
 }
 
 /// Reorders the rows of every head so that rows `i` and `i + head_dim / 2` become neighbours.

@@ -3,9 +3,17 @@
 use super::pool::Pool;
 use super::rows::{Disjoint, for_rows};
 use super::simd::{self, Kernel, LANES, Level, Simd};
+use crate::Activation;
 
-/// `out = gate / (1 + e^-gate) * up` for rows `[gate | up]`, `out` being `[rows, width]`.
-pub(super) fn silu_mul(pool: &Pool, level: Level, gate_up: &[f32], width: usize, out: &mut [f32]) {
+/// What `activation` makes of rows `[gate | up]`, `out` being `[rows, width]`.
+pub(super) fn gated(
+    pool: &Pool,
+    level: Level,
+    activation: Activation,
+    gate_up: &[f32],
+    width: usize,
+    out: &mut [f32],
+) {
     let rows = out.len() / width;
     let out = Disjoint::new(out);
     for_rows(pool, rows, 4 * width, |range| {
@@ -13,18 +21,19 @@ pub(super) fn silu_mul(pool: &Pool, level: Level, gate_up: &[f32], width: usize,
             let (gate, up) = gate_up[row * 2 * width..(row + 1) * 2 * width].split_at(width);
             // SAFETY: every row is in one range.
             let out = unsafe { out.part(row * width..(row + 1) * width) };
-            level.run(SiluMul { gate, up, out });
+            level.run(Gated { activation, gate, up, out });
         }
     });
 }
 
-struct SiluMul<'a> {
+struct Gated<'a> {
+    activation: Activation,
     gate: &'a [f32],
     up: &'a [f32],
     out: &'a mut [f32],
 }
 
-impl Kernel for SiluMul<'_> {
+impl Kernel for Gated<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
@@ -34,24 +43,40 @@ impl Kernel for SiluMul<'_> {
         // SAFETY: every chunk is a vector, the rests shorter than one.
         unsafe {
             for ((gate, up), out) in chunks.zip(out.chunks_exact_mut(LANES)) {
-                S::store(
-                    out.as_mut_ptr(),
-                    silu_mul_vector::<S>(S::load(gate.as_ptr()), S::load(up.as_ptr())),
-                );
+                let y = gated_vector::<S>(self.activation, S::load(gate.as_ptr()), S::load(up.as_ptr()));
+                S::store(out.as_mut_ptr(), y);
             }
             let gate = simd::load_part::<S>(&self.gate[whole..], 0.0);
             let up = simd::load_part::<S>(&self.up[whole..], 0.0);
-            let last = simd::lanes::<S>(silu_mul_vector::<S>(gate, up));
+            let last = simd::lanes::<S>(gated_vector::<S>(self.activation, gate, up));
             out_rest.copy_from_slice(&last[..out_rest.len()]);
         }
     }
 }
 
 #[inline(always)]
-unsafe fn silu_mul_vector<S: Simd>(gate: S::V, up: S::V) -> S::V {
+unsafe fn gated_vector<S: Simd>(activation: Activation, gate: S::V, up: S::V) -> S::V {
     // SAFETY: the caller's promise is the same.
     unsafe {
-        let e = simd::exp::<S>(S::sub(S::splat(0.0), gate));
-        S::mul(S::div(gate, S::add(S::splat(1.0), e)), up)
+        match activation {
+            Activation::Silu => S::mul(times_sigmoid::<S>(gate, gate), up),
+            Activation::ClampedSwiglu { alpha, limit } => {
+                // A NaN stays one: it is the second operand.
+                let gate = S::min(S::splat(limit), gate);
+                let up = S::max(S::splat(-limit), S::min(S::splat(limit), up));
+                let glu = times_sigmoid::<S>(gate, S::mul(S::splat(alpha), gate));
+                S::mul(glu, S::add(up, S::splat(1.0)))
+            }
+        }
+    }
+}
+
+/// `x / (1 + e^-y)`.
+#[inline(always)]
+unsafe fn times_sigmoid<S: Simd>(x: S::V, y: S::V) -> S::V {
+    // SAFETY: the caller's promise is the same.
+    unsafe {
+        let e = simd::exp::<S>(S::sub(S::splat(0.0), y));
+        S::div(x, S::add(S::splat(1.0), e))
     }
 }

@@ -11,6 +11,9 @@
 //! computed in tiles, so that a key loaded once serves up to eight of them, and two vectors of keys
 //! are computed beside each other, so that an element of a query loaded once serves both. Where
 //! several tiles read a piece, it is widened to f32 once for all of them.
+//!
+//! Within a sliding window, pieces and blocks that no query of a tile sees are passed over; what stands before the
+//! window in a block is masked. A sink enters a query's sum when all pieces are merged.
 
 use super::kv::{Element, KvCache, Layer, Layout};
 use super::pool::Pool;
@@ -116,6 +119,10 @@ pub(super) struct Attention<'a> {
     pub plan: &'a Plan,
     pub batch: &'a Batch,
     pub shape: &'a AttentionShape,
+    /// Latest keys that a query sees, its own included; none: all.
+    pub window: Option<usize>,
+    /// A logit for each query head that draws its share of the softmax, if there are any.
+    pub sinks: Option<&'a [f32]>,
     /// Rows `[q | k | v]`.
     pub qkv: &'a [f32],
     pub level: Level,
@@ -170,6 +177,16 @@ impl<E: Element> Job<'_, E> {
         self.op.shape.heads / self.op.shape.kv_heads
     }
 
+    /// The first key that the query at a position of its sequence sees.
+    fn first_key(&self, position: usize) -> usize {
+        self.op.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+
+    /// The first piece that a row block sees anything of.
+    fn first_piece(&self, block: &RowBlock) -> usize {
+        self.first_key(block.position) / PIECE
+    }
+
     /// f32 of a query's state: its weighted sum of values in whole vectors, its maximum, its sum.
     fn state_len(&self) -> usize {
         self.layout.padded() + 2
@@ -199,7 +216,7 @@ impl<E: Element> Job<'_, E> {
         let Worker { widened, scores, partials, states } = worker;
         let states = &mut states[..block.rows * self.group() * len];
         states.fill(0.0);
-        for piece in 0..block.pieces {
+        for piece in self.first_piece(block)..block.pieces {
             self.tiles(block, head, piece, widened, scores, partials, |first, tile| {
                 for (state, partial) in
                     states[first * len..].chunks_exact_mut(len).zip(tile.chunks_exact(len))
@@ -215,11 +232,15 @@ impl<E: Element> Job<'_, E> {
     fn one_piece(&self, task: usize, worker: &mut Worker, shared: &Disjoint<'_, f32>) {
         let (index, head) = (task / self.layout.kv_heads, task % self.layout.kv_heads);
         let (block, piece) = self.op.plan.pieces[index];
+        let block = &self.op.plan.blocks[block];
+        if piece < self.first_piece(block) {
+            return;
+        }
         let len = self.unit_len();
         // SAFETY: every task has its own part.
         let states = unsafe { shared.part(task * len..(task + 1) * len) };
         let Worker { widened, scores, partials, .. } = worker;
-        self.tiles(&self.op.plan.blocks[block], head, piece, widened, scores, partials, |first, tile| {
+        self.tiles(block, head, piece, widened, scores, partials, |first, tile| {
             states[first * self.state_len()..][..tile.len()].copy_from_slice(tile);
         });
     }
@@ -230,7 +251,7 @@ impl<E: Element> Job<'_, E> {
         let len = self.state_len();
         let states = &mut worker.states[..block.rows * self.group() * len];
         states.fill(0.0);
-        for piece in 0..block.pieces {
+        for piece in self.first_piece(block)..block.pieces {
             let task = (block.first_piece + piece) * self.layout.kv_heads + head;
             let partials = &partials[task * self.unit_len()..][..states.len()];
             for (state, partial) in states.chunks_exact_mut(len).zip(partials.chunks_exact(len)) {
@@ -261,28 +282,35 @@ impl<E: Element> Job<'_, E> {
         let widen = E::NARROW && count >= WIDEN * step;
         if widen {
             let keys = (block.position + block.rows - piece * PIECE).min(PIECE);
-            self.widen(&table[..keys.div_ceil(BLOCK_SIZE)], head, widened);
+            let unseen = self.first_key(block.position).saturating_sub(piece * PIECE) / BLOCK_SIZE;
+            let from = unseen * self.layout.head_len();
+            self.widen(&table[unseen..keys.div_ceil(BLOCK_SIZE)], head, &mut widened[from..]);
         }
         for first in (0..count).step_by(step) {
             let used = step.min(count - first);
             let tile = used.next_power_of_two();
-            let (mut limits, mut queries) = ([0; MAX_TILE], [&[][..]; MAX_TILE]);
+            let (mut begins, mut limits) = ([0; MAX_TILE], [0; MAX_TILE]);
+            let mut queries = [&[][..]; MAX_TILE];
             for i in 0..tile {
                 let query = first + i.min(used - 1); // lanes beyond the last query repeat it
                 let row = query / group;
-                limits[i] = (block.position + row + 1).saturating_sub(piece * PIECE).min(PIECE);
+                let position = block.position + row;
+                begins[i] = self.first_key(position).saturating_sub(piece * PIECE).min(PIECE);
+                limits[i] = (position + 1).saturating_sub(piece * PIECE).min(PIECE);
                 queries[i] = self.query(block.row + row, head * group + query % group);
             }
-            let (limits, queries) = (&limits[..tile], &queries[..tile]);
+            let (begins, limits, queries) = (&begins[..tile], &limits[..tile], &queries[..tile]);
             let (layout, scale) = (self.layout, self.op.shape.scale);
             let states = &mut partials[..tile * self.state_len()];
             if widen {
                 let (kv, layout) = (&*widened, Layout { kv_heads: 1, ..layout });
+                let table = &IN_ORDER;
                 let tile =
-                    Tile { queries, limits, kv, layout, head: 0, table: &IN_ORDER, scale, scores, states };
+                    Tile { queries, begins, limits, kv, layout, head: 0, table, scale, scores, states };
                 self.op.level.run(tile);
             } else {
-                let tile = Tile { queries, limits, kv: self.kv, layout, head, table, scale, scores, states };
+                let kv = self.kv;
+                let tile = Tile { queries, begins, limits, kv, layout, head, table, scale, scores, states };
                 self.op.level.run(tile);
             }
             take(first, &partials[..used * self.state_len()]);
@@ -311,7 +339,8 @@ impl<E: Element> Job<'_, E> {
             let start = row * width + head * dim;
             // SAFETY: every row and head belongs to one unit.
             let out = unsafe { out.part(start..start + dim) };
-            let scale = 1.0 / state[padded + 1];
+            let sink = self.op.sinks.map_or(0.0, |sinks| (sinks[head] - state[padded]).exp());
+            let scale = 1.0 / (state[padded + 1] + sink);
             for (y, x) in out.iter_mut().zip(state) {
                 *y = x * scale;
             }
@@ -392,7 +421,9 @@ impl<E: Element> Kernel for Widen<'_, E> {
 struct Tile<'a, E> {
     /// `head_dim` elements each.
     queries: &'a [&'a [f32]],
-    /// How many of the piece's keys each query sees.
+    /// The first of the piece's keys that each query sees.
+    begins: &'a [usize],
+    /// Behind the last of the piece's keys that each query sees.
     limits: &'a [usize],
     /// The layer, or a widened piece.
     kv: &'a [E],
@@ -429,16 +460,18 @@ impl<E: Element> Tile<'_, E> {
     #[inline(always)]
     unsafe fn compute<S: Simd, const T: usize>(mut self) {
         let limits: [usize; T] = std::array::from_fn(|i| self.limits[i]);
+        let begins: [usize; T] = std::array::from_fn(|i| self.begins[i]);
         let most = limits.into_iter().fold(0, usize::max);
         let (blocks, padded) = (most.div_ceil(BLOCK_SIZE), self.layout.padded());
+        let first = (begins.into_iter().fold(PIECE, usize::min) / BLOCK_SIZE).min(blocks);
         // Two vectors of sums for each query where they fit the registers, and one for what is left.
         let (pairs, pair_parts) = match S::PAIRS {
-            true => (blocks / 2 * 2, padded / LANES / 2 * 2),
-            false => (0, 0),
+            true => (first + (blocks - first) / 2 * 2, padded / LANES / 2 * 2),
+            false => (first, 0),
         };
         // SAFETY: the caller's promise is the same.
         unsafe {
-            for block in (0..pairs).step_by(2) {
+            for block in (first..pairs).step_by(2) {
                 self.products::<S, T, 2>(block);
             }
             for block in pairs..blocks {
@@ -446,15 +479,16 @@ impl<E: Element> Tile<'_, E> {
             }
             for (i, state) in self.states.chunks_exact_mut(padded + 2).enumerate() {
                 let row = &mut self.scores[i * PIECE..(i + 1) * PIECE];
-                let whole = limits[i].next_multiple_of(LANES);
-                row[limits[i]..whole].fill(f32::NEG_INFINITY);
-                (state[padded], state[padded + 1]) = simd::softmax::<S>(&mut row[..whole]);
+                let (start, end) = (begins[i] / LANES * LANES, limits[i].next_multiple_of(LANES));
+                row[start..begins[i]].fill(f32::NEG_INFINITY);
+                row[limits[i]..end].fill(f32::NEG_INFINITY);
+                (state[padded], state[padded + 1]) = simd::softmax::<S>(&mut row[start..end]);
             }
             for part in (0..pair_parts).step_by(2) {
-                self.values::<S, T, 2>(limits, part * LANES);
+                self.values::<S, T, 2>(begins, limits, part * LANES);
             }
             for part in pair_parts..padded / LANES {
-                self.values::<S, T, 1>(limits, part * LANES);
+                self.values::<S, T, 1>(begins, limits, part * LANES);
             }
         }
     }
@@ -495,28 +529,44 @@ impl<E: Element> Tile<'_, E> {
     /// `states[i] = sum over k of scores[i, k] * value k`, in the order of the keys, for `P` vectors of
     /// the values' elements from `part` on.
     #[inline(always)]
-    unsafe fn values<S: Simd, const T: usize, const P: usize>(&mut self, limits: [usize; T], part: usize) {
+    unsafe fn values<S: Simd, const T: usize, const P: usize>(
+        &mut self,
+        begins: [usize; T],
+        limits: [usize; T],
+        part: usize,
+    ) {
         let most = limits.into_iter().fold(0, usize::max);
         let least = limits.into_iter().fold(PIECE, usize::min);
+        let earliest = begins.into_iter().fold(PIECE, usize::min);
+        let latest = begins.into_iter().fold(0, usize::max);
         let padded = self.layout.padded();
         let scores = &self.scores[..T * PIECE];
         // SAFETY: `P` parts of a value are as many vectors, as are those of a state; a key's index in the
         // piece is below `PIECE`.
         unsafe {
             let mut sums = [[S::splat(0.0); P]; T];
-            for (index, &block) in self.table[..most.div_ceil(BLOCK_SIZE)].iter().enumerate() {
+            let blocks = self.table[..most.div_ceil(BLOCK_SIZE)].iter().enumerate();
+            for (index, &block) in blocks.skip(earliest / BLOCK_SIZE) {
                 let start = self.layout.values(block as usize, self.head);
                 let values = &self.kv[start..start + BLOCK_SIZE * padded];
                 let first = index * BLOCK_SIZE;
-                let (seen_by_all, seen) =
-                    (least.clamp(first, first + BLOCK_SIZE), most.min(first + BLOCK_SIZE));
-                for key in first..seen_by_all {
+                // Keys that some queries see, then those that all see, then again some.
+                let end = most.min(first + BLOCK_SIZE);
+                let begin = earliest.clamp(first, end);
+                let all_from = latest.clamp(begin, end);
+                let all_to = least.clamp(all_from, end);
+                for key in begin..all_from {
+                    let value = values[(key - first) * padded + part..][..P * LANES].as_ptr();
+                    let sees = std::array::from_fn(|i| begins[i] <= key && key < limits[i]);
+                    add::<S, E, T, P>(&mut sums, value, scores[key..].as_ptr(), Some(sees));
+                }
+                for key in all_from..all_to {
                     let value = values[(key - first) * padded + part..][..P * LANES].as_ptr();
                     add::<S, E, T, P>(&mut sums, value, scores[key..].as_ptr(), None);
                 }
-                for key in seen_by_all..seen {
+                for key in all_to..end {
                     let value = values[(key - first) * padded + part..][..P * LANES].as_ptr();
-                    let sees = limits.map(|limit| key < limit);
+                    let sees = std::array::from_fn(|i| begins[i] <= key && key < limits[i]);
                     add::<S, E, T, P>(&mut sums, value, scores[key..].as_ptr(), Some(sees));
                 }
             }

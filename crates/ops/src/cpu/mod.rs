@@ -19,8 +19,8 @@ pub use kv::{KvCache, KvDType};
 pub use moe::Experts;
 
 use crate::{
-    AttentionShape, BLOCK_SIZE, Backend, Batch, OpError, QkNorm, RawTensor, Result, Rope, SampleRow, Sampled,
-    SamplerScratch, dequant, sample_row,
+    Activation, AttentionOptions, AttentionShape, BLOCK_SIZE, Backend, Batch, ExpertWeights, OpError, QkNorm,
+    RawTensor, Result, Rope, SampleRow, Sampled, SamplerScratch, dequant, sample_row,
 };
 use kv::{LayerMut, Layout};
 use matmul::{PackedMatrix, Scratch};
@@ -102,6 +102,16 @@ impl Cpu {
         let matrix = PackedMatrix::pack(&self.pool, parts)?;
         self.reserve(0, matrix.width());
         Ok(matrix)
+    }
+
+    /// Biases of `len` each, one after another.
+    fn bias(&mut self, parts: &[&RawTensor], len: usize) -> Result<Vec<f32>> {
+        let mut bias = Vec::with_capacity(parts.len() * len);
+        for part in parts {
+            expect_shape(part, part.shape == [len], || format!("[{len}]"))?;
+            bias.extend(self.load_vector(&[(*part).clone()])?);
+        }
+        Ok(bias)
     }
 }
 
@@ -238,23 +248,32 @@ impl Backend for Cpu {
         Ok(vector)
     }
 
-    fn load_experts(&mut self, gate: &[RawTensor], up: &[RawTensor], down: &[RawTensor]) -> Result<Experts> {
-        check(!gate.is_empty() && gate.len() == up.len() && gate.len() == down.len(), || {
+    fn load_experts(&mut self, weights: &ExpertWeights<'_>) -> Result<Experts> {
+        let ExpertWeights { gate, up, down, biases, activation } = *weights;
+        let fits = |other: &[RawTensor]| other.len() == gate.len();
+        let fit = fits(up) && fits(down) && biases.is_none_or(|biases| biases.into_iter().all(fits));
+        check(!gate.is_empty() && fit, || {
             format!("{} gate, {} up and {} down matrices of experts", gate.len(), up.len(), down.len())
         })?;
         expect_shape(&gate[0], gate[0].shape.len() == 2, || "[intermediate, hidden]".to_owned())?;
         let (intermediate, hidden) = (gate[0].shape[0], gate[0].shape[1]);
         let mut experts = Vec::with_capacity(gate.len());
-        for ((gate, up), down) in gate.iter().zip(up).zip(down) {
+        for (i, ((gate, up), down)) in gate.iter().zip(up).zip(down).enumerate() {
             for (tensor, shape) in
                 [(gate, [intermediate, hidden]), (up, [intermediate, hidden]), (down, [hidden, intermediate])]
             {
                 expect_shape(tensor, tensor.shape == shape, || format!("{shape:?}"))?;
             }
             let gate_up = self.pack(&[gate.clone(), up.clone()])?;
-            experts.push(moe::Expert { gate_up, down: self.pack(std::slice::from_ref(down))? });
+            let biases = match biases {
+                Some([gate, up, down]) => {
+                    Some([self.bias(&[&gate[i], &up[i]], intermediate)?, self.bias(&[&down[i]], hidden)?])
+                }
+                None => None,
+            };
+            experts.push(moe::Expert { gate_up, down: self.pack(std::slice::from_ref(down))?, biases });
         }
-        Ok(Experts { experts, hidden, intermediate })
+        Ok(Experts { experts, hidden, intermediate, activation })
     }
 
     fn tensor(&mut self, max_rows: usize, width: usize) -> Result<Tensor> {
@@ -396,21 +415,30 @@ impl Backend for Cpu {
         &mut self,
         qkv: &Tensor,
         shape: &AttentionShape,
+        options: AttentionOptions<'_, Vec<f32>>,
         layer: usize,
         cache: &KvCache,
         out: &mut Tensor,
     ) -> Result<()> {
         self.step.check_cache(qkv, shape, layer, cache)?;
+        let AttentionOptions { window, sinks } = options;
+        check(window != Some(0), || "attention within a window of no token".to_owned())?;
+        check(sinks.is_none_or(|s| s.len() == shape.heads), || {
+            format!("attention sinks for other than {} heads", shape.heads)
+        })?;
         out.resize(qkv.rows, shape.out_width())?;
         let Step { batch, plan, .. } = &self.step;
-        let op = attention::Attention { plan, batch, shape, qkv: qkv.data(), level: self.level };
+        let sinks = sinks.map(Vec::as_slice);
+        let op =
+            attention::Attention { plan, batch, shape, window, sinks, qkv: qkv.data(), level: self.level };
         op.run(&self.pool, cache, layer, &mut self.attention, out.data_mut());
         Ok(())
     }
 
     fn silu_mul(&mut self, gate_up: &Tensor, out: &mut Tensor) -> Result<()> {
         out.resize(gate_up.rows, gate_up.width / 2)?;
-        activation::silu_mul(&self.pool, self.level, gate_up.data(), out.width, out.data_mut());
+        let width = out.width;
+        activation::gated(&self.pool, self.level, Activation::Silu, gate_up.data(), width, out.data_mut());
         Ok(())
     }
 
@@ -556,7 +584,9 @@ mod tests {
             0,
             &mut cache,
         )?;
-        cpu.attention(&normed, shape, 0, &cache, &mut attended)?;
+        let sinks = vec![0.3; shape.heads];
+        let options = AttentionOptions { window: Some(20), sinks: Some(&sinks) };
+        cpu.attention(&normed, shape, options, 0, &cache, &mut attended)?;
         Ok([&normed, &gated, &attended].iter().flat_map(|t| t.data()).map(|x| x.to_bits()).collect())
     }
 

@@ -2,16 +2,18 @@
 //!
 //! Every row adds up its experts in ascending order, whatever other rows are there.
 
-use super::activation::silu_mul;
+use super::activation::gated;
 use super::matmul::{PackedMatrix, Scratch, matmul};
 use super::pool::Pool;
 use super::simd::{self, Kernel, LANES, Level, Simd};
+use crate::Activation;
 
 /// The stacked experts of one layer.
 pub struct Experts {
     pub(super) experts: Vec<Expert>,
     pub(super) hidden: usize,
     pub(super) intermediate: usize,
+    pub(super) activation: Activation,
 }
 
 /// One expert's MLP.
@@ -19,6 +21,8 @@ pub(super) struct Expert {
     /// Gate and up, stacked.
     pub gate_up: PackedMatrix,
     pub down: PackedMatrix,
+    /// Of gate and up, stacked, and of down.
+    pub biases: Option<[Vec<f32>; 2]>,
 }
 
 /// Buffers that the op reuses.
@@ -65,14 +69,15 @@ pub(super) fn moe(
     let (hidden, intermediate) = (experts.hidden, experts.intermediate);
     for routes in routes.chunk_by(|a, b| a.expert == b.expert) {
         let (expert, n) = (&experts.experts[routes[0].expert], routes.len());
+        let bias = |i: usize| expert.biases.as_ref().map(|biases| biases[i].as_slice());
         rows_in.clear();
         routes.iter().for_each(|r| rows_in.extend_from_slice(&x[r.row * hidden..(r.row + 1) * hidden]));
         let gate_up = sized(gate_up, n * 2 * intermediate);
-        matmul(pool, scratch, rows_in, n, &expert.gate_up, None, gate_up);
+        matmul(pool, scratch, rows_in, n, &expert.gate_up, bias(0), gate_up);
         let activated = sized(activated, n * intermediate);
-        silu_mul(pool, level, gate_up, intermediate, activated);
+        gated(pool, level, experts.activation, gate_up, intermediate, activated);
         let y = sized(y, n * hidden);
-        matmul(pool, scratch, activated, n, &expert.down, None, y);
+        matmul(pool, scratch, activated, n, &expert.down, bias(1), y);
         for (route, y) in routes.iter().zip(y.chunks_exact(hidden)) {
             for (out, y) in out[route.row * hidden..(route.row + 1) * hidden].iter_mut().zip(y) {
                 *out += route.weight * y;

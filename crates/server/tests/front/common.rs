@@ -215,6 +215,7 @@ pub fn start_text(config: ServerConfig, engine: EngineConfig, manner: Manner, te
             intermediate: 1,
             layers: 1,
             attention: AttentionShape { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0 },
+            windows: vec![None],
             vocab: text.vocab_size(),
             context_length: engine.max_context,
             rms_eps: 1e-5,

@@ -74,7 +74,7 @@ impl Isa {
 macro_rules! formats {
     ($($name:ident)*) => {
         $(
-            #[allow(non_camel_case_types)] // the specification's names
+            #[allow(non_camel_case_types, clippy::upper_case_acronyms)] // the specification's names
             struct $name;
             impl Format for $name {
                 const DTYPE: DType = DType::$name;
@@ -82,7 +82,7 @@ macro_rules! formats {
         )*
     };
 }
-formats!(F32 F16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K);
+formats!(F32 F16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K MXFP4);
 
 /// Compiles all kernels for a unit, with its features.
 macro_rules! unit {
@@ -129,6 +129,7 @@ macro_rules! unit {
                     DType::Q4_K => run_quantized::<Q4_K>,
                     DType::Q5_K => run_quantized::<Q5_K>,
                     DType::Q6_K => run_quantized::<Q6_K>,
+                    DType::MXFP4 => run_quantized::<MXFP4>,
                 }
             }
         }

@@ -9,7 +9,7 @@
 use super::layout::{BLOCK, LANES, Layout, Quants, Scales};
 use super::quantize::Activations;
 use super::unit::{Unit, VECTOR};
-use crate::DType;
+use crate::{DType, mxfp4};
 
 /// Rows computed per pass over a set of tiles, so that their activations stay in the cache.
 const ROW_BLOCK: usize = 64;
@@ -222,7 +222,7 @@ unsafe fn block_dot<U: Unit>(
             sum = U::add(sum, U::mul(U::to_floats(dot), U::mul(scale[0], U::splat(x.scale))));
         }
         match layout.scales {
-            Scales::Block | Scales::SuperHalves => sum,
+            Scales::Block | Scales::Exponents | Scales::SuperHalves => sum,
             Scales::BlockMin | Scales::SuperMin => U::add(sum, U::mul(min[0], U::splat(x.scaled_sum))),
             Scales::SuperHalvesMin => {
                 let first = U::add(sum, U::mul(min[0], U::splat(x.scaled_sums[0])));
@@ -239,6 +239,8 @@ unsafe fn scales_of<U: Unit>(scales: Scales, header: *const u8, block: *const u8
     unsafe {
         match scales {
             Scales::Block | Scales::BlockMin => [U::load_f16(block); 2],
+            // The quants are twice the numbers.
+            Scales::Exponents => [U::mul(U::load_exponents(block), U::splat(0.5)); 2],
             Scales::SuperMin | Scales::SuperHalvesMin => {
                 let d = U::load_f16(header);
                 [U::mul(d, U::load_u8(block)), U::mul(d, U::load_u8(block.add(LANES)))]
@@ -257,7 +259,7 @@ unsafe fn minimums_of<U: Unit>(scales: Scales, header: *const u8, block: *const 
     // SAFETY: the header and the block are as long as `scales` says.
     unsafe {
         match scales {
-            Scales::Block | Scales::SuperHalves => [U::splat(0.0); 2],
+            Scales::Block | Scales::Exponents | Scales::SuperHalves => [U::splat(0.0); 2],
             Scales::BlockMin => [U::load_f16(block.add(2 * LANES)); 2],
             Scales::SuperMin => [U::mul(U::load_f16(header.add(2 * LANES)), U::load_u8(block.add(LANES))); 2],
             Scales::SuperHalvesMin => {
@@ -293,6 +295,19 @@ unsafe fn unpack<U: Unit>(quants: Quants, from: *const u8) -> [U::Bytes; 8] {
                 ]
             }
             Quants::Four => nibbles::<U>(from),
+            Quants::Codes => {
+                let [a, b, c, d, e, f, g, h] = nibbles::<U>(from);
+                [
+                    U::lookup(&mxfp4::UNSIGNED, a),
+                    U::lookup(&mxfp4::UNSIGNED, b),
+                    U::lookup(&mxfp4::UNSIGNED, c),
+                    U::lookup(&mxfp4::UNSIGNED, d),
+                    U::lookup(&mxfp4::UNSIGNED, e),
+                    U::lookup(&mxfp4::UNSIGNED, f),
+                    U::lookup(&mxfp4::UNSIGNED, g),
+                    U::lookup(&mxfp4::UNSIGNED, h),
+                ]
+            }
             Quants::Five => {
                 let low = nibbles::<U>(from);
                 let high = U::load_bytes(from.add(4 * VECTOR));

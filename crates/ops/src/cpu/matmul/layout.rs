@@ -27,6 +27,8 @@ pub(super) enum Quants {
     Six,
     /// Eight vectors.
     Eight,
+    /// As `Four`, codes of MXFP4.
+    Codes,
 }
 
 impl Quants {
@@ -34,7 +36,7 @@ impl Quants {
     pub const fn bytes(self) -> usize {
         match self {
             Quants::Two => 128,
-            Quants::Four => 256,
+            Quants::Four | Quants::Codes => 256,
             Quants::Five => 320,
             Quants::Six => 384,
             Quants::Eight => 512,
@@ -49,6 +51,8 @@ pub(super) enum Scales {
     Block,
     /// A block: scale `h`, minimum `h`.
     BlockMin,
+    /// A block: `b`, exponents of scales that are powers of two.
+    Exponents,
     /// A header: scale `h`, minimum `h`. A block: scale `b`, minimum `b`.
     SuperMin,
     /// A header: scale `h`. A block: signed scale `b` for each 16 inputs.
@@ -61,7 +65,7 @@ impl Scales {
     /// Bytes of a header.
     pub const fn header_bytes(self) -> usize {
         match self {
-            Scales::Block | Scales::BlockMin => 0,
+            Scales::Block | Scales::BlockMin | Scales::Exponents => 0,
             Scales::SuperHalves => 32,
             Scales::SuperMin | Scales::SuperHalvesMin => 64,
         }
@@ -70,6 +74,7 @@ impl Scales {
     /// Bytes in front of a block's quants.
     pub const fn block_bytes(self) -> usize {
         match self {
+            Scales::Exponents => 16,
             Scales::Block | Scales::SuperMin | Scales::SuperHalves => 32,
             Scales::BlockMin | Scales::SuperHalvesMin => 64,
         }
@@ -78,7 +83,7 @@ impl Scales {
     /// Blocks behind one header.
     pub const fn blocks(self) -> usize {
         match self {
-            Scales::Block | Scales::BlockMin => 1,
+            Scales::Block | Scales::BlockMin | Scales::Exponents => 1,
             _ => 8,
         }
     }
@@ -108,6 +113,7 @@ impl Layout {
             DType::Q4_K => (Quants::Four, Scales::SuperMin),
             DType::Q5_K => (Quants::Five, Scales::SuperMin),
             DType::Q6_K => (Quants::Six, Scales::SuperHalves),
+            DType::MXFP4 => (Quants::Codes, Scales::Exponents),
         };
         Some(Self { quants, scales, offset: ggml::offset(dtype) })
     }

@@ -164,6 +164,25 @@ impl Unit for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn load_exponents(from: *const u8) -> Self::Floats {
+        unsafe {
+            let bytes = vld1q_u8(from);
+            let halves = [vmovl_u8(vget_low_u8(bytes)), vmovl_u8(vget_high_u8(bytes))];
+            let exponent = |quarter: uint16x4_t| vreinterpretq_f32_u32(vshlq_n_u32::<23>(vmovl_u16(quarter)));
+            [
+                exponent(vget_low_u16(halves[0])),
+                exponent(vget_high_u16(halves[0])),
+                exponent(vget_low_u16(halves[1])),
+                exponent(vget_high_u16(halves[1])),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], codes: Self::Bytes) -> Self::Bytes {
+        let table = unsafe { vld1q_u8(table.as_ptr()) };
+        each!(|i| vqtbl1q_u8(table, codes[i]))
+    }
+    #[inline(always)]
     unsafe fn store(values: Self::Floats, to: *mut f32) {
         unsafe {
             for (i, quarter) in values.into_iter().enumerate() {

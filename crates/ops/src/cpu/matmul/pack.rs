@@ -81,6 +81,9 @@ fn pack_quantised(dtype: DType, layout: Layout, rows: &[&[u8]], tile: &mut [u8])
             let (scales, quants) = bytes.split_at_mut(layout.scales.block_bytes());
             match layout.scales {
                 Scales::Block | Scales::BlockMin => pack_halves(&lanes, scales),
+                Scales::Exponents => {
+                    scales.iter_mut().zip(&lanes).for_each(|(byte, lane)| *byte = lane.exponent)
+                }
                 _ => pack_byte_scales(layout.scales, &lanes, 2 * block, scales),
             }
             pack_quants(layout.quants, &lanes, block, quants);
@@ -126,7 +129,7 @@ fn pack_quants(quants: Quants, lanes: &[Block; LANES], block: usize, out: &mut [
                 }
             }
         }
-        Quants::Four => pack_nibbles(&vectors, out),
+        Quants::Four | Quants::Codes => pack_nibbles(&vectors, out),
         Quants::Five => {
             pack_nibbles(&vectors, out);
             for (v, vector) in vectors.iter().enumerate() {

@@ -2,12 +2,13 @@
 
 use super::*;
 use crate::dequant::dequantize;
+use crate::mxfp4;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use std::sync::Arc;
 
-const ALL: [DType; 13] = [
+const ALL: [DType; 14] = [
     DType::F32,
     DType::F16,
     DType::BF16,
@@ -21,6 +22,7 @@ const ALL: [DType; 13] = [
     DType::Q4_K,
     DType::Q5_K,
     DType::Q6_K,
+    DType::MXFP4,
 ];
 
 /// Numbers in -1 .. 1 from a counter (splitmix64).
@@ -45,6 +47,7 @@ fn tensor(dtype: DType, rows: usize, width: usize, data: &[f32]) -> RawTensor {
         DType::BF16 => {
             return raw(dtype, rows, width, data.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()));
         }
+        DType::MXFP4 => return raw(dtype, rows, width, data.chunks_exact(32).flat_map(mxfp4_block)),
         DType::Q4_0 => GgmlDType::Q4_0,
         DType::Q4_1 => GgmlDType::Q4_1,
         DType::Q5_0 => GgmlDType::Q5_0,
@@ -60,6 +63,19 @@ fn tensor(dtype: DType, rows: usize, width: usize, data: &[f32]) -> RawTensor {
     let quantised = QTensor::quantize(&data, ggml).unwrap();
     let bytes = quantised.data().unwrap().to_vec();
     raw(dtype, rows, width, bytes.into_iter())
+}
+
+/// The nearest codes under the least scale that holds the largest number.
+fn mxfp4_block(data: &[f32]) -> [u8; 17] {
+    let largest = data.iter().fold(0f32, |m, x| m.max(x.abs()));
+    let exponent = (largest / 6.0).log2().ceil().clamp(-126.0, 127.0);
+    let codes = std::array::from_fn(|i| {
+        let x = data[i] / exponent.exp2();
+        let distance = |code: &usize| ([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][*code] - x.abs()).abs();
+        let nearest = (0..8).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(0);
+        nearest as u8 | u8::from(x < 0.0) << 3
+    });
+    mxfp4::block((exponent + 127.0) as u8, &codes)
 }
 
 fn raw(dtype: DType, rows: usize, width: usize, bytes: impl Iterator<Item = u8>) -> RawTensor {
@@ -86,6 +102,9 @@ fn hostile_tensor(dtype: DType, rows: usize, width: usize, seed: u64) -> RawTens
         };
         for &at in halves {
             block[at + 1] = block[at + 1] % 16 + 32; // exponent around 2^-7, either quarter
+        }
+        if dtype == DType::MXFP4 {
+            block[0] = if block[0] < 16 { 0 } else { block[0] % 32 + 100 };
         }
     }
     raw(dtype, rows, width, bytes.into_iter())

@@ -45,6 +45,10 @@ pub(super) trait Unit {
     unsafe fn dot_bf16(sum: Self::Floats, weights: Self::Bytes, x: u32) -> Self::Floats;
     unsafe fn load_i8(from: *const u8) -> Self::Floats;
     unsafe fn load_u8(from: *const u8) -> Self::Floats;
+    /// `2^(byte - 127)` of 16 bytes; 0 for 0, infinity for 255.
+    unsafe fn load_exponents(from: *const u8) -> Self::Floats;
+    /// Bytes `table[code]`; the codes are below 16.
+    unsafe fn lookup(table: &[u8; 16], codes: Self::Bytes) -> Self::Bytes;
     unsafe fn store(values: Self::Floats, to: *mut f32);
 }
 
@@ -135,6 +139,15 @@ impl Unit for Portable {
     unsafe fn load_u8(from: *const u8) -> [f32; LANES] {
         // SAFETY: as the trait demands.
         unsafe { load::<u8>(from) }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_exponents(from: *const u8) -> [f32; LANES] {
+        // SAFETY: as the trait demands.
+        unsafe { load::<u8>(from) }.map(|byte| f32::from_bits(u32::from(byte) << 23))
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], codes: [u8; VECTOR]) -> [u8; VECTOR] {
+        codes.map(|code| table[usize::from(code & 15)])
     }
     #[inline(always)]
     unsafe fn store(values: [f32; LANES], to: *mut f32) {

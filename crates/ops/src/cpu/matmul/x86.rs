@@ -102,6 +102,20 @@ impl<const BF16: bool> Unit for Avx512<BF16> {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) }
     }
     #[inline(always)]
+    unsafe fn load_exponents(from: *const u8) -> __m512 {
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(bytes))
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], codes: __m512i) -> __m512i {
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, codes)
+        }
+    }
+    #[inline(always)]
     unsafe fn store(values: __m512, to: *mut f32) {
         unsafe { _mm512_storeu_ps(to, values) }
     }
@@ -179,6 +193,13 @@ unsafe fn unsigned(from: *const u8) -> __m256 {
     unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))) }
 }
 
+#[inline(always)]
+unsafe fn exponents(from: *const u8) -> __m256 {
+    unsafe {
+        _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))))
+    }
+}
+
 impl<const VNNI: bool> Unit for Avx2<VNNI> {
     type Ints = [__m256i; 2];
     type Floats = [__m256; 2];
@@ -243,6 +264,17 @@ impl<const VNNI: bool> Unit for Avx2<VNNI> {
     #[inline(always)]
     unsafe fn load_u8(from: *const u8) -> [__m256; 2] {
         unsafe { [unsigned(from), unsigned(from.add(8))] }
+    }
+    #[inline(always)]
+    unsafe fn load_exponents(from: *const u8) -> [__m256; 2] {
+        unsafe { [exponents(from), exponents(from.add(8))] }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], codes: [__m256i; 2]) -> [__m256i; 2] {
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            [_mm256_shuffle_epi8(table, codes[0]), _mm256_shuffle_epi8(table, codes[1])]
+        }
     }
     #[inline(always)]
     unsafe fn store(values: [__m256; 2], to: *mut f32) {
