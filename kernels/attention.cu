@@ -8,6 +8,9 @@
 // attention_any: any head size, plain f32 arithmetic; slow.
 // Softmax is kept as in Milakov and Gimelshein 2018 (arXiv:1805.02867), tiles as in Dao 2023 (arXiv:2307.08691),
 // splits as in Flash-Decoding. Exponents are to base 2: scores come multiplied by log2(e).
+//
+// A row sees the latest `window` tokens, its own included; 0: all. Blocks before a window are not read. `sinks`, where given, has a
+// logit for each head that enters the softmax's sum and brings no value (arXiv:2309.17453).
 #include "common.cuh"
 
 #define BLOCK_TOKENS 16
@@ -56,6 +59,14 @@ extern "C" __global__ void __launch_bounds__(128) rope_and_cache(float* qkv, con
 }
 KERNEL(rope_and_cache)
 
+// The first token that a row sees which has `context` tokens behind it, its own included.
+__device__ __forceinline__ int first_seen(int context, int window) { return window > 0 ? max(context - window, 0) : 0; }
+
+// What a sink adds to a sum of exponentials whose maximum, to base 2, is `most`.
+__device__ __forceinline__ float sink_share(const float* sinks, size_t head, float most) {
+    return sinks ? exp2f(sinks[head] * LOG2E - most) : 0.0f;
+}
+
 // Folds 8 or 16 columns of new scores into the running maximum and sum of the two rows that a lane has: rescales `o`, turns
 // scores into weights. The four lanes of a quad hold a row.
 template <int COLUMNS, int OUTPUTS>
@@ -67,7 +78,9 @@ __device__ __forceinline__ void softmax_step(float (&s)[COLUMNS][4], float (&o)[
         for (int c = 0; c < COLUMNS; c++) best = fmaxf(best, fmaxf(s[c][2 * r], s[c][2 * r + 1]));
         best = fmaxf(best, __shfl_xor_sync(FULL, best, 1));
         best = fmaxf(best, __shfl_xor_sync(FULL, best, 2));
-        const float old = exp2f(most[r] - best);
+        // Within a window a tile may hold nothing that a row sees.
+        const float base = best == NEG_INFINITY ? 0.0f : best;
+        const float old = exp2f(most[r] - base);
         most[r] = best;
         total[r] *= old;
 #pragma unroll
@@ -76,7 +89,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[COLUMNS][4], float (&o)[
         for (int c = 0; c < COLUMNS; c++)
 #pragma unroll
             for (int i = 2 * r; i < 2 * r + 2; i++) {
-                s[c][i] = exp2f(s[c][i] - best);
+                s[c][i] = exp2f(s[c][i] - base);
                 total[r] += s[c][i];
             }
     }
@@ -104,11 +117,12 @@ __device__ __forceinline__ void add_values(float (&o)[OUTPUTS][4], int at, const
 
 // Grid: (splits, kv_heads * heads of a group / 16, rows); block: 128. rows[] names the batch's rows to do.
 template <int DIM>
-__device__ void attention_decode(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale) {
+__device__ void attention_decode(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window) {
     __shared__ float merged[16][DIM];
     __shared__ float all_most[4][16], all_total[4][16];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
-    const int row = rows[blockIdx.z], context = row_contexts[row], begin = blockIdx.x * SPLIT;
+    const int row = rows[blockIdx.z], context = row_contexts[row], first_token = first_seen(context, window);
+    const int base = first_token / BLOCK_TOKENS * BLOCK_TOKENS, begin = base + blockIdx.x * SPLIT;
     if (begin >= context) return;
     const int end = min(begin + SPLIT, context);
     const int shared_by = heads / kv_heads, parts = (shared_by + 15) / 16;
@@ -136,13 +150,14 @@ __device__ void attention_decode(const float* qkv, const bf16* keys, const bf16*
     for (int block = begin / BLOCK_TOKENS + warp; block * BLOCK_TOKENS < end; block += 4) {
         const size_t at = (table[block] * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS * DIM;
         const int left = end - block * BLOCK_TOKENS;  // tokens of this block that are there, if below 16
+        const int unseen = first_token - block * BLOCK_TOKENS;  // those before the window, if above 0
         uint4 k[2][DIM / 32];
 #pragma unroll
         for (int t = 0; t < 2; t++)
 #pragma unroll
             for (int c = 0; c < DIM / 32; c++) {
                 int token = t * 8 + group;
-                k[t][c] = token < left ? load_once(keys + at + token * DIM + c * 32 + quad * 8) : make_uint4(0, 0, 0, 0);
+                k[t][c] = token >= unseen && token < left ? load_once(keys + at + token * DIM + c * 32 + quad * 8) : make_uint4(0, 0, 0, 0);
             }
         // Weights of zero do not undo values that are not finite: what is not there is read as zeros.
         uint32_t v[DIM / 64][4][4], tail[4][2];
@@ -150,14 +165,15 @@ __device__ void attention_decode(const float* qkv, const bf16* keys, const bf16*
         for (int t = 0; t < 4; t++) {
             const int token = t / 2 * 8 + quad * 2 + t % 2;
             const bf16* from = values + at + token * DIM;
+            const bool seen = token >= unseen && token < left;
 #pragma unroll
             for (int h = 0; h < DIM / 64; h++) {
-                uint4 x = token < left ? load_once(from + h * 64 + group * 8) : make_uint4(0, 0, 0, 0);
+                uint4 x = seen ? load_once(from + h * 64 + group * 8) : make_uint4(0, 0, 0, 0);
                 v[h][t][0] = x.x, v[h][t][1] = x.y, v[h][t][2] = x.z, v[h][t][3] = x.w;
             }
             if (DIM % 64) {
                 uint2 x = {0, 0};
-                if (token < left) x = *reinterpret_cast<const uint2*>(from + DIM / 64 * 64 + group * 4);
+                if (seen) x = *reinterpret_cast<const uint2*>(from + DIM / 64 * 64 + group * 4);
                 tail[t][0] = x.x, tail[t][1] = x.y;
             }
         }
@@ -171,8 +187,10 @@ __device__ void attention_decode(const float* qkv, const bf16* keys, const bf16*
                 multiply_add(s[t], qs[2 * c + 1], high);
             }
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                s[t][i] = t * 8 + quad * 2 + i % 2 < left ? s[t][i] * (scale * LOG2E) : NEG_INFINITY;
+            for (int i = 0; i < 4; i++) {
+                const int token = t * 8 + quad * 2 + i % 2;
+                s[t][i] = token >= unseen && token < left ? s[t][i] * (scale * LOG2E) : NEG_INFINITY;
+            }
         }
         softmax_step(s, o, most, total);
         uint32_t a[4] = {pack(s[0][0], s[0][1]), pack(s[0][2], s[0][3]), pack(s[1][0], s[1][1]), pack(s[1][2], s[1][3])};
@@ -208,7 +226,7 @@ __device__ void attention_decode(const float* qkv, const bf16* keys, const bf16*
         }
         __syncthreads();
     }
-    const bool alone = context <= SPLIT;
+    const bool alone = context - base <= SPLIT;
     const size_t splits = gridDim.x;
     for (int i = threadIdx.x; i < count * DIM; i += blockDim.x) {
         const int h = i / DIM, d = i % DIM;
@@ -217,6 +235,7 @@ __device__ void attention_decode(const float* qkv, const bf16* keys, const bf16*
         for (int w = 0; w < 4; w++)
             if (all_total[w][h] != 0.0f) sum += all_total[w][h] * exp2f(all_most[w][h] - best);
         if (alone) {
+            sum += sink_share(sinks, head + h, best);
             out[(static_cast<size_t>(row) * heads + head + h) * DIM + d] = to_bf16(merged[h][d] / sum);
         } else {
             const size_t part = (blockIdx.z * static_cast<size_t>(heads) + head + h) * splits + blockIdx.x;
@@ -227,14 +246,16 @@ __device__ void attention_decode(const float* qkv, const bf16* keys, const bf16*
 }
 
 // Adds the parts of rows that have several. Grid: (heads, rows); block: 128.
-extern "C" __global__ void __launch_bounds__(128) attention_combine(const uint32_t* rows, const uint32_t* row_contexts, bf16* out, const float* partial, const float* partial_sums, int heads, int dim, int splits) {
-    const int row = rows[blockIdx.y], head = blockIdx.x, parts = (row_contexts[row] + SPLIT - 1) / SPLIT;
+extern "C" __global__ void __launch_bounds__(128) attention_combine(const uint32_t* rows, const uint32_t* row_contexts, bf16* out, const float* partial, const float* partial_sums, int heads, int dim, int splits, const float* sinks, int window) {
+    const int row = rows[blockIdx.y], head = blockIdx.x, context = row_contexts[row];
+    const int base = first_seen(context, window) / BLOCK_TOKENS * BLOCK_TOKENS, parts = (context - base + SPLIT - 1) / SPLIT;
     if (parts <= 1) return;
     const size_t first = (blockIdx.y * static_cast<size_t>(heads) + head) * splits;
     const float* sums = partial_sums + 2 * first;
     float best = NEG_INFINITY, total = 0.0f;
     for (int p = 0; p < parts; p++) best = fmaxf(best, sums[2 * p]);
     for (int p = 0; p < parts; p++) total += sums[2 * p + 1] * exp2f(sums[2 * p] - best);
+    total += sink_share(sinks, head, best);
     for (int d = threadIdx.x; d < dim; d += blockDim.x) {
         float sum = 0.0f;
         for (int p = 0; p < parts; p++) sum += partial[(first + p) * dim + d] * exp2f(sums[2 * p] - best);
@@ -248,7 +269,7 @@ KERNEL(attention_combine)
 // A tile: {first row in the batch, tokens, position of the first token, where its block table begins}. Grid: (kv_heads, tiles);
 // block: 128; a warp computes 16 rows, a row being a (token, head) pair: row r is head r % shared_by of token r / shared_by.
 template <int DIM>
-__device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale) {
+__device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) {
     DYNAMIC_SHARED(memory);
     const int STRIDE = DIM + 8;  // rows of eight consecutive tokens begin in different banks
     bf16* stages = reinterpret_cast<bf16*>(memory);
@@ -259,13 +280,14 @@ __device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16
     const uint32_t* table = tables + tile.w;
     const size_t width = static_cast<size_t>(heads + 2 * kv_heads) * DIM;
 
-    // The two rows of this lane, where their queries lie, and the last key that they see.
+    // The two rows of this lane, where their queries lie, and the first and last key that they see.
     const float* q[2];
-    int last[2];
+    int first[2], last[2];
     for (int r = 0; r < 2; r++) {
         const int pair = warp * 16 + group + 8 * r, token = pair / shared_by;
         q[r] = pair < rows ? qkv + (tile.x + token) * width + (static_cast<size_t>(kv_head) * shared_by + pair % shared_by) * DIM : nullptr;
         last[r] = tile.z + (pair < rows ? token : 0);
+        first[r] = first_seen(last[r] + 1, window);
     }
     uint32_t qs[DIM / 16][4];
 #pragma unroll
@@ -292,9 +314,9 @@ __device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16
     };
 
     float o[DIM / 8][4] = {}, most[2] = {NEG_INFINITY, NEG_INFINITY}, total[2] = {};
-    const int steps = (visible + KEYS - 1) / KEYS;
-    copy(0);
-    for (int step = 0; step < steps; step++) {
+    const int steps = (visible + KEYS - 1) / KEYS, begin = first_seen(tile.z + 1, window) / KEYS;
+    copy(begin);
+    for (int step = begin; step < steps; step++) {
         copy_wait<0>();
         __syncthreads();  // this tile is here for all, and all are done with the one before
         if (step + 1 < steps) copy(step + 1);
@@ -316,7 +338,7 @@ __device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int key = step * KEYS + t * 8 + quad * 2 + i % 2;
-                s[t][i] = key <= last[i / 2] ? s[t][i] * (scale * LOG2E) : NEG_INFINITY;
+                s[t][i] = key >= first[i / 2] && key <= last[i / 2] ? s[t][i] * (scale * LOG2E) : NEG_INFINITY;
             }
         softmax_step(s, o, most, total);
 #pragma unroll
@@ -339,6 +361,7 @@ __device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16
         if (pair >= rows) continue;
         const size_t head = static_cast<size_t>(kv_head) * shared_by + pair % shared_by;
         bf16* to = out + ((tile.x + pair / shared_by) * static_cast<size_t>(heads) + head) * DIM;
+        total[r] += sink_share(sinks, head, most[r]);
 #pragma unroll
         for (int d = 0; d < DIM / 8; d++)
 #pragma unroll
@@ -347,12 +370,12 @@ __device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16
 }
 
 #define FOR_DIM(D)                                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(128) attention_decode_##D(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale) { \
-        attention_decode<D>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, partial, partial_sums, heads, kv_heads, scale);                                            \
+    extern "C" __global__ void __launch_bounds__(128) attention_decode_##D(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window) { \
+        attention_decode<D>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, partial, partial_sums, heads, kv_heads, scale, sinks, window);                                            \
     }                                                                                                                                                                                  \
     KERNEL(attention_decode_##D)                                                                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(128) attention_prefill_##D(const float* qkv, const bf16* keys, const bf16* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale) { \
-        attention_prefill<D>(qkv, keys, values, tiles, tables, out, heads, kv_heads, scale);                                                                                           \
+    extern "C" __global__ void __launch_bounds__(128) attention_prefill_##D(const float* qkv, const bf16* keys, const bf16* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) { \
+        attention_prefill<D>(qkv, keys, values, tiles, tables, out, heads, kv_heads, scale, sinks, window);                                                                                           \
     }                                                                                                                                                                                  \
     KERNEL(attention_prefill_##D)
 FOR_DIM(64)
@@ -363,15 +386,15 @@ FOR_DIM(256)
 #define MOST_DIM 512
 
 // Attention of one row and head by a block of four warps, which take tokens in turn. Grid: (heads, rows).
-extern "C" __global__ void __launch_bounds__(128) attention_any(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, int heads, int kv_heads, int dim, float scale) {
+extern "C" __global__ void __launch_bounds__(128) attention_any(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, int heads, int kv_heads, int dim, float scale, const float* sinks, int window) {
     __shared__ float outputs[4][MOST_DIM], all_most[4], all_total[4];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, head = blockIdx.x, row = rows[blockIdx.y];
     const size_t kv_head = head / (heads / kv_heads);
     const float* q = qkv + static_cast<size_t>(row) * (heads + 2 * kv_heads) * dim + static_cast<size_t>(head) * dim;
     const uint32_t* table = tables + row_tables[row];
     float o[MOST_DIM / WARP] = {}, most = NEG_INFINITY, total = 0.0f;
-    const int context = row_contexts[row];
-    for (int token = warp; token < context; token += 4) {
+    const int context = row_contexts[row], first = first_seen(context, window), seen = context - first;
+    for (int token = first + warp; token < context; token += 4) {
         const size_t at = ((table[token / BLOCK_TOKENS] * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS + token % BLOCK_TOKENS) * dim;
         float dot = 0.0f;
         for (int i = lane; i < dim; i += WARP) dot += q[i] * to_float(keys[at + i]);
@@ -388,11 +411,12 @@ extern "C" __global__ void __launch_bounds__(128) attention_any(const float* qkv
     float best = NEG_INFINITY, sum = 0.0f;
     for (int w = 0; w < 4; w++) best = fmaxf(best, all_most[w]);
     for (int w = 0; w < 4; w++)
-        if (w < context) sum += all_total[w] * exp2f(all_most[w] - best);
+        if (w < seen) sum += all_total[w] * exp2f(all_most[w] - best);
+    sum += sink_share(sinks, head, best);
     for (int i = threadIdx.x; i < dim; i += blockDim.x) {
         float y = 0.0f;
         for (int w = 0; w < 4; w++)
-            if (w < context) y += outputs[w][i] * exp2f(all_most[w] - best);
+            if (w < seen) y += outputs[w][i] * exp2f(all_most[w] - best);
         out[(static_cast<size_t>(row) * heads + head) * dim + i] = to_bf16(y / sum);
     }
 }

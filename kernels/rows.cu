@@ -53,8 +53,9 @@ extern "C" __global__ void __launch_bounds__(512) rms_norm(float* x, const float
 }
 KERNEL(rms_norm)
 
-// Rows [gate | up] to silu(gate) * up, each row of out followed by zeros up to `padded` elements. A thread an element of out.
-extern "C" __global__ void silu_mul(const void* gate_up, int is_f32, bf16* out, int width, int padded, long long elements) {
+// Rows [gate | up] to silu(gate) * up, each row of out followed by zeros up to `padded` elements. With a limit above 0 gate is at most
+// that, up within it of 0, and out = gate * sigmoid(alpha * gate) * (up + 1). A thread an element of out.
+extern "C" __global__ void silu_mul(const void* gate_up, int is_f32, bf16* out, int width, int padded, long long elements, float alpha, float limit) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= elements) return;
     long long row = i / padded, column = i % padded;
@@ -64,7 +65,13 @@ extern "C" __global__ void silu_mul(const void* gate_up, int is_f32, bf16* out, 
     }
     float gate = load(gate_up, is_f32, row * 2 * width + column);
     float up = load(gate_up, is_f32, row * 2 * width + width + column);
-    out[i] = to_bf16(gate / (1.0f + expf(-gate)) * up);
+    if (limit > 0.0f) {
+        // Written so that what is not a number stays so.
+        gate = gate > limit ? limit : gate;
+        up = up > limit ? limit : up < -limit ? -limit : up;
+        up += 1.0f;
+    }
+    out[i] = to_bf16(gate / (1.0f + expf(-alpha * gate)) * up);
 }
 KERNEL(silu_mul)
 

@@ -177,6 +177,15 @@ inline void matrices(uint32_t (&r)[4], const void* shared, bool transposed) {
 inline void load_matrices(uint32_t (&r)[4], const void* shared) { matrices(r, shared, false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared) { matrices(r, shared, true); }
 
+inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    uint32_t products = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const float x = to_float(bf16{static_cast<uint16_t>(a >> shift)}), y = to_float(bf16{static_cast<uint16_t>(b >> shift)});
+        products |= static_cast<uint32_t>(to_bf16(x * y).bits) << shift;
+    }
+    return products;
+}
+
 inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     struct { uint32_t a[4], b[2]; } mine;
     memcpy(mine.a, a, sizeof mine.a);

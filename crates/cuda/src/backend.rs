@@ -1,12 +1,13 @@
 //! The op set on a GPU.
 //!
-//! Weights are bf16 whatever they are stored in; so are what matrices read, and keys and values. The residual stream, what
-//! matrices put out and logits are f32.
+//! Weights are bf16 whatever they are stored in, but for experts' MXFP4; so are what matrices read, and keys and values. The
+//! residual stream, what matrices put out and logits are f32.
 
 use crate::device::{Buffer, Device, Grid};
 use crate::kv::{self, KvCache, Parts, Rotations, half_block};
 use crate::matmul::{Matrix, Multiplier, Vector, padded};
-use crate::moe::{self, Experts, MOST_EXPERTS, Moe};
+use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack, Weights};
+use crate::mxfp4;
 use crate::sample::Sampler;
 use crate::step::{List, Step, is_decode};
 use crate::tensor::{Format, Tensor, check};
@@ -49,6 +50,12 @@ fn expect_shape(tensor: &RawTensor, holds: bool, expected: impl FnOnce() -> Stri
         expected: expected(),
         found: format!("{:?}", tensor.shape),
     })
+}
+
+/// Each expert's tensors of all `parts`, expert by expert.
+fn in_turn(parts: &[&[RawTensor]]) -> Vec<RawTensor> {
+    let experts = parts.first().map_or(0, |part| part.len());
+    (0..experts).flat_map(|expert| parts.iter().map(move |part| part[expert].clone())).collect()
 }
 
 /// Bytes of a matrix in bf16.
@@ -112,6 +119,44 @@ impl Cuda {
     /// Kinds of decode steps that run as CUDA graphs by now.
     pub fn graphs(&self) -> usize {
         self.device.graphs()
+    }
+
+    /// Uploads matrices `[n, k]` of a layer's experts, for each expert those of `parts` one below the other, and their biases: as
+    /// MXFP4 if all are, else as bf16.
+    fn stack(
+        &mut self,
+        parts: &[&[RawTensor]],
+        biases: Option<&[&[RawTensor]]>,
+        [n, k]: [usize; 2],
+    ) -> Result<Stack> {
+        let matrices = in_turn(parts);
+        let (bytes, width) = (matrix_bytes(n, k)?, padded(k));
+        let weights = match matrices.iter().all(|matrix| matrix.dtype == DType::MXFP4) {
+            true => Weights::Mxfp4 {
+                codes: self.device.buffer(matrices.len() * n * mxfp4::code_bytes(width))?,
+                scales: self.device.buffer(matrices.len() * n * mxfp4::scale_bytes(width))?,
+            },
+            false => Weights::Bf16(self.device.buffer(matrices.len() * bytes)?),
+        };
+        for (i, matrix) in matrices.iter().enumerate() {
+            expect_shape(matrix, matrix.shape == [n, k], || format!("[{n}, {k}]"))?;
+            match &weights {
+                Weights::Bf16(buffer) => self.uploader.matrix_bf16(matrix, width, buffer, i * bytes)?,
+                Weights::Mxfp4 { codes, scales } => {
+                    self.uploader.matrix_mxfp4(matrix, width, [codes, scales], i * n)?;
+                }
+            }
+        }
+        let bias = match biases.map(in_turn) {
+            Some(biases) => {
+                for bias in &biases {
+                    expect_shape(bias, bias.shape == [n], || format!("[{n}]"))?;
+                }
+                Some(self.load_vector(&biases)?)
+            }
+            None => None,
+        };
+        Ok(Stack { weights, bias })
     }
 
     /// Draws rows that the kernel cannot on the host.
@@ -189,29 +234,21 @@ impl Backend for Cuda {
 
     fn load_experts(&mut self, weights: &ExpertWeights<'_>) -> Result<Experts> {
         let ExpertWeights { gate, up, down, biases, activation } = *weights;
-        check(biases.is_none() && activation == Activation::Silu, || {
-            "experts with biases or a clamped gate (gpt-oss) are not supported on GPUs; use --device cpu".to_owned()
-        })?;
         let experts = gate.len();
-        check((1..=MOST_EXPERTS).contains(&experts) && experts == up.len() && experts == down.len(), || {
+        let fits = |other: &[RawTensor]| other.len() == experts;
+        let fit = fits(up) && fits(down) && biases.is_none_or(|biases| biases.into_iter().all(fits));
+        check((1..=MOST_EXPERTS).contains(&experts) && fit, || {
             format!("{experts} gate, {} up and {} down matrices of experts", up.len(), down.len())
         })?;
         expect_shape(&gate[0], gate[0].shape.len() == 2, || "[intermediate, hidden]".to_owned())?;
         let (intermediate, hidden) = (gate[0].shape[0], gate[0].shape[1]);
-        let (inner, outer) = (matrix_bytes(intermediate, hidden)?, matrix_bytes(hidden, intermediate)?);
-        let gate_up = self.device.buffer(2 * experts * inner)?;
-        let outers = self.device.buffer(experts * outer)?;
-        for (i, ((gate, up), down)) in gate.iter().zip(up).zip(down).enumerate() {
-            for (tensor, shape) in
-                [(gate, [intermediate, hidden]), (up, [intermediate, hidden]), (down, [hidden, intermediate])]
-            {
-                expect_shape(tensor, tensor.shape == shape, || format!("{shape:?}"))?;
-            }
-            self.uploader.matrix_bf16(gate, padded(hidden), &gate_up, 2 * i * inner)?;
-            self.uploader.matrix_bf16(up, padded(hidden), &gate_up, (2 * i + 1) * inner)?;
-            self.uploader.matrix_bf16(down, padded(intermediate), &outers, i * outer)?;
-        }
-        Ok(Experts { gate_up, down: outers, experts, hidden, intermediate })
+        let (inner_bias, outer_bias) = match biases {
+            Some([gate, up, down]) => (Some(vec![gate, up]), Some(vec![down])),
+            None => (None, None),
+        };
+        let gate_up = self.stack(&[gate, up], inner_bias.as_deref(), [intermediate, hidden])?;
+        let down = self.stack(&[down], outer_bias.as_deref(), [hidden, intermediate])?;
+        Ok(Experts { gate_up, down, activation, experts, hidden, intermediate })
     }
 
     fn tensor(&mut self, max_rows: usize, width: usize) -> Result<Tensor> {
@@ -316,24 +353,23 @@ impl Backend for Cuda {
         out: &mut Tensor,
     ) -> Result<()> {
         expect_cache(shape, cache)?;
-        check(options.window.is_none() && options.sinks.is_none(), || {
-            "sliding windows and attention sinks are not supported on GPUs; use --device cpu".to_owned()
-        })?;
         let Some(parts) = &self.parts else {
             return Err(OpError::Backend("attention without a KV cache".to_owned()));
         };
         check(self.step.shape == Some(*shape), || {
             format!("{shape:?} is not the shape of the KV cache made last")
         })?;
-        kv::attention(&self.device, &self.step, parts, qkv, layer, cache, out)
+        kv::attention(&self.device, &self.step, parts, qkv, options, layer, cache, out)
     }
 
     fn silu_mul(&mut self, gate_up: &Tensor, out: &mut Tensor) -> Result<()> {
         let width = gate_up.width / 2;
         out.set(gate_up.rows, width, Format::Bf16)?;
         let elements = out.elements();
+        let [alpha, limit] = moe::activation_args(Activation::Silu);
+        let (width, elements_arg) = (width.into(), elements.into());
         let args =
-            [gate_up.into(), gate_up.is_f32(), (&*out).into(), width.into(), width.into(), elements.into()];
+            [gate_up.into(), gate_up.is_f32(), (&*out).into(), width, width, elements_arg, alpha, limit];
         self.device.launch("silu_mul", Grid::elements(elements), 0, &args)
     }
 

@@ -7,7 +7,7 @@ use crate::device::{Arg, Buffer, Device, Grid, attention_prefill_shared};
 use crate::matmul::Vector;
 use crate::step::{HEAD_DIMS, List, SPLIT, Step};
 use crate::tensor::{Format, Tensor, check};
-use rudder_ops::{AttentionShape, BLOCK_SIZE, OpError, QkNorm, Result, Rope, RopePairing};
+use rudder_ops::{AttentionOptions, AttentionShape, BLOCK_SIZE, OpError, QkNorm, Result, Rope, RopePairing};
 
 /// What parts of split contexts may take before rows are done in turns.
 const PARTS: usize = 64 << 20;
@@ -171,19 +171,29 @@ impl Parts {
 }
 
 /// Causal attention of the step's rows, `out` in bf16.
+#[allow(clippy::too_many_arguments)] // the op's, and what the backend keeps
 pub(crate) fn attention(
     device: &Device,
     step: &Step,
     parts: &Parts,
     qkv: &Tensor,
+    options: AttentionOptions<'_, Vector>,
     layer: usize,
     cache: &KvCache,
     out: &mut Tensor,
 ) -> Result<()> {
     let shape = cache.shape;
     cache.check(qkv, &shape, layer, step)?;
+    let AttentionOptions { window, sinks } = options;
+    check(window.is_none_or(|window| (1..=i32::MAX as usize).contains(&window)), || {
+        format!("attention within a window of {window:?} tokens")
+    })?;
+    check(sinks.is_none_or(|sinks| sinks.len == shape.heads), || {
+        format!("attention sinks for other than {} heads", shape.heads)
+    })?;
     out.set(qkv.rows, shape.out_width(), Format::Bf16)?;
-    let call = Call { device, step, parts, qkv, kv: cache.layer(layer), out, shape };
+    let sinks = sinks.map_or(Arg::NULL, |sinks| (&sinks.buffer).into());
+    let call = Call { device, step, parts, qkv, kv: cache.layer(layer), out, shape, window, sinks };
     match kernels(shape.head_dim) {
         Some((decode, prefill)) => {
             call.prefill(prefill)?;
@@ -212,9 +222,22 @@ struct Call<'a> {
     kv: [Arg; 2],
     out: &'a Tensor,
     shape: AttentionShape,
+    window: Option<usize>,
+    sinks: Arg,
 }
 
 impl Call<'_> {
+    /// The kernels' `window`: 0 where there is none.
+    fn window(&self) -> Arg {
+        self.window.unwrap_or(0).into()
+    }
+
+    /// Splits of the longest context, of which a window leaves a part that begins with a block.
+    fn splits(&self) -> usize {
+        let most = self.window.map_or(usize::MAX, |window| (window + BLOCK_SIZE - 1).div_ceil(SPLIT));
+        self.step.splits.min(most)
+    }
+
     fn prefill(&self, kernel: &'static str) -> Result<()> {
         let AttentionShape { heads, kv_heads, head_dim, scale } = self.shape;
         let args = [
@@ -227,6 +250,8 @@ impl Call<'_> {
             heads.into(),
             kv_heads.into(),
             scale.into(),
+            self.sinks,
+            self.window(),
         ];
         let grid = Grid::of([kv_heads, self.step.len(List::Tiles) / 4, 1], 128);
         self.device.launch(kernel, grid, attention_prefill_shared(head_dim as u32), &args)
@@ -235,7 +260,7 @@ impl Call<'_> {
     /// As many rows at a time as there is room for the parts of.
     fn decode(&self, kernel: &'static str) -> Result<()> {
         let AttentionShape { heads, kv_heads, head_dim, scale } = self.shape;
-        let (rows, splits) = (self.step.len(List::Alone), self.step.splits);
+        let (rows, splits) = (self.step.len(List::Alone), self.splits());
         let most = if splits == 1 { rows } else { self.parts.room / (heads * splits) };
         check(most > 0 || rows == 0, || {
             format!("a context of {splits} x {SPLIT} tokens is longer than rope was loaded for")
@@ -257,6 +282,8 @@ impl Call<'_> {
                 heads.into(),
                 kv_heads.into(),
                 scale.into(),
+                self.sinks,
+                self.window(),
             ];
             self.device.launch(kernel, Grid::of([splits, groups, rows], 128), 0, &args)?;
             if splits > 1 {
@@ -275,7 +302,9 @@ impl Call<'_> {
             (&self.parts.sums).into(),
             self.shape.heads.into(),
             head_dim.into(),
-            self.step.splits.into(),
+            self.splits().into(),
+            self.sinks,
+            self.window(),
         ];
         self.device.launch("attention_combine", Grid::of([self.shape.heads, rows, 1], 128), 0, &args)
     }
@@ -295,6 +324,8 @@ impl Call<'_> {
             kv_heads.into(),
             head_dim.into(),
             scale.into(),
+            self.sinks,
+            self.window(),
         ];
         let grid = Grid::of([heads, self.step.len(List::Alone), 1], 128);
         self.device.launch("attention_any", grid, 0, &args)

@@ -14,6 +14,7 @@ pub mod kernels;
 mod kv;
 mod matmul;
 mod moe;
+mod mxfp4;
 pub mod probe;
 mod queue;
 mod sample;

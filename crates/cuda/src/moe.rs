@@ -1,10 +1,10 @@
 //! A mixture of experts: few rows pair by pair, many rows sorted by expert.
 
 use crate::device::{Arg, Buffer, Device, Grid, MATMUL_TILES_SHARED};
-use crate::matmul::{Multiplier, TILE, padded};
+use crate::matmul::{Multiplier, TILE, Vector, padded};
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
-use rudder_ops::Result;
+use rudder_ops::{Activation, Result};
 
 /// Most experts of a layer; `MOST_EXPERTS` in moe.cu.
 pub(crate) const MOST_EXPERTS: usize = 512;
@@ -13,15 +13,37 @@ const CHUNK: usize = 256;
 /// Up to so many pairs each reads its expert's weights for itself: sorting would cost more than it saves.
 const FEW_PAIRS: usize = 64;
 
-/// One layer's experts in bf16, rows padded as a [`crate::matmul::Matrix`]'s.
+/// One layer's experts, rows padded as a [`crate::matmul::Matrix`]'s.
 pub struct Experts {
     /// `[experts, 2 * intermediate, hidden]`: gate, then up.
-    pub(crate) gate_up: Buffer,
+    pub(crate) gate_up: Stack,
     /// `[experts, hidden, intermediate]`.
-    pub(crate) down: Buffer,
+    pub(crate) down: Stack,
+    pub(crate) activation: Activation,
     pub(crate) experts: usize,
     pub(crate) hidden: usize,
     pub(crate) intermediate: usize,
+}
+
+/// A matrix of each expert, one after another.
+pub(crate) struct Stack {
+    pub(crate) weights: Weights,
+    /// `[experts, rows of a matrix]`.
+    pub(crate) bias: Option<Vector>,
+}
+
+/// What a stack's weights are stored as.
+pub(crate) enum Weights {
+    Bf16(Buffer),
+    Mxfp4 { codes: Buffer, scales: Buffer },
+}
+
+/// The arguments of `silu_mul` that say which activation it is: alpha, and the limit or 0.
+pub(crate) fn activation_args(activation: Activation) -> [Arg; 2] {
+    match activation {
+        Activation::Silu => [1.0f32.into(), 0.0f32.into()],
+        Activation::ClampedSwiglu { alpha, limit } => [alpha.into(), limit.into()],
+    }
 }
 
 /// What lies between the op's kernels; grows to the largest step and stays.
@@ -129,7 +151,9 @@ impl Moe<'_> {
         // The pairs of a row share its activations.
         product.run(x, Some(self.top_k), &experts.gate_up, [2 * intermediate, hidden], gate_up)?;
         let (width, elements) = (padded(intermediate), pairs * padded(intermediate));
-        let args = [gate_up, true.into(), gated, intermediate.into(), width.into(), elements.into()];
+        let [alpha, limit] = activation_args(experts.activation);
+        let (inner, outer) = (intermediate.into(), width.into());
+        let args = [gate_up, true.into(), gated, inner, outer, elements.into(), alpha, limit];
         device.launch("silu_mul", Grid::elements(elements), 0, &args)?;
         product.run(gated, None, &experts.down, [hidden, intermediate], made)?;
         Ok(made)
@@ -145,29 +169,38 @@ struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// `out[pair] = x[pair] * w[expert of pair]^T`, pairs in sorted order where there is one. `shared_by`: `x` has a row for so
+    /// `out[pair] = x[pair] * w[expert of pair]^T + bias[expert of pair]`, pairs in sorted order where there is one. `shared_by`: `x` has a row for so
     /// many consecutive pairs, in the order of rows; else one a pair, in the order of `out`.
-    fn run(&self, x: Arg, shared_by: Option<usize>, w: &Buffer, [n, k]: [usize; 2], out: Arg) -> Result<()> {
-        let (k, share) = (padded(k), shared_by.unwrap_or(1));
+    fn run(&self, x: Arg, shared_by: Option<usize>, w: &Stack, [n, k]: [usize; 2], out: Arg) -> Result<()> {
+        let bias = w.bias.as_ref().map_or(Arg::NULL, |bias| (&bias.buffer).into());
+        let (width, share) = (padded(k).into(), shared_by.unwrap_or(1).into());
         let Some(order) = self.order else {
-            let args = [x, w.into(), self.chosen, out, share.into(), n.into(), k.into()];
             let grid = Grid::of([n.div_ceil(16), self.pairs, 1], 256);
-            return self.device.launch("matmul_few_experts", grid, 0, &args);
+            let (chosen, n) = (self.chosen, n.into());
+            return match &w.weights {
+                Weights::Bf16(w) => {
+                    let args = [x, w.into(), bias, chosen, out, share, n, width];
+                    self.device.launch("matmul_few_experts", grid, 0, &args)
+                }
+                Weights::Mxfp4 { codes, scales } => {
+                    let args = [x, codes.into(), scales.into(), bias, chosen, out, share, n, width];
+                    self.device.launch("matmul_few_experts_mxfp4", grid, 0, &args)
+                }
+            };
         };
         let index = shared_by.map_or(Arg::NULL, |_| order.sorted);
-        let args = [
-            x,
-            w.into(),
-            Arg::NULL,
-            out,
-            self.pairs.into(),
-            n.into(),
-            k.into(),
-            order.groups,
-            index,
-            share.into(),
-        ];
         let grid = Grid::of([order.most, n.div_ceil(TILE), 1], 256);
-        self.device.launch("matmul_tiles", grid, MATMUL_TILES_SHARED, &args)
+        let (rows, n, groups) = (self.pairs.into(), n.into(), order.groups);
+        match &w.weights {
+            Weights::Bf16(w) => {
+                let args = [x, w.into(), bias, out, rows, n, width, groups, index, share];
+                self.device.launch("matmul_tiles", grid, MATMUL_TILES_SHARED, &args)
+            }
+            Weights::Mxfp4 { codes, scales } => {
+                let (codes, scales) = (codes.into(), scales.into());
+                let args = [x, codes, scales, bias, out, rows, n, width, groups, index, share];
+                self.device.launch("matmul_tiles_mxfp4", grid, MATMUL_TILES_SHARED, &args)
+            }
+        }
     }
 }

@@ -58,7 +58,7 @@ impl Uploader {
     }
 
     /// Uploads `rows` rows of `row_bytes`; `make` writes those from a given row on into the slice it gets.
-    fn rows(
+    pub(crate) fn rows(
         &mut self,
         to: &Buffer,
         offset: usize,
@@ -99,7 +99,7 @@ impl Uploader {
 }
 
 /// The bytes of a tensor's row; its width is a whole number of blocks.
-fn row(raw: &RawTensor, row: usize, width: usize) -> &[u8] {
+pub(crate) fn row(raw: &RawTensor, row: usize, width: usize) -> &[u8] {
     let bytes = width / raw.dtype.block_len() * raw.dtype.block_bytes();
     &raw.bytes()[row * bytes..(row + 1) * bytes]
 }

@@ -53,7 +53,7 @@ fn logits(model: &mut dyn Model, chunks: [usize; 2]) -> [Vec<f32>; 2] {
 
 #[test]
 fn every_architecture_says_what_the_reference_says() {
-    for name in ["qwen2", "llama", "llama3-rope", "qwen3", "qwen3moe"] {
+    for name in ["qwen2", "llama", "llama3-rope", "qwen3", "qwen3moe", "gptoss", "gptoss-mxfp4"] {
         let Some(cuda) = cuda() else { return };
         let [expected, _] = logits(&mut *model(name, Reference::new(), OPTIONS.kv), [LENGTH; 2]);
         let largest = expected.iter().fold(0f32, |a, x| a.max(x.abs()));
@@ -63,8 +63,9 @@ fn every_architecture_says_what_the_reference_says() {
             for (s, found) in logits(&mut *model, chunks).iter().enumerate() {
                 let worst = found.iter().zip(&expected).fold(0f32, |a, (x, y)| a.max((x - y).abs()));
                 assert!(found.iter().all(|x| x.is_finite()));
-                // A few layers of roundings to bf16.
-                assert!(worst < 0.03 * largest, "{name} {chunks:?} {s}: {worst} of {largest}");
+                // A few layers of roundings to bf16; the gates of gptoss reach 56.
+                let tolerance = if name == "gptoss" { 0.06 } else { 0.03 };
+                assert!(worst < tolerance * largest, "{name} {chunks:?} {s}: {worst} of {largest}");
             }
         }
     }
@@ -122,7 +123,7 @@ fn decode(model: &mut dyn Model, sequences: usize, steps: usize) -> Vec<u32> {
 /// Nine sequences are padded to ten rows; each decode step comes again, so that on a GPU it runs as a graph.
 #[test]
 fn padded_decode_steps_draw_what_plain_ones_draw() {
-    for name in ["qwen2", "qwen3moe"] {
+    for name in ["qwen2", "qwen3moe", "gptoss-mxfp4"] {
         let Some(mut plain) = cuda() else { return };
         let Some(cuda) = cuda() else { return };
         plain.set_graphs(false).expect("nothing was queued");

@@ -11,8 +11,8 @@ use half::{bf16, f16};
 use rudder_cuda::Cuda;
 use rudder_ops::reference::Reference;
 use rudder_ops::{
-    AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError, QkNorm,
-    RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts,
+    Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError,
+    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts, mxfp4,
 };
 use std::sync::Arc;
 
@@ -198,6 +198,8 @@ struct AttentionCase {
     qkv: Vec<f32>,
     steps: Vec<Batch>,
     blocks: usize,
+    window: Option<usize>,
+    sinks: Option<Vec<f32>>,
 }
 
 impl AttentionCase {
@@ -230,7 +232,7 @@ impl AttentionCase {
         }
         let rows: usize = steps.iter().map(Batch::rows).sum();
         let qkv = random.exact(rows * shape.qkv_width(), scale);
-        Self { shape, rope, norm, qkv, steps, blocks: 3 * table }
+        Self { shape, rope, norm, qkv, steps, blocks: 3 * table, window: None, sinks: None }
     }
 
     /// Rotated rows, and outputs, of every step, on layer 1 of 2.
@@ -241,6 +243,7 @@ impl AttentionCase {
             Some([q, k]) => Some((vector(b, q)?, vector(b, k)?)),
             None => None,
         };
+        let sinks = self.sinks.as_ref().map(|sinks| vector(b, sinks)).transpose()?;
         let width = self.shape.qkv_width();
         let (mut results, mut start) = ([Vec::new(), Vec::new()], 0);
         for step in &self.steps {
@@ -251,7 +254,8 @@ impl AttentionCase {
             b.begin(step)?;
             let norm = norm.as_ref().map(|(q, k)| QkNorm { q, k, eps: 1e-6 });
             b.rope_and_cache(&mut qkv, &self.shape, norm, 1, &mut cache)?;
-            b.attention(&qkv, &self.shape, AttentionOptions::default(), 1, &cache, &mut out)?;
+            let options = AttentionOptions { window: self.window, sinks: sinks.as_ref() };
+            b.attention(&qkv, &self.shape, options, 1, &cache, &mut out)?;
             results[0].extend(b.to_host(&qkv)?);
             results[1].extend(b.to_host(&out)?);
         }
@@ -296,6 +300,48 @@ fn rope_and_attention_agree_over_shapes_chunks_and_splits() -> Result<()> {
     Ok(())
 }
 
+/// Windows within a block, around a block's and a tile's and a split's size, and beyond all contexts; heads with kernels of their own
+/// and without; groups of several rows a tile.
+#[test]
+fn sliding_windows_and_sinks_agree() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(15);
+    let mut cases = vec![
+        (shape(8, 1, 64), 600, Some(1)),
+        (shape(8, 1, 64), 600, Some(128)),
+        (shape(4, 2, 64), 300, Some(17)),
+        (shape(2, 1, 96), 600, Some(257)),
+        (shape(2, 1, 128), 200, Some(64)),
+        (shape(20, 1, 64), 100, Some(40)),
+        (shape(3, 1, 24), 120, Some(33)),
+        (shape(4, 2, 64), 600, Some(5000)),
+        (shape(4, 2, 64), 600, None),
+        (shape(3, 1, 24), 90, None),
+    ];
+    if large(&cuda) {
+        cases.push((shape(64, 8, 64), 3000, Some(128)));
+        cases.push((shape(64, 8, 64), 3000, Some(1000)));
+    }
+    for (shape, longest, window) in cases {
+        let mut case = AttentionCase::random(&mut random, shape, false, RopePairing::Halves, 2.0, longest);
+        case.window = window;
+        let extremes = [-1e30, 60.0, 1e30].repeat(shape.heads)[..shape.heads].to_vec();
+        for sinks in [None, Some(random.vec(shape.heads, 4.0)), Some(extremes)] {
+            case.sinks = sinks;
+            let ([_, found], [_, expected]) = (case.run(&mut cuda)?, case.run(&mut Reference::new())?);
+            assert!(expected.iter().all(|x| x.is_finite()));
+            assert_close(
+                &found,
+                &expected,
+                0.02,
+                1.0,
+                &format!("{shape:?}, window {window:?}, {:?}", case.sinks),
+            );
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn attention_agrees_when_scores_are_extreme() -> Result<()> {
     let Some(mut cuda) = cuda() else { return Ok(()) };
@@ -329,7 +375,18 @@ fn run_moe<B: Backend>(
     top_k: usize,
     renormalise: bool,
 ) -> Result<Vec<f32>> {
-    let experts = b.load_experts(&ExpertWeights::plain(gate, up, down))?;
+    run_experts(b, x, logits, &ExpertWeights::plain(gate, up, down), top_k, renormalise)
+}
+
+fn run_experts<B: Backend>(
+    b: &mut B,
+    x: Rows,
+    logits: Rows,
+    weights: &ExpertWeights<'_>,
+    top_k: usize,
+    renormalise: bool,
+) -> Result<Vec<f32>> {
+    let experts = b.load_experts(weights)?;
     let (xs, logits) = (upload(b, x)?, upload(b, logits)?);
     let mut out = b.tensor(1024, x.1)?;
     b.moe(&xs, &logits, &experts, top_k, renormalise, &mut out)?;
@@ -360,6 +417,79 @@ fn moe_agrees_for_every_top_k_and_ties_go_to_the_lower_expert() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A matrix of random codes, with scales from 2^-7 to 2^-4; now and then the least and the largest that kernels take.
+fn quantised(random: &mut Random, shape: [usize; 2]) -> RawTensor {
+    let block = |i: usize, random: &mut Random| {
+        let codes = std::array::from_fn(|_| random.next() as u8 & 15);
+        let codes = if i % 97 == 5 { [1; 32] } else { codes };
+        let scale = match i % 97 {
+            3 => 0,
+            5 => 128,
+            _ => 120 + random.below(4) as u8,
+        };
+        mxfp4::block(scale, &codes)
+    };
+    let bytes: Vec<u8> = (0..shape[0] * shape[1] / 32).flat_map(|i| block(i, random)).collect();
+    RawTensor::new("quantised", shape.to_vec(), DType::MXFP4, Arc::new(bytes), 0).expect("whole blocks")
+}
+
+/// Experts as gpt-oss has them, few pairs and many, of widths that are whole steps of the kernels and not, in bf16 and MXFP4.
+#[test]
+fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(16);
+    // Numbers on both sides of the limit.
+    let activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 1.0 };
+    let mut cases = vec![(3, 2, 64, 32), (5, 9, 160, 96), (4, 80, 96, 64), (2, 150, 64, 160)];
+    if large(&cuda) {
+        cases.extend([(32, 4, 2880, 2880), (32, 300, 2880, 2880)]);
+    }
+    for (n, rows, hidden, intermediate) in cases {
+        for stored_as in [DType::F32, DType::MXFP4] {
+            let mut stack = |shape: [usize; 2]| -> Vec<RawTensor> {
+                let one = |random: &mut Random| match stored_as {
+                    DType::MXFP4 => quantised(random, shape),
+                    _ => matrix("expert", shape[0], &random.exact(shape[0] * shape[1], 0.3)),
+                };
+                (0..n).map(|_| one(&mut random)).collect()
+            };
+            let (gate, up) = (stack([intermediate, hidden]), stack([intermediate, hidden]));
+            let down = stack([hidden, intermediate]);
+            let biases = [intermediate, intermediate, hidden].map(|len| -> Vec<RawTensor> {
+                (0..n).map(|_| RawTensor::from_f32("bias", vec![len], &random.vec(len, 1.0))).collect()
+            });
+            let biases = Some(biases.each_ref().map(Vec::as_slice));
+            let weights = ExpertWeights { gate: &gate, up: &up, down: &down, biases, activation };
+            let (x, logits) = (random.exact(rows * hidden, 1.0), random.vec(rows * n, 3.0));
+            let plain = ExpertWeights { biases: None, activation: Activation::Silu, ..weights };
+            for weights in [weights, plain] {
+                let (x, logits) = ((x.as_slice(), hidden), (logits.as_slice(), n));
+                let ours = run_experts(&mut cuda, x, logits, &weights, 2, true)?;
+                let theirs = run_experts(&mut Reference::new(), x, logits, &weights, 2, true)?;
+                let what = format!("{n} experts, {rows} rows, [{intermediate}, {hidden}] of {stored_as:?}");
+                // Gated rows are rounded once; sums of a few hundred of them.
+                assert_close(&ours, &theirs, 0.02, 1.0, &what);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn scales_of_mxfp4_beyond_the_kernels_are_refused_by_name() {
+    let Some(mut cuda) = cuda() else { return };
+    let block = |scale| {
+        let bytes = mxfp4::block(scale, &[1; 32]).repeat(32);
+        [RawTensor::new("outsized", vec![32, 32], DType::MXFP4, Arc::new(bytes), 0).expect("whole blocks")]
+    };
+    let load = |cuda: &mut Cuda, scale| {
+        let part = block(scale);
+        cuda.load_experts(&ExpertWeights::plain(&part, &part, &part)).map(drop)
+    };
+    assert!(load(&mut cuda, 128).is_ok());
+    assert!(load(&mut cuda, 129).is_err_and(|e| e.to_string().contains("outsized")));
 }
 
 /// Rows 0 and 2 of what is computed beside a row of NaN.
@@ -580,7 +710,8 @@ fn weights_of_wrong_shape_are_refused_by_name() {
         cuda.load_matrix(&[raw("bad", &[2, 3, 4])]).err(),
         cuda.load_embedding(&raw("bad", &[8])).err(),
         cuda.load_vector(&[raw("good", &[8]), raw("bad", &[8, 1])]).err(),
-        cuda.load_experts(&ExpertWeights::plain(&good, &[raw("bad", &[6, 7])], &[raw("good", &[8, 6])])).err(),
+        cuda.load_experts(&ExpertWeights::plain(&good, &[raw("bad", &[6, 7])], &[raw("good", &[8, 6])]))
+            .err(),
         cuda.load_experts(&ExpertWeights::plain(&good, &good, &[raw("bad", &[6, 8])])).err(),
     ];
     for error in refusals {
