@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use rudder_ops::{DType, RawTensor, mxfp4};
+use safetensors::Dtype;
 
 use crate::LoadError;
 use crate::safetensors::Checkpoint;
@@ -74,8 +75,8 @@ impl<'a> FusedExperts<'a> {
         [rows, width]: [usize; 2],
     ) -> Result<Vec<RawTensor>, LoadError> {
         let names = [format!("{}_blocks", place.stem), format!("{}_scales", place.stem)];
-        let (blocks_shape, blocks) = self.checkpoint.bytes(&names[0])?;
-        let (scales_shape, scales) = self.checkpoint.bytes(&names[1])?;
+        let (blocks_shape, blocks) = self.checkpoint.bytes(&names[0], Dtype::U8)?;
+        let (scales_shape, scales) = self.checkpoint.bytes(&names[1], Dtype::U8)?;
         let groups = width / mxfp4::BLOCK_LEN;
         self.expect(&names[0], blocks_shape, &[count, place.step * rows, groups, CODE_BYTES])?;
         self.expect(&names[1], scales_shape, &[count, place.step * rows, groups])?;

@@ -15,6 +15,8 @@ pub(crate) struct HfConfig {
     pub tied: Option<bool>,
     /// Whether the experts are stored as MXFP4.
     pub mxfp4: bool,
+    /// Rows and columns that share a scale where matrices are stored as FP8 in blocks.
+    pub fp8_block: [usize; 2],
 }
 
 /// Reads a config.json.
@@ -47,8 +49,9 @@ pub(crate) fn parse(json: &[u8]) -> Result<HfConfig, String> {
         },
     };
     let config = stated.check(arch, RopePairing::Halves)?;
-    let mxfp4 = quantised_by(&fields).is_some();
-    Ok(HfConfig { arch, config, tied: fields.bool("tie_word_embeddings")?, mxfp4 })
+    let mxfp4 = quantised_by(&fields) == Some("mxfp4");
+    let (tied, fp8_block) = (fields.bool("tie_word_embeddings")?, fp8_block(&fields)?);
+    Ok(HfConfig { arch, config, tied, mxfp4, fp8_block })
 }
 
 /// The sliding window, and which layers have it.
@@ -61,7 +64,9 @@ fn windows(fields: &Fields<'_>) -> Result<(Option<usize>, Option<Vec<bool>>), St
     let sliding = types.iter().map(|kind| match kind.as_str() {
         Some("sliding_attention") => Ok(true),
         Some("full_attention") => Ok(false),
-        _ => Err(format!("layer type {kind} is not supported (supported: sliding_attention, full_attention)")),
+        _ => {
+            Err(format!("layer type {kind} is not supported (supported: sliding_attention, full_attention)"))
+        }
     });
     Ok((window, Some(sliding.collect::<Result<_, _>>()?)))
 }
@@ -116,6 +121,7 @@ fn refuse_unsupported(fields: &Fields<'_>, arch: &Architecture) -> Result<(), St
         None => Ok(()),
         // Of gpt-oss the experts are, as `weights` finds them.
         Some("mxfp4") if arch.expert_biases => Ok(()),
+        Some("fp8") => Ok(()),
         Some(method) => Err(format!(
             "quantised by {method:?}, which is not supported; use the GGUF or the original weights"
         )),
@@ -126,6 +132,21 @@ fn refuse_unsupported(fields: &Fields<'_>, arch: &Architecture) -> Result<(), St
 fn quantised_by<'a>(fields: &Fields<'a>) -> Option<&'a str> {
     let Some(Value::Object(quantization)) = fields.0.get("quantization_config") else { return None };
     Some(quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown"))
+}
+
+/// `weight_block_size` of FP8 checkpoints.
+fn fp8_block(fields: &Fields<'_>) -> Result<[usize; 2], String> {
+    let Some(Value::Object(quantization)) = fields.0.get("quantization_config") else { return Ok([128; 2]) };
+    let size = match quantization.get("weight_block_size") {
+        None | Some(Value::Null) => return Ok([128; 2]),
+        Some(size) => size,
+    };
+    let count = |size: &Value| usize::try_from(size.as_u64()?).ok().filter(|&size| size > 0);
+    match size.as_array().map(Vec::as_slice) {
+        Some([rows, columns]) => count(rows).zip(count(columns)).map(|(rows, columns)| [rows, columns]),
+        _ => None,
+    }
+    .ok_or_else(|| format!("\"weight_block_size\" is {size}, not two counts"))
 }
 
 /// Rope's base and scaling: `rope_parameters` (transformers 5), else `rope_theta` and `rope_scaling`.
@@ -159,11 +180,12 @@ fn rope(fields: &Fields<'_>) -> Result<(f64, Scaling), String> {
             let factor = number("factor")?;
             let [beta_fast, beta_slow] = Yarn::BETAS;
             let weighted = |name: &str| Ok::<_, String>(rope.f64(name)?.map(|w| Yarn::mscale(factor, w)));
-            let attention_factor = match (rope.f64("attention_factor")?, weighted("mscale")?, weighted("mscale_all_dim")?) {
-                (Some(attention_factor), ..) => attention_factor,
-                (None, Some(some), Some(all)) => some / all,
-                _ => Yarn::mscale(factor, 1.0),
-            };
+            let attention_factor =
+                match (rope.f64("attention_factor")?, weighted("mscale")?, weighted("mscale_all_dim")?) {
+                    (Some(attention_factor), ..) => attention_factor,
+                    (None, Some(some), Some(all)) => some / all,
+                    _ => Yarn::mscale(factor, 1.0),
+                };
             Scaling::Yarn(Yarn {
                 factor,
                 beta_fast: rope.f64("beta_fast")?.unwrap_or(beta_fast),
@@ -291,10 +313,12 @@ mod tests {
         assert!(config(r#""sliding_window": 0"#).unwrap_err().contains("window"));
         assert!(config(r#""attention_bias": false"#).unwrap_err().contains("attention_bias"));
         let quantised = |method: &str| {
-            let quantised = format!(r#"{{{GPT_OSS}, "quantization_config": {{"quant_method": "{method}"}}}}"#);
+            let quantised =
+                format!(r#"{{{GPT_OSS}, "quantization_config": {{"quant_method": "{method}"}}}}"#);
             with(&quantised).map(|hf| hf.mxfp4)
         };
         assert_eq!((quantised("mxfp4"), quantised("awq").is_err()), (Ok(true), true));
+        assert_eq!(quantised("fp8"), Ok(false));
         assert_eq!(with("{}").unwrap().config.windows, [None, None]);
     }
 
@@ -302,7 +326,9 @@ mod tests {
     fn yarn_keeps_high_frequencies_divides_low_ones_and_sharpens_attention() {
         let yarn = |more: &str| {
             let rope = r#""rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096"#;
-            with(&format!(r#"{{"head_dim": 64, "rope_theta": 150000.0, "rope_scaling": {{{rope}{more}}}}}"#)).unwrap().config
+            with(&format!(r#"{{"head_dim": 64, "rope_theta": 150000.0, "rope_scaling": {{{rope}{more}}}}}"#))
+                .unwrap()
+                .config
         };
         let plain = with(r#"{"head_dim": 64, "rope_theta": 150000.0}"#).unwrap().config;
         let ratio = |config: &ModelConfig, i: usize| plain.rope.inv_freq[i] / config.rope.inv_freq[i];
@@ -310,13 +336,32 @@ mod tests {
         // gpt-oss's own: the blend lies between pairs 8.09 and 17.40.
         assert!((ratio(&exact, 8) - 1.0).abs() < 1e-6 && (ratio(&exact, 18) - 32.0).abs() < 1e-4);
         let kept = 1.0 - (12.0 - 8.0928) / (17.3979 - 8.0928);
-        assert!((ratio(&exact, 12) - 1.0 / (kept + (1.0 - kept) / 32.0)).abs() < 1e-3, "{}", ratio(&exact, 12));
+        assert!(
+            (ratio(&exact, 12) - 1.0 / (kept + (1.0 - kept) / 32.0)).abs() < 1e-3,
+            "{}",
+            ratio(&exact, 12)
+        );
         assert!(ratio(&yarn(""), 9) != ratio(&exact, 9));
         let factor = 0.1 * 32f32.ln() + 1.0;
         assert!((exact.attention.scale - factor * factor / 8.0).abs() < 1e-6);
         let unscaled = yarn(r#", "mscale": 1.0, "mscale_all_dim": 1.0"#);
         assert_eq!(unscaled.attention.scale, plain.attention.scale);
         assert_eq!(yarn(r#", "attention_factor": 2.0"#).attention.scale, 0.5);
+    }
+
+    #[test]
+    fn fp8_has_blocks_of_128_unless_the_file_says_otherwise() {
+        let block = |more: &str| {
+            let quantised = format!(r#"{{"quantization_config": {{"quant_method": "fp8"{more}}}}}"#);
+            with(&quantised).map(|hf| hf.fp8_block)
+        };
+        assert_eq!(block(""), Ok([128, 128]));
+        assert_eq!(block(r#", "weight_block_size": null"#), Ok([128, 128]));
+        assert_eq!(block(r#", "weight_block_size": [64, 32]"#), Ok([64, 32]));
+        for wrong in ["[0, 128]", "[128]", "128", "[1, -1]"] {
+            let refusal = block(&format!(r#", "weight_block_size": {wrong}"#)).unwrap_err();
+            assert!(refusal.contains("weight_block_size"), "{refusal}");
+        }
     }
 
     #[test]

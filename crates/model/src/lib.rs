@@ -10,6 +10,7 @@ mod decoder;
 mod dummy;
 mod error;
 mod fingerprint;
+mod fp8;
 mod fused_experts;
 mod gguf;
 mod hf_config;

@@ -130,7 +130,7 @@ impl ModelSource {
         let file = path.join("config.json");
         let json = std::fs::read(&file).map_err(|e| LoadError::io(&file, e))?;
         let hf = hf_config::parse(&json).map_err(|reason| LoadError::invalid(&file, reason))?;
-        let weights = Weights::from_checkpoint(path, Checkpoint::open(path)?);
+        let weights = Weights::from_checkpoint(path, Checkpoint::open(path)?, hf.fp8_block);
         let tied = hf.tied.unwrap_or(!weights.has_output());
         Ok(Self { path: path.to_owned(), arch: hf.arch, config: hf.config, weights, tied })
     }

@@ -116,15 +116,20 @@ impl Checkpoint {
             .ok_or_else(|| invalid("reaches beyond its file".to_owned()))
     }
 
-    /// A tensor of bytes: its shape, and what it holds.
+    /// Whether the checkpoint holds a tensor of this name whose elements are FP8 (E4M3).
+    pub fn is_fp8(&self, name: &str) -> bool {
+        self.tensors.get(name).is_some_and(|entry| entry.dtype == Dtype::F8_E4M3)
+    }
+
+    /// A tensor of elements that are bytes: its shape, and what it holds.
     ///
     /// # Errors
     /// If there is none of this name, or its dtype is another.
-    pub fn bytes(&self, name: &str) -> Result<(&[usize], &[u8]), LoadError> {
+    pub fn bytes(&self, name: &str, dtype: Dtype) -> Result<(&[usize], &[u8]), LoadError> {
         let invalid = |reason: String| LoadError::invalid(&self.folder, format!("tensor {name} {reason}"));
         let entry = self.tensors.get(name).ok_or_else(|| invalid("is missing".to_owned()))?;
-        if entry.dtype != Dtype::U8 {
-            return Err(invalid(format!("has dtype {:?}, expected U8", entry.dtype)));
+        if entry.dtype != dtype {
+            return Err(invalid(format!("has dtype {:?}, expected {dtype:?}", entry.dtype)));
         }
         let bytes = entry.map.get(entry.start..).and_then(|rest| rest.get(..entry.bytes));
         let bytes = bytes.ok_or_else(|| invalid("reaches beyond its file".to_owned()))?;

@@ -6,6 +6,7 @@ use rudder_ops::RawTensor;
 
 use crate::LoadError;
 use crate::dummy::Dummy;
+use crate::fp8;
 use crate::fused_experts::FusedExperts;
 use crate::gguf::Gguf;
 use crate::safetensors::Checkpoint;
@@ -41,7 +42,8 @@ pub struct Weights {
 
 enum Format {
     Gguf(Gguf),
-    HuggingFace(Checkpoint),
+    /// With the size of the blocks that FP8 matrices have scales for.
+    HuggingFace(Checkpoint, [usize; 2]),
     /// Random, under Hugging Face's names.
     Dummy(Dummy),
 }
@@ -51,8 +53,8 @@ impl Weights {
         Self { path: gguf.path().to_owned(), format: Format::Gguf(gguf) }
     }
 
-    pub(crate) fn from_checkpoint(folder: &Path, checkpoint: Checkpoint) -> Self {
-        Self { path: folder.to_owned(), format: Format::HuggingFace(checkpoint) }
+    pub(crate) fn from_checkpoint(folder: &Path, checkpoint: Checkpoint, fp8_block: [usize; 2]) -> Self {
+        Self { path: folder.to_owned(), format: Format::HuggingFace(checkpoint, fp8_block) }
     }
 
     pub(crate) fn dummy(dummy: Dummy) -> Self {
@@ -63,7 +65,7 @@ impl Weights {
     pub fn gguf(&self) -> Option<&Gguf> {
         match &self.format {
             Format::Gguf(gguf) => Some(gguf),
-            Format::HuggingFace(_) | Format::Dummy(_) => None,
+            Format::HuggingFace(..) | Format::Dummy(_) => None,
         }
     }
 
@@ -71,7 +73,7 @@ impl Weights {
     pub fn bytes(&self) -> u64 {
         match &self.format {
             Format::Gguf(gguf) => gguf.tensor_bytes(),
-            Format::HuggingFace(checkpoint) => checkpoint.tensor_bytes(),
+            Format::HuggingFace(checkpoint, _) => checkpoint.tensor_bytes(),
             Format::Dummy(dummy) => dummy.bytes(),
         }
     }
@@ -115,7 +117,7 @@ impl Weights {
     pub fn sinks(&self, layer: usize, heads: usize) -> Result<RawTensor, LoadError> {
         let name = match self.format {
             Format::Gguf(_) => format!("blk.{layer}.attn_sinks.weight"),
-            Format::HuggingFace(_) | Format::Dummy(_) => format!("model.layers.{layer}.self_attn.sinks"),
+            Format::HuggingFace(..) | Format::Dummy(_) => format!("model.layers.{layer}.self_attn.sinks"),
         };
         self.tensor(&name, &[heads])
     }
@@ -134,7 +136,7 @@ impl Weights {
                 let stacked = self.tensor(&name, &[count, shape[0], shape[1]])?;
                 Ok((0..count).map(|expert| stacked.index(expert)).collect())
             }
-            Format::HuggingFace(_) | Format::Dummy(_) => match self.fused_experts(layer) {
+            Format::HuggingFace(..) | Format::Dummy(_) => match self.fused_experts(layer) {
                 Some(fused) => fused.matrices(name, count, shape),
                 None => self.each_expert(layer, count, &format!("{name}_proj.weight"), &shape),
             },
@@ -154,7 +156,7 @@ impl Weights {
                 let stacked = self.tensor(&format!("blk.{layer}.ffn_{name}_exps.bias"), &[count, len])?;
                 Ok((0..count).map(|expert| stacked.index(expert)).collect())
             }
-            Format::HuggingFace(_) | Format::Dummy(_) => match self.fused_experts(layer) {
+            Format::HuggingFace(..) | Format::Dummy(_) => match self.fused_experts(layer) {
                 Some(fused) => fused.biases(name, count, len),
                 None => self.each_expert(layer, count, &format!("{name}_proj.bias"), &[len]),
             },
@@ -162,7 +164,7 @@ impl Weights {
     }
 
     fn fused_experts(&self, layer: usize) -> Option<FusedExperts<'_>> {
-        let Format::HuggingFace(checkpoint) = &self.format else { return None };
+        let Format::HuggingFace(checkpoint, _) = &self.format else { return None };
         FusedExperts::find(checkpoint, format!("model.layers.{layer}.mlp.experts"))
     }
 
@@ -183,7 +185,7 @@ impl Weights {
     pub(crate) fn release(&self, tensor: &RawTensor) {
         match &self.format {
             Format::Gguf(gguf) => gguf.release(tensor),
-            Format::HuggingFace(checkpoint) => checkpoint.release(tensor),
+            Format::HuggingFace(checkpoint, _) => checkpoint.release(tensor),
             Format::Dummy(_) => {}
         }
     }
@@ -191,14 +193,16 @@ impl Weights {
     fn pick<'a>(&self, gguf: &'a str, hugging_face: &'a str) -> &'a str {
         match self.format {
             Format::Gguf(_) => gguf,
-            Format::HuggingFace(_) | Format::Dummy(_) => hugging_face,
+            Format::HuggingFace(..) | Format::Dummy(_) => hugging_face,
         }
     }
 
     fn layer_name(&self, layer: usize, name: &str, kind: &str) -> String {
         let full = |gguf: &str, hugging_face: &str| match self.format {
             Format::Gguf(_) => format!("blk.{layer}.{gguf}.{kind}"),
-            Format::HuggingFace(_) | Format::Dummy(_) => format!("model.layers.{layer}.{hugging_face}.{kind}"),
+            Format::HuggingFace(..) | Format::Dummy(_) => {
+                format!("model.layers.{layer}.{hugging_face}.{kind}")
+            }
         };
         let theirs = LAYER_NAMES.iter().find(|(ours, _)| *ours == name).map_or(name, |(_, theirs)| theirs);
         let usual = full(name, theirs);
@@ -212,7 +216,7 @@ impl Weights {
     fn contains(&self, name: &str) -> bool {
         match &self.format {
             Format::Gguf(gguf) => gguf.contains(name),
-            Format::HuggingFace(checkpoint) => checkpoint.contains(name),
+            Format::HuggingFace(checkpoint, _) => checkpoint.contains(name),
             Format::Dummy(dummy) => dummy.contains(name),
         }
     }
@@ -220,7 +224,10 @@ impl Weights {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<RawTensor, LoadError> {
         let tensor = match &self.format {
             Format::Gguf(gguf) => gguf.tensor(name)?,
-            Format::HuggingFace(checkpoint) => checkpoint.tensor(name)?,
+            Format::HuggingFace(checkpoint, block) if checkpoint.is_fp8(name) => {
+                fp8::widened(checkpoint, name, *block)?
+            }
+            Format::HuggingFace(checkpoint, _) => checkpoint.tensor(name)?,
             Format::Dummy(dummy) => dummy.tensor(name, shape).ok_or_else(|| {
                 LoadError::invalid(&self.path, format!("tensor {name} is larger than any was expected to be"))
             })?,
