@@ -4,15 +4,20 @@
     benches/drafts.py --rudder target/release/rudder --model qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
 Edit turns ask for `drafts_source.py` back with one change, once with the file as `prediction` too; free
-turns ask for prose and new code. Two servers, one with drafts and one without, are asked in turn, in
-alternating order. Decoding speed is tokens after the first over the time from the first to the last;
-the ratio is the median of the pairs'. Answers must be equal with and without, or the script fails.
+turns ask for prose and new code; sibling turns ask what their session was asked before, in the same words
+(a retry) or in others. Two servers, one with drafts and one without, are asked in turn, in alternating
+order. Decoding speed is tokens after the first over the time from the first to the last; the ratio is
+the median of the pairs'. Answers must be equal with and without, or the script fails.
+
+With `--record FOLDER` nothing is measured: the tokens of every turn, the prompt's on one line and the
+answer's on the next, are written there, for the engine's tests to replay.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import statistics
@@ -28,6 +33,7 @@ SOURCE = (HERE / "drafts_source.py").read_text()
 EDITS = {
     "rename a method": "Rename the method `touches` to `involves`, also where it is called.",
     "change a constant": "Change MAX_ENTRIES to 50_000.",
+    "add type hints": "Add type hints to all methods of this file.",
     "add a docstring": 'Give the method `accounts` the docstring """All names, sorted.""".',
 }
 FREE = {
@@ -35,6 +41,13 @@ FREE = {
     "new code": "Write a Python function that merges overlapping intervals, with three examples.",
     "story": "Tell a story of a lighthouse keeper and a whale.",
     "list": "Which ten books on software engineering would you recommend, and why?",
+}
+AGAIN = {
+    "retry": ("Tell a story of a clockmaker and a fox.", "Tell a story of a clockmaker and a fox."),
+    "other words": (
+        "Write a Python class for a queue with a capacity: push, pop, peek, len.",
+        "Write a Python class `Queue` with a capacity and the methods push, pop, peek and len. Add docstrings.",
+    ),
 }
 MODES = ["off", "lookup"]
 
@@ -47,10 +60,16 @@ def main():
     arguments.add_argument("--edit-tokens", type=int, default=900)
     arguments.add_argument("--free-tokens", type=int, default=256)
     arguments.add_argument("--json", type=pathlib.Path, help="write all figures there")
+    arguments.add_argument("--record", type=pathlib.Path, help="write the turns' tokens to this folder")
     options = arguments.parse_args()
+    if options.record:
+        return record(options)
     figures = {name: [] for name, _ in turns(options)}
     with Server(options, "off") as off, Server(options, "lookup") as lookup:
         servers = {"off": off, "lookup": lookup}
+        for server in servers.values():
+            for name, (before, _) in AGAIN.items():
+                server.ask(session(name, before, options))
         for pair in range(options.pairs):
             for name, body in turns(options):
                 order = MODES[:: -1 if pair % 2 else 1]
@@ -69,6 +88,13 @@ def turns(options):
     yield f"edit: {name}, with `prediction`", body(ask, options.edit_tokens) | {"prediction": predicted}
     for name, ask in FREE.items():
         yield f"free: {name}", body(ask, options.free_tokens)
+    for name, (_, ask) in AGAIN.items():
+        yield f"sibling: {name}", session(name, ask, options)
+
+
+def session(name, ask, options):
+    """A turn of a session of this name."""
+    return body(ask, options.free_tokens) | {"prompt_cache_key": name}
 
 
 def body(text, tokens):
@@ -76,6 +102,17 @@ def body(text, tokens):
         "model": "any", "messages": [{"role": "user", "content": text}], "temperature": 0,
         "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True},
     }
+
+
+def record(options):
+    with Server(options, "off") as server:
+        for name, asked in turns(options):
+            asked |= {"stream": False, "return_token_ids": True}
+            del asked["stream_options"]
+            answer = json.loads(server.post(asked).read())
+            tokens = [answer["prompt_token_ids"], answer["choices"][0]["token_ids"]]
+            file = options.record / (re.sub(r"\W+", "-", name).strip("-") + ".tokens")
+            file.write_text("".join(" ".join(map(str, line)) + "\n" for line in tokens))
 
 
 def report(figures):
@@ -125,13 +162,16 @@ class Server:
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"rudder_{name}{{")]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
+    def post(self, body):
+        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return urllib.request.urlopen(request, timeout=600)
+
     def ask(self, body):
         counters = ["spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total"]
         before = [self.counter(name) for name in counters]
-        url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         text, times, tokens = "", [], 0
-        with urllib.request.urlopen(request, timeout=600) as response:
+        with self.post(body) as response:
             for line in response:
                 if not line.startswith(b"data: {"):
                     continue

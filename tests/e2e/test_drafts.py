@@ -82,3 +82,8 @@ def test_answers_are_the_same_alone_beside_others_and_streamed(start):
     predicted = answers[1].usage.completion_tokens_details
     assert predicted.accepted_prediction_tokens > 60
     assert streamed(drafting) == streamed(plain)
+    free, options = asked[-1]
+    before = drafting.metrics()[accepted]
+    for _ in range(2):
+        assert words(drafting.chat(free, **options, extra_body={"prompt_cache_key": "again"})) == expected[-1]
+    assert drafting.metrics()[accepted] > before + 20, "what its session was told helps a retry"

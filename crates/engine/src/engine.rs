@@ -43,7 +43,8 @@ pub struct EngineConfig {
 pub enum DraftMode {
     /// Nowhere.
     Off,
-    /// What followed the same tokens earlier in the sequence or in its predicted output.
+    /// What followed the same tokens earlier in the sequence, in its predicted output, or in what its
+    /// owner's other requests (without owners, its session's) were answered.
     Lookup,
 }
 

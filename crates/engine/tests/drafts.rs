@@ -85,6 +85,39 @@ fn a_right_prediction_is_accepted_and_a_wrong_one_costs_no_token() {
 }
 
 #[test]
+fn an_answer_helps_its_owner_or_without_owners_its_session_and_nobody_else() {
+    let engine = drafting(CONFIG);
+    let accepted = |owner: Option<&str>, session: Option<&str>| {
+        let (owner, session) = (owner.map(Into::into), session.map(Into::into));
+        let sampling = SamplingParams { seed: 3, ..Default::default() };
+        let answer =
+            ask(&engine, GenerateRequest { owner, session, sampling, ..request(prompt(2, 60), 150) });
+        (answer.ids(), answer.usage.accepted_tokens)
+    };
+    let (expected, alone) = accepted(None, None);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let forget = |key: &str| assert!(runtime.block_on(engine.remove_session(key.into())).unwrap());
+    let helped = |owner, session| {
+        let (ids, count) = accepted(owner, session);
+        assert_eq!(ids, expected);
+        count > alone + 30
+    };
+    assert!(alone < 30, "what is drawn at random repeats nothing, but {alone} were foretold");
+    assert!(!helped(None, None), "nobody knows whose it was");
+    assert!(!helped(Some("a"), Some("a:1")));
+    assert!(helped(Some("a"), Some("a:2")), "a sibling's answer");
+    assert!(helped(Some("a"), None));
+    assert!(!helped(Some("b"), Some("b:1")), "another owner's");
+    assert!(!helped(None, Some("1")));
+    assert!(helped(None, Some("1")));
+    assert!(!helped(None, Some("2")), "another session's, and maybe another's");
+    forget("a:2");
+    assert!(!helped(Some("a"), Some("a:1")), "it was to be forgotten");
+    forget("1");
+    assert!(!helped(None, Some("1")));
+}
+
+#[test]
 fn dropping_a_generation_that_drafts_frees_its_blocks() {
     let engine = drafting(CONFIG);
     let answer = ask(&engine, request(prompt(1, 60), 150)).ids();

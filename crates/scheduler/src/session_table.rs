@@ -220,6 +220,11 @@ impl SessionTable {
         entry.is_some_and(|entry| !entry.has_key)
     }
 
+    /// Whose the session with this key is, if there is one and it is somebody's.
+    pub fn owner(&self, key: &str) -> Option<&Arc<str>> {
+        self.entries.get(self.by_key.get(key)?)?.owner.as_ref()
+    }
+
     /// Sessions with turns that wait or run.
     pub fn running(&self) -> usize {
         self.running

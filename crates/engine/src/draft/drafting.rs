@@ -1,7 +1,9 @@
-//! What the drafts of all sequences share: how often drafts hold, what steps cost, how long drafts are.
+//! What the drafts of all sequences share: how often drafts hold, what steps cost, how long
+//! drafts are, what others said.
 
 use super::acceptance::Acceptance;
 use super::lengths::Lengths;
+use super::siblings::Siblings;
 use super::step_cost::StepCost;
 
 /// Tokens indexed before a step, over all sequences: some 0.2 ms. A prompt of 140,000 tokens is
@@ -14,6 +16,7 @@ pub(crate) struct Drafting {
     pub(crate) acceptance: Acceptance,
     pub(crate) lengths: Lengths,
     pub(crate) cost: StepCost,
+    pub(crate) siblings: Siblings,
     /// Most drafted tokens of a step.
     room: usize,
     /// Tokens that may still be indexed before this step.
@@ -30,6 +33,7 @@ impl Drafting {
             acceptance: Acceptance::of_engine(),
             lengths: Lengths::default(),
             cost: StepCost::new(),
+            siblings: Siblings::default(),
             room,
             to_index: 0,
             sequences: Vec::new(),

@@ -2,51 +2,55 @@
 //!
 //! Agents' answers repeat their input: a file comes back with one change, a path or a name recurs. A
 //! [`Drafter`] watches one sequence: its [`Cursor`] points at the token, in what the sequence said or
-//! was told before or in a predicted output, that should come next. Drafts are read off there. The step
-//! loop runs them beside the last token and draws every position as always; a drafted token is
-//! accepted if it is what was drawn, so answers are the same as without drafts, token for token.
+//! was told before, in a predicted output or in a sibling's answer, that should come next. Drafts are
+//! read off there. The step loop runs them beside the last token and draws every position as always; a
+//! drafted token is accepted if it is what was drawn, so answers are the same as without drafts, token
+//! for token.
 
 mod acceptance;
 mod drafting;
 mod lengths;
+#[cfg(test)]
+mod replay;
+mod siblings;
 mod step_cost;
+mod stray;
 mod suffix_index;
+mod varied;
 
 use std::sync::Arc;
 
-use self::acceptance::Acceptance;
+use self::acceptance::{Acceptance, Evidence};
 pub(crate) use self::drafting::Drafting;
-use self::suffix_index::{MAX_MATCH, Match, SuffixIndex, common_suffix};
+pub(crate) use self::siblings::Party;
+use self::siblings::{BETWEEN, Reference, Siblings};
+use self::stray::Stray;
+use self::suffix_index::{MAX_MATCH, SuffixIndex};
+use self::varied::Varied;
 
 /// Longest draft of one sequence, in tokens.
 pub(crate) const MAX_DRAFT: usize = 32;
 /// With as many tokens matched, no better place is looked for.
 const SURE: usize = 16;
-/// After a miss, how far around it the text is expected to go on, and for how many tokens this is hoped.
-const NEAR_BEHIND: usize = 8;
-const NEAR_AHEAD: usize = 64;
-const NEAR_TOKENS: usize = 48;
-/// A near match counts for as many tokens more against a far one.
-const NEAR_BONUS: usize = 3;
+/// Another place must be this much likelier than the one followed.
+const LEAST_BETTER: f32 = 0.05;
+
+/// Tokens matched that foretell one in earnest.
+const LEAST_VARIED: usize = 2;
 
 /// Finds drafts for one sequence; see the module.
 #[derive(Debug)]
 pub(crate) struct Drafter {
     own: SuffixIndex,
-    prediction: Option<Prediction>,
+    prediction: Option<Reference>,
+    siblings: Option<Arc<Reference>>,
     cursor: Option<Cursor>,
-    /// Where the last long match ended in a miss, and tokens since.
-    missed: Option<(Cursor, usize)>,
+    /// A copy that may still go on.
+    stray: Option<(Source, Stray)>,
     rates: Acceptance,
+    varied: Varied,
     /// Tokens that came as the prediction foretold.
     predicted: usize,
-}
-
-/// A predicted output.
-#[derive(Debug)]
-struct Prediction {
-    tokens: Arc<[u32]>,
-    index: SuffixIndex,
 }
 
 /// Which text.
@@ -55,30 +59,37 @@ enum Source {
     /// The sequence itself.
     Own,
     Prediction,
+    Siblings,
 }
 
 /// The token that should come next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 struct Cursor {
     source: Source,
     next: usize,
     /// Tokens before it that matched.
     matched: usize,
+    /// Tokens copied before the copy strayed that this one continues.
+    copied: usize,
+    evidence: Evidence,
 }
 
 impl Drafter {
-    /// For a sequence of about `expected` tokens, and what its client predicts.
-    pub(crate) fn new(expected: usize, prediction: &Arc<[u32]>) -> Self {
-        let prediction = (!prediction.is_empty())
-            .then(|| Prediction { tokens: prediction.clone(), index: SuffixIndex::new(prediction.len()) });
+    /// For a sequence of about `expected` tokens, what its client predicts and what its party's other
+    /// sequences said.
+    pub(crate) fn new(expected: usize, prediction: &[u32], party: Option<&Party>, said: &Siblings) -> Self {
+        let prediction = (!prediction.is_empty()).then(|| Reference::new(prediction.to_vec()));
         // The answer is expected to begin as predicted.
-        let cursor = prediction.as_ref().map(|_| Cursor { source: Source::Prediction, next: 0, matched: 0 });
+        let evidence = Evidence::Predicted;
+        let begin = Cursor { source: Source::Prediction, next: 0, matched: 0, copied: 0, evidence };
         Self {
             own: SuffixIndex::new(expected),
+            cursor: prediction.as_ref().map(|_| begin),
             prediction,
-            cursor,
-            missed: None,
+            siblings: party.and_then(|party| said.of(party)),
+            stray: None,
             rates: Acceptance::of_sequence(),
+            varied: Varied::default(),
             predicted: 0,
         }
     }
@@ -91,67 +102,82 @@ impl Drafter {
 
     /// A token follows `own`: was it foretold?
     pub(crate) fn observe(&mut self, own: &[u32], token: u32, engine: &mut Acceptance) {
-        if let Some((_, since)) = &mut self.missed {
-            *since += 1;
+        if let Some((_, stray)) = &mut self.stray {
+            stray.go_on();
         }
         let Some(mut cursor) = self.cursor.take() else { return };
         let Some(&expected) = self.text(cursor.source, own).get(cursor.next) else { return };
+        if expected == BETWEEN {
+            return;
+        }
         let hit = expected == token;
-        self.rates.record(cursor.matched, hit);
-        engine.record(cursor.matched, hit);
+        let evidence = self.evidence(cursor, 0);
+        self.rates.record(evidence, cursor.matched, hit);
+        engine.record(evidence, cursor.matched, hit);
+        if !hit && cursor.matched >= LEAST_VARIED {
+            self.varied.mark(own.len());
+        }
         if hit {
             self.predicted += usize::from(cursor.source == Source::Prediction);
             cursor.next += 1;
             cursor.matched += 1;
             self.cursor = Some(cursor);
-            if cursor.matched >= NEAR_BONUS {
-                self.missed = None;
+            if cursor.is_sure() {
+                self.stray = None;
             }
-        } else if cursor.matched >= NEAR_BONUS || self.missed.is_none() {
-            self.missed = Some((cursor, 0));
+        } else if self.stray.is_none() {
+            let stray = Stray::new(cursor.next, cursor.copied + cursor.matched);
+            self.stray = stray.map(|stray| (cursor.source, stray));
         }
     }
 
     /// Looks for the best place to go on from after `own`.
-    pub(crate) fn aim(&mut self, own: &[u32]) {
-        let matched = self.cursor.map_or(0, |cursor| cursor.matched);
-        if matched >= SURE {
+    pub(crate) fn aim(&mut self, own: &[u32], engine: &Acceptance) {
+        if self.cursor.is_some_and(|cursor| cursor.matched >= SURE) {
             return;
         }
-        self.missed = self.missed.filter(|(_, since)| *since < NEAR_TOKENS);
-        let near = self.near(own).map(|cursor| (cursor.matched + NEAR_BONUS, cursor));
-        let predicted = self.prediction.as_ref().and_then(|p| {
-            let found = p.index.longest(&p.tokens, own)?;
-            Some((found.len + 1, Cursor::at(Source::Prediction, found)))
-        });
-        let repeated = self.own.longest(own, own).map(|found| (found.len, Cursor::at(Source::Own, found)));
-        let best = [predicted, repeated, near].into_iter().flatten().max_by_key(|(score, _)| *score);
-        if let Some((score, cursor)) = best
-            && (self.cursor.is_none() || score > matched + NEAR_BONUS)
-        {
-            self.cursor = Some(cursor);
-        }
-        if self.cursor.is_none() {
-            self.cursor = self.substituted();
-        }
+        self.stray = self.stray.filter(|(_, stray)| stray.is_hopeful());
+        let rate = |cursor: &Cursor| self.rates.rate(engine, cursor.evidence, cursor.matched);
+        let found = [
+            self.found(Source::Siblings, own),
+            self.found(Source::Own, own),
+            self.found(Source::Prediction, own),
+            self.resumed(own),
+        ];
+        // Of equally likely ones the last.
+        let best = found.into_iter().flatten().max_by(|a, b| rate(a).total_cmp(&rate(b)));
+        self.cursor = match (self.cursor, best) {
+            (Some(followed), Some(best)) => {
+                let same = (followed.source, followed.next) == (best.source, best.next);
+                let least = rate(&followed) + if same { 0.0 } else { LEAST_BETTER };
+                Some(if rate(&best) > least { best } else { followed })
+            }
+            (followed, best) => followed.or(best),
+        };
     }
 
-    /// Right after a miss: perhaps one token stands for another, and the rest goes on.
-    fn substituted(&self) -> Option<Cursor> {
-        let (missed, since) = self.missed?;
-        Some(Cursor { next: missed.next + 1, matched: 0, ..missed }).filter(|_| since == 0)
+    /// The longest match in a text, or the newest of two tokens.
+    fn found(&self, source: Source, own: &[u32]) -> Option<Cursor> {
+        let (index, evidence) = match source {
+            Source::Own => (&self.own, Evidence::Repeated),
+            Source::Prediction => (&self.prediction.as_ref()?.index, Evidence::Predicted),
+            Source::Siblings => (&self.siblings.as_ref()?.index, Evidence::Sibling),
+        };
+        let text = self.text(source, own);
+        let found = index.longest(text, own).or_else(|| index.newest_pair(text, own))?;
+        if text[found.next] == BETWEEN {
+            return None;
+        }
+        Some(Cursor { source, next: found.next, matched: found.len.min(MAX_MATCH), copied: 0, evidence })
     }
 
-    /// The longest match close to where the last long one ended; of equal ones the closest.
-    fn near(&self, own: &[u32]) -> Option<Cursor> {
-        let (missed, _) = self.missed?;
-        let text = self.text(missed.source, own);
-        let from = missed.next.saturating_sub(NEAR_BEHIND).max(1);
-        let to = (missed.next + NEAR_AHEAD).min(text.len().saturating_sub(1));
-        let matches = (from..=to).map(|next| (next, common_suffix(&text[..next], own)));
-        let distance = |next: usize| std::cmp::Reverse(next.abs_diff(missed.next));
-        let (next, matched) = matches.max_by_key(|&(next, matched)| (matched, distance(next)))?;
-        (matched > 0).then_some(Cursor { source: missed.source, next, matched })
+    /// Where a copy that strayed goes on.
+    fn resumed(&self, own: &[u32]) -> Option<Cursor> {
+        let (source, stray) = self.stray?;
+        let varied = source == Source::Own && self.varied.contains(stray.next());
+        let found = stray.resumption(self.text(source, own), own, varied)?;
+        let copied = stray.copied();
+        Some(Cursor { source, next: found.next, matched: found.matched, copied, evidence: found.evidence })
     }
 
     /// Probabilities that the first, the first two, .. of at most `most` drafted tokens are accepted.
@@ -161,15 +187,35 @@ impl Drafter {
         most: usize,
         engine: &'a Acceptance,
     ) -> impl Iterator<Item = f32> + 'a {
-        let (matched, room) = self.cursor.map_or((0, 0), |cursor| match cursor.source {
-            Source::Own => (cursor.matched, MAX_DRAFT),
-            source => (cursor.matched, self.text(source, own).len().saturating_sub(cursor.next)),
+        let cursor = self.cursor.map(|cursor| (cursor, self.room(cursor, own).min(most)));
+        let rates = cursor.into_iter().flat_map(move |(cursor, room)| {
+            let rate =
+                move |ahead| self.rates.rate(engine, self.evidence(cursor, ahead), cursor.matched + ahead);
+            (0..room).map(rate)
         });
-        let rates = (0..most.min(room)).map(move |ahead| self.rates.rate(engine, matched + ahead));
         rates.scan(1.0, |gain, rate| {
             *gain *= rate;
             Some(*gain)
         })
+    }
+
+    /// What speaks for the token `ahead` of where the cursor is.
+    fn evidence(&self, cursor: Cursor, ahead: usize) -> Evidence {
+        match cursor.source {
+            Source::Own if self.varied.contains(cursor.next + ahead) => Evidence::Varied,
+            _ => cursor.evidence,
+        }
+    }
+
+    /// How many tokens may be drafted from a place on.
+    fn room(&self, cursor: Cursor, own: &[u32]) -> usize {
+        match cursor.source {
+            Source::Own => MAX_DRAFT,
+            source => {
+                let rest = self.text(source, own).get(cursor.next..).unwrap_or_default();
+                rest.iter().take(MAX_DRAFT).take_while(|token| **token != BETWEEN).count()
+            }
+        }
     }
 
     /// Appends a draft of at most `len` tokens to `out`, cut before any that `ends` the sequence.
@@ -177,12 +223,11 @@ impl Drafter {
         let Some(cursor) = self.cursor else { return };
         let text = self.text(cursor.source, own);
         let begin = out.len();
-        for at in cursor.next..cursor.next + len {
+        for at in cursor.next..cursor.next + len.min(self.room(cursor, own)) {
             // What overtakes its own end repeats itself, as LZ77's copies do.
             let token = match text.get(at) {
                 Some(&token) => token,
-                None if cursor.source == Source::Own => out[begin + at - text.len()],
-                None => break,
+                None => out[begin + at - text.len()],
             };
             if ends(token) {
                 break;
@@ -198,16 +243,18 @@ impl Drafter {
     }
 
     fn text<'a>(&'a self, source: Source, own: &'a [u32]) -> &'a [u32] {
-        match (source, &self.prediction) {
-            (Source::Prediction, Some(prediction)) => &prediction.tokens,
-            _ => own,
+        match source {
+            Source::Own => own,
+            Source::Prediction => self.prediction.as_ref().map_or(&[][..], |text| &text.tokens),
+            Source::Siblings => self.siblings.as_ref().map_or(&[][..], |text| &text.tokens),
         }
     }
 }
 
 impl Cursor {
-    fn at(source: Source, found: Match) -> Self {
-        Self { source, next: found.next, matched: found.len.min(MAX_MATCH) }
+    /// Whether the copy that strayed goes on here, or is over.
+    fn is_sure(&self) -> bool {
+        self.matched >= if self.evidence == Evidence::Resumed { 3 } else { 6 }
     }
 }
 
@@ -215,15 +262,19 @@ impl Cursor {
 mod tests {
     use super::*;
 
+    fn drafter(expected: usize, prediction: &[u32]) -> Drafter {
+        Drafter::new(expected, prediction, None, &Siblings::default())
+    }
+
     /// Lets a sequence grow from `prompt` by `answer`; tells how many of its tokens were foretold.
     fn foretold(prompt: &[u32], answer: &[u32], prediction: &[u32]) -> usize {
         let mut engine = Acceptance::of_engine();
-        let mut drafter = Drafter::new(prompt.len() + answer.len(), &prediction.into());
+        let mut drafter = drafter(prompt.len() + answer.len(), prediction);
         let mut own = prompt.to_vec();
         let mut hits = 0;
         for &token in answer {
             while drafter.index(&own, 1000) > 0 {}
-            drafter.aim(&own);
+            drafter.aim(&own, &engine);
             let mut draft = Vec::new();
             drafter.draft(&own, MAX_DRAFT, &mut draft, |_| false);
             assert!(draft.len() <= MAX_DRAFT);
@@ -262,9 +313,9 @@ mod tests {
     #[test]
     fn drafts_read_on_into_themselves() {
         let own = [1, 2, 3, 9, 1, 2, 3, 9, 1, 2, 3];
-        let mut drafter = Drafter::new(own.len(), &Arc::from([]));
+        let mut drafter = drafter(own.len(), &[]);
         drafter.index(&own, 100);
-        drafter.aim(&own);
+        drafter.aim(&own, &Acceptance::of_engine());
         let mut draft = Vec::new();
         drafter.draft(&own, 7, &mut draft, |_| false);
         assert_eq!(draft, [9, 1, 2, 3, 9, 1, 2]);
@@ -276,7 +327,7 @@ mod tests {
     #[test]
     fn indexing_goes_on_where_its_limit_ended() {
         let own = file(100);
-        let mut drafter = Drafter::new(100, &own.clone().into());
+        let mut drafter = drafter(100, &own);
         assert_eq!((0..3).map(|_| drafter.index(&own, 70)).collect::<Vec<_>>(), [70, 70, 60]);
     }
 }

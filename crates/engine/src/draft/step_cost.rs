@@ -81,6 +81,10 @@ impl StepCost {
                 _ => before.1 + slope * (row - before.0),
             });
         }
+        // More rows do not take less: where they seem to, fewer were disturbed.
+        for row in (1..out.len()).rev() {
+            out[row - 1] = out[row - 1].min(out[row]);
+        }
     }
 }
 
@@ -116,6 +120,16 @@ mod tests {
         for (rows, ms) in [(1, 10.0), (2, 12.0), (4, 16.0), (6, 28.0), (8, 40.0), (12, 42.0)] {
             assert!((seen[rows - 1] * 1e3 - ms).abs() < 0.1, "{rows} rows: {seen:?}");
         }
+    }
+
+    #[test]
+    fn a_disturbed_measurement_does_not_outweigh_one_of_more_rows() {
+        let mut cost = StepCost::new();
+        for (rows, ms) in [(1, 10), (4, 90), (8, 20)] {
+            cost.record(rows, Duration::from_millis(ms));
+        }
+        let seen = estimates(&cost, 8);
+        assert!(seen[0] < 0.011 && seen[3] < 0.021, "{seen:?}");
     }
 
     #[test]

@@ -131,6 +131,7 @@ impl StepLoop {
     pub(super) fn end(&mut self, id: SequenceId) -> Option<Active> {
         self.end_turn(id);
         self.keep_last_blocks(id);
+        self.keep_answer(id);
         self.scheduler.remove(id);
         let active = self.active.remove(&id)?;
         let ms = active.submission.submitted.elapsed().as_millis() as u64;

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use rudder_scheduler::StepPlan;
+use rudder_scheduler::{SequenceId, StepPlan};
 
 use super::StepLoop;
 use super::active::Held;
-use crate::draft::{Drafter, MAX_DRAFT};
+use crate::draft::{Drafter, MAX_DRAFT, Party};
 
 /// Prompts whose answers are shorter are not indexed for them.
 const LEAST_ANSWER: usize = 3;
@@ -30,7 +30,9 @@ impl StepLoop {
             let request = &active.submission.request;
             let drafter = active.drafter.get_or_insert_with(|| {
                 let expected = sequence.prompt_len + active.submission.max_tokens.min(EXPECTED_ANSWER);
-                let mut drafter = Box::new(Drafter::new(expected, &request.prediction));
+                let (predicted, party) = (&request.prediction, Party::of(request));
+                let new = Drafter::new(expected, predicted, party.as_ref(), &drafting.siblings);
+                let mut drafter = Box::new(new);
                 // A short prompt's first step has drawn a token already.
                 for at in sequence.prompt_len..sequence.tokens.len() {
                     drafter.observe(&sequence.tokens[..at], sequence.tokens[at], &mut drafting.acceptance);
@@ -41,7 +43,7 @@ impl StepLoop {
             // The row after a draft draws a token too.
             let most = active.submission.max_tokens - active.generated - 1;
             if may_draft && most > 0 {
-                drafter.aim(&sequence.tokens);
+                drafter.aim(&sequence.tokens, &drafting.acceptance);
                 let gains = drafter.gains(&sequence.tokens, most.min(MAX_DRAFT), &drafting.acceptance);
                 drafting.lengths.offer(drafting.sequences.len(), gains);
                 drafting.sequences.push(id);
@@ -82,6 +84,19 @@ impl StepLoop {
         }
         if plan.chunks.iter().all(|chunk| chunk.outputs == chunk.len) {
             drafting.cost.record(self.batch.rows(), took);
+        }
+    }
+
+    /// Keeps what a sequence said for those of the same party, before it is forgotten.
+    pub(super) fn keep_answer(&mut self, id: SequenceId) {
+        let (Some(drafting), Some(active), Some(sequence)) =
+            (&mut self.drafting, self.active.get(&id), self.scheduler.sequence(id))
+        else {
+            return;
+        };
+        if let Some(party) = Party::of(&active.submission.request) {
+            let (prompt, answer) = sequence.tokens.split_at(sequence.prompt_len);
+            drafting.siblings.keep(party, prompt, answer);
         }
     }
 }

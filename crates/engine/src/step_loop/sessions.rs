@@ -9,6 +9,7 @@ use rudder_kvstore::{BlockKey, Label};
 use rudder_scheduler::{PinError, Scheduler, SequenceId, SessionInfo, SessionTable, StepPlan, Tick};
 
 use super::StepLoop;
+use crate::draft::Party;
 use crate::sessions::{Session, SessionStats};
 
 /// See the module.
@@ -107,6 +108,10 @@ impl StepLoop {
         self.sessions.marks.remove(key);
         if let Some(tier) = self.tier.as_ref().filter(|_| self.sessions.table.contains(key)) {
             tier.erase(self.sessions.label(key));
+        }
+        if let Some(drafting) = &mut self.drafting {
+            let owner = self.sessions.table.owner(key).cloned();
+            drafting.siblings.forget(&owner.map_or_else(|| Party::Session(key.into()), Party::Owner));
         }
         self.sessions.table.remove(&mut self.scheduler, key).is_some()
     }
