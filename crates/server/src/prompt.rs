@@ -199,10 +199,13 @@ impl Literals {
             content
                 .push_str(&format!("{gap}<custom_tool_call name=\"{name}\">\n{input}\n</custom_tool_call>"));
         }
+        // gpt-oss's template reads reasoning under this name, and refuses it where text and calls came after it.
+        let thinking = message.reasoning.clone().filter(|_| content.is_empty() || calls.is_empty());
         fields.insert("content".into(), content.into());
         for (key, value) in [
             ("name", &message.name),
             ("reasoning_content", &message.reasoning),
+            ("thinking", &thinking),
             ("tool_call_id", &message.call_id),
         ] {
             if let Some(value) = value {
@@ -419,6 +422,19 @@ mod tests {
         literals.hide(&mut value, &markup());
         assert!(!value.to_string().contains("<s>"));
         assert!(matches!(&literals.hidden[..], [Literal::Text(text)] if text == "<s>"));
+    }
+
+    #[test]
+    fn reasoning_has_both_names_that_templates_read_but_beside_text_and_calls() {
+        let call = ToolCall { id: "call_1".into(), name: "f".into(), input: "{}".into(), custom: false };
+        for (text, calls, both) in
+            [("", vec![call.clone()], true), ("so", vec![], true), ("so", vec![call], false)]
+        {
+            let reasoning = Some("hm".to_owned());
+            let message = Message { reasoning, calls, ..Message::new(Role::Assistant, text) };
+            let value = Literals::default().message(&message, &markup());
+            assert_eq!((&value["reasoning_content"], value.get("thinking").is_some()), (&json!("hm"), both));
+        }
     }
 
     #[test]
