@@ -16,12 +16,20 @@ def test_every_case_passes_but_the_image(client, work, start, dialect):
     comply = client("llm-comply").file("bin/llm-comply")
     server = start([], "--served-model-name", NAME)
     command = [comply, "--base-url", server.url + "/v1", "--api-key", "none", "--model", NAME, "--format", dialect]
-    result = work.run([*command, "--timeout", "300", "--json"], seconds=900)
-    cases = json.loads(result.out)["results"]
-    assert len(cases) == COUNTS[dialect]
-    wrong = [case for case in cases if case["status"] != "passed"]
-    assert [case["id"] for case in wrong] == [IMAGES[dialect]], json.dumps(wrong, indent=1)
-    print(f"{dialect}: {len(cases) - 1} passed, refused for its image: {IMAGES[dialect]}")
+
+    def wrong():
+        result = work.run([*command, "--timeout", "300", "--json"], seconds=900)
+        cases = json.loads(result.out)["results"]
+        assert len(cases) == COUNTS[dialect]
+        return {case["id"]: case for case in cases if case["status"] != "passed"}
+
+    # It lets the model draw at random, and a model so small may fill its 1,024 tokens with a place's name (one
+    # in 300 did). What the server does wrong it does wrong again.
+    first = wrong()
+    again = wrong() if first.keys() != {IMAGES[dialect]} else first
+    failed = first.keys() & again.keys()
+    assert failed == {IMAGES[dialect]}, json.dumps([first[case] for case in failed], indent=1)
+    print(f"{dialect}: {COUNTS[dialect] - 1} passed, refused for its image: {IMAGES[dialect]}")
 
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABh6FO1AAAAABJRU5ErkJggg=="
