@@ -48,6 +48,16 @@ impl Batch {
         self.outputs.clear();
     }
 
+    /// Makes it a copy of `other`, keeping its memory; derived `clone_from` would not.
+    pub fn copy_from(&mut self, other: &Batch) {
+        self.tokens.clone_from(&other.tokens);
+        self.positions.clone_from(&other.positions);
+        self.slots.clone_from(&other.slots);
+        self.spans.clone_from(&other.spans);
+        self.block_tables.clone_from(&other.block_tables);
+        self.outputs.clone_from(&other.outputs);
+    }
+
     /// Rows in this step.
     pub fn rows(&self) -> usize {
         self.tokens.len()

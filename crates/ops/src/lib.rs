@@ -6,6 +6,8 @@
 //! others), [`cpu`] (our kernels, quantised weights) and, in a crate of its own, `cuda`.
 //!
 //! Shapes are row-major and written `[rows, width]`.
+//!
+//! A model may be cut into ranks, each on a backend of its own; two ops then join what the ranks hold.
 
 mod batch;
 pub mod cpu;
@@ -18,6 +20,7 @@ mod sampling;
 
 pub use batch::{BLOCK_SIZE, Batch, Span};
 pub use raw::{DType, RawTensor, UnsupportedDType};
+pub use rudder_comm::Rank;
 pub use sampling::{
     LogitBias, SampleRow, Sampled, SamplerScratch, SamplingParams, TokenCounts, TokenLogprob, sample_row,
     uniform,
@@ -49,6 +52,12 @@ pub enum OpError {
     /// The backend itself failed (out of memory, a driver error).
     #[error("{0}")]
     Backend(String),
+}
+
+impl From<rudder_comm::Failed> for OpError {
+    fn from(e: rudder_comm::Failed) -> Self {
+        OpError::Backend(e.to_string())
+    }
 }
 
 impl From<candle_core::Error> for OpError {
@@ -195,6 +204,11 @@ pub trait Backend: Send + Sized + 'static {
     /// A short name for logs and errors: `cpu`, `reference`, `cuda:0`.
     fn name(&self) -> &str;
 
+    /// Which rank of a model this backend runs.
+    fn rank(&self) -> Rank {
+        Rank::ALONE
+    }
+
     /// Bytes free and in all of the memory that tensors and KV caches lie in, where that is the device's own.
     fn memory(&self) -> Result<Option<(u64, u64)>> {
         Ok(None)
@@ -301,6 +315,16 @@ pub trait Backend: Send + Sized + 'static {
         delta: Option<&Self::Tensor>,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// Makes `x` the sum of all ranks' `x`, added in the order of the ranks, so that all hold the same bits. Nothing to do
+    /// where there is one rank. Every rank calls it at the same places of a step.
+    fn all_reduce(&mut self, _x: &mut Self::Tensor) -> Result<()> {
+        Ok(())
+    }
+    /// Puts the ranks' `part`s side by side, in the order of the ranks, into `whole`, which rank 0 gives; the others give `None`
+    /// and get nothing. Called where there are several ranks, at the same places of a step.
+    fn gather_columns(&mut self, _part: &Self::Tensor, _whole: Option<&mut Self::Tensor>) -> Result<()> {
+        Err(OpError::Backend(format!("{} runs a model on one rank", self.name())))
+    }
     /// Draws one token from every row of `logits` as `rows` ask; writes one [`Sampled`] a row.
     /// A row whose logits are not finite reports [`Sampled::fault`] and harms no other row.
     fn sample(

@@ -1,5 +1,6 @@
 //! A tensor as it lies in its file: a name, a shape, a storage format and mapped bytes.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Storage formats of weights. The quantised ones are GGML's blocks, as specified by
@@ -167,8 +168,102 @@ impl RawTensor {
     }
 }
 
+impl RawTensor {
+    /// Slices `rows` of the slowest dimension, rows of a matrix or elements of a vector; shares the bytes. `None` if they are not
+    /// there, or their ends lie inside blocks of the format.
+    pub fn rows(&self, rows: Range<usize>) -> Option<Self> {
+        let (&count, inner) = self.shape.split_first()?;
+        if rows.start > rows.end || rows.end > count {
+            return None;
+        }
+        let width: usize = inner.iter().product();
+        let mut shape = self.shape.clone();
+        shape[0] = rows.len();
+        Some(Self {
+            name: self.name.clone(),
+            shape,
+            dtype: self.dtype,
+            storage: self.storage.clone(),
+            start: self.start + self.dtype.bytes(rows.start * width)?,
+            len: self.dtype.bytes(rows.len() * width)?,
+        })
+    }
+
+    /// Columns of a matrix `[out, in]`, copied together. `None` if it is no matrix, they are not there, or their ends lie inside
+    /// blocks of the format.
+    pub fn columns(&self, columns: Range<usize>) -> Option<Self> {
+        let &[rows, width] = self.shape.as_slice() else { return None };
+        if columns.start > columns.end || columns.end > width {
+            return None;
+        }
+        let (start, len) = (self.dtype.bytes(columns.start)?, self.dtype.bytes(columns.len())?);
+        let mut bytes = Vec::with_capacity(rows * len);
+        for row in self.bytes().chunks_exact(self.dtype.bytes(width)?.max(1)) {
+            bytes.extend_from_slice(&row[start..start + len]);
+        }
+        Self::new(self.name.clone(), vec![rows, columns.len()], self.dtype, Arc::new(bytes), 0)
+    }
+}
+
 impl std::fmt::Debug for RawTensor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} {:?} {:?}", self.name, self.dtype, self.shape)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dequant::dequantize;
+
+    fn widened(tensor: &RawTensor) -> Vec<f32> {
+        let mut out = vec![0.0; tensor.elements()];
+        dequantize(tensor.dtype, tensor.bytes(), &mut out);
+        out
+    }
+
+    /// A matrix of any format: every second byte is zero, so that scales are finite.
+    fn matrix(dtype: DType, rows: usize, width: usize) -> RawTensor {
+        let bytes = dtype.bytes(rows * width).expect("whole blocks");
+        let data: Vec<u8> = (0..bytes + 3).map(|i| (i % 2 * (i * 37 % 59)) as u8).collect();
+        RawTensor::new("w", vec![rows, width], dtype, Arc::new(data), 3).expect("as long as it says")
+    }
+
+    #[test]
+    fn rows_and_columns_of_every_format_are_those_of_the_whole() {
+        for (dtype, width, columns) in [
+            (DType::F32, 6, 1..4),
+            (DType::BF16, 5, 2..5),
+            (DType::Q8_0, 96, 32..96),
+            (DType::Q6_K, 768, 256..512),
+        ] {
+            let whole = matrix(dtype, 5, width);
+            let expected = widened(&whole);
+            assert!(expected.iter().any(|x| *x != expected[0]), "{dtype:?}");
+            let rows = whole.rows(1..4).expect("rows are whole");
+            assert_eq!(
+                (rows.shape.as_slice(), widened(&rows)),
+                (&[3, width][..], expected[width..4 * width].to_vec())
+            );
+            let part = whole.columns(columns.clone()).expect("blocks are whole");
+            let of_row = |row: &[f32]| row[columns.clone()].to_vec();
+            assert_eq!(part.shape, [5, columns.len()]);
+            assert_eq!(
+                widened(&part),
+                expected.chunks(width).flat_map(of_row).collect::<Vec<_>>(),
+                "{dtype:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn cuts_inside_a_block_or_beyond_the_tensor_are_refused() {
+        let whole = matrix(DType::Q8_0, 2, 64);
+        assert!(whole.columns(0..16).is_none() && whole.columns(16..48).is_none());
+        assert!(whole.columns(32..96).is_none() && whole.rows(1..3).is_none());
+        let vector =
+            RawTensor::new("b", vec![64], DType::Q8_0, Arc::new(vec![0u8; 68]), 0).expect("two blocks");
+        assert!(vector.rows(0..16).is_none() && vector.columns(0..32).is_none());
+        assert_eq!(vector.rows(32..64).expect("a block").bytes().len(), 34);
     }
 }

@@ -5,10 +5,11 @@
 
 use crate::{
     Activation, AttentionOptions, AttentionShape, BLOCK_SIZE, Backend, Batch, DType, ExpertWeights, OpError,
-    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplerScratch, sample_row,
+    QkNorm, Rank, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplerScratch, sample_row,
 };
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{D, Device, IndexOp, Tensor as Candle};
+use rudder_comm::Member;
 use std::borrow::Cow;
 
 const CPU: Device = Device::Cpu;
@@ -18,6 +19,7 @@ const CPU: Device = Device::Cpu;
 pub struct Reference {
     batch: Batch,
     rope: Option<Rope>,
+    member: Option<Member>,
 }
 
 /// Activations; `None` before they are first written.
@@ -45,6 +47,11 @@ impl Reference {
     /// A reference backend.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same as a rank of a model that is cut.
+    pub fn in_group(self, member: Member) -> Self {
+        Self { member: Some(member), ..self }
     }
 
     /// Cosines and sines of this step's rows, `[rows, 1, head_dim / 2]`.
@@ -199,6 +206,10 @@ impl Backend for Reference {
 
     fn name(&self) -> &str {
         "reference"
+    }
+
+    fn rank(&self) -> Rank {
+        self.member.as_ref().map_or(Rank::ALONE, Member::rank)
     }
 
     fn load_matrix(&mut self, parts: &[RawTensor]) -> Result<Candle> {
@@ -404,6 +415,26 @@ impl Backend for Reference {
             rows = (rows + delta.get()?.index_select(&outputs, 0)?)?;
         }
         out.set(rows)
+    }
+
+    fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
+        let Some(member) = &self.member else { return Ok(()) };
+        let (rows, width) = x.get()?.dims2()?;
+        let mut data = x.get()?.flatten_all()?.to_vec1()?;
+        member.all_reduce(&mut data)?;
+        x.set(Candle::from_vec(data, (rows, width), &CPU)?)
+    }
+
+    fn gather_columns(&mut self, part: &Tensor, whole: Option<&mut Tensor>) -> Result<()> {
+        let Some(member) = &self.member else {
+            return Err(OpError::Backend("columns are gathered from a group of ranks".to_owned()));
+        };
+        let (rows, _) = part.get()?.dims2()?;
+        let data: Vec<f32> = part.get()?.flatten_all()?.to_vec1()?;
+        let Some(whole) = whole else { return Ok(member.gather(&data, rows, None)?) };
+        let mut all = vec![0.0; rows * whole.width];
+        member.gather(&data, rows, Some(&mut all))?;
+        whole.set(Candle::from_vec(all, (rows, whole.width), &CPU)?)
     }
 
     fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()> {

@@ -20,13 +20,14 @@ pub use moe::Experts;
 
 use crate::{
     Activation, AttentionOptions, AttentionShape, BLOCK_SIZE, Backend, Batch, ExpertWeights, OpError, QkNorm,
-    RawTensor, Result, Rope, SampleRow, Sampled, SamplerScratch, dequant, sample_row,
+    Rank, RawTensor, Result, Rope, SampleRow, Sampled, SamplerScratch, dequant, sample_row,
 };
 use kv::{LayerMut, Layout};
 use matmul::{PackedMatrix, Scratch};
 use norm::{RmsNorm, RmsNormInPlace};
 use pool::Pool;
 use rows::{Disjoint, for_rows};
+use rudder_comm::Member;
 use simd::Level;
 use std::sync::{Mutex, PoisonError};
 
@@ -43,6 +44,8 @@ pub struct Cpu {
     attention: attention::Buffers,
     moe: moe::Buffers,
     samplers: Vec<Mutex<SamplerScratch>>,
+    /// Its place among the ranks of a model that is cut.
+    member: Option<Member>,
 }
 
 /// What the ops of one step share.
@@ -87,7 +90,13 @@ impl Cpu {
             attention: attention::Buffers::new(threads),
             moe: moe::Buffers::default(),
             samplers: (0..threads).map(|_| Mutex::default()).collect(),
+            member: None,
         }
+    }
+
+    /// The same as a rank of a model that is cut.
+    pub fn in_group(self, member: Member) -> Self {
+        Self { member: Some(member), ..self }
     }
 
     /// Sees to it that multiplications of `rows` rows of `width` inputs find room.
@@ -161,16 +170,6 @@ fn zeros<T: Copy>(len: usize, zero: T) -> Option<Vec<T>> {
     Some(vec![zero; len])
 }
 
-/// Copies a batch, keeping the memory of `to`; derived `clone_from` would not.
-fn copy(from: &Batch, to: &mut Batch) {
-    to.tokens.clone_from(&from.tokens);
-    to.positions.clone_from(&from.positions);
-    to.slots.clone_from(&from.slots);
-    to.spans.clone_from(&from.spans);
-    to.block_tables.clone_from(&from.block_tables);
-    to.outputs.clone_from(&from.outputs);
-}
-
 impl Step {
     /// Takes over a batch, after checking that it does not contradict itself.
     fn set(&mut self, batch: &Batch, rope: Option<&Rope>) -> Result<()> {
@@ -188,7 +187,7 @@ impl Step {
         check(batch.outputs.iter().all(|&row| (row as usize) < rows), || {
             "a batch wants the output of a row that it does not have".to_owned()
         })?;
-        copy(batch, &mut self.batch);
+        self.batch.copy_from(batch);
         let blocks =
             batch.block_tables.iter().copied().chain(batch.slots.iter().map(|s| s / BLOCK_SIZE as u32));
         self.blocks = blocks.max().map_or(0, |block| block as usize + 1);
@@ -226,6 +225,10 @@ impl Backend for Cpu {
 
     fn name(&self) -> &str {
         "cpu"
+    }
+
+    fn rank(&self) -> Rank {
+        self.member.as_ref().map_or(Rank::ALONE, Member::rank)
     }
 
     fn load_matrix(&mut self, parts: &[RawTensor]) -> Result<PackedMatrix> {
@@ -478,6 +481,22 @@ impl Backend for Cpu {
             }
         }
         Ok(())
+    }
+
+    fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
+        let Some(member) = &self.member else { return Ok(()) };
+        Ok(member.all_reduce(x.data_mut())?)
+    }
+
+    fn gather_columns(&mut self, part: &Tensor, mut whole: Option<&mut Tensor>) -> Result<()> {
+        let Some(member) = &self.member else {
+            return Err(OpError::Backend("columns are gathered from a group of ranks".to_owned()));
+        };
+        if let Some(whole) = whole.as_deref_mut() {
+            let width = whole.width;
+            whole.resize(part.rows, width)?;
+        }
+        Ok(member.gather(part.data(), part.rows, whole.map(Tensor::data_mut))?)
     }
 
     fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()> {
