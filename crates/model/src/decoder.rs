@@ -1,12 +1,12 @@
 //! The decoder that all architectures share: a pre-norm transformer over the op set.
 
 use rudder_ops::{
-    AttentionOptions, BLOCK_SIZE, Backend, Batch, OpError, QkNorm, SampleRow, Sampled, SamplingParams,
+    AttentionOptions, BLOCK_SIZE, Backend, Batch, OpError, QkNorm, Rank, SampleRow, Sampled, SamplingParams,
 };
 
 use crate::{KvBlock, Model, ModelConfig};
 
-/// A loaded decoder: weights, KV cache and workspace on one backend.
+/// A loaded decoder: weights, KV cache and workspace on one backend; of a model that is cut, one rank's, with the sizes of its part.
 pub(crate) struct Decoder<B: Backend> {
     pub backend: B,
     pub config: ModelConfig,
@@ -70,7 +70,10 @@ pub(crate) struct Workspace<B: Backend> {
     /// The residual stream of the outputs.
     output: B::Tensor,
     output_normed: B::Tensor,
+    /// Of this rank's part of the vocabulary.
     logits: B::Tensor,
+    /// Of all of it, on rank 0 of several.
+    all_logits: Option<B::Tensor>,
 }
 
 enum MlpWorkspace<B: Backend> {
@@ -79,8 +82,13 @@ enum MlpWorkspace<B: Backend> {
 }
 
 impl<B: Backend> Workspace<B> {
-    /// Allocates for steps within `limits`.
-    pub(crate) fn new(backend: &mut B, config: &ModelConfig, limits: &Limits) -> Result<Self, OpError> {
+    /// Allocates for steps within `limits` on a rank that computes the logits of `vocab` tokens.
+    pub(crate) fn new(
+        backend: &mut B,
+        config: &ModelConfig,
+        limits: &Limits,
+        vocab: usize,
+    ) -> Result<Self, OpError> {
         let (tokens, outputs, hidden) = (limits.batch_tokens, limits.outputs, config.hidden);
         let mlp = match &config.moe {
             Some(moe) => MlpWorkspace::Moe { router_logits: backend.tensor(tokens, moe.experts)? },
@@ -99,7 +107,11 @@ impl<B: Backend> Workspace<B> {
             output_heads: backend.tensor(outputs, config.attention.out_width())?,
             output: backend.tensor(outputs, hidden)?,
             output_normed: backend.tensor(outputs, hidden)?,
-            logits: backend.tensor(outputs, config.vocab)?,
+            logits: backend.tensor(outputs, vocab)?,
+            all_logits: match backend.rank() {
+                Rank { index: 0, world: 2.. } => Some(backend.tensor(outputs, config.vocab)?),
+                _ => None,
+            },
         })
     }
 }
@@ -137,7 +149,7 @@ impl<B: Backend> Layer<B> {
     }
 
     /// From attention's `heads` and the residual stream to what this layer's MLP adds to it:
-    /// `residual += heads * o; delta = mlp(norm(residual))`.
+    /// `residual += heads * o; delta = mlp(norm(residual))`. Ranks each hold a part of what the two matrices read.
     fn finish(
         &self,
         backend: &mut B,
@@ -147,19 +159,21 @@ impl<B: Backend> Layer<B> {
         (normed, delta, mlp): (&mut B::Tensor, &mut B::Tensor, &mut MlpWorkspace<B>),
     ) -> Result<(), OpError> {
         backend.linear(heads, &self.attn_output, self.attn_output_bias.as_ref(), delta)?;
+        backend.all_reduce(delta)?;
         backend.rms_norm(residual, Some(delta), &self.ffn_norm, config.rms_eps, normed)?;
         match (&self.mlp, mlp, &config.moe) {
             (Mlp::Dense { gate_up, down }, MlpWorkspace::Dense { gate_up: both, activated }, _) => {
                 backend.linear(normed, gate_up, None, both)?;
                 backend.silu_mul(both, activated)?;
-                backend.linear(activated, down, None, delta)
+                backend.linear(activated, down, None, delta)?;
             }
             (Mlp::Moe { router, router_bias, experts }, MlpWorkspace::Moe { router_logits }, Some(moe)) => {
                 backend.linear(normed, router, router_bias.as_ref(), router_logits)?;
-                backend.moe(normed, router_logits, experts, moe.top_k, moe.renormalise, delta)
+                backend.moe(normed, router_logits, experts, moe.top_k, moe.renormalise, delta)?;
             }
             _ => unreachable!("layers and workspace are made from one configuration"),
         }
+        backend.all_reduce(delta)
     }
 }
 
@@ -242,11 +256,16 @@ impl<B: Backend> Model for Decoder<B> {
         }
         let delta = wanted.then_some(&w.delta);
         backend.rms_norm(&mut w.output, delta, &self.output_norm, config.rms_eps, &mut w.output_normed)?;
-        backend.linear(&w.output_normed, &self.output, None, &mut w.logits)
+        backend.linear(&w.output_normed, &self.output, None, &mut w.logits)?;
+        match backend.rank().world {
+            1 => Ok(()),
+            _ => backend.gather_columns(&w.logits, w.all_logits.as_mut()),
+        }
     }
 
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
-        self.backend.sample(&mut self.workspace.logits, rows, out)
+        let w = &mut self.workspace;
+        self.backend.sample(w.all_logits.as_mut().unwrap_or(&mut w.logits), rows, out)
     }
 
     fn kv_block(&self) -> Option<KvBlock> {
@@ -262,6 +281,7 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn logits(&mut self) -> Result<Vec<f32>, OpError> {
-        self.backend.to_host(&self.workspace.logits)
+        let w = &self.workspace;
+        self.backend.to_host(w.all_logits.as_ref().unwrap_or(&w.logits))
     }
 }

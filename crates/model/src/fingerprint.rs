@@ -38,6 +38,14 @@ impl Fingerprint {
         }
     }
 
+    /// Of a model that is cut, from the fingerprints of its ranks in order.
+    pub fn of_ranks(ranks: impl Iterator<Item = [u8; 32]>) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update("ranks");
+        ranks.for_each(|rank| hash.update(rank));
+        hash.finalize().into()
+    }
+
     /// Ends with the backend's name for dtype and layout.
     pub fn finish(mut self, kv_format: &str) -> [u8; 32] {
         self.0.update(kv_format);

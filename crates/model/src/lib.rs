@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! path -> ModelSource::open (config, mapped weights) -> load onto a Backend -> dyn Model
+//!                                                     -> load_ranks, cut over several -> dyn Model
 //! ```
 
 mod arch;
@@ -16,8 +17,10 @@ mod gguf;
 mod hf_config;
 mod load;
 mod mapped;
+mod ranks;
 mod rope;
 mod safetensors;
+mod shard;
 mod weights;
 
 pub use config::{ModelConfig, MoeConfig};

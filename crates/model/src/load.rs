@@ -1,8 +1,9 @@
 //! From a path to a model: opens a GGUF file or a Hugging Face folder, uploads the weights to a backend.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use rudder_ops::{BLOCK_SIZE, Backend, ExpertWeights, RawTensor};
+use rudder_ops::{AttentionShape, BLOCK_SIZE, Backend, ExpertWeights, Rank, RawTensor};
 
 use crate::arch::{self, Architecture};
 use crate::decoder::{Decoder, Layer, Limits, Mlp, Workspace};
@@ -10,6 +11,7 @@ use crate::dummy::{self, Dummy};
 use crate::fingerprint::Fingerprint;
 use crate::gguf::Gguf;
 use crate::safetensors::Checkpoint;
+use crate::shard::{Cut, Shard, outputs, uncut};
 use crate::weights::Weights;
 use crate::{KvBlock, LoadError, Model, ModelConfig, MoeConfig, config, hf_config};
 
@@ -150,9 +152,21 @@ impl ModelSource {
         self.weights.bytes()
     }
 
-    /// Bytes that one KV block takes in all layers together.
+    /// Bytes that one KV block takes in all layers together, on all ranks of the model that `backend` runs one of.
     pub fn kv_block_bytes<B: Backend>(&self, backend: &B) -> u64 {
-        backend.kv_block_bytes(&self.config.attention) as u64 * self.config.layers as u64
+        let (world, attention) = (backend.rank().world, self.config.attention);
+        // Where there are more ranks than KV heads, each has one.
+        let part = AttentionShape { kv_heads: attention.kv_heads.div_ceil(world), ..attention };
+        backend.kv_block_bytes(&part) as u64 * self.config.layers as u64 * world as u64
+    }
+
+    /// How the model is cut for `world` ranks.
+    pub(crate) fn cut(&self, world: usize) -> Result<Cut<'_>, LoadError> {
+        let cut = Cut::new(&self.config, &self.weights)?;
+        cut.check(world).map_err(|reason| {
+            LoadError::Options(format!("{world} ranks cannot share {}: {reason}", self.path.display()))
+        })?;
+        Ok(cut)
     }
 
     /// Uploads the weights to `backend` and allocates its KV cache and workspace.
@@ -162,29 +176,53 @@ impl ModelSource {
     /// it, or the options do not fit the model.
     pub fn load<B: Backend>(
         &self,
+        backend: B,
+        options: LoadOptions,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<Loaded, LoadError> {
+        if backend.rank() != Rank::ALONE {
+            return Err(LoadError::Options("a rank is loaded together with the others of its group".into()));
+        }
+        let mut decoder = self.decoder(backend, &Shard::whole(&self.config), options, &mut progress)?;
+        let weight_bytes = self.weight_bytes();
+        progress(weight_bytes, weight_bytes);
+        let block_bytes = self.kv_block_bytes(&decoder.backend);
+        if let KvSize::DeviceShare(share) = options.kv {
+            decoder.rehearse()?;
+            let blocks = kv_blocks_in(share, decoder.backend.memory()?, block_bytes)?;
+            decoder.set_kv_blocks(blocks)?;
+        }
+        let kv_blocks = decoder.limits.kv_blocks;
+        let kv_bytes = block_bytes.saturating_mul(kv_blocks as u64);
+        Ok(Loaded { model: Box::new(decoder), kv_blocks, kv_bytes, weight_bytes })
+    }
+
+    /// Uploads one rank's part of the weights and allocates its part of the KV cache and its workspace.
+    pub(crate) fn decoder<B: Backend>(
+        &self,
         mut backend: B,
+        shard: &Shard,
         options: LoadOptions,
         progress: impl FnMut(u64, u64),
-    ) -> Result<Loaded, LoadError> {
+    ) -> Result<Decoder<B>, LoadError> {
         let limits = self.limits(&backend, options)?;
-        let weight_bytes = self.weight_bytes();
-        let fingerprint = Fingerprint::new(&self.config);
-        let mut loader = Loader { source: self, backend: &mut backend, done: 0, progress, fingerprint };
+        let config = shard.config(&self.config);
+        let fingerprint = Fingerprint::new(&config);
+        let mut loader =
+            Loader { source: self, shard, backend: &mut backend, done: 0, progress, fingerprint };
         let embedding = loader.embedding()?;
         let layers = (0..self.config.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
         let (output_norm, output) = (loader.output_norm()?, loader.output()?);
-        (loader.progress)(weight_bytes, weight_bytes);
         let fingerprint = loader.fingerprint;
-        let block_bytes = self.kv_block_bytes(&backend) as usize;
+        let block_bytes = backend.kv_block_bytes(&config.attention) * config.layers;
         let kv_block = backend
             .kv_format()
             .map(|format| KvBlock { bytes: block_bytes, fingerprint: fingerprint.finish(&format) });
 
-        backend.load_rope(&self.config.rope, limits.context)?;
-        let cache = backend.kv_cache(self.config.layers, &self.config.attention, limits.kv_blocks)?;
-        let workspace = Workspace::new(&mut backend, &self.config, &limits)?;
-        let config = self.config.clone();
-        let mut decoder = Decoder {
+        backend.load_rope(&config.rope, limits.context)?;
+        let cache = backend.kv_cache(config.layers, &config.attention, limits.kv_blocks)?;
+        let workspace = Workspace::new(&mut backend, &config, &limits, shard.vocab.len())?;
+        Ok(Decoder {
             backend,
             config,
             limits,
@@ -195,15 +233,7 @@ impl ModelSource {
             output,
             cache,
             workspace,
-        };
-        if let KvSize::DeviceShare(share) = options.kv {
-            decoder.rehearse()?;
-            let blocks = kv_blocks_in(share, decoder.backend.memory()?, block_bytes as u64)?;
-            decoder.set_kv_blocks(blocks)?;
-        }
-        let kv_blocks = decoder.limits.kv_blocks;
-        let kv_bytes = (block_bytes as u64).saturating_mul(kv_blocks as u64);
-        Ok(Loaded { model: Box::new(decoder), kv_blocks, kv_bytes, weight_bytes })
+        })
     }
 
     fn limits<B: Backend>(&self, backend: &B, options: LoadOptions) -> Result<Limits, LoadError> {
@@ -237,7 +267,11 @@ impl ModelSource {
 }
 
 /// KV blocks of `block_bytes` that `share` of a device's memory (free and total) has room for beside what is in use.
-fn kv_blocks_in(share: f64, memory: Option<(u64, u64)>, block_bytes: u64) -> Result<usize, LoadError> {
+pub(crate) fn kv_blocks_in(
+    share: f64,
+    memory: Option<(u64, u64)>,
+    block_bytes: u64,
+) -> Result<usize, LoadError> {
     let (free, total) =
         memory.ok_or_else(|| LoadError::Options("this device does not say how much memory it has".into()))?;
     let room = ((total as f64 * share) as u64).saturating_sub(total - free.min(total));
@@ -253,6 +287,8 @@ fn kv_blocks_in(share: f64, memory: Option<(u64, u64)>, block_bytes: u64) -> Res
 /// Uploads tensor by tensor and counts the bytes.
 struct Loader<'a, B: Backend, P: FnMut(u64, u64)> {
     source: &'a ModelSource,
+    /// The part of the weights that is uploaded.
+    shard: &'a Shard,
     backend: &'a mut B,
     done: u64,
     progress: P,
@@ -268,6 +304,29 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
         // A tied embedding table is uploaded twice, some tensors never.
         let total = self.source.weight_bytes();
         (self.progress)(self.done.min(total), total);
+    }
+
+    /// The part of a matrix that reads `inputs`. It is a copy, so the tensor's own pages are given back at once.
+    fn inputs(&self, tensor: RawTensor, inputs: &Range<usize>) -> Result<RawTensor, LoadError> {
+        if *inputs == (0..tensor.shape[1]) {
+            return Ok(tensor);
+        }
+        let part = tensor.columns(inputs.clone()).ok_or_else(|| uncut(&tensor))?;
+        self.source.weights.release(&tensor);
+        Ok(part)
+    }
+
+    /// Whether this is the rank that adds what is added once, or the only one.
+    fn is_first(&self) -> bool {
+        self.backend.rank().index == 0
+    }
+
+    /// Biases of products that are summed over the ranks: zeros on all ranks but the first.
+    fn added_once(&self, biases: Vec<RawTensor>) -> Vec<RawTensor> {
+        let zeros = |bias: RawTensor| {
+            RawTensor::from_f32(bias.name.clone(), bias.shape.clone(), &vec![0.0; bias.elements()])
+        };
+        if self.is_first() { biases } else { biases.into_iter().map(zeros).collect() }
     }
 
     fn matrix(&mut self, parts: &[RawTensor]) -> Result<B::Matrix, LoadError> {
@@ -299,23 +358,27 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
         let ModelConfig { vocab, hidden, .. } = self.source.config;
         let (weights, shape) = (&self.source.weights, [vocab, hidden]);
         let matrix = if self.source.tied { weights.embedding(shape)? } else { weights.output(shape)? };
-        self.matrix(&[matrix])
+        self.matrix(&[outputs(matrix, &self.shard.vocab)?])
     }
 
     fn layer(&mut self, layer: usize) -> Result<Layer<B>, LoadError> {
         let (weights, config, arch) = (&self.source.weights, &self.source.config, self.source.arch);
+        let shard = self.shard;
         let (hidden, head_dim) = (config.hidden, config.attention.head_dim);
         let q = config.attention.heads * head_dim;
         let kv = config.attention.kv_heads * head_dim;
 
         let qkv = [
-            weights.matrix(layer, "attn_q", [q, hidden])?,
-            weights.matrix(layer, "attn_k", [kv, hidden])?,
-            weights.matrix(layer, "attn_v", [kv, hidden])?,
+            outputs(weights.matrix(layer, "attn_q", [q, hidden])?, &shard.q)?,
+            outputs(weights.matrix(layer, "attn_k", [kv, hidden])?, &shard.kv)?,
+            outputs(weights.matrix(layer, "attn_v", [kv, hidden])?, &shard.kv)?,
         ];
-        let bias = |name, len| weights.bias(layer, name, len);
         let qkv_bias = match arch.qkv_bias {
-            true => Some(self.vector(&[bias("attn_q", q)?, bias("attn_k", kv)?, bias("attn_v", kv)?])?),
+            true => Some(self.vector(&[
+                outputs(weights.bias(layer, "attn_q", q)?, &shard.q)?,
+                outputs(weights.bias(layer, "attn_k", kv)?, &shard.kv)?,
+                outputs(weights.bias(layer, "attn_v", kv)?, &shard.kv)?,
+            ])?),
             false => None,
         };
         let qk_norm = match arch.qk_norm {
@@ -326,12 +389,18 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
             }
             false => None,
         };
+        let attn_output = self.inputs(weights.matrix(layer, "attn_output", [hidden, q])?, &shard.q)?;
         let attn_output_bias = match arch.output_bias {
-            true => Some(self.vector(&[bias("attn_output", hidden)?])?),
-            false => None,
+            // Added once: the ranks' products are summed.
+            true if self.is_first() => Some(self.vector(&[weights.bias(layer, "attn_output", hidden)?])?),
+            _ => None,
         };
         let sinks = match arch.sinks {
-            true => Some(self.vector(&[weights.sinks(layer, config.attention.heads)?])?),
+            true => {
+                let heads = shard.q.start / head_dim..shard.q.end / head_dim;
+                let sinks = weights.sinks(layer, config.attention.heads)?;
+                Some(self.vector(&[outputs(sinks, &heads)?])?)
+            }
             false => None,
         };
         Ok(Layer {
@@ -341,7 +410,7 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
             qk_norm,
             window: config.windows[layer],
             sinks,
-            attn_output: self.matrix(&[weights.matrix(layer, "attn_output", [hidden, q])?])?,
+            attn_output: self.matrix(&[attn_output])?,
             attn_output_bias,
             ffn_norm: self.vector(&[weights.norm(layer, "ffn_norm", hidden)?])?,
             mlp: self.mlp(layer)?,
@@ -349,13 +418,13 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
     }
 
     fn mlp(&mut self, layer: usize) -> Result<Mlp<B>, LoadError> {
-        let (weights, config) = (&self.source.weights, &self.source.config);
+        let (weights, config, inner) = (&self.source.weights, &self.source.config, &self.shard.inner);
         let hidden = config.hidden;
         let Some(moe) = config.moe else {
             let width = config.intermediate;
-            let gate = weights.matrix(layer, "ffn_gate", [width, hidden])?;
-            let up = weights.matrix(layer, "ffn_up", [width, hidden])?;
-            let down = weights.matrix(layer, "ffn_down", [hidden, width])?;
+            let gate = outputs(weights.matrix(layer, "ffn_gate", [width, hidden])?, inner)?;
+            let up = outputs(weights.matrix(layer, "ffn_up", [width, hidden])?, inner)?;
+            let down = self.inputs(weights.matrix(layer, "ffn_down", [hidden, width])?, inner)?;
             return Ok(Mlp::Dense { gate_up: self.matrix(&[gate, up])?, down: self.matrix(&[down])? });
         };
         let count = moe.experts;
@@ -367,16 +436,26 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
         Ok(Mlp::Moe { router, router_bias, experts: self.experts(layer, moe)? })
     }
 
+    /// A part of every expert, so that all ranks have the same to do whatever the router says.
     fn experts(&mut self, layer: usize, moe: MoeConfig) -> Result<B::Experts, LoadError> {
-        let (weights, hidden) = (&self.source.weights, self.source.config.hidden);
+        let (weights, hidden, inner) = (&self.source.weights, self.source.config.hidden, &self.shard.inner);
         let (count, width) = (moe.experts, moe.intermediate);
-        let gate = weights.experts(layer, "gate", count, [width, hidden])?;
-        let up = weights.experts(layer, "up", count, [width, hidden])?;
+        let rows = |experts: Vec<RawTensor>| -> Result<Vec<_>, LoadError> {
+            experts.into_iter().map(|expert| outputs(expert, inner)).collect()
+        };
+        let gate = rows(weights.experts(layer, "gate", count, [width, hidden])?)?;
+        let up = rows(weights.experts(layer, "up", count, [width, hidden])?)?;
         let down = weights.experts(layer, "down", count, [hidden, width])?;
+        let down: Vec<_> =
+            down.into_iter().map(|expert| self.inputs(expert, inner)).collect::<Result<_, _>>()?;
         let biases = match self.source.arch.expert_biases {
             true => {
                 let of = |name, len| weights.expert_biases(layer, name, count, len);
-                Some([of("gate", width)?, of("up", width)?, of("down", hidden)?])
+                Some([
+                    rows(of("gate", width)?)?,
+                    rows(of("up", width)?)?,
+                    self.added_once(of("down", hidden)?),
+                ])
             }
             false => None,
         };

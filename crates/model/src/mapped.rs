@@ -26,10 +26,13 @@ pub(crate) fn map(path: &Path) -> Result<Arc<Mmap>, LoadError> {
 }
 
 /// Gives back the pages of a tensor that lies in `map`. They stay in the system's cache, where a later
-/// read finds them, and no longer count as this process's memory.
+/// read finds them, and no longer count as this process's memory. A part that was copied out of it is left alone.
 #[cfg(unix)]
 pub(crate) fn release(map: &Mmap, tensor: &RawTensor) {
-    let bytes = tensor.bytes();
+    let (bytes, mapped) = (tensor.bytes(), map.as_ptr_range());
+    if bytes.as_ptr() < mapped.start || bytes.as_ptr_range().end > mapped.end {
+        return;
+    }
     let offset = bytes.as_ptr() as usize - map.as_ptr() as usize;
     // SAFETY: the mapping is read-only and of a file, so its pages can be read again at any time.
     let given =
