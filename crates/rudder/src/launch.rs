@@ -53,6 +53,8 @@ pub struct Summary {
     pub device: String,
     /// Worker threads.
     pub threads: usize,
+    /// Ranks that share the model.
+    pub ranks: usize,
     /// Time from the start of loading to a running engine.
     pub took: Duration,
 }
@@ -162,6 +164,7 @@ fn bring_up<T: Send>(
         context_length: config.context_length,
         device: device.reason,
         threads,
+        ranks: settings.tensor_parallel_size.unwrap_or(1),
         took: began.elapsed(),
     };
     Ok(Launched { engine, text, name, summary })

@@ -1,6 +1,7 @@
 //! Where a model runs, and how much KV it holds there.
 
 use anyhow::{Result, bail};
+use rudder_comm::Group;
 use rudder_cuda::Cuda;
 use rudder_hub::bytes;
 use rudder_model::{KvSize, LoadError, LoadOptions, Loaded, ModelSource};
@@ -25,16 +26,37 @@ pub struct Place {
 
 enum Backend {
     Cpu(Box<Cpu>),
+    /// The ranks of a model that is cut.
+    Cpus(Group, Vec<Cpu>),
     Cuda(Box<Cuda>),
+}
+
+impl Backend {
+    /// Bytes of a KV block in all layers, on all ranks together.
+    fn kv_block_bytes(&self, source: &ModelSource) -> u64 {
+        match self {
+            Self::Cpu(cpu) => source.kv_block_bytes(&**cpu),
+            Self::Cpus(_, cpus) => cpus.first().map_or(0, |cpu| source.kv_block_bytes(cpu)),
+            Self::Cuda(cuda) => source.kv_block_bytes(&**cuda),
+        }
+    }
 }
 
 impl Place {
     /// The CPU: weights and KV must fit in the memory that is available.
     ///
     /// # Errors
-    /// If they do not, or wishes do not fit each other.
+    /// If they do not, wishes do not fit each other, or the model cannot be cut for as many ranks as asked for.
     pub fn cpu(source: &ModelSource, settings: &ModelSettings, threads: usize) -> Result<Self> {
-        let backend = Cpu::new(threads, KvDType::F16);
+        let backend = match settings.tensor_parallel_size.unwrap_or(1) {
+            1 => Backend::Cpu(Box::new(Cpu::new(threads, KvDType::F16))),
+            ranks => {
+                source.check_ranks(ranks)?;
+                let group = Group::new(ranks);
+                let cpus = ranks_on(&group, threads);
+                Backend::Cpus(group, cpus)
+            }
+        };
         let weight_bytes = source.weight_bytes();
         let available = machine::memory().available;
         if weight_bytes > available {
@@ -45,7 +67,7 @@ impl Place {
             );
         }
         let needs = KvNeeds {
-            block_bytes: source.kv_block_bytes(&backend),
+            block_bytes: backend.kv_block_bytes(source),
             context_length: source.config().context_length,
             available: available - weight_bytes,
             max_context: settings.max_context,
@@ -53,14 +75,20 @@ impl Place {
         };
         let plan = needs.plan()?;
         let kv = KvSize::Blocks(plan.blocks);
-        Ok(Self { backend: Backend::Cpu(Box::new(backend)), kv, max_context: plan.max_context })
+        Ok(Self { backend, kv, max_context: plan.max_context })
     }
 
     /// A GPU: the KV cache gets what a largest step leaves of the memory.
     ///
     /// # Errors
-    /// If the GPU cannot be used.
+    /// If the GPU cannot be used, or more than one is asked for.
     pub fn gpu(source: &ModelSource, settings: &ModelSettings, index: usize) -> Result<Self> {
+        if let Some(ranks @ 2..) = settings.tensor_parallel_size {
+            bail!(
+                "tensor_parallel_size is {ranks}, but a model runs on one GPU so far: ranks are built for the CPU \
+                 (device = \"cpu\"); leave tensor_parallel_size out to use cuda:{index}"
+            );
+        }
         let backend = Backend::Cuda(Box::new(Cuda::new(index)?));
         let kv = match settings.kv_memory {
             Some(asked) => KvSize::Bytes(asked.0),
@@ -78,13 +106,25 @@ impl Place {
         self,
         source: &ModelSource,
         options: LoadOptions,
-        progress: impl FnMut(u64, u64),
+        progress: impl FnMut(u64, u64) + Send,
     ) -> Result<Loaded, LoadError> {
         match self.backend {
             Backend::Cpu(cpu) => source.load(*cpu, options, progress),
+            Backend::Cpus(group, cpus) => source.load_ranks(group, cpus, options, progress),
             Backend::Cuda(cuda) => source.load(*cuda, options, progress),
         }
     }
+}
+
+/// The ranks of a group, which share `threads` threads.
+fn ranks_on(group: &Group, threads: usize) -> Vec<Cpu> {
+    let members = group.members().into_iter().zip(shares(threads, group.world()));
+    members.map(|(member, threads)| Cpu::new(threads, KvDType::F16).in_group(member)).collect()
+}
+
+/// Threads for each rank: as evenly as they divide, at least one. The first rank, which samples too, has no fewer than another.
+fn shares(threads: usize, ranks: usize) -> impl Iterator<Item = usize> {
+    (0..ranks).map(move |rank| (threads / ranks + usize::from(rank < threads % ranks)).max(1))
 }
 
 /// The longest sequence that `kv_blocks` hold: `max_context`, unless nobody asked for that.
@@ -105,6 +145,13 @@ pub fn fit(max_context: usize, asked: bool, kv_blocks: usize) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranks_share_the_threads_and_have_one_each() {
+        assert_eq!(shares(8, 2).collect::<Vec<_>>(), [4, 4]);
+        assert_eq!(shares(7, 3).collect::<Vec<_>>(), [3, 2, 2]);
+        assert_eq!(shares(1, 2).collect::<Vec<_>>(), [1, 1]);
+    }
 
     #[test]
     fn a_context_that_was_asked_for_is_held_or_refused_and_another_gives_way() {

@@ -37,6 +37,9 @@ pub struct ModelSettings {
     /// Worker threads [default: the machine's physical cores]
     #[arg(long, env = "RUDDER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
+    /// Ranks that share every layer of the model and the threads between them; must divide the model's heads [default: 1]
+    #[arg(long, env = "RUDDER_TENSOR_PARALLEL_SIZE", value_name = "N")]
+    pub tensor_parallel_size: Option<usize>,
     /// Longest sequence, prompt and answer together, in tokens [default: the model's, less where memory is short]
     #[arg(long, env = "RUDDER_MAX_CONTEXT", value_name = "TOKENS")]
     pub max_context: Option<usize>,
@@ -288,6 +291,7 @@ impl ModelSettings {
             load_format: self.load_format.or(file.load_format),
             device: self.device.or(file.device),
             threads: self.threads.or(file.threads),
+            tensor_parallel_size: self.tensor_parallel_size.or(file.tensor_parallel_size),
             max_context: self.max_context.or(file.max_context),
             kv_memory: self.kv_memory.or(file.kv_memory),
             gpu_memory_utilization: self.gpu_memory_utilization.or(file.gpu_memory_utilization),
@@ -313,6 +317,7 @@ impl ModelSettings {
         };
         for (name, value) in [
             ("threads", merged.threads),
+            ("tensor_parallel_size", merged.tensor_parallel_size),
             ("max_sequences", merged.max_sequences),
             ("max_batch_tokens", merged.max_batch_tokens),
             ("max_context", merged.max_context.map(|n| n.saturating_sub(1))),
@@ -441,6 +446,7 @@ mod tests {
             load_format = "auto"
             device = "cpu"
             threads = 1
+            tensor_parallel_size = 2
             max_context = 2
             kv_memory = 3
             gpu_memory_utilization = 0.5
@@ -501,6 +507,10 @@ mod tests {
         }
         assert!(server("keep_alive = 0").is_err() && server("keep_alive = nan").is_err());
         assert!(ModelSettings { threads: Some(0), ..ModelSettings::default() }.over(None).is_err());
+        let ranks = ModelSettings { tensor_parallel_size: Some(0), ..ModelSettings::default() };
+        assert!(
+            ranks.over(None).unwrap_err().to_string().contains("tensor_parallel_size must be at least 1")
+        );
         let share = |share| ModelSettings { gpu_memory_utilization: Some(share), ..ModelSettings::default() };
         assert!([0.0, -1.0, 1.1, f64::NAN].into_iter().all(|s| share(s).over(None).is_err()));
         assert!(share(1.0).over(None).is_ok());

@@ -147,6 +147,22 @@ fn the_example_configs_are_sound() {
 }
 
 #[test]
+fn a_model_is_cut_into_ranks_or_refused_with_what_would_do() {
+    let cache = tempfile::tempdir().unwrap();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/qwen2");
+    let model = model.to_str().unwrap();
+    let throughput = |ranks| {
+        let load =
+            ["bench", "throughput", "--load-format=dummy", "--requests=2", "--prompt=40", "--output=20"];
+        [&load[..], &["--device=cpu", "--model", model, "--tensor-parallel-size", ranks]].concat()
+    };
+    let error = fail(cache.path(), &throughput("3"));
+    assert!(error.contains("a tensor_parallel_size of 1, 2, 4 will do"), "{error}");
+    let report = succeed(cache.path(), &throughput("2"));
+    assert!(report.contains("2 requests"), "{report}");
+}
+
+#[test]
 fn doctor_says_what_will_be_used() {
     let cache = tempfile::tempdir().unwrap();
     let report = succeed(cache.path(), &["doctor"]);
