@@ -1,14 +1,15 @@
-//! How many prompt tokens a step may hold beside decodes, so that these keep their pace.
+//! How much of prompts a step may hold beside decodes, so that these keep their pace.
 //!
-//! Step times are measured as they come: of steps that only decode, and per prompt token of the
-//! others. From them follows the prefill that fits into the target between two tokens. Prefill may
+//! Step times are measured as they come: of steps that only decode, and what prompt tokens add to the
+//! others, by how many tokens come before them, as attention to long contexts may cost much more than all
+//! else. From them follows the prefill that fits into the target between two tokens. Prefill may
 //! always take as long as the decodes themselves, so that it gets half of the machine even where these
 //! alone miss the target. Where prompts never end, a step without them now and then tells what the decodes
 //! take: else their slowing down would be put down to the prompts, and these held back for it.
 
 use std::time::Duration;
 
-use crate::BLOCK_SIZE;
+use crate::StepPlan;
 
 /// How much a new measurement moves an estimate.
 const GAIN: f64 = 0.25;
@@ -16,14 +17,43 @@ const GAIN: f64 = 0.25;
 const MOST_GAIN: f64 = 0.75;
 /// Most steps in a row with prompts beside decodes.
 const MEASURE_EVERY: u32 = 16;
+/// What is left of earlier steps' weight with each one that holds prompts.
+const MEMORY: f64 = 0.85;
+/// Of their square, how much contexts must vary for half of the weight in what a context costs.
+const VARIED: f64 = 0.01;
 
-/// What a step that decodes may hold of prompts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What a step that decodes may hold of prompts, in the seconds that they take.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PrefillLimit {
-    /// Most prompt tokens. With 0, prompts wait for the next step.
-    pub tokens: usize,
-    /// Prompt tokens that take as long as the decodes; absent while that is not known.
-    pub decodes: Option<usize>,
+    /// Most time. With 0, prompts wait for the next step.
+    pub time: f64,
+    /// Time of the decodes; absent while it is not known.
+    pub decodes: Option<f64>,
+    /// Time of a prompt token that has none before it.
+    pub token: f64,
+    /// Time that each token before it adds.
+    pub context: f64,
+}
+
+impl PrefillLimit {
+    /// As much as fits into a step.
+    pub const NONE: Self = Self { time: f64::INFINITY, decodes: None, token: 0.0, context: 0.0 };
+
+    /// What `len` prompt tokens take after `start` others.
+    pub fn time_of(&self, start: usize, len: usize) -> f64 {
+        len as f64 * (self.token + self.context * (start as f64 + len as f64 / 2.0))
+    }
+
+    /// How many prompt tokens take `time` after `start` others.
+    pub fn tokens_in(&self, time: f64, start: usize) -> usize {
+        if time.is_infinite() {
+            return usize::MAX;
+        }
+        // The root of context / 2 * len² + first * len = time, in the form that bears a context of 0.
+        let first = self.token + self.context * start as f64;
+        let root = (first * first + 2.0 * self.context * time).sqrt();
+        (2.0 * time / (first + root)).round() as usize
+    }
 }
 
 /// See the module.
@@ -31,33 +61,37 @@ pub struct PrefillLimit {
 pub struct Pace {
     /// Seconds between two tokens of a decode beside prefill.
     target: f64,
-    /// Most tokens of a step.
-    most: usize,
     /// Seconds of a step without prefill; 0 while unknown.
     decode_step: f64,
     /// Steps that decoded since it was measured.
     age: u32,
-    /// Seconds that prompts took, and their tokens: sums over the steps, earlier ones weighing less.
-    prefill: [f64; 2],
+    prefill: PrefillTimes,
 }
 
 impl Pace {
-    /// For steps that may take `target` where they decode, and hold `most` tokens.
-    pub fn new(target: Duration, most: usize) -> Self {
-        Self { target: target.as_secs_f64(), most, decode_step: 0.0, age: 0, prefill: [0.0; 2] }
+    /// For steps that may take `target` where they decode.
+    pub fn new(target: Duration) -> Self {
+        let prefill = PrefillTimes::default();
+        Self { target: target.as_secs_f64(), decode_step: 0.0, age: 0, prefill }
     }
 
-    /// A step of `decodes` decodes and `prefill` prompt tokens took this long.
-    pub fn record(&mut self, decodes: usize, prefill: usize, took: Duration) {
+    /// A step took this long.
+    pub fn record(&mut self, plan: &StepPlan, took: Duration) {
         let took = took.as_secs_f64();
-        match (decodes > 0, prefill) {
-            (true, 0) => self.record_decodes(took),
-            (_, 0) => {}
-            (true, _) => {
+        let (decodes, prefills) = plan.chunks.split_at(plan.decodes);
+        let (mut tokens, mut contexts) = (0.0, 0.0);
+        for chunk in prefills {
+            tokens += chunk.len as f64;
+            contexts += chunk.len as f64 * (chunk.start as f64 + chunk.len as f64 / 2.0);
+        }
+        match (decodes.is_empty(), prefills.is_empty()) {
+            (true, true) => {}
+            (false, true) => self.record_decodes(took),
+            (true, false) => self.prefill.record(tokens, contexts, took),
+            (false, false) => {
                 self.age += 1;
-                self.record_prefill(prefill, (took - self.decode_step).max(0.0));
+                self.prefill.record(tokens, contexts, (took - self.decode_step).max(0.0));
             }
-            (false, _) => self.record_prefill(prefill, took),
         }
     }
 
@@ -70,47 +104,113 @@ impl Pace {
         self.age = 0;
     }
 
-    /// A step with many prompt tokens tells more than one with few.
-    fn record_prefill(&mut self, tokens: usize, seconds: f64) {
-        for (sum, new) in self.prefill.iter_mut().zip([seconds, tokens as f64]) {
-            *sum = (1.0 - GAIN) * *sum + new;
+    /// What the next step may hold of prompts, if it decodes.
+    pub fn prefill_limit(&self) -> PrefillLimit {
+        if self.prefill.tokens == 0.0 {
+            return PrefillLimit::NONE;
+        }
+        let (token, context) = self.prefill.costs();
+        PrefillLimit {
+            time: match self.age < MEASURE_EVERY {
+                true => (self.target - self.decode_step).max(self.decode_step),
+                false => 0.0,
+            },
+            decodes: (self.decode_step > 0.0).then_some(self.decode_step),
+            token,
+            context,
+        }
+    }
+}
+
+/// What prompt tokens take: a line over the tokens before them, by least squares over the steps, weighted by
+/// their tokens, earlier ones less. While contexts do not vary, the slope stays what it was.
+#[derive(Debug, Default)]
+struct PrefillTimes {
+    /// Sums over the steps: tokens, seconds, and of each token's context itself, its square, and its product
+    /// with the token's seconds.
+    tokens: f64,
+    seconds: f64,
+    contexts: f64,
+    squares: f64,
+    products: f64,
+    /// Seconds that each token before it adds to a token.
+    slope: f64,
+}
+
+impl PrefillTimes {
+    fn record(&mut self, tokens: f64, contexts: f64, seconds: f64) {
+        let mean = contexts / tokens;
+        let add = |sum: &mut f64, new: f64| *sum = MEMORY * *sum + new;
+        add(&mut self.tokens, tokens);
+        add(&mut self.seconds, seconds);
+        add(&mut self.contexts, contexts);
+        add(&mut self.squares, contexts * mean);
+        add(&mut self.products, seconds * mean);
+        let square = self.contexts * self.contexts / self.tokens;
+        let variance = (self.squares - square).max(0.0);
+        let covariance = self.products - self.contexts * self.seconds / self.tokens;
+        let inertia = VARIED * square;
+        if variance + inertia > 0.0 {
+            let slope = (covariance + inertia * self.slope) / (variance + inertia);
+            // Neither a context nor the tokens themselves take less than no time.
+            self.slope = slope.clamp(0.0, self.seconds / self.contexts);
         }
     }
 
-    /// What the next step may hold of prompts, if it decodes.
-    pub fn prefill_limit(&self) -> PrefillLimit {
-        let [seconds, tokens] = self.prefill;
-        if seconds == 0.0 {
-            return PrefillLimit { tokens: self.most, decodes: None };
-        }
-        let tokens_in = |time: f64| (time * tokens / seconds).round() as usize;
-        let fits = tokens_in((self.target - self.decode_step).max(self.decode_step));
-        PrefillLimit {
-            tokens: match self.age < MEASURE_EVERY {
-                true => fits.clamp(BLOCK_SIZE.min(self.most), self.most),
-                false => 0,
-            },
-            decodes: (self.decode_step > 0.0).then(|| tokens_in(self.decode_step)),
-        }
+    /// Seconds of a token without a context, and what each token of one adds.
+    fn costs(&self) -> (f64, f64) {
+        let token = (self.seconds - self.slope * self.contexts) / self.tokens;
+        (token.max(0.0), self.slope)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{BLOCK_SIZE, Chunk};
 
     /// A machine whose steps take what they cost, in milliseconds.
+    #[derive(Clone, Copy)]
     struct Machine {
         base: f64,
         token: f64,
+        context: f64,
+    }
+
+    fn machine(base: f64, token: f64) -> Machine {
+        Machine { base, token, context: 0.0 }
+    }
+
+    /// A step of so many decodes, and prompt tokens after others.
+    fn plan(decodes: usize, start: usize, len: usize) -> StepPlan {
+        let chunk = |start, len| Chunk { id: 0, start, len, outputs: 0, drafted: 0 };
+        let mut chunks = vec![chunk(0, 1); decodes];
+        chunks.extend((len > 0).then(|| chunk(start, len)));
+        StepPlan { chunks, decodes, ..StepPlan::default() }
+    }
+
+    /// What a step of at most 512 tokens holds after `start` others.
+    fn allowed(pace: &Pace, start: usize) -> usize {
+        let limit = pace.prefill_limit();
+        match limit.time > 0.0 {
+            true => limit.tokens_in(limit.time, start).clamp(BLOCK_SIZE, 512),
+            false => 0,
+        }
     }
 
     impl Machine {
+        fn step(&self, pace: &mut Pace, decodes: usize, start: usize, len: usize) -> f64 {
+            let after = start as f64 + len as f64 / 2.0;
+            let took = self.base * decodes as f64 + len as f64 * (self.token + self.context * after);
+            pace.record(&plan(decodes, start, len), Duration::from_secs_f64(took / 1e3));
+            took
+        }
+
         /// Runs steps with as much prefill as may be, beside one decode; returns how much that was.
         fn run(&self, pace: &mut Pace, steps: usize) -> Vec<usize> {
             let step = |_| {
-                let prefill = pace.prefill_limit().tokens;
-                pace.record(1, prefill, self.took(1, prefill));
+                let prefill = allowed(pace, 0);
+                self.step(pace, 1, 0, prefill);
                 prefill
             };
             (0..steps).map(step).collect()
@@ -119,94 +219,138 @@ mod tests {
         /// The prefill of each step, after many.
         fn settle(&self, pace: &mut Pace) -> usize {
             self.run(pace, 100);
-            pace.record(1, 0, self.took(1, 0));
-            pace.prefill_limit().tokens
-        }
-
-        fn took(&self, decodes: usize, prefill: usize) -> Duration {
-            Duration::from_secs_f64((self.base * decodes as f64 + self.token * prefill as f64) / 1e3)
+            self.step(pace, 1, 0, 0);
+            allowed(pace, 0)
         }
     }
 
     fn pace() -> Pace {
-        Pace::new(Duration::from_millis(100), 512)
+        Pace::new(Duration::from_millis(100))
     }
 
     #[test]
     fn nothing_is_held_back_before_anything_is_known() {
-        assert_eq!(pace().prefill_limit(), PrefillLimit { tokens: 512, decodes: None });
+        assert_eq!(pace().prefill_limit(), PrefillLimit::NONE);
+        assert_eq!(PrefillLimit::NONE.tokens_in(f64::INFINITY, 7), usize::MAX);
     }
 
     #[test]
     fn a_step_takes_what_the_target_says() {
-        let machine = Machine { base: 20.0, token: 2.0 };
+        let machine = machine(20.0, 2.0);
         let mut pace = pace();
-        pace.record(0, 300, machine.took(0, 300));
-        pace.record(1, 0, machine.took(1, 0));
-        // 20 ms + 40 * 2 ms
-        assert_eq!(pace.prefill_limit(), PrefillLimit { tokens: 40, decodes: Some(10) });
+        machine.step(&mut pace, 0, 0, 300);
+        machine.step(&mut pace, 1, 0, 0);
+        assert_eq!(allowed(&pace, 0), 40); // 20 ms + 40 * 2 ms
+        assert_eq!(pace.prefill_limit().decodes, Some(0.02));
         assert_eq!(machine.settle(&mut pace), 40);
     }
 
     #[test]
     fn it_follows_decodes_that_slow_down_though_prompts_never_end() {
         let mut pace = pace();
-        pace.record(1, 0, Duration::from_millis(10));
-        let limit = Machine { base: 40.0, token: 2.0 }.settle(&mut pace);
+        machine(10.0, 0.0).step(&mut pace, 1, 0, 0);
+        let limit = machine(40.0, 2.0).settle(&mut pace);
         assert!((28..=32).contains(&limit), "{limit}"); // 40 ms + 30 * 2 ms
     }
 
     #[test]
     fn decodes_that_slow_down_leave_prefill_its_half() {
         let mut pace = pace();
-        pace.record(1, 0, Duration::from_millis(10));
-        Machine { base: 10.0, token: 2.0 }.settle(&mut pace);
-        let slow = Machine { base: 80.0, token: 2.0 };
-        let given: usize = slow.run(&mut pace, 400).iter().sum();
+        machine(10.0, 2.0).settle(&mut pace);
+        let given: usize = machine(80.0, 2.0).run(&mut pace, 400).iter().sum();
         assert!(given > 400 * 30, "{given}"); // 80 ms beside 80 ms, but for learning it
-        assert_eq!(pace.prefill_limit().decodes, Some(40));
+        let decodes = pace.prefill_limit().decodes.unwrap();
+        assert!((decodes - 0.08).abs() < 1e-3, "{decodes}");
     }
 
     #[test]
     fn one_step_in_seventeen_is_spent_on_measuring() {
-        let given = Machine { base: 20.0, token: 2.0 }.run(&mut pace(), 1700);
+        let given = machine(20.0, 2.0).run(&mut pace(), 1700);
         assert_eq!(given.iter().filter(|&&prefill| prefill == 0).count(), 100);
     }
 
     #[test]
     fn a_few_prompt_tokens_with_odd_times_do_not_outweigh_many() {
-        let machine = Machine { base: 20.0, token: 1.0 };
+        let machine = machine(20.0, 1.0);
         let mut pace = pace();
-        pace.record(1, 0, machine.took(1, 0));
+        machine.step(&mut pace, 1, 0, 0);
         assert_eq!(machine.settle(&mut pace), 80);
         for _ in 0..8 {
-            pace.record(1, 2, machine.took(1, 12)); // six times as long
+            pace.record(&plan(1, 0, 2), Duration::from_millis(32)); // six times as long
         }
-        pace.record(1, 80, machine.took(1, 80));
-        assert!(pace.prefill_limit().tokens > 50, "{:?}", pace.prefill_limit());
+        machine.step(&mut pace, 1, 0, 80);
+        assert!(allowed(&pace, 0) > 50, "{:?}", pace.prefill_limit());
+    }
+
+    #[test]
+    fn tokens_after_long_contexts_are_known_to_take_longer() {
+        // As on a GPU: a token after 140,000 others takes fifteen times as long as the first.
+        let machine = Machine { base: 20.0, token: 0.05, context: 5e-6 };
+        let mut pace = pace();
+        machine.step(&mut pace, 1, 0, 0);
+        for turn in 0..10 {
+            let start = if turn % 2 == 0 { 1000 } else { 140_000 };
+            (0..20).for_each(|_| {
+                let prefill = allowed(&pace, start);
+                machine.step(&mut pace, 1, start, prefill);
+            });
+        }
+        machine.step(&mut pace, 1, 0, 0);
+        for start in [0, 1000, 30_000, 140_000, 300_000] {
+            let prefill = pace.prefill_limit().tokens_in(pace.prefill_limit().time, start);
+            let took = machine.step(&mut pace, 1, start, prefill);
+            assert!((90.0..110.0).contains(&took), "{took} ms for {prefill} tokens after {start}");
+        }
+    }
+
+    #[test]
+    fn what_a_context_costs_is_remembered_while_contexts_are_alike() {
+        let machine = Machine { base: 20.0, token: 0.05, context: 5e-6 };
+        let mut pace = pace();
+        machine.step(&mut pace, 1, 0, 0);
+        for start in [1000, 140_000, 1000, 140_000] {
+            machine.step(&mut pace, 1, start, 100);
+        }
+        for _ in 0..300 {
+            machine.step(&mut pace, 1, 1000, 100);
+        }
+        machine.step(&mut pace, 1, 0, 0);
+        let limit = pace.prefill_limit();
+        let took = machine.step(&mut pace, 1, 140_000, limit.tokens_in(limit.time, 140_000));
+        assert!((90.0..110.0).contains(&took), "{took} ms");
+    }
+
+    #[test]
+    fn time_and_tokens_are_each_others_reverse() {
+        for (token, context) in [(2e-3, 0.0), (1e-5, 1e-9), (0.0, 1e-9)] {
+            let limit = PrefillLimit { token, context, ..PrefillLimit::NONE };
+            for (start, len) in [(0, 1), (16, 4000), (100_000, 1), (100_000, 8192)] {
+                assert_eq!(limit.tokens_in(limit.time_of(start, len), start), len, "{limit:?}");
+            }
+        }
     }
 
     #[test]
     fn prefill_gets_half_of_a_machine_that_is_too_slow_for_the_target() {
-        let machine = Machine { base: 300.0, token: 10.0 };
+        let machine = machine(300.0, 10.0);
         let mut pace = pace();
-        pace.record(1, 0, machine.took(1, 0));
+        machine.step(&mut pace, 1, 0, 0);
         assert_eq!(machine.settle(&mut pace), 30);
     }
 
     #[test]
     fn a_fast_machine_is_not_held_back() {
-        assert_eq!(Machine { base: 5.0, token: 0.05 }.settle(&mut pace()), 512);
+        assert_eq!(machine(5.0, 0.05).settle(&mut pace()), 512);
     }
 
     #[test]
     fn a_hiccup_does_not_stop_prefill() {
-        let machine = Machine { base: 20.0, token: 2.0 };
+        let machine = machine(20.0, 2.0);
         let mut pace = pace();
-        pace.record(1, 0, machine.took(1, 0));
+        machine.step(&mut pace, 1, 0, 0);
         machine.settle(&mut pace);
-        pace.record(1, 40, Duration::from_secs(60));
-        assert_eq!(pace.prefill_limit().tokens, BLOCK_SIZE);
+        pace.record(&plan(1, 0, 40), Duration::from_secs(60));
+        assert_eq!(allowed(&pace, 0), BLOCK_SIZE);
         assert!(machine.settle(&mut pace) >= 38);
     }
 }

@@ -15,8 +15,8 @@
 //!   one; for the others decodes may take half of what is then left, so prefill never stands still.
 //! - Drafted tokens take what the other decodes leave; see `drafts`.
 //! - Beside decodes, prefill keeps to a limit, so that these keep a pace. To the prompts of an owner that
-//!   floods a step gives no more time than a quarter of what it takes for others: so they slow others'
-//!   answers by a quarter at most, and where these end the sooner, the flood has the machine to itself.
+//!   floods a step gives no more time than a sixth of what it takes for others: so they slow others'
+//!   answers by a sixth at most, and where these end the sooner, the flood has the machine to itself.
 //! - A waiting sequence whose next block another computes in this very step (forks of one prompt), or
 //!   has fetched, lets it go ahead and then shares, rather than compute the same twice.
 
@@ -30,7 +30,7 @@ use crate::room::Holdings;
 use crate::sequence::{Sequence, SequenceId};
 
 /// Others' time over a flood's, where they share a step.
-const OTHERS_TO_FLOOD: usize = 4;
+const OTHERS_TO_FLOOD: f64 = 6.0;
 
 /// Sizes and switches of a [`Scheduler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,7 +140,7 @@ impl Scheduler {
             running: Vec::with_capacity(config.max_sequences),
             fair: FairQueue::new(config.max_batch_tokens),
             line: Vec::new(),
-            prefill_limit: PrefillLimit { tokens: config.max_batch_tokens, decodes: None },
+            prefill_limit: PrefillLimit::NONE,
             holdings: Holdings::default(),
             prefix_stats: PrefixStats::default(),
         }
@@ -226,23 +226,21 @@ impl Scheduler {
         self.plan_decodes(plan, &mut budget);
         self.plan_drafts(plan, &mut budget);
         plan.decodes = plan.chunks.len();
-        let flood = self.limit_to_pace(plan, &mut budget);
-        self.plan_prefills(plan, &mut budget, flood, admits);
+        let times = self.prefill_times(plan);
+        self.plan_prefills(plan, &mut budget, times, admits);
         self.place_drafts(plan);
     }
 
-    /// Cuts the prompt tokens of a step to what its decodes allow. Returns how many of them may be of owners
-    /// that flood.
-    fn limit_to_pace(&self, plan: &StepPlan, budget: &mut Budget) -> usize {
-        if plan.decodes == 0 {
-            return budget.tokens;
-        }
-        let PrefillLimit { tokens, decodes } = self.prefill_limit;
-        budget.tokens = budget.tokens.min(tokens);
+    /// How much time prefill may take beside the step's decodes, and of it that of owners that flood.
+    fn prefill_times(&self, plan: &StepPlan) -> PrefillTimes {
+        let PrefillLimit { time, decodes, .. } = self.prefill_limit;
         let floods = |chunk: &Chunk| self.fair.floods(self.sequences[&chunk.id].origin.owner);
         match decodes {
-            Some(decodes) if !plan.chunks.iter().all(floods) => (decodes / OTHERS_TO_FLOOD).max(BLOCK_SIZE),
-            _ => budget.tokens,
+            _ if plan.decodes == 0 => PrefillTimes { all: f64::INFINITY, floods: f64::INFINITY },
+            Some(decodes) if !plan.chunks.iter().all(floods) => {
+                PrefillTimes { all: time, floods: decodes / OTHERS_TO_FLOOD }
+            }
+            _ => PrefillTimes { all: time, floods: time },
         }
     }
 
@@ -359,33 +357,38 @@ impl Scheduler {
         len
     }
 
-    /// Prefill along the line while the budget lasts, and `flood` for owners that flood: running sequences
-    /// go on, waiting ones are admitted while there are blocks and places.
+    /// Prefill along the line while budget and time last: running sequences go on, waiting ones are
+    /// admitted while there are blocks and places.
     fn plan_prefills(
         &mut self,
         plan: &mut StepPlan,
         budget: &mut Budget,
-        mut flood: usize,
+        mut times: PrefillTimes,
         mut admits: bool,
     ) {
         let line = std::mem::take(&mut self.line);
         for &Candidate { id, owner, .. } in &line {
-            if budget.tokens == 0 {
+            if budget.tokens == 0 || times.all <= 0.0 {
                 break;
             }
-            let floods = self.fair.floods(owner);
-            let most = if floods { flood.min(budget.tokens) } else { budget.tokens };
-            if most == 0 {
+            let running = self.is_running(id);
+            if !running && (!admits || plan.preempted.contains(&id)) {
                 continue;
             }
-            if !self.is_running(id) {
-                if !admits || plan.preempted.contains(&id) {
-                    continue;
-                }
-                let cached = self.update_cached(id);
-                if self.is_being_computed(id, cached, plan) {
-                    continue;
-                }
+            let start =
+                if running { self.sequences[&id].computed } else { self.update_cached(id) * BLOCK_SIZE };
+            let floods = self.fair.floods(owner);
+            let most = self.prefill_limit.tokens_in(times.of(floods), start).min(budget.tokens);
+            // Whatever is first goes on.
+            let most = if plan.chunks.len() == plan.decodes {
+                most.max(BLOCK_SIZE.min(budget.tokens))
+            } else {
+                most
+            };
+            if most == 0 || !running && self.is_being_computed(id, start / BLOCK_SIZE, plan) {
+                continue;
+            }
+            if !running {
                 if !self.has_room(id) {
                     admits = false; // nor any behind it, lest they keep it waiting
                     continue;
@@ -393,7 +396,7 @@ impl Scheduler {
                 plan.admitted.push((id, self.start(id)));
             }
             let len = self.plan_prefill(id, most, plan, budget);
-            flood = if floods { flood - len } else { flood + len / OTHERS_TO_FLOOD };
+            times.take(floods, self.prefill_limit.time_of(start, len));
         }
         self.line = line;
     }
@@ -446,6 +449,25 @@ impl Scheduler {
         self.prefix_stats.queries += sequence.tokens.len() as u64;
         self.prefix_stats.hits += sequence.computed as u64;
         sequence.computed
+    }
+}
+
+/// Time that a step has left for prefill.
+struct PrefillTimes {
+    all: f64,
+    /// Of it, for owners that flood.
+    floods: f64,
+}
+
+impl PrefillTimes {
+    /// What an owner has left that floods, or does not.
+    fn of(&self, floods: bool) -> f64 {
+        if floods { self.floods.min(self.all).max(0.0) } else { self.all }
+    }
+
+    fn take(&mut self, floods: bool, time: f64) {
+        self.all -= time;
+        self.floods += if floods { -time } else { time / OTHERS_TO_FLOOD };
     }
 }
 

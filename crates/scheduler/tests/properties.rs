@@ -317,7 +317,13 @@ fn config() -> impl Strategy<Value = SchedulerConfig> {
 }
 
 fn limit() -> impl Strategy<Value = PrefillLimit> {
-    (8usize..64, prop::option::of(0usize..64)).prop_map(|(tokens, decodes)| PrefillLimit { tokens, decodes })
+    (1usize..64, prop::option::of(0usize..64)).prop_map(|(time, decodes)| limit_to(time, decodes))
+}
+
+/// A limit of so many tokens where the decodes take as long as so many.
+fn limit_to(tokens: usize, decodes: Option<usize>) -> PrefillLimit {
+    let decodes = decodes.map(|tokens| tokens as f64);
+    PrefillLimit { time: tokens as f64, decodes, token: 1.0, context: 0.0 }
 }
 
 proptest! {
@@ -683,7 +689,7 @@ fn a_turn_with_little_to_compute_does_not_wait_behind_a_long_prompt() {
 fn a_step_that_decodes_holds_its_prefill_limit() {
     let mut world = World::new(ROOMY);
     world.forcing = false;
-    world.scheduler.limit_prefill(PrefillLimit { tokens: 20, decodes: None });
+    world.scheduler.limit_prefill(limit_to(20, None));
     world.arrive(vec![1; 100], 50, false);
     world.step(false);
     assert_eq!(world.plan.chunks[0].len, 64, "nothing decodes yet");
@@ -691,9 +697,32 @@ fn a_step_that_decodes_holds_its_prefill_limit() {
     world.arrive(vec![2; 100], 1, false);
     world.step(false);
     assert_eq!(world.plan.chunks.iter().map(|c| c.len).collect::<Vec<_>>(), [1, 20]);
-    world.scheduler.limit_prefill(PrefillLimit { tokens: 0, decodes: None });
+    world.scheduler.limit_prefill(limit_to(0, None));
     world.step(false);
     assert_eq!(world.plan.chunks.iter().map(|c| c.len).collect::<Vec<_>>(), [1]);
+}
+
+#[test]
+fn tokens_after_a_long_context_take_more_of_the_limit() {
+    let mut world = World::new(SchedulerConfig { blocks: 8192, max_batch_tokens: 256, ..ROOMY });
+    world.forcing = false;
+    world.arrive(vec![1; 10], 90, false);
+    world.step(false);
+    let limit = PrefillLimit { time: 60.0, decodes: None, token: 1.0, context: 0.001 };
+    world.scheduler.limit_prefill(limit);
+    world.arrive(vec![2; 4000], 1, false);
+    let mut chunk = || {
+        world.step(false);
+        *world.plan.chunks.iter().find(|chunk| chunk.id == 1).unwrap()
+    };
+    let first = chunk();
+    assert_eq!((first.start, first.len), (0, 58)); // and 1.7 for the 29 before each, on average
+    let late = std::iter::from_fn(|| Some(chunk())).find(|chunk| chunk.start > 2000).unwrap();
+    assert!((18..=20).contains(&late.len), "{late:?}"); // each takes three times as long
+    world.scheduler.limit_prefill(PrefillLimit { time: 1e-9, ..limit });
+    world.step(false);
+    let least = world.plan.chunks.iter().find(|chunk| chunk.id == 1).unwrap();
+    assert_eq!(least.len, BLOCK_SIZE, "it never stands still");
 }
 
 /// A flood of forty prompts of a second key.
@@ -707,10 +736,10 @@ const WIDE: SchedulerConfig =
     SchedulerConfig { blocks: 8192, max_sequences: 32, max_batch_tokens: 256, ..ROOMY };
 
 #[test]
-fn a_flood_gets_a_quarter_of_the_time_that_a_step_takes_for_others_and_else_all() {
+fn a_flood_gets_a_sixth_of_the_time_that_a_step_takes_for_others_and_else_all() {
     let mut world = World::new(WIDE);
     world.forcing = false;
-    world.scheduler.limit_prefill(PrefillLimit { tokens: 200, decodes: Some(128) });
+    world.scheduler.limit_prefill(limit_to(200, Some(192)));
     /// Prompt tokens of a step: those of sequence 41, and the flood's.
     fn step(world: &mut World) -> (usize, usize) {
         world.step(false);
@@ -723,7 +752,7 @@ fn a_flood_gets_a_quarter_of_the_time_that_a_step_takes_for_others_and_else_all(
     (0..40).for_each(|_| world.step(false)); // its credit is used up
     assert_eq!(step(&mut world), (0, 32));
     world.arrive_for(key(3), vec![7; 500], 30, false);
-    assert_eq!([0; 3].map(|_| step(&mut world)), [(200, 0), (200, 0), (100, 57)]);
+    assert_eq!([0; 3].map(|_| step(&mut world)), [(200, 0), (200, 0), (100, 49)]);
     while [0, 41].iter().any(|id| world.remaining.contains_key(id)) {
         world.step(false);
     }

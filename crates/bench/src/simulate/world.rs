@@ -141,7 +141,7 @@ impl<'a> World<'a> {
             prefix_cache: true,
             policy: scheduling.policy,
         });
-        let pace = Pace::new(PACE * load.unit as u32, machine.max_batch_tokens / load.unit);
+        let pace = Pace::new(PACE * load.unit as u32);
         Self {
             machine,
             load,
@@ -310,8 +310,7 @@ impl<'a> World<'a> {
             }
         }
         if let Some(pace) = &mut self.pace {
-            let prefill = plan.chunks[plan.decodes..].iter().map(|chunk| chunk.len).sum();
-            pace.record(plan.decodes, prefill, Duration::from_secs_f64(took));
+            pace.record(plan, Duration::from_secs_f64(took));
             self.scheduler.limit_prefill(pace.prefill_limit());
         }
     }

@@ -100,7 +100,7 @@ impl StepLoop {
             sessions: Sessions::new(),
             drafting: (config.draft == DraftMode::Lookup).then(|| Drafting::new(config.draft.max_drafted())),
             stats: Stats::default(),
-            pace: Pace::new(config.decode_latency_target, config.max_batch_tokens),
+            pace: Pace::new(config.decode_latency_target),
             deadlines: BTreeSet::new(),
             reported: Instant::now(),
             plan: StepPlan::default(),
@@ -230,8 +230,7 @@ impl StepLoop {
             }
         }
         self.stats.steps += 1;
-        let prefill = plan.chunks[plan.decodes..].iter().map(|chunk| chunk.len).sum();
-        self.pace.record(plan.decodes, prefill, began.elapsed());
+        self.pace.record(plan, began.elapsed());
         self.scheduler.limit_prefill(self.pace.prefill_limit());
     }
 
