@@ -8,13 +8,15 @@ use crate::kv::{self, KvCache, Parts, Rotations, half_block};
 use crate::matmul::{Matrix, Multiplier, Vector, padded};
 use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack, Weights};
 use crate::mxfp4;
+use crate::peers::Peers;
 use crate::sample::Sampler;
 use crate::step::{List, Step, is_decode};
 use crate::tensor::{Format, Tensor, check};
 use crate::upload::Uploader;
+use rudder_comm::Member;
 use rudder_ops::{
     Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, OpError, QkNorm,
-    RawTensor, Result, Rope, SampleRow, Sampled, SamplerScratch, sample_row,
+    Rank, RawTensor, Result, Rope, SampleRow, Sampled, SamplerScratch, sample_row,
 };
 
 /// A GPU as a [`Backend`].
@@ -30,6 +32,10 @@ pub struct Cuda {
     /// Rotations, and the longest context that they are for.
     rope: Option<(Rotations, usize)>,
     parts: Option<Parts>,
+    /// The ranks of a model that is cut.
+    peers: Option<Peers>,
+    /// Whether the open step is one of decodes, whose launches are gathered.
+    gathers: bool,
 }
 
 /// An embedding table `[vocab, hidden]`: f32 where its file has it so, else bf16.
@@ -96,8 +102,20 @@ impl Cuda {
             step: Step::new(),
             rope: None,
             parts: None,
+            peers: None,
+            gathers: false,
             device,
         })
+    }
+
+    /// The same as a rank of a model that is cut.
+    pub fn in_group(self, member: Member) -> Self {
+        Self { peers: Some(Peers::new(member)), ..self }
+    }
+
+    /// Goes on gathering launches after something that ended it.
+    fn gather_on(&self) -> Result<()> {
+        if self.gathers { self.device.gather() } else { Ok(()) }
     }
 
     /// Waits until all that was queued is done.
@@ -185,6 +203,10 @@ impl Backend for Cuda {
 
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn rank(&self) -> Rank {
+        self.peers.as_ref().map_or(Rank::ALONE, Peers::rank)
     }
 
     fn memory(&self) -> Result<Option<(u64, u64)>> {
@@ -288,7 +310,8 @@ impl Backend for Cuda {
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
         self.step.set(batch, &self.device)?;
-        if is_decode(batch) { self.device.gather() } else { Ok(()) }
+        self.gathers = is_decode(batch);
+        self.gather_on()
     }
 
     fn embed(&mut self, table: &Embedding, out: &mut Tensor) -> Result<()> {
@@ -403,6 +426,19 @@ impl Backend for Cuda {
             x.width.into(),
         ];
         self.device.launch("gather", Grid::new(outputs, 256), 0, &args)
+    }
+
+    fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
+        let Some(peers) = &mut self.peers else { return Ok(()) };
+        peers.all_reduce(x)?;
+        self.gather_on()
+    }
+
+    fn gather_columns(&mut self, part: &Tensor, whole: Option<&mut Tensor>) -> Result<()> {
+        match &mut self.peers {
+            Some(peers) => peers.gather_columns(part, whole),
+            None => Err(OpError::Backend("columns are gathered from a group of ranks".to_owned())),
+        }
     }
 
     fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()> {

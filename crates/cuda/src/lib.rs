@@ -15,6 +15,7 @@ mod kv;
 mod matmul;
 mod moe;
 mod mxfp4;
+mod peers;
 pub mod probe;
 mod queue;
 mod sample;

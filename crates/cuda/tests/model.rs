@@ -4,7 +4,8 @@
 mod common;
 
 use common::{cuda, on_gpu};
-use rudder_model::{KvSize, LoadOptions, Model, load};
+use rudder_comm::Group;
+use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelSource, load};
 use rudder_ops::reference::Reference;
 use rudder_ops::{Backend, Batch, SampleRow, SamplingParams};
 use std::path::{Path, PathBuf};
@@ -69,6 +70,35 @@ fn every_architecture_says_what_the_reference_says() {
             }
         }
     }
+}
+
+/// A model in two ranks, both on one device where there is one: what several devices do, but for the way between them.
+fn in_ranks(name: &str, kv: KvSize) -> Option<Loaded> {
+    let group = Group::new(2);
+    let members = group.members().into_iter();
+    let backends = members.map(|member| Some(cuda()?.in_group(member))).collect::<Option<Vec<_>>>()?;
+    let source = ModelSource::open(&fixture(name)).expect("the fixture is there");
+    let options = LoadOptions { kv, ..OPTIONS };
+    Some(source.load_ranks(group, backends, options, |_, _| ()).expect("the fixture loads"))
+}
+
+#[test]
+fn ranks_say_what_one_device_says() {
+    for name in ["qwen2", "qwen3moe"] {
+        let Some(one) = cuda() else { return };
+        let expected = logits(&mut *model(name, one, OPTIONS.kv), [LENGTH; 2]);
+        let largest = expected.iter().flatten().fold(0f32, |a, x| a.max(x.abs()));
+        let Some(mut ranks) = in_ranks(name, OPTIONS.kv) else { return };
+        for chunks in [[LENGTH, LENGTH], [16, 7], [1, 1]] {
+            let found = logits(&mut *ranks.model, chunks);
+            let pairs = found.iter().flatten().zip(expected.iter().flatten());
+            let worst = pairs.fold(0f32, |a, (x, y)| a.max((x - y).abs()));
+            assert!(found.iter().flatten().all(|x| x.is_finite()));
+            assert!(worst < 0.03 * largest, "{name} {chunks:?}: {worst} of {largest}");
+        }
+    }
+    let Some(shared) = in_ranks("qwen2", KvSize::DeviceShare(0.75)) else { return };
+    assert!(shared.kv_blocks > 8);
 }
 
 #[test]

@@ -41,7 +41,7 @@ fn greedy_answers_are_those_of_one_piece_chunked_cached_and_preempted() {
         assert_eq!(engine.stats().preemptions > 0, kv_blocks == 16);
         let again = ask(&engine, request(prompt(5, 70), 64));
         assert_eq!(again.ids(), expected[5]);
-        assert!(again.usage.cached_tokens > 0);
+        assert!(again.usage.cached_tokens > 0 || kv_blocks == 16);
         assert_whole(&engine);
     }
 }

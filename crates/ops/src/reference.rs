@@ -420,7 +420,7 @@ impl Backend for Reference {
     fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
         let Some(member) = &self.member else { return Ok(()) };
         let (rows, width) = x.get()?.dims2()?;
-        let mut data = x.get()?.flatten_all()?.to_vec1()?;
+        let mut data: Vec<f32> = x.get()?.flatten_all()?.to_vec1()?;
         member.all_reduce(&mut data)?;
         x.set(Candle::from_vec(data, (rows, width), &CPU)?)
     }

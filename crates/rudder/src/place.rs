@@ -1,6 +1,6 @@
 //! Where a model runs, and how much KV it holds there.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use rudder_comm::Group;
 use rudder_cuda::Cuda;
 use rudder_hub::bytes;
@@ -29,6 +29,8 @@ enum Backend {
     /// The ranks of a model that is cut.
     Cpus(Group, Vec<Cpu>),
     Cuda(Box<Cuda>),
+    /// The same on as many GPUs.
+    Cudas(Group, Vec<Cuda>),
 }
 
 impl Backend {
@@ -38,6 +40,7 @@ impl Backend {
             Self::Cpu(cpu) => source.kv_block_bytes(&**cpu),
             Self::Cpus(_, cpus) => cpus.first().map_or(0, |cpu| source.kv_block_bytes(cpu)),
             Self::Cuda(cuda) => source.kv_block_bytes(&**cuda),
+            Self::Cudas(_, cudas) => cudas.first().map_or(0, |cuda| source.kv_block_bytes(cuda)),
         }
     }
 }
@@ -78,18 +81,22 @@ impl Place {
         Ok(Self { backend, kv, max_context: plan.max_context })
     }
 
-    /// A GPU: the KV cache gets what a largest step leaves of the memory.
+    /// A GPU, or as many as there are ranks, from this one on: the KV cache gets what a largest step leaves of the memory.
     ///
     /// # Errors
-    /// If the GPU cannot be used, or more than one is asked for.
+    /// If a GPU cannot be used, or the model cannot be cut for so many.
     pub fn gpu(source: &ModelSource, settings: &ModelSettings, index: usize) -> Result<Self> {
-        if let Some(ranks @ 2..) = settings.tensor_parallel_size {
-            bail!(
-                "tensor_parallel_size is {ranks}, but a model runs on one GPU so far: ranks are built for the CPU \
-                 (device = \"cpu\"); leave tensor_parallel_size out to use cuda:{index}"
-            );
-        }
-        let backend = Backend::Cuda(Box::new(Cuda::new(index)?));
+        let backend = match settings.tensor_parallel_size.unwrap_or(1) {
+            1 => Backend::Cuda(Box::new(Cuda::new(index)?)),
+            ranks => {
+                source.check_ranks(ranks)?;
+                let group = Group::new(ranks);
+                let cudas = gpus(&group, index).with_context(|| {
+                    format!("tensor_parallel_size = {ranks} takes as many GPUs, from cuda:{index} on")
+                })?;
+                Backend::Cudas(group, cudas)
+            }
+        };
         let kv = match settings.kv_memory {
             Some(asked) => KvSize::Bytes(asked.0),
             None => KvSize::DeviceShare(settings.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION)),
@@ -112,8 +119,15 @@ impl Place {
             Backend::Cpu(cpu) => source.load(*cpu, options, progress),
             Backend::Cpus(group, cpus) => source.load_ranks(group, cpus, options, progress),
             Backend::Cuda(cuda) => source.load(*cuda, options, progress),
+            Backend::Cudas(group, cudas) => source.load_ranks(group, cudas, options, progress),
         }
     }
+}
+
+/// The ranks of a group, each on a GPU of its own.
+fn gpus(group: &Group, first: usize) -> Result<Vec<Cuda>> {
+    let members = group.members().into_iter().zip(first..);
+    members.map(|(member, index)| Ok(Cuda::new(index)?.in_group(member))).collect()
 }
 
 /// The ranks of a group, which share `threads` threads.

@@ -137,8 +137,10 @@ fn print_summary(config: &ServerConfig, s: &Summary, address: SocketAddr) {
     }
     println!("context   {} tokens a sequence (the model's own: {})", s.max_context, s.context_length);
     println!("device    {}", s.device);
-    let ranks = if s.ranks > 1 { format!(", in {} ranks that share the model", s.ranks) } else { String::new() };
-    println!("threads   {}{ranks}", s.threads);
+    if s.ranks > 1 {
+        println!("ranks     {} that share the model", s.ranks);
+    }
+    println!("threads   {}", s.threads);
     println!("address   {url}, ready {:.1} s after loading began", s.took.as_secs_f64());
     println!(
         "try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \

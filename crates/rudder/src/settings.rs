@@ -37,7 +37,8 @@ pub struct ModelSettings {
     /// Worker threads [default: the machine's physical cores]
     #[arg(long, env = "RUDDER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
-    /// Ranks that share every layer of the model and the threads between them; must divide the model's heads [default: 1]
+    /// Ranks that share every layer of the model: parts of the CPU's threads, or GPUs from the chosen one on; must divide the
+    /// model's heads [default: 1]
     #[arg(long, env = "RUDDER_TENSOR_PARALLEL_SIZE", value_name = "N")]
     pub tensor_parallel_size: Option<usize>,
     /// Longest sequence, prompt and answer together, in tokens [default: the model's, less where memory is short]
