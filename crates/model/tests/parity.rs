@@ -156,3 +156,21 @@ fn a_missing_or_misshapen_tensor_is_named() {
     let message = attempt(&|w| w.tensors.iter_mut().find(|t| t.name == name).unwrap().dims = vec![24, 32, 8]);
     assert!(message.contains(name) && message.contains("[8, 24, 32]"), "{message}");
 }
+
+#[test]
+fn fused_experts_of_another_shape_are_named() {
+    for (name, tensor) in
+        [("gptoss", "experts.gate_up_proj "), ("gptoss-mxfp4", "experts.gate_up_proj_blocks ")]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let config = fs::read(fixture(name).join("config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        config["intermediate_size"] = 64.into();
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let weights = "model.safetensors";
+        fs::copy(fixture(name).join(weights), folder.path().join(weights)).unwrap();
+        let refused = load(folder.path(), Reference::new(), OPTIONS, |_, _| ()).map(drop);
+        let message = refused.unwrap_err().to_string();
+        assert!(message.contains(tensor) && message.contains("asks for [4, "), "{message}");
+    }
+}
