@@ -67,11 +67,11 @@ def main():
     figures = {name: [] for name, _ in turns(options)}
     with Server(options, "off") as off, Server(options, "lookup") as lookup:
         servers = {"off": off, "lookup": lookup}
-        for server in servers.values():
-            for name, (before, _) in AGAIN.items():
-                server.ask(session(name, before, options))
         for pair in range(options.pairs):
-            for name, body in turns(options):
+            for server in servers.values():
+                for name, (before, _) in AGAIN.items():
+                    server.ask(session(f"{name} {pair}", before, options))
+            for name, body in turns(options, pair):
                 order = MODES[:: -1 if pair % 2 else 1]
                 figures[name].append({mode: servers[mode].ask(body) for mode in order})
     report(figures)
@@ -79,8 +79,8 @@ def main():
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def turns(options):
-    """Names and requests."""
+def turns(options, pair=0):
+    """Names and requests of a pair."""
     for name, edit in EDITS.items():
         ask = f"{edit} Answer with the whole file in one code block and nothing else.\n\n```python\n{SOURCE}```"
         yield f"edit: {name}", body(ask, options.edit_tokens)
@@ -89,7 +89,7 @@ def turns(options):
     for name, ask in FREE.items():
         yield f"free: {name}", body(ask, options.free_tokens)
     for name, (_, ask) in AGAIN.items():
-        yield f"sibling: {name}", session(name, ask, options)
+        yield f"sibling: {name}", session(f"{name} {pair}", ask, options)
 
 
 def session(name, ask, options):
