@@ -29,7 +29,7 @@ pub fn run(command: BenchCommand, config: Option<&Path>) -> Result<()> {
                     (engine, name)
                 }
             };
-            runtime.block_on(rudder_bench::throughput(engine, bench))
+            runtime.block_on(rudder_bench::throughput(engine, *bench))
         }
     }
 }

@@ -31,7 +31,7 @@ const AFTER_HELP: &str = "Examples:
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve a model to OpenAI clients
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Talk to a model in the terminal
     Chat(ChatArgs),
     /// Fetch a model into the cache
@@ -148,7 +148,7 @@ pub enum BenchCommand {
         model: ModelSettings,
         /// The load.
         #[command(flatten)]
-        bench: rudder_bench::ThroughputArgs,
+        bench: Box<rudder_bench::ThroughputArgs>,
     },
     /// Results of earlier runs, side by side
     Compare(rudder_bench::CompareArgs),
