@@ -4,7 +4,7 @@
 mod common;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use common::{Answer, CONFIG, ask, assert_whole, collect, eventually, model, prompt, request, start};
@@ -148,14 +148,19 @@ fn dropping_a_generation_frees_its_blocks() {
 
 #[test]
 fn a_full_queue_turns_requests_away_and_takes_them_again_later() {
-    let engine = start(EngineConfig { max_sequences: 2, max_waiting: 3, ..CONFIG });
-    let taken: Vec<_> = (0..5).map(|i| engine.submit(request(prompt(i, 100), 150)).unwrap()).collect();
+    let config = EngineConfig { max_sequences: 2, max_waiting: 3, ..CONFIG };
+    let gate = Arc::new(Mutex::new(()));
+    let held = Held { inner: model(&config), gate: gate.clone() };
+    let engine = Engine::start(Box::new(held), config);
+    let closed = gate.lock().unwrap();
+    let taken: Vec<_> = (0..5).map(|i| engine.submit(request(prompt(i, 100), 20)).unwrap()).collect();
     match engine.submit(request(prompt(9, 10), 1)).err() {
         Some(SubmitError::Busy { waiting: 3, retry_after }) => assert!(retry_after >= Duration::from_secs(1)),
         other => panic!("{other:?}"),
     }
+    drop(closed);
     for generation in taken {
-        assert_eq!(collect(generation).tokens.len(), 150);
+        assert_eq!(collect(generation).tokens.len(), 20);
     }
     eventually("room again", || engine.submit(request(prompt(9, 10), 1)).is_ok());
 }
@@ -171,6 +176,28 @@ fn unusable_prompts_are_refused_with_the_reason() {
     let too_long = engine.submit(request(vec![1; 256], 1)).err();
     assert_eq!(too_long, Some(SubmitError::TooLong { tokens: 256, maximum: 256 }));
     assert!(engine.submit(request(vec![1; 255], 1)).is_ok());
+}
+
+/// The real model, which runs no step while its gate is closed.
+struct Held {
+    inner: Box<dyn Model>,
+    gate: Arc<Mutex<()>>,
+}
+
+impl Model for Held {
+    fn config(&self) -> &ModelConfig {
+        self.inner.config()
+    }
+    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        let _open = self.gate.lock().unwrap();
+        self.inner.forward(batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.inner.sample(rows, out)
+    }
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        self.inner.logits()
+    }
 }
 
 /// The real model, failing at given steps.
