@@ -119,13 +119,33 @@ struct Index {
 #[derive(Clone, Copy)]
 enum Place {
     /// On its way to [`Store::write`].
-    Coming,
+    Coming {
+        label: Label,
+    },
     At {
         segment: u64,
         slot: u32,
         checksum: u64,
         label: Label,
     },
+}
+
+impl Place {
+    fn label(&self) -> Label {
+        match *self {
+            Self::Coming { label } | Self::At { label, .. } => label,
+        }
+    }
+
+    /// `label` has asked for it: what another wrote is several people's from now on.
+    fn ask(&mut self, label: Label) {
+        match self {
+            Self::Coming { label: whose } | Self::At { label: whose, .. } if *whose != label => {
+                *whose = Label::NOBODY;
+            }
+            _ => {}
+        }
+    }
 }
 
 /// A block to be read.
@@ -221,12 +241,11 @@ impl Store {
         for (known, key) in keys.iter().enumerate() {
             match places.get_mut(key) {
                 None => return known,
-                Some(Place::Coming) => (),
-                Some(Place::At { segment, label: whose, .. }) => {
-                    if *whose != label {
-                        *whose = Label::NOBODY;
-                    }
-                    if let Some(segment) = segments.get_mut(segment) {
+                Some(place) => {
+                    place.ask(label);
+                    if let Place::At { segment, .. } = place
+                        && let Some(segment) = segments.get_mut(segment)
+                    {
                         segment.used = *tick;
                     }
                 }
@@ -235,12 +254,13 @@ impl Store {
         keys.len()
     }
 
-    /// Announces a block for [`Store::write`], so that nobody else does. False if it is there already.
-    pub fn announce(&self, key: BlockKey) -> bool {
+    /// Announces a block of `label`'s for [`Store::write`], so that nobody else does. False if it is there
+    /// already.
+    pub fn announce(&self, key: BlockKey, label: Label) -> bool {
         let mut index = self.lock();
         let new = !index.places.contains_key(&key);
         if new {
-            index.places.insert(key, Place::Coming);
+            index.places.insert(key, Place::Coming { label });
         }
         new
     }
@@ -248,7 +268,7 @@ impl Store {
     /// Takes an announcement back.
     pub fn withdraw(&self, key: &BlockKey) {
         let mut index = self.lock();
-        if let Some(Place::Coming) = index.places.get(key) {
+        if let Some(Place::Coming { .. }) = index.places.get(key) {
             index.places.remove(key);
         }
     }
@@ -263,9 +283,9 @@ impl Store {
         key: BlockKey,
         tokens: [u32; BLOCK_TOKENS],
         payload: &[u8],
-        label: Label,
     ) -> Result<(), WriteError> {
         let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        let label = self.lock().places.get(&key).map_or(Label::NOBODY, Place::label);
         let entry = Entry::new(key, tokens, payload, label);
         self.append(&mut tail, &entry, payload).map_err(|error| {
             self.withdraw(&key);
@@ -495,7 +515,11 @@ impl Index {
         self.stats.bytes += bytes.saturating_sub(segment.bytes);
         segment.bytes = segment.bytes.max(bytes);
         segment.keys.push(entry.key);
-        let place = Place::At { segment: number, slot, checksum: entry.checksum, label: entry.label };
+        let mut place = Place::At { segment: number, slot, checksum: entry.checksum, label: entry.label };
+        if let Some(before) = self.places.get(&entry.key) {
+            // Somebody else may have asked for it while it was written.
+            place.ask(before.label());
+        }
         if !matches!(self.places.insert(entry.key, place), Some(Place::At { .. })) {
             self.stats.blocks += 1;
         }

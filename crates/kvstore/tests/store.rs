@@ -44,8 +44,8 @@ fn chain(store: &Store, n: u32) -> Vec<BlockKey> {
 }
 
 fn put(store: &Store, keys: &[BlockKey], n: u32) {
-    assert!(store.announce(keys[n as usize]));
-    store.write(keys[n as usize], tokens(n), &payload(n), ALICE).unwrap();
+    assert!(store.announce(keys[n as usize], ALICE));
+    store.write(keys[n as usize], tokens(n), &payload(n)).unwrap();
 }
 
 fn fill(store: &Store, n: u32) -> Vec<BlockKey> {
@@ -103,13 +103,13 @@ fn a_block_is_announced_once_until_it_is_withdrawn() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
     let keys = chain(&store, 2);
-    assert!(store.announce(keys[0]) && !store.announce(keys[0]));
+    assert!(store.announce(keys[0], ALICE) && !store.announce(keys[0], ALICE));
     assert_eq!((store.touch(&keys, ALICE), store.readable(&keys)), (1, 0));
     assert!(matches!(get(&store, &keys[0]), Err(ReadError::Missing)));
     store.withdraw(&keys[0]);
     assert_eq!(store.touch(&keys, ALICE), 0);
     put(&store, &keys, 0);
-    assert!(!store.announce(keys[0]));
+    assert!(!store.announce(keys[0], ALICE));
     store.withdraw(&keys[0]);
     assert_eq!(store.readable(&keys), 1, "what is written is not withdrawn");
 }
@@ -345,8 +345,8 @@ fn a_full_disk_refuses_blocks_keeps_the_others_and_takes_more_once_there_is_room
         switches.limited.store(true, Ordering::SeqCst);
         let mut written = 0;
         for (n, key) in (0..5).zip(&keys) {
-            assert!(store.announce(*key), "a block that could not be written may be tried again");
-            written += usize::from(store.write(*key, tokens(n), &payload(n), ALICE).is_ok());
+            assert!(store.announce(*key, ALICE), "a block that could not be written may be tried again");
+            written += usize::from(store.write(*key, tokens(n), &payload(n)).is_ok());
         }
         assert!(written <= (room as usize) / BYTES);
         assert_eq!(store.stats().write_errors as usize, 5 - written);
@@ -411,8 +411,8 @@ fn what_is_erased_is_gone_from_the_files_and_after_a_restart() {
     let store = open(folder.path());
     let keys = fill(&store, 6);
     let bobs = BlockKey(*b"a key of a block that is Bob's..");
-    assert!(store.announce(bobs));
-    store.write(bobs, tokens(9), &payload(9), BOB).unwrap();
+    assert!(store.announce(bobs, BOB));
+    store.write(bobs, tokens(9), &payload(9)).unwrap();
     assert_eq!(store.touch(&keys[..2], BOB), 2);
     assert_eq!(store.erase(Label::NOBODY).unwrap(), 0);
     assert_eq!(store.erase(ALICE).unwrap(), 4);
@@ -445,4 +445,18 @@ fn a_store_of_another_size_reads_what_the_first_has_written() {
             assert_eq!(get(&store, key).unwrap(), payload(n), "{capacity}");
         }
     }
+}
+
+#[test]
+fn a_block_that_another_asked_for_before_it_was_written_is_not_erased() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let keys = chain(&store, 1);
+    assert!(store.announce(keys[0], ALICE));
+    assert_eq!(store.touch(&keys, BOB), 1);
+    store.write(keys[0], tokens(0), &payload(0)).unwrap();
+    assert_eq!(store.erase(ALICE).unwrap(), 0);
+    drop(store);
+    let store = open(folder.path());
+    assert_eq!((store.erase(ALICE).unwrap(), store.readable(&keys)), (0, 1));
 }

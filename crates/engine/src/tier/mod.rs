@@ -460,12 +460,13 @@ impl DiskTier {
             }
             let Some(mut payload) = self.writer.buffer(Instant::now()) else { return };
             let (index, key) = (chain.offered, chain.keys[chain.offered]);
-            if model.export_block(sequence.blocks[index], &mut payload).is_err() || !self.store.announce(key)
+            if model.export_block(sequence.blocks[index], &mut payload).is_err()
+                || !self.store.announce(key, chain.label)
             {
                 return self.writer.give_back(payload);
             }
-            let (tokens, label) = (*sequence.block_tokens(index), chain.label);
-            self.writer.queue_job(Job::Write(Block { key, tokens, label, payload }));
+            let tokens = *sequence.block_tokens(index);
+            self.writer.queue_job(Job::Write(Block { key, tokens, payload }));
             chain.offered += 1;
             *room -= 1;
         }

@@ -23,7 +23,6 @@ pub(crate) enum Job {
 pub(crate) struct Block {
     pub key: BlockKey,
     pub tokens: [u32; BLOCK_TOKENS],
-    pub label: Label,
     /// From [`Writer::buffer`].
     pub payload: Box<[u8]>,
 }
@@ -106,7 +105,7 @@ impl Health {
 
 fn write_all(store: &Store, jobs: &mpsc::Receiver<Job>, buffers: &Buffers, health: &Health) {
     for job in jobs {
-        let Block { key, tokens, label, payload } = match job {
+        let Block { key, tokens, payload } = match job {
             Job::Write(block) => block,
             Job::Erase(label) => {
                 if let Err(error) = store.erase(label) {
@@ -120,7 +119,7 @@ fn write_all(store: &Store, jobs: &mpsc::Receiver<Job>, buffers: &Buffers, healt
             store.withdraw(&key);
             health.dropped.fetch_add(1, Ordering::Relaxed);
         } else {
-            match store.write(key, tokens, &payload, label) {
+            match store.write(key, tokens, &payload) {
                 Ok(()) => health.breaker().success(),
                 Err(error) => {
                     let pause = health.breaker().failure(Instant::now());
