@@ -5,8 +5,10 @@
 //! in bf16 where that makes the comparison sharper.
 
 mod common;
+#[path = "../../ops/tests/support/mod.rs"]
+mod support;
 
-use common::{Random, Rows, assert_close, cuda, large, matrix, plain_batch, upload, vector};
+use common::{cuda, large};
 use half::{bf16, f16};
 use rudder_cuda::Cuda;
 use rudder_ops::reference::Reference;
@@ -15,6 +17,7 @@ use rudder_ops::{
     QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts, mxfp4,
 };
 use std::sync::Arc;
+use support::{Random, Rows, assert_close, matrix, plain_batch, run_experts, run_moe, upload, vector};
 
 /// Largest relative error of one rounding to bf16.
 const BF16: f32 = 1.0 / 256.0;
@@ -365,32 +368,6 @@ fn experts(random: &mut Random, n: usize, hidden: usize, intermediate: usize) ->
     [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)].map(|(rows, width)| {
         (0..n).map(|i| matrix(&format!("expert {i}"), rows, &random.exact(rows * width, 0.5))).collect()
     })
-}
-
-fn run_moe<B: Backend>(
-    b: &mut B,
-    x: Rows,
-    logits: Rows,
-    [gate, up, down]: &[Vec<RawTensor>; 3],
-    top_k: usize,
-    renormalise: bool,
-) -> Result<Vec<f32>> {
-    run_experts(b, x, logits, &ExpertWeights::plain(gate, up, down), top_k, renormalise)
-}
-
-fn run_experts<B: Backend>(
-    b: &mut B,
-    x: Rows,
-    logits: Rows,
-    weights: &ExpertWeights<'_>,
-    top_k: usize,
-    renormalise: bool,
-) -> Result<Vec<f32>> {
-    let experts = b.load_experts(weights)?;
-    let (xs, logits) = (upload(b, x)?, upload(b, logits)?);
-    let mut out = b.tensor(1024, x.1)?;
-    b.moe(&xs, &logits, &experts, top_k, renormalise, &mut out)?;
-    b.to_host(&out)
 }
 
 /// Few pairs, each by itself, and many, sorted: up to several chunks of the sort and several tiles of an expert.
