@@ -87,6 +87,17 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return u.w;
 }
 
+// Four numbers of E4M3, without its NaN, to bf16, in order. A number's seven lower bits lie where a bf16's exponent and mantissa meet, so
+// that but for a power of two it is its number, subnormals too.
+__device__ __forceinline__ void widen_e4m3(uint32_t codes, uint32_t* to) {
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        // Each byte above a byte of zeros.
+        const uint32_t apart = __byte_perm(codes, 0, p ? 0x3424 : 0x1404);
+        to[p] = multiply_pairs((apart & 0x80008000u) | (apart >> 4 & 0x07f007f0u), 0x7b807b80u);  // 2^120
+    }
+}
+
 // The lower (or upper) halves of two words, side by side.
 __device__ __forceinline__ uint32_t halves(uint32_t a, uint32_t b, bool upper) {
     return upper ? (a >> 16) | (b & 0xffff0000u) : (a & 0xffffu) | (b << 16);

@@ -4,12 +4,11 @@
 // could not keep up with memory. A fragment's columns may be any permutation of k as long as both factors agree,
 // so every lane reads 16 neighbouring bytes straight from global memory into its fragments, without shared memory.
 // matmul_tiles: any number of rows, through shared memory in a pipeline of copies; also the grouped product of MoE.
-// .._mxfp4: weights of MXFP4 (OCP Microscaling Formats 1.0), widened on the way into fragments or shared memory. A block of 32
-// elements is four words of codes and, in an array of its own, its scale's byte e, a factor of 2^(e - 127); e is 128 at most. Of
-// each 8 elements, 2p and 2p + 1 are nibbles p and p + 4 of a word.
+// .._fp8, .._mxfp4: weights that are narrower (formats.cuh), widened on the way into fragments or shared memory.
+// widen_*: the same to bf16 in memory, for cuBLASLt.
 //
 // Each column of a fragment is computed by itself: a row's result does not depend on the rows beside it.
-#include "common.cuh"
+#include "formats.cuh"
 
 #define FEW_WARPS 8
 
@@ -83,74 +82,122 @@ extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_experts(const bf
 }
 KERNEL(matmul_few_experts)
 
-// A scale's byte as a pair of bf16 that widen_codes multiplies with: 2^(e - 1), since its numbers come out 2^126 times too small.
-__device__ __forceinline__ uint32_t scale_pair(uint32_t e) { return (e + 126) * 0x00800080u; }
-
-// Eight codes to bf16, two a word. A code's exponent and mantissa lie where a bf16's lowest ones do, so that but for a power of
-// two it is its number, subnormals too.
-__device__ __forceinline__ void widen_codes(uint32_t codes, uint32_t scales, uint32_t (&to)[4]) {
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-        const uint32_t numbers = p < 2 ? codes << (6 - 4 * p) : codes >> (4 * p - 6);
-        to[p] = multiply_pairs((codes << (12 - 4 * p) & 0x80008000u) | (numbers & 0x01c001c0u), scales);
-    }
-}
-
-// The same of MXFP4: of a block's warps each takes four blocks of 32 columns in turn, a quad's lane one of them.
-extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_experts_mxfp4(const bf16* x, const uint4* w, const unsigned char* scales, const float* bias, const uint32_t* experts, float* out, int share, int n, int k) {
-    const int AHEAD = 2;
-    __shared__ float parts[FEW_WARPS][16];
+// The same for weights of a format F. Of 128 columns in turn a lane reads 32 of two features, in one piece or two. A row's sum over
+// columns that share a scale is scaled as a whole, in f32. AHEAD as above.
+template <class F, int TILES, int AHEAD>
+__device__ void matmul_few_packed(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k) {
+    constexpr int PIECES = 32 / F::COLUMNS, WORDS = F::COLUMNS / 2;
+    __shared__ float parts[FEW_WARPS][TILES * 8][16];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
-    const int feature = blockIdx.x * 16, blocks = k / 32;
-    const size_t pair = blockIdx.y, expert = experts[pair];
+    const int feature = blockIdx.x * 16, own = quad * F::COLUMNS;
     // What lies beyond the matrix is computed from its last row, and not stored.
-    size_t rows[2];
-    for (int r = 0; r < 2; r++) rows[r] = (expert * n + min(feature + group + 8 * r, n - 1)) * blocks;
-    const bf16* row = x + pair / share * k;
-    float sums[4] = {};
-    for (int turn = warp; turn * 4 < blocks; turn += AHEAD * FEW_WARPS) {
-        uint4 codes[AHEAD][2], c[AHEAD][4];
-        uint32_t factors[AHEAD][2];
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            const int block = (turn + u * FEW_WARPS) * 4 + quad;
-            const bool there = block < blocks;
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                codes[u][r] = there ? load_once(w + rows[r] + block) : make_uint4(0, 0, 0, 0);
-                factors[u][r] = there ? scales[rows[r] + block] : 0;
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                c[u][i] = there ? reinterpret_cast<const uint4*>(row + block * 32)[i] : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            if ((turn + u * FEW_WARPS) * 4 >= blocks) continue;  // a whole warp
-            const uint32_t words[2][4] = {{codes[u][0].x, codes[u][0].y, codes[u][0].z, codes[u][0].w}, {codes[u][1].x, codes[u][1].y, codes[u][1].z, codes[u][1].w}};
-            const uint32_t f[2] = {scale_pair(factors[u][0]), scale_pair(factors[u][1])};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                uint32_t p[4], q[4];
-                widen_codes(words[0][i], f[0], p);
-                widen_codes(words[1][i], f[1], q);
-                const uint32_t low[4] = {p[0], q[0], p[1], q[1]}, high[4] = {p[2], q[2], p[3], q[3]};
-                const uint32_t first[2] = {c[u][i].x, c[u][i].y}, second[2] = {c[u][i].z, c[u][i].w};
-                multiply_add(sums, low, first);
-                multiply_add(sums, high, second);
-            }
-        }
+    const uint4* from[2];
+    const unsigned char* beside[2];
+    for (int r = 0; r < 2; r++) {
+        const size_t row = min(feature + group + 8 * r, n - 1);
+        from[r] = codes + row * (k / F::COLUMNS), beside[r] = scales + row * stride;
     }
-    // All columns of the fragment are the one row.
-    if (quad == 0) parts[warp][group] = sums[0], parts[warp][group + 8] = sums[2];
+    const bf16* xs[TILES];
+    for (int t = 0; t < TILES; t++) xs[t] = x + static_cast<size_t>(min(t * 8 + group, rows - 1)) * k;
+    float sums[TILES][4] = {};
+    for (int turn = warp * 128; turn < k; turn += AHEAD * FEW_WARPS * 128) {
+        uint4 a[AHEAD][PIECES][2], c[AHEAD][PIECES][TILES][F::COLUMNS / 8];
+        uint32_t s[AHEAD][PIECES][2];
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++)
+#pragma unroll
+            for (int p = 0; p < PIECES; p++) {
+                const int column = turn + u * FEW_WARPS * 128 + p * 4 * F::COLUMNS + own;
+                const bool there = column < k;
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    a[u][p][r] = there ? load_once(from[r] + column / F::COLUMNS) : make_uint4(0, 0, 0, 0);
+                    s[u][p][r] = there ? F::scale(beside[r], column, shift) : 0;
+                }
+#pragma unroll
+                for (int t = 0; t < TILES; t++)
+#pragma unroll
+                    for (int i = 0; i < F::COLUMNS / 8; i++)
+                        c[u][p][t][i] = there ? reinterpret_cast<const uint4*>(xs[t] + column)[i] : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++)
+#pragma unroll
+            for (int p = 0; p < PIECES; p++) {
+                if (turn + u * FEW_WARPS * 128 + p * 4 * F::COLUMNS >= k) continue;  // a whole warp
+                uint32_t w[2][WORDS];
+                F::numbers(a[u][p][0], s[u][p][0], w[0]);
+                F::numbers(a[u][p][1], s[u][p][1], w[1]);
+                [[maybe_unused]] float partial[TILES][4] = {};
+#pragma unroll
+                for (int i = 0; i < F::COLUMNS / 8; i++) {
+                    const uint32_t low[4] = {w[0][4 * i], w[1][4 * i], w[0][4 * i + 1], w[1][4 * i + 1]};
+                    const uint32_t high[4] = {w[0][4 * i + 2], w[1][4 * i + 2], w[0][4 * i + 3], w[1][4 * i + 3]};
+#pragma unroll
+                    for (int t = 0; t < TILES; t++) {
+                        const uint4 r = c[u][p][t][i];
+                        const uint32_t first[2] = {r.x, r.y}, second[2] = {r.z, r.w};
+                        multiply_add(F::SCALED ? partial[t] : sums[t], low, first);
+                        multiply_add(F::SCALED ? partial[t] : sums[t], high, second);
+                    }
+                }
+                if constexpr (F::SCALED) {
+#pragma unroll
+                    for (int t = 0; t < TILES; t++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) sums[t][i] += partial[t][i] * F::factor(s[u][p][i / 2]);
+                }
+            }
+    }
+    for (int t = 0; t < TILES; t++)
+        for (int i = 0; i < 4; i++) parts[warp][t * 8 + quad * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
     __syncthreads();
-    const int f = threadIdx.x;
-    if (f >= 16 || feature + f >= n) return;
-    float sum = 0.0f;
-    for (int v = 0; v < FEW_WARPS; v++) sum += parts[v][f];
-    out[pair * n + feature + f] = bias ? sum + bias[expert * n + feature + f] : sum;
+    for (int i = threadIdx.x; i < rows * 16; i += blockDim.x) {
+        int row = i / 16, f = i % 16;
+        if (feature + f >= n) continue;
+        float sum = 0.0f;
+        for (int v = 0; v < FEW_WARPS; v++) sum += parts[v][row][f];
+        out[static_cast<size_t>(row) * n + feature + f] = bias ? sum + bias[feature + f] : sum;
+    }
 }
-KERNEL(matmul_few_experts_mxfp4)
+
+template <class F>
+__device__ void widen_rows(const uint4* codes, const unsigned char* scales, int stride, int shift, bf16* out, int n, int k) {
+    const size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x, row = i / (k / 32);
+    if (row >= static_cast<size_t>(n)) return;
+    const int column = i % (k / 32) * 32;
+    const uint32_t scale = F::scale(scales + row * stride, column, shift);
+#pragma unroll
+    for (int p = 0; p < 32 / F::COLUMNS; p++) {
+        uint32_t to[F::COLUMNS / 2];
+        widen_piece<F>(load_once(codes + i * (32 / F::COLUMNS) + p), scale, to);
+#pragma unroll
+        for (int j = 0; j < F::COLUMNS / 8; j++)
+            reinterpret_cast<uint4*>(out + row * k + column + p * F::COLUMNS)[j] = make_uint4(to[4 * j], to[4 * j + 1], to[4 * j + 2], to[4 * j + 3]);
+    }
+}
+
+// Kernels of a format F: matmul_few_8_*, _16_* and matmul_few_experts_*, launched as those of bf16; widen_*: n rows to bf16, a thread 32
+// columns, block 256, in as many blocks as that takes.
+#define FEW_OF(NAME, F)                                                                                                                                                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_8_##NAME(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k) {                                  \
+        matmul_few_packed<F, 1, 2>(x, codes, scales, stride, shift, bias, out, rows, n, k);                                                                                                                                                                  \
+    }                                                                                                                                                                                                                                                        \
+    KERNEL(matmul_few_8_##NAME)                                                                                                                                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_16_##NAME(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k) {                                 \
+        matmul_few_packed<F, 2, 1>(x, codes, scales, stride, shift, bias, out, rows, n, k);                                                                                                                                                                  \
+    }                                                                                                                                                                                                                                                        \
+    KERNEL(matmul_few_16_##NAME)                                                                                                                                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_experts_##NAME(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, const uint32_t* experts, float* out, int share, int n, int k) { \
+        const size_t pair = blockIdx.y, expert = experts[pair];                                                                                                                                                                                              \
+        matmul_few_packed<F, 1, 2>(x + pair / share * k, codes + expert * n * (k / F::COLUMNS), scales + expert * n * stride, stride, shift, bias ? bias + expert * n : nullptr, out + pair * n, 1, n, k);                                                   \
+    }                                                                                                                                                                                                                                                        \
+    KERNEL(matmul_few_experts_##NAME)                                                                                                                                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(256) widen_##NAME(const uint4* codes, const unsigned char* scales, int stride, int shift, bf16* out, int n, int k) { widen_rows<F>(codes, scales, stride, shift, out, n, k); }                              \
+    KERNEL(widen_##NAME)
+
+FEW_OF(mxfp4, Mxfp4)
+FEW_OF(fp8, Fp8)
 
 #define TILE 128
 #define TILE_K 64
@@ -164,9 +211,10 @@ __device__ __forceinline__ int swizzle(int row, int chunk) { return row * TILE_K
 // `first .. first + count` of the sorted order, all of one expert; sorted row i is x's row index[i] / share where index
 // is given.
 // A group: {expert, first, count, unused}; tiles beyond the last have no rows.
-// Weights of MXFP4 (`codes`, `scales`) are read into registers while a tile is computed, and widened into shared memory after it.
-template <bool MXFP4>
-__device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const unsigned char* scales, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) {
+// Weights of a format (`codes`, `scales`) are read into registers while a tile is computed, and widened into shared memory after it.
+template <class F>
+__device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) {
+    constexpr int PIECES = 32 / F::COLUMNS;
     DYNAMIC_SHARED(memory);
     bf16* stage_memory = reinterpret_cast<bf16*>(memory);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
@@ -175,8 +223,8 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
         uint4 g = groups[blockIdx.x];
         first = g.y, count = g.z;
         const size_t skipped = static_cast<size_t>(g.x) * n;
-        if constexpr (MXFP4)
-            codes += skipped * (k / 32), scales += skipped * (k / 32);
+        if constexpr (F::PACKED)
+            codes += skipped * (k / F::COLUMNS), scales += skipped * stride;
         else
             w += skipped * k;
         if (bias) bias += skipped;
@@ -192,7 +240,7 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
         int row = min(copied + i * 32, count - 1);
         size_t source = index ? index[first + row] / share : first + row;
         from_x[i] = x + source * k + chunk * 8;
-        if constexpr (!MXFP4) from_w[i] = w + static_cast<size_t>(min(feature + copied + i * 32, n - 1)) * k + chunk * 8;
+        if constexpr (!F::PACKED) from_w[i] = w + static_cast<size_t>(min(feature + copied + i * 32, n - 1)) * k + chunk * 8;
     }
     auto copy = [&](int step) {
         bf16* xs = stage_memory + step % STAGES * 2 * TILE * TILE_K;
@@ -200,35 +248,40 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
         for (int i = 0; i < 4; i++) {
             int row = copied + i * 32;
             copy_async(xs + swizzle(row, chunk), from_x[i] + step * TILE_K, row < count);
-            if constexpr (!MXFP4) copy_async(ws + swizzle(row, chunk), from_w[i] + step * TILE_K, feature + row < n);
+            if constexpr (!F::PACKED) copy_async(ws + swizzle(row, chunk), from_w[i] + step * TILE_K, feature + row < n);
         }
     };
-    // A thread widens block threadIdx % 2 of row threadIdx / 2 of the tile's weights.
+    // A thread widens half threadIdx % 2 of row threadIdx / 2 of the tile's weights.
     [[maybe_unused]] const int wide_row = threadIdx.x / 2, half = threadIdx.x % 2;
-    [[maybe_unused]] const size_t wide_from = static_cast<size_t>(min(feature + wide_row, n - 1)) * (k / 32) + half;
-    [[maybe_unused]] uint4 held = make_uint4(0, 0, 0, 0);
+    [[maybe_unused]] const size_t wide_from = min(feature + wide_row, n - 1);
+    [[maybe_unused]] uint4 held[PIECES] = {};
     [[maybe_unused]] uint32_t held_scale = 0;
     auto hold = [&](int step) {
-        if constexpr (MXFP4) {
+        if constexpr (F::PACKED) {
             if (feature + wide_row >= n) return;
-            held = load_once(codes + wide_from + step * 2);
-            held_scale = scale_pair(scales[wide_from + step * 2]);
+            const int column = step * TILE_K + half * 32;
+#pragma unroll
+            for (int p = 0; p < PIECES; p++) held[p] = load_once(codes + wide_from * (k / F::COLUMNS) + column / F::COLUMNS + p);
+            held_scale = F::scale(scales + wide_from * stride, column, shift);
         }
     };
     auto widen = [&](int step) {
-        if constexpr (MXFP4) {
+        if constexpr (F::PACKED) {
             bf16* ws = stage_memory + (step % STAGES * 2 + 1) * TILE * TILE_K;
-            const uint32_t words[4] = {held.x, held.y, held.z, held.w};
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                uint32_t to[4];
-                widen_codes(words[i], held_scale, to);
-                *reinterpret_cast<uint4*>(ws + swizzle(wide_row, half * 4 + i)) = make_uint4(to[0], to[1], to[2], to[3]);
+            for (int p = 0; p < PIECES; p++) {
+                uint32_t to[F::COLUMNS / 2];
+                widen_piece<F>(held[p], held_scale, to);
+#pragma unroll
+                for (int i = 0; i < F::COLUMNS / 8; i++)
+                    *reinterpret_cast<uint4*>(ws + swizzle(wide_row, half * 4 + p * (F::COLUMNS / 8) + i)) = make_uint4(to[4 * i], to[4 * i + 1], to[4 * i + 2], to[4 * i + 3]);
             }
         }
     };
 
     const int steps = k / TILE_K, warp_row = warp / 4 * 64, warp_feature = warp % 4 * 32;
+    // Of the warp's four fragments of 16 rows, those that have any.
+    const int fragments = min(4, (count - warp_row + 15) / 16);
     float sums[4][4][4] = {};
     for (int step = 0; step < STAGES - 1; step++) {
         if (step < steps) copy(step), hold(step), widen(step);
@@ -246,7 +299,7 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
             uint32_t a[4][4], b[4][2];
 #pragma unroll
             for (int m = 0; m < 4; m++)
-                load_matrices(a[m], xs + swizzle(warp_row + m * 16 + lane % 16, kk * 2 + lane / 16));
+                if (m < fragments) load_matrices(a[m], xs + swizzle(warp_row + m * 16 + lane % 16, kk * 2 + lane / 16));
 #pragma unroll
             for (int f = 0; f < 4; f += 2) {
                 uint32_t r[4];
@@ -256,7 +309,8 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
 #pragma unroll
             for (int m = 0; m < 4; m++)
 #pragma unroll
-                for (int f = 0; f < 4; f++) multiply_add(sums[m][f], a[m], b[f]);
+                for (int f = 0; f < 4; f++)
+                    if (m < fragments) multiply_add(sums[m][f], a[m], b[f]);
         }
         // Its place was read in the step before, and is read in the one after the next.
         if (step + STAGES - 1 < steps) widen(step + STAGES - 1);
@@ -274,10 +328,14 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
 }
 
 extern "C" __global__ void __launch_bounds__(256) matmul_tiles(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) {
-    tiles<false>(x, w, nullptr, nullptr, bias, out, rows, n, k, groups, index, share);
+    tiles<Plain>(x, w, nullptr, nullptr, 0, 0, bias, out, rows, n, k, groups, index, share);
 }
 KERNEL(matmul_tiles)
-extern "C" __global__ void __launch_bounds__(256) matmul_tiles_mxfp4(const bf16* x, const uint4* codes, const unsigned char* scales, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) {
-    tiles<true>(x, nullptr, codes, scales, bias, out, rows, n, k, groups, index, share);
-}
-KERNEL(matmul_tiles_mxfp4)
+
+#define TILES_OF(NAME, F)                                                                                                                                                                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(256) matmul_tiles_##NAME(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) { \
+        tiles<F>(x, nullptr, codes, scales, stride, shift, bias, out, rows, n, k, groups, index, share);                                                                                                                                                                                \
+    }                                                                                                                                                                                                                                                                                           \
+    KERNEL(matmul_tiles_##NAME)
+TILES_OF(mxfp4, Mxfp4)
+TILES_OF(fp8, Fp8)

@@ -1,18 +1,18 @@
 //! The op set on a GPU.
 //!
-//! Weights are bf16 whatever they are stored in, but for experts' MXFP4; so are what matrices read, and keys and values. The
-//! residual stream, what matrices put out and logits are f32.
+//! Weights are bf16 unless they are stored as what `weights` keeps; so are what matrices read, and keys and values. The residual stream, what
+//! matrices put out and logits are f32.
 
 use crate::device::{Buffer, Device, Grid};
 use crate::kv::{self, KvCache, Parts, Rotations, half_block};
-use crate::matmul::{Matrix, Multiplier, Vector, padded};
-use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack, Weights};
-use crate::mxfp4;
+use crate::matmul::{Matrix, Multiplier, Vector};
+use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack};
 use crate::peers::Peers;
 use crate::sample::Sampler;
 use crate::step::{List, Step, is_decode};
 use crate::tensor::{Format, Tensor, check};
 use crate::upload::Uploader;
+use crate::weights::Weights;
 use rudder_comm::Member;
 use rudder_ops::{
     Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, OpError, QkNorm,
@@ -62,15 +62,6 @@ fn expect_shape(tensor: &RawTensor, holds: bool, expected: impl FnOnce() -> Stri
 fn in_turn(parts: &[&[RawTensor]]) -> Vec<RawTensor> {
     let experts = parts.first().map_or(0, |part| part.len());
     (0..experts).flat_map(|expert| parts.iter().map(move |part| part[expert].clone())).collect()
-}
-
-/// Bytes of a matrix in bf16.
-fn matrix_bytes(n: usize, k: usize) -> Result<usize> {
-    let bytes = k.checked_next_multiple_of(64).and_then(|k| n.checked_mul(k)?.checked_mul(2));
-    // Kernels count features, and elements of a row, in 31 bits.
-    bytes
-        .filter(|_| n <= i32::MAX as usize && k <= i32::MAX as usize)
-        .ok_or_else(|| OpError::Backend(format!("a matrix of [{n}, {k}] is too large")))
 }
 
 impl Cuda {
@@ -139,8 +130,7 @@ impl Cuda {
         self.device.graphs()
     }
 
-    /// Uploads matrices `[n, k]` of a layer's experts, for each expert those of `parts` one below the other, and their biases: as
-    /// MXFP4 if all are, else as bf16.
+    /// Uploads matrices `[n, k]` of a layer's experts, for each expert those of `parts` one below the other, and their biases.
     fn stack(
         &mut self,
         parts: &[&[RawTensor]],
@@ -148,23 +138,10 @@ impl Cuda {
         [n, k]: [usize; 2],
     ) -> Result<Stack> {
         let matrices = in_turn(parts);
-        let (bytes, width) = (matrix_bytes(n, k)?, padded(k));
-        let weights = match matrices.iter().all(|matrix| matrix.dtype == DType::MXFP4) {
-            true => Weights::Mxfp4 {
-                codes: self.device.buffer(matrices.len() * n * mxfp4::code_bytes(width))?,
-                scales: self.device.buffer(matrices.len() * n * mxfp4::scale_bytes(width))?,
-            },
-            false => Weights::Bf16(self.device.buffer(matrices.len() * bytes)?),
-        };
-        for (i, matrix) in matrices.iter().enumerate() {
+        for matrix in &matrices {
             expect_shape(matrix, matrix.shape == [n, k], || format!("[{n}, {k}]"))?;
-            match &weights {
-                Weights::Bf16(buffer) => self.uploader.matrix_bf16(matrix, width, buffer, i * bytes)?,
-                Weights::Mxfp4 { codes, scales } => {
-                    self.uploader.matrix_mxfp4(matrix, width, [codes, scales], i * n)?;
-                }
-            }
         }
+        let weights = Weights::load(&self.device, &mut self.uploader, &matrices, k)?;
         let bias = match biases.map(in_turn) {
             Some(biases) => {
                 for bias in &biases {
@@ -219,13 +196,7 @@ impl Backend for Cuda {
             expect_shape(part, part.shape.len() == 2 && part.shape[1] == k, || format!("[any, {k}]"))?;
         }
         let n = parts.iter().map(|part| part.shape[0]).sum();
-        let buffer = self.device.buffer(matrix_bytes(n, k)?)?;
-        let mut offset = 0;
-        for part in parts {
-            self.uploader.matrix_bf16(part, padded(k), &buffer, offset)?;
-            offset += matrix_bytes(part.shape[0], k)?;
-        }
-        Ok(Matrix { buffer, n, k })
+        Ok(Matrix { weights: Weights::load(&self.device, &mut self.uploader, parts, k)?, n, k })
     }
 
     fn load_embedding(&mut self, table: &RawTensor) -> Result<Embedding> {

@@ -4,7 +4,7 @@
 //! as it is and `x^T` is `x`.
 
 use crate::gpu::Gpu;
-use crate::queue::Product;
+use crate::queue::{Product, ProductShape};
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use rudder_ops::{OpError, Result};
@@ -22,8 +22,8 @@ pub(crate) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     /// Address of [`WORKSPACE`] bytes, which live as long as the process.
     workspace: u64,
-    /// By rows, n and k; `None` where the library knows no way.
-    plans: HashMap<[usize; 3], Option<Plan>>,
+    /// `None` where the library knows no way.
+    plans: HashMap<ProductShape, Option<Plan>>,
 }
 
 // SAFETY: the handle may be used from any thread, by one at a time, which `&mut self` sees to.
@@ -57,8 +57,8 @@ impl CublasLt {
         Ok(Self { handle, workspace: gpu.allocate(WORKSPACE)?, plans: HashMap::new() })
     }
 
-    /// Whether the library knows a way to do products of these rows, n and k.
-    pub fn can(&mut self, shape: [usize; 3]) -> bool {
+    /// Whether the library knows a way to do products of this shape.
+    pub fn can(&mut self, shape: ProductShape) -> bool {
         if self.plans.len() >= MOST_PLANS && !self.plans.contains_key(&shape) {
             self.plans.clear();
         }
@@ -101,7 +101,7 @@ impl CublasLt {
 }
 
 impl Plan {
-    fn find(handle: sys::cublasLtHandle_t, shape: [usize; 3]) -> Option<Self> {
+    fn find(handle: sys::cublasLtHandle_t, shape: ProductShape) -> Option<Self> {
         Self::try_find(handle, shape)
             .inspect_err(|e| {
                 tracing::warn!("cuBLASLt does not multiply {shape:?} ({e}); a plain kernel does")
@@ -111,7 +111,7 @@ impl Plan {
 
     fn try_find(
         handle: sys::cublasLtHandle_t,
-        [rows, n, k]: [usize; 3],
+        ProductShape { rows, n, k, stride }: ProductShape,
     ) -> std::result::Result<Self, CublasError> {
         use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
         use sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
@@ -129,7 +129,7 @@ impl Plan {
         }
         let w = result::create_matrix_layout(bf16, k as u64, n as u64, k as i64)?;
         let x = result::create_matrix_layout(bf16, k as u64, rows as u64, k as i64)?;
-        let out = result::create_matrix_layout(f32, n as u64, rows as u64, n as i64)?;
+        let out = result::create_matrix_layout(f32, n as u64, rows as u64, stride as i64)?;
         let preference = result::create_matmul_pref()?;
         // SAFETY: the attribute is a size, read before the call returns; all descriptions were just made.
         let found = unsafe {

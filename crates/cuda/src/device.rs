@@ -4,7 +4,7 @@
 
 use crate::cublaslt::CublasLt;
 use crate::gpu::Gpu;
-use crate::queue::{Launch, Product, Queue, Work};
+use crate::queue::{Launch, Product, ProductShape, Queue, Work};
 use rudder_ops::{OpError, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,9 +19,17 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("matmul_few_8", 0),
     ("matmul_few_16", 0),
     ("matmul_few_experts", 0),
-    ("matmul_few_experts_mxfp4", 0),
     ("matmul_tiles", MATMUL_TILES_SHARED),
+    ("matmul_few_8_mxfp4", 0),
+    ("matmul_few_16_mxfp4", 0),
+    ("matmul_few_experts_mxfp4", 0),
     ("matmul_tiles_mxfp4", MATMUL_TILES_SHARED),
+    ("widen_mxfp4", 0),
+    ("matmul_few_8_fp8", 0),
+    ("matmul_few_16_fp8", 0),
+    ("matmul_few_experts_fp8", 0),
+    ("matmul_tiles_fp8", MATMUL_TILES_SHARED),
+    ("widen_fp8", 0),
     ("rope_and_cache", 0),
     ("attention_combine", 0),
     ("attention_any", 0),
@@ -185,13 +193,18 @@ impl Device {
         self.submit(Work::Kernel(Launch::new(kernel, grid, shared, args)))
     }
 
-    /// Queues a product through cuBLASLt; false if that is not there or knows no way to do it.
-    pub fn multiply(&self, product: Product) -> Result<bool> {
-        let can = self.queue().cublaslt.as_mut().is_some_and(|cublaslt| cublaslt.can(product.shape));
-        if can {
-            self.submit(Work::Product(product))?;
+    /// Whether cuBLASLt is there and knows a way to do such a product; emulated, one of many rows.
+    pub fn can_multiply(&self, shape: ProductShape) -> bool {
+        match self.kind() {
+            Kind::Gpu(_) => self.queue().cublaslt.as_mut().is_some_and(|cublaslt| cublaslt.can(shape)),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => shape.rows >= crate::emulated::PRODUCT_ROWS,
         }
-        Ok(can)
+    }
+
+    /// Queues a product that [`Device::can_multiply`].
+    pub fn multiply(&self, product: Product) -> Result<()> {
+        self.submit(Work::Product(product))
     }
 
     fn submit(&self, work: Work) -> Result<()> {
@@ -233,7 +246,10 @@ fn emulate(work: &Work) -> Result<()> {
         Work::Kernel(launch) => {
             crate::emulated::launch(launch.kernel, launch.grid, launch.shared, launch.args())
         }
-        Work::Product(_) => Err(OpError::Backend("there is no cuBLASLt here".to_owned())),
+        Work::Product(product) => {
+            crate::emulated::multiply(product);
+            Ok(())
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! The CPU in a GPU's place: kernels compiled as C++, memory with a page behind it that faults.
 
 use crate::device::{Arg, Grid, KERNELS};
+use crate::queue::{Product, ProductShape};
+use half::bf16;
 use rudder_ops::{OpError, Result};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::{Mutex, PoisonError};
@@ -46,6 +48,27 @@ pub fn launch(kernel: &str, grid: Grid, shared: u32, args: &[Arg]) -> Result<()>
         rudder_emulate(name.as_ptr(), blocks, block.as_ptr(), shared, pointers.as_mut_ptr(), count)
     };
     if status == 0 { Ok(()) } else { Err(OpError::Backend(format!("there is no kernel {kernel}"))) }
+}
+
+/// The fewest rows of a product that is done in cuBLASLt's place; fewer are left to the kernels, so that tests see both.
+pub const PRODUCT_ROWS: usize = 512;
+
+/// What cuBLASLt would do.
+pub fn multiply(product: &Product) {
+    let ProductShape { rows, n, k, stride } = product.shape;
+    let read = |address: u64, count: usize| -> Vec<f32> {
+        let mut bits = vec![0u16; count];
+        self::read(address, crate::step::bytes_mut(&mut bits));
+        bits.into_iter().map(|bits| bf16::from_bits(bits).to_f32()).collect()
+    };
+    let (x, w) = (read(product.x, rows * k), read(product.w, n * k));
+    let mut out = vec![0f32; n];
+    for (row, x) in x.chunks_exact(k).enumerate() {
+        for (out, w) in out.iter_mut().zip(w.chunks_exact(k)) {
+            *out = x.iter().zip(w).map(|(x, w)| x * w).sum();
+        }
+        write(product.out + 4 * (row * stride) as u64, crate::step::bytes(&out));
+    }
 }
 
 /// Bytes of the mapping behind `bytes`: whole pages and one that nothing may touch.

@@ -9,6 +9,7 @@ mod cublaslt;
 mod device;
 #[cfg(feature = "emulate")]
 mod emulated;
+mod fp8;
 mod gpu;
 pub mod kernels;
 mod kv;
@@ -22,6 +23,7 @@ mod sample;
 mod step;
 mod tensor;
 mod upload;
+mod weights;
 
 pub use backend::{Cuda, Embedding};
 pub use kv::KvCache;

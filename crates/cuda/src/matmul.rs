@@ -1,9 +1,10 @@
 //! `x * w^T + bias`: which kernel multiplies, and the weights it reads.
 
 use crate::device::{Arg, Buffer, Device, Grid, MATMUL_TILES_SHARED};
-use crate::queue::Product;
+use crate::queue::{MOST_ARGS, Product, ProductShape};
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
+use crate::weights::{Packed, Weights};
 use rudder_ops::Result;
 
 /// Rows of weights and activations are padded with zeros to a multiple of this.
@@ -13,9 +14,16 @@ const FEW: usize = 16;
 /// Rows and features of a tile of `matmul_tiles`.
 pub(crate) const TILE: usize = 128;
 
-/// A weight matrix `[n, k]` in bf16, rows padded to [`padded`] elements.
+/// From so many rows on, weights of a narrow format are widened in memory and multiplied by cuBLASLt. Below that the writing and reading of
+/// what is widened, some 5 bytes a weight where its cache does not help, costs more than the plain kernel's arithmetic.
+const WIDEN: usize = 512;
+/// Bytes that are widened at a time: they are still in the second cache when they are multiplied. Emulated less, so that tests see
+/// several slices.
+const SLICE: usize = if cfg!(feature = "emulate") { 1 << 16 } else { 32 << 20 };
+
+/// A weight matrix `[n, k]`.
 pub struct Matrix {
-    pub(crate) buffer: Buffer,
+    pub(crate) weights: Weights,
     pub(crate) n: usize,
     pub(crate) k: usize,
 }
@@ -35,6 +43,7 @@ pub(crate) const fn padded(k: usize) -> usize {
 pub(crate) struct Multiplier {
     device: Device,
     packed: Option<Buffer>,
+    widened: Option<Buffer>,
 }
 
 /// Rows of bf16, padded: what the matrix kernels read.
@@ -47,7 +56,7 @@ pub(crate) struct Rows {
 
 impl Multiplier {
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), packed: None }
+        Self { device: device.clone(), packed: None, widened: None }
     }
 
     /// A tensor as the matrix kernels read it: itself, or a copy in bf16 with padding.
@@ -69,31 +78,112 @@ impl Multiplier {
         out.set(x.rows, w.n, Format::F32)?;
         let x = self.pack(x)?;
         if x.rows <= FEW {
-            let kernel = if x.rows <= 8 { "matmul_few_8" } else { "matmul_few_16" };
-            let grid = Grid::new(if x.rows == 0 { 0 } else { w.n.div_ceil(16) }, 256);
-            return self.device.launch(kernel, grid, 0, &args(x, w, bias, out));
+            return self.few(x, w, bias, out);
         }
-        // In the terms of cuBLASLt where that is there.
-        let product = Product {
-            shape: [x.rows, w.n, x.k],
-            x: x.data.value(),
-            w: w.buffer.address(),
-            out: out.buffer.address(),
+        let multiplied = match &w.weights {
+            Weights::Bf16(buffer) => self.product(x, buffer, w.n, out)?,
+            Weights::Packed(packed) => x.rows >= WIDEN && self.widened_product(x, packed, w.n, out)?,
         };
-        if self.device.multiply(product)? {
-            let Some(bias) = bias else { return Ok(()) };
-            let args = [(&*out).into(), (&bias.buffer).into(), w.n.into(), out.elements().into()];
-            return self.device.launch("add_bias", Grid::elements(out.elements()), 0, &args);
+        if !multiplied {
+            return self.tiles(x, w, bias, out);
         }
-        let mut args = args(x, w, bias, out).to_vec();
-        args.extend([Arg::NULL, Arg::NULL, 1usize.into()]);
+        let Some(bias) = bias else { return Ok(()) };
+        let args = [(&*out).into(), (&bias.buffer).into(), w.n.into(), out.elements().into()];
+        self.device.launch("add_bias", Grid::elements(out.elements()), 0, &args)
+    }
+
+    /// Up to [`FEW`] rows.
+    fn few(&self, x: Rows, w: &Matrix, bias: Option<&Vector>, out: &Tensor) -> Result<()> {
+        let grid = Grid::new(if x.rows == 0 { 0 } else { w.n.div_ceil(16) }, 256);
+        let [few_8, few_16] = match &w.weights {
+            Weights::Bf16(_) => ["matmul_few_8", "matmul_few_16"],
+            Weights::Packed(packed) => packed.packing.kernels().few,
+        };
+        let (args, count) = args(x, w, bias, out);
+        self.device.launch(if x.rows <= 8 { few_8 } else { few_16 }, grid, 0, &args[..count])
+    }
+
+    /// Any number of rows, on a kernel of ours.
+    fn tiles(&self, x: Rows, w: &Matrix, bias: Option<&Vector>, out: &Tensor) -> Result<()> {
+        let (mut args, count) = args(x, w, bias, out);
+        // No groups, no index, a share of one: all but the last are there as zeros.
+        args[count + 2] = 1usize.into();
         let grid = Grid::of([x.rows.div_ceil(TILE), w.n.div_ceil(TILE), 1], 256);
-        self.device.launch("matmul_tiles", grid, MATMUL_TILES_SHARED, &args)
+        let kernel = match &w.weights {
+            Weights::Bf16(_) => "matmul_tiles",
+            Weights::Packed(packed) => packed.packing.kernels().tiles,
+        };
+        self.device.launch(kernel, grid, MATMUL_TILES_SHARED, &args[..count + 3])
+    }
+
+    /// `out = x * w^T` through cuBLASLt; false if that cannot.
+    fn product(&self, x: Rows, w: &Buffer, n: usize, out: &Tensor) -> Result<bool> {
+        let shape = ProductShape { rows: x.rows, n, k: x.k, stride: n };
+        if !self.device.can_multiply(shape) {
+            return Ok(false);
+        }
+        let (w, out) = (w.address(), out.buffer.address());
+        self.device.multiply(Product { shape, x: x.data.value(), w, out })?;
+        Ok(true)
+    }
+
+    /// The same of weights that are widened first, some features at a time.
+    fn widened_product(&mut self, x: Rows, w: &Packed, n: usize, out: &Tensor) -> Result<bool> {
+        let slices = slices(n, x.k);
+        let shape = |n_of: usize| ProductShape { rows: x.rows, n: n_of, k: x.k, stride: n };
+        if !slices.clone().all(|(_, count)| self.device.can_multiply(shape(count))) {
+            return Ok(false);
+        }
+        let most = slices.clone().map(|(_, count)| count).max().unwrap_or(0);
+        let widened = room(&mut self.widened, &self.device, 2 * most * x.k)?;
+        for (first, count) in slices {
+            w.widen(&self.device, first, count, x.k, widened.into())?;
+            let out = out.buffer.address() + 4 * first as u64;
+            let (x, w) = (x.data.value(), widened.address());
+            self.device.multiply(Product { shape: shape(count), x, w, out })?;
+        }
+        Ok(true)
     }
 }
 
-/// The arguments that all matrix kernels begin with.
-fn args(x: Rows, w: &Matrix, bias: Option<&Vector>, out: &Tensor) -> [Arg; 7] {
+/// First feature and number of those that are widened together. All but the last are a multiple of a tile, so that outputs begin on as many
+/// bytes as cuBLASLt counts on.
+fn slices(n: usize, k: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
+    let most = (SLICE / (2 * k.max(1)) / TILE).max(1) * TILE;
+    (0..n).step_by(most).map(move |first| (first, most.min(n - first)))
+}
+
+/// The arguments that all kernels of one matrix begin with, and how many they are.
+fn args(x: Rows, w: &Matrix, bias: Option<&Vector>, out: &Tensor) -> ([Arg; MOST_ARGS], usize) {
     let bias = bias.map_or(Arg::NULL, |bias| (&bias.buffer).into());
-    [x.data, (&w.buffer).into(), bias, out.into(), x.rows.into(), w.n.into(), x.k.into()]
+    let last = [bias, out.into(), x.rows.into(), w.n.into(), x.k.into()];
+    let mut args = [Arg::NULL; MOST_ARGS];
+    args[0] = x.data;
+    let weights = match &w.weights {
+        Weights::Bf16(buffer) => {
+            args[1] = buffer.into();
+            1
+        }
+        Weights::Packed(packed) => {
+            args[1..5].copy_from_slice(&packed.args());
+            4
+        }
+    };
+    args[1 + weights..][..last.len()].copy_from_slice(&last);
+    (args, 1 + weights + last.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_hold_all_features_in_order() {
+        for (n, k) in [(1, 64), (128, 64), (1000, 64), (300, 192), (129, 1 << 20)] {
+            let all: Vec<_> = slices(n, k).collect();
+            assert!(all.windows(2).all(|w| w[0].0 + w[0].1 == w[1].0) && all[0].0 == 0);
+            assert_eq!(all.iter().map(|(_, count)| count).sum::<usize>(), n);
+            assert!(all.iter().all(|(first, _)| first.is_multiple_of(TILE)));
+        }
+    }
 }

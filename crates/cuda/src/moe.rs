@@ -4,6 +4,7 @@ use crate::device::{Arg, Buffer, Device, Grid, MATMUL_TILES_SHARED};
 use crate::matmul::{Multiplier, TILE, Vector, padded};
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
+use crate::weights::Weights;
 use rudder_ops::{Activation, Result};
 
 /// Most experts of a layer; `MOST_EXPERTS` in moe.cu.
@@ -30,12 +31,6 @@ pub(crate) struct Stack {
     pub(crate) weights: Weights,
     /// `[experts, rows of a matrix]`.
     pub(crate) bias: Option<Vector>,
-}
-
-/// What a stack's weights are stored as.
-pub(crate) enum Weights {
-    Bf16(Buffer),
-    Mxfp4 { codes: Buffer, scales: Buffer },
 }
 
 /// The arguments of `silu_mul` that say which activation it is: alpha, and the limit or 0.
@@ -182,9 +177,10 @@ impl Product<'_> {
                     let args = [x, w.into(), bias, chosen, out, share, n, width];
                     self.device.launch("matmul_few_experts", grid, 0, &args)
                 }
-                Weights::Mxfp4 { codes, scales } => {
-                    let args = [x, codes.into(), scales.into(), bias, chosen, out, share, n, width];
-                    self.device.launch("matmul_few_experts_mxfp4", grid, 0, &args)
+                Weights::Packed(w) => {
+                    let [codes, scales, stride, shift] = w.args();
+                    let args = [x, codes, scales, stride, shift, bias, chosen, out, share, n, width];
+                    self.device.launch(w.packing.kernels().few_experts, grid, 0, &args)
                 }
             };
         };
@@ -196,10 +192,11 @@ impl Product<'_> {
                 let args = [x, w.into(), bias, out, rows, n, width, groups, index, share];
                 self.device.launch("matmul_tiles", grid, MATMUL_TILES_SHARED, &args)
             }
-            Weights::Mxfp4 { codes, scales } => {
-                let (codes, scales) = (codes.into(), scales.into());
-                let args = [x, codes, scales, bias, out, rows, n, width, groups, index, share];
-                self.device.launch("matmul_tiles_mxfp4", grid, MATMUL_TILES_SHARED, &args)
+            Weights::Packed(w) => {
+                let [codes, scales, stride, shift] = w.args();
+                let args =
+                    [x, codes, scales, stride, shift, bias, out, rows, n, width, groups, index, share];
+                self.device.launch(w.packing.kernels().tiles, grid, MATMUL_TILES_SHARED, &args)
             }
         }
     }

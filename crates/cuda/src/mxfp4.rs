@@ -9,7 +9,7 @@ use rudder_ops::{OpError, RawTensor, Result};
 const MOST_SCALE: u8 = 128;
 
 /// Bytes of a row's codes.
-pub(crate) const fn code_bytes(padded: usize) -> usize {
+const fn code_bytes(padded: usize) -> usize {
     padded / 2
 }
 

@@ -33,10 +33,19 @@ pub(crate) struct Launch {
     count: usize,
 }
 
-/// A product through cuBLASLt: rows, n and k; the addresses of x, w and out.
+/// What a product through cuBLASLt is of: `[rows, k]` times the transposed `[n, k]`, into rows that lie `stride` elements apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct ProductShape {
+    pub rows: usize,
+    pub n: usize,
+    pub k: usize,
+    pub stride: usize,
+}
+
+/// A product through cuBLASLt: its shape; the addresses of x, w and out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Product {
-    pub shape: [usize; 3],
+    pub shape: ProductShape,
     pub x: u64,
     pub w: u64,
     pub out: u64,
@@ -141,7 +150,8 @@ fn hash(work: &[Work]) -> u64 {
                 launch.args().iter().for_each(|arg| add(arg.value()));
             }
             Work::Product(Product { shape, x, w, out }) => {
-                shape.iter().for_each(|&n| add(n as u64));
+                let ProductShape { rows, n, k, stride } = *shape;
+                [rows, n, k, stride].into_iter().for_each(|n| add(n as u64));
                 [*x, *w, *out].into_iter().for_each(&mut add);
             }
         }

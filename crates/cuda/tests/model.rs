@@ -72,6 +72,23 @@ fn every_architecture_says_what_the_reference_says() {
     }
 }
 
+/// A model whose projections stay FP8, of random weights.
+#[test]
+fn a_model_of_fp8_says_what_the_reference_says() {
+    let Some(cuda) = cuda() else { return };
+    let source = ModelSource::dummy(&fixture("dummy-fp8").to_string_lossy()).expect("a configuration");
+    let mut reference = source.load(Reference::new(), OPTIONS, |_, _| ()).expect("it loads").model;
+    let [expected, _] = logits(&mut *reference, [LENGTH; 2]);
+    let largest = expected.iter().fold(0f32, |a, x| a.max(x.abs()));
+    let mut model = source.load(cuda, OPTIONS, |_, _| ()).expect("it loads").model;
+    for chunks in [[LENGTH, LENGTH], [1, 20]] {
+        for found in logits(&mut *model, chunks) {
+            let worst = found.iter().zip(&expected).fold(0f32, |a, (x, y)| a.max((x - y).abs()));
+            assert!(worst < 0.03 * largest, "{chunks:?}: {worst} of {largest}");
+        }
+    }
+}
+
 /// A model in two ranks, both on one device where there is one: what several devices do, but for the way between them.
 fn in_ranks(name: &str, kv: KvSize) -> Option<Loaded> {
     let group = Group::new(2);

@@ -14,7 +14,7 @@ use rudder_cuda::Cuda;
 use rudder_ops::reference::Reference;
 use rudder_ops::{
     Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError,
-    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts, mxfp4,
+    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts, fp8, mxfp4,
 };
 use std::sync::Arc;
 use support::{Random, Rows, assert_close, matrix, plain_batch, run_experts, run_moe, upload, vector};
@@ -191,6 +191,102 @@ fn linear_agrees_for_stacked_parts_of_several_formats() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Which parts of a matrix of FP8 have a scale.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Scales {
+    Rows,
+    Blocks(usize),
+}
+
+/// A matrix of FP8 of either sign and any exponent, numbers up to about 1.
+fn fp8_matrix(random: &mut Random, name: &str, [n, k]: [usize; 2], scales: Scales) -> RawTensor {
+    let mut bytes = Vec::new();
+    for _ in 0..n {
+        let mut scale = 0.0f32;
+        for block in 0..k / 64 {
+            let begins = match scales {
+                Scales::Rows => block == 0,
+                Scales::Blocks(width) => block % (width / 64) == 0,
+            };
+            if begins {
+                scale = (1.0 + random.below(7) as f32 / 8.0) / 900.0;
+            }
+            bytes.extend(scale.to_le_bytes());
+            bytes.extend((0..64).map(|_| random.next() as u8).map(|b| if b & 0x7f == 0x7f { b ^ 1 } else { b }));
+        }
+    }
+    RawTensor::new(name, vec![n, k], DType::F8_E4M3, Arc::new(bytes), 0).expect("whole blocks")
+}
+
+/// The kernels for few rows, tiles of rows and features, and from 512 rows on the product of what is widened, in several slices.
+#[test]
+fn linear_of_fp8_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(17);
+    let mut shapes = vec![
+        (1, 1, 64),
+        (3, 33, 192),
+        (8, 16, 1088),
+        (9, 17, 320),
+        (16, 130, 2112),
+        (17, 40, 192),
+        (64, 129, 128),
+        (131, 150, 320),
+        (513, 300, 192),
+    ];
+    if large(&cuda) {
+        shapes.extend([(1, 28672, 4096), (16, 4096, 14336), (100, 6144, 4096), (1000, 12288, 4096)]);
+    }
+    for (i, (rows, n, k)) in shapes.into_iter().enumerate() {
+        let scales = [Scales::Rows, Scales::Blocks(128), Scales::Blocks(64)][i % 3];
+        let x = random.exact(rows * k, 1.0);
+        let parts = match n {
+            1 => vec![fp8_matrix(&mut random, "w", [n, k], scales)],
+            _ => vec![
+                fp8_matrix(&mut random, "first", [n / 2, k], Scales::Rows),
+                fp8_matrix(&mut random, "second", [n - n / 2, k], scales),
+            ],
+        };
+        let bias = random.vec(n, 1.0);
+        let bias = (i % 2 == 0).then_some(bias.as_slice());
+        let ours = run_linear(&mut cuda, (&x, k), &parts, bias)?;
+        let theirs = run_linear(&mut Reference::new(), (&x, k), &parts, bias)?;
+        // Few rows read weights exactly, more read them rounded to bf16.
+        let tolerance = if rows <= 16 { 4e-7 * k as f32 } else { 0.02 };
+        assert_close(&ours, &theirs, tolerance, 1.0, &format!("{rows} rows, [{n}, {k}], {scales:?}"));
+    }
+    Ok(())
+}
+
+/// Every number of the format, by itself, through every kernel, times a scale that bf16 holds.
+#[test]
+fn every_number_of_fp8_is_itself() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let codes: Vec<u8> = (0..=255).filter(|byte| byte & 0x7f != 0x7f).collect();
+    let row = |code: &u8| [0.75f32.to_le_bytes().as_slice(), &[*code], &[0; 63]].concat();
+    let bytes: Vec<u8> = codes.iter().flat_map(row).collect();
+    let w = RawTensor::new("w", vec![254, 64], DType::F8_E4M3, Arc::new(bytes), 0).expect("whole blocks");
+    for rows in [1, 16, 17, 600] {
+        let x: Vec<f32> = (0..rows * 64).map(|i| f32::from(i % 64 == 0)).collect();
+        let ours = run_linear(&mut cuda, (&x, 64), std::slice::from_ref(&w), None)?;
+        let expected: Vec<f32> = codes.iter().map(|code| 0.75 * fp8::NUMBERS[usize::from(*code)]).collect();
+        assert!(ours.chunks(254).all(|row| row == expected), "{rows} rows");
+    }
+    Ok(())
+}
+
+#[test]
+fn fp8_that_is_no_number_is_refused_by_name() {
+    let Some(mut cuda) = cuda() else { return };
+    let mut random = Random(18);
+    let good = fp8_matrix(&mut random, "good", [3, 64], Scales::Rows);
+    let mut bytes = good.bytes().to_vec();
+    bytes[70 + 68] = 0xff;
+    let bad = RawTensor::new("bad", vec![3, 64], DType::F8_E4M3, Arc::new(bytes), 0).expect("whole blocks");
+    let refusal = cuda.load_matrix(&[good, bad]).err().expect("refused").to_string();
+    assert!(refusal.contains("tensor bad"), "{refusal}");
 }
 
 /// What an attention case needs; its rows are those of `steps` one after another.
@@ -424,10 +520,13 @@ fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
         cases.extend([(32, 4, 2880, 2880), (32, 300, 2880, 2880)]);
     }
     for (n, rows, hidden, intermediate) in cases {
-        for stored_as in [DType::F32, DType::MXFP4] {
+        for stored_as in [DType::F32, DType::MXFP4, DType::F8_E4M3] {
+            let whole = stored_as.block_len().max(32);
+            let (hidden, intermediate) = (hidden.next_multiple_of(whole), intermediate.next_multiple_of(whole));
             let mut stack = |shape: [usize; 2]| -> Vec<RawTensor> {
                 let one = |random: &mut Random| match stored_as {
                     DType::MXFP4 => quantised(random, shape),
+                    DType::F8_E4M3 => fp8_matrix(random, "expert", shape, Scales::Blocks(128)),
                     _ => matrix("expert", shape[0], &random.exact(shape[0] * shape[1], 0.3)),
                 };
                 (0..n).map(|_| one(&mut random)).collect()

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use rudder_ops::DType::MXFP4;
-use rudder_ops::mxfp4::{BLOCK_BYTES, BLOCK_LEN};
-use rudder_ops::{DType, RawTensor};
+use rudder_ops::{DType, RawTensor, fp8, mxfp4};
 
 use crate::ModelConfig;
 use crate::arch::Architecture;
@@ -19,39 +17,67 @@ const PRESETS: [(&str, &str); 4] = [
 /// Tensors begin at different places in their pool, so far apart at most.
 const SHIFT: usize = 1 << 16;
 
+/// What makes of a preset's name that of the same model with FP8 projections.
+const FP8: &str = "-fp8";
+const FP8_FIELDS: &str = r#"{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},"#;
+
 /// The config.json of a preset.
-pub(crate) fn preset(name: &str) -> Option<&'static str> {
-    PRESETS.iter().find(|(preset, _)| *preset == name).map(|(_, json)| *json)
+pub(crate) fn preset(name: &str) -> Option<String> {
+    let find = |name: &str| PRESETS.iter().find(|(preset, _)| *preset == name).map(|(_, json)| *json);
+    match name.strip_suffix(FP8) {
+        None => find(name).map(str::to_owned),
+        // What is quantised already has no such form.
+        Some(plain) => find(plain)
+            .filter(|json| !json.contains("quantization_config"))
+            .map(|json| json.replacen('{', FP8_FIELDS, 1)),
+    }
 }
 
 /// The presets' names.
 pub(crate) fn preset_names() -> String {
-    PRESETS.map(|(name, _)| name).join(", ")
+    let with_fp8 = |name: &str| format!("{name}{FP8}");
+    let names = PRESETS.iter().flat_map(|(name, _)| [(*name).to_owned(), with_fp8(name)]);
+    names.filter(|name| preset(name).is_some()).collect::<Vec<_>>().join(", ")
 }
 
-/// Tensors of random bf16 that lie over each other in one pool, as large as the largest of them; experts' matrices of MXFP4
+/// Tensors of random bf16 that lie over each other in one pool, as large as the largest of them; matrices in a narrower format
 /// in another where the configuration says so.
 pub(crate) struct Dummy {
     pool: Arc<Vec<u8>>,
-    mxfp4: Option<Arc<Vec<u8>>>,
+    quantised: Option<(DType, Arc<Vec<u8>>)>,
     ones: Arc<Vec<u8>>,
     bytes: u64,
     tied: bool,
 }
 
 impl Dummy {
-    pub fn new(config: &ModelConfig, arch: &Architecture, tied: bool, mxfp4: bool) -> Self {
+    pub fn new(
+        config: &ModelConfig,
+        arch: &Architecture,
+        tied: bool,
+        quantised: Option<DType>,
+    ) -> Self {
         let q = config.attention.out_width();
         let inner = config.moe.map_or(config.intermediate, |moe| moe.intermediate);
-        let largest = config.hidden * config.vocab.max(inner).max(config.attention.qkv_width());
         let widest = config.hidden.max(q).max(config.attention.qkv_width());
-        let [experts, others] = parameters(config, arch, tied);
-        let expert_bytes = if mxfp4 { MXFP4.bytes(experts).unwrap_or(0) } else { 2 * experts };
+        let largest_inner = config.hidden * inner.max(config.attention.qkv_width());
+        let largest = largest_inner.max(config.hidden * config.vocab);
+        let [experts, projections, others] = parameters(config, arch, tied);
+        let (narrow, plain) = match quantised {
+            None => (0, experts + projections + others),
+            Some(DType::MXFP4) => (experts, projections + others),
+            Some(_) => (experts + projections, others),
+        };
+        let narrow = quantised.map_or(0, |dtype| narrow / dtype.block_len() * dtype.block_bytes());
+        let pool_of = |dtype: DType| {
+            let blocks = largest_inner.div_ceil(dtype.block_len()) + SHIFT;
+            Arc::new(if dtype == DType::MXFP4 { random_mxfp4(blocks) } else { random_fp8(blocks) })
+        };
         Self {
             pool: Arc::new(random(2 * (largest + SHIFT))),
             ones: Arc::new(0x3f80u16.to_le_bytes().repeat(widest)),
-            bytes: (expert_bytes + 2 * others) as u64,
-            mxfp4: mxfp4.then(|| Arc::new(random_mxfp4(config.hidden * inner / BLOCK_LEN + SHIFT))),
+            bytes: (narrow + 2 * plain) as u64,
+            quantised: quantised.map(|dtype| (dtype, pool_of(dtype))),
             tied,
         }
     }
@@ -67,8 +93,15 @@ impl Dummy {
     /// A tensor of this name: norms are ones, all else is small.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Option<RawTensor> {
         let hash = name.bytes().fold(0usize, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
-        if let Some(pool) = self.mxfp4.as_ref().filter(|_| shape.len() == 2 && name.contains(".experts.")) {
-            return RawTensor::new(name, shape.to_vec(), MXFP4, pool.clone(), BLOCK_BYTES * (hash % SHIFT));
+        if let (Some((dtype, pool)), &[_, width]) = (&self.quantised, shape) {
+            let meant = match dtype {
+                DType::MXFP4 => name.contains(".experts."),
+                _ => name.ends_with("_proj.weight"),
+            };
+            if meant && width.is_multiple_of(dtype.block_len()) {
+                let start = dtype.block_bytes() * (hash % SHIFT);
+                return RawTensor::new(name, shape.to_vec(), *dtype, pool.clone(), start);
+            }
         }
         let norm = shape.len() == 1 && name.contains("norm");
         let pool = if norm { self.ones.clone() } else { self.pool.clone() };
@@ -87,11 +120,24 @@ fn next(state: &mut u64) -> u64 {
 /// So many blocks of random codes, all scaled by 2^-9.
 fn random_mxfp4(blocks: usize) -> Vec<u8> {
     let mut state = 0;
-    let mut pool = Vec::with_capacity(blocks * BLOCK_BYTES);
+    let mut pool = Vec::with_capacity(blocks * mxfp4::BLOCK_BYTES);
     for _ in 0..blocks {
         pool.push(127 - 9);
         pool.extend_from_slice(&next(&mut state).to_le_bytes());
         pool.extend_from_slice(&next(&mut state).to_le_bytes());
+    }
+    pool
+}
+
+/// So many blocks of random numbers below 2 of either sign, all scaled by 2^-8.
+fn random_fp8(blocks: usize) -> Vec<u8> {
+    let mut state = 0;
+    let mut pool = Vec::with_capacity(blocks * fp8::BLOCK_BYTES);
+    for _ in 0..blocks {
+        pool.extend_from_slice(&2f32.powi(-8).to_le_bytes());
+        for _ in 0..fp8::BLOCK_LEN / 8 {
+            pool.extend_from_slice(&(next(&mut state) & 0xbfbf_bfbf_bfbf_bfbf).to_le_bytes());
+        }
     }
     pool
 }
@@ -108,24 +154,25 @@ fn random(bytes: usize) -> Vec<u8> {
     pool
 }
 
-/// Numbers in all experts' matrices, and in all other weights together.
-fn parameters(config: &ModelConfig, arch: &Architecture, tied: bool) -> [usize; 2] {
+/// Numbers in all experts' matrices, in all other projections, and in the rest of the weights.
+fn parameters(config: &ModelConfig, arch: &Architecture, tied: bool) -> [usize; 3] {
     let (hidden, vocab, attention) = (config.hidden, config.vocab, &config.attention);
     let when = |holds: bool, numbers: usize| if holds { numbers } else { 0 };
-    let (experts, mlp) = match &config.moe {
+    let (experts, mlp, rest) = match &config.moe {
         Some(moe) => {
             let biases = moe.experts * (1 + 2 * moe.intermediate + hidden);
             let experts = 3 * moe.experts * hidden * moe.intermediate;
-            (experts, hidden * moe.experts + when(arch.expert_biases, biases))
+            (experts, 0, hidden * moe.experts + when(arch.expert_biases, biases))
         }
-        None => (0, 3 * hidden * config.intermediate),
+        None => (0, 3 * hidden * config.intermediate, 0),
     };
     let qkv = attention.qkv_width();
     let bias = when(arch.qkv_bias, qkv) + when(arch.output_bias, hidden) + when(arch.sinks, attention.heads);
     let norms = 2 * hidden + when(arch.qk_norm, 2 * attention.head_dim);
-    let layer = hidden * (qkv + attention.out_width()) + bias + norms + mlp;
+    let projections = hidden * (qkv + attention.out_width()) + mlp;
     let tables = if tied { 1 } else { 2 };
-    [config.layers * experts, tables * vocab * hidden + hidden + config.layers * layer]
+    let others = tables * vocab * hidden + hidden + config.layers * (bias + norms + rest);
+    [config.layers * experts, config.layers * projections, others]
 }
 
 #[cfg(test)]
@@ -146,13 +193,14 @@ mod tests {
             ("qwen3-8b", 8.19),
             ("qwen3-coder-30b-a3b", 30.53),
             ("gpt-oss-20b", 20.91),
+            ("llama-3.1-8b-fp8", 8.03),
         ];
         for (name, billions) in stated {
             let (config, arch) = config(name);
             let found = parameters(&config, arch, false).iter().sum::<usize>() as f64 / 1e9;
             assert!((found - billions).abs() < 0.005, "{name}: {found}");
         }
-        assert!(preset("gpt-2").is_none());
+        assert!(preset("gpt-2").is_none() && preset("gpt-oss-20b-fp8").is_none());
     }
 
     #[test]

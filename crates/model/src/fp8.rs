@@ -1,42 +1,22 @@
-//! FP8 checkpoints: matrices of E4M3 with a scale for the whole or for each block of it, widened to BF16 as they are read.
+//! FP8 checkpoints: matrices of E4M3 with a scale for the whole or for each block of it, as [`rudder_ops::fp8`] has them where its
+//! blocks fit, else widened to BF16.
 //!
-//! The number format: Micikevicius et al. 2022 (arXiv:2209.05433), without infinities. Beside `X.weight` lies what it is multiplied
-//! with: `X.weight_scale_inv`, one number for each block (DeepSeek-V3's layout, arXiv:2412.19437, section 3.3; Qwen3's FP8 checkpoints),
-//! or `X.weight_scale`, one for the matrix or for each row of it. What a checkpoint says of activations is left aside: they are not
-//! rounded to FP8.
+//! Beside `X.weight` lies what it is multiplied with: `X.weight_scale_inv`, one number for each block (DeepSeek-V3's layout,
+//! arXiv:2412.19437, section 3.3; Qwen3's FP8 checkpoints), or `X.weight_scale`, one for the matrix or for each row of it
+//! (compressed-tensors' `float-quantized`, <https://github.com/vllm-project/compressed-tensors>). What a checkpoint says of activations is
+//! left aside: they are not rounded to FP8.
 
 use std::sync::Arc;
 use std::thread;
 
 use half::bf16;
 use rudder_ops::dequant::dequantize;
+use rudder_ops::fp8::{BLOCK_LEN, NUMBERS};
 use rudder_ops::{DType, RawTensor};
 use safetensors::Dtype;
 
 use crate::LoadError;
 use crate::safetensors::Checkpoint;
-
-/// Every number that a byte may stand for.
-const NUMBERS: [f32; 256] = {
-    let mut numbers = [0.0; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        numbers[byte] = number(byte as u32);
-        byte += 1;
-    }
-    numbers
-};
-
-/// A sign, four bits of exponent with bias 7 and three of mantissa.
-const fn number(byte: u32) -> f32 {
-    let (sign, exponent, mantissa) = (byte >> 7, byte >> 3 & 15, byte & 7);
-    let magnitude = match (exponent, mantissa) {
-        (15, 7) => f32::NAN,
-        (0, _) => mantissa as f32 / 512.0,
-        _ => f32::from_bits((exponent + 120) << 23 | mantissa << 20),
-    };
-    if sign == 1 { -magnitude } else { magnitude }
-}
 
 /// A matrix's scales: one for each block of `block` rows and columns.
 struct Scales {
@@ -46,11 +26,18 @@ struct Scales {
     block: [usize; 2],
 }
 
-/// The tensor `name` as BF16. `block` is the size of a block where the checkpoint has scales for blocks.
+impl Scales {
+    /// Those of a row, one after another.
+    fn of_row(&self, row: usize) -> &[f32] {
+        &self.values[row / self.block[0] * self.columns..][..self.columns]
+    }
+}
+
+/// The tensor `name`. `block` is the size of a block where the checkpoint has scales for blocks.
 ///
 /// # Errors
 /// If it is no matrix, or its scales are missing or do not fit it.
-pub(crate) fn widened(
+pub(crate) fn matrix(
     checkpoint: &Checkpoint,
     name: &str,
     block: [usize; 2],
@@ -61,33 +48,53 @@ pub(crate) fn widened(
         return Err(invalid(format!("is FP8 of shape {shape:?}; expected two dimensions")));
     };
     let scales = scales(checkpoint, name, [rows, width], block)?;
-    let mut out = vec![0u8; 2 * bytes.len()];
+    // A block of ours has one scale.
+    let kept = width.is_multiple_of(BLOCK_LEN) && (scales.columns <= 1 || scales.block[1].is_multiple_of(BLOCK_LEN));
+    let dtype = if kept { DType::F8_E4M3 } else { DType::BF16 };
+    let row_bytes = width / dtype.block_len() * dtype.block_bytes();
+    let mut out = vec![0u8; rows * row_bytes];
     let threads = thread::available_parallelism().map_or(1, usize::from);
     let share = rows.div_ceil(threads).max(1);
     thread::scope(|scope| {
-        let parts = bytes.chunks((share * width).max(1)).zip(out.chunks_mut((2 * share * width).max(1)));
+        let parts = bytes.chunks((share * width).max(1)).zip(out.chunks_mut((share * row_bytes).max(1)));
         for (part, (bytes, out)) in parts.enumerate() {
             let scales = &scales;
-            scope.spawn(move || widen(bytes, scales, part * share, width, out));
+            scope.spawn(move || {
+                let rows = bytes.chunks_exact(width).zip(out.chunks_exact_mut(row_bytes)).enumerate();
+                rows.for_each(|(row, (bytes, out))| match dtype {
+                    DType::F8_E4M3 => keep(bytes, scales, part * share + row, out),
+                    _ => widen(bytes, scales, part * share + row, out),
+                });
+            });
         }
     });
     // A name of its own: the checkpoint's pages are not where this lies.
-    let name = format!("{name} as BF16");
-    RawTensor::new(name, vec![rows, width], DType::BF16, Arc::new(out), 0)
+    let name = format!("{name} as {dtype:?}");
+    RawTensor::new(name, vec![rows, width], dtype, Arc::new(out), 0)
         .ok_or_else(|| invalid(format!("of shape {shape:?} is too large")))
 }
 
-/// Rows from `first` on.
-fn widen(bytes: &[u8], scales: &Scales, first: usize, width: usize, out: &mut [u8]) {
-    let [block_rows, block_width] = scales.block;
-    for (row, (bytes, out)) in bytes.chunks_exact(width).zip(out.chunks_exact_mut(2 * width)).enumerate() {
-        let scales = &scales.values[(first + row) / block_rows * scales.columns..][..scales.columns];
-        let blocks = bytes.chunks(block_width).zip(out.chunks_mut(2 * block_width));
-        for ((bytes, out), scale) in blocks.zip(scales) {
-            for (byte, out) in bytes.iter().zip(out.chunks_exact_mut(2)) {
-                let product = bf16::from_f32(NUMBERS[usize::from(*byte)] * scale);
-                out.copy_from_slice(&product.to_le_bytes());
-            }
+/// A row in blocks, each with its scale.
+fn keep(bytes: &[u8], scales: &Scales, row: usize, out: &mut [u8]) {
+    let scales = scales.of_row(row).iter().flat_map(|scale| {
+        let blocks = scales.block[1].div_ceil(BLOCK_LEN);
+        std::iter::repeat_n(scale, blocks)
+    });
+    let blocks = bytes.chunks_exact(BLOCK_LEN).zip(out.chunks_exact_mut(DType::F8_E4M3.block_bytes()));
+    for ((bytes, out), scale) in blocks.zip(scales) {
+        out[..4].copy_from_slice(&scale.to_le_bytes());
+        out[4..].copy_from_slice(bytes);
+    }
+}
+
+/// A row as bf16.
+fn widen(bytes: &[u8], scales: &Scales, row: usize, out: &mut [u8]) {
+    let block = scales.block[1];
+    let blocks = bytes.chunks(block).zip(out.chunks_mut(2 * block));
+    for ((bytes, out), scale) in blocks.zip(scales.of_row(row)) {
+        for (byte, out) in bytes.iter().zip(out.chunks_exact_mut(2)) {
+            let product = bf16::from_f32(NUMBERS[usize::from(*byte)] * scale);
+            out.copy_from_slice(&product.to_le_bytes());
         }
     }
 }
@@ -125,22 +132,47 @@ fn scales(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use safetensors::serialize_to_file;
+    use safetensors::tensor::TensorView;
+
+    /// The matrix `[3, 128]` of byte `i % 120` at `i`, with these scales.
+    fn stored(scales: &[f32], shape: &[usize], block: [usize; 2]) -> RawTensor {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..3 * 128).map(|i| (i % 120) as u8).collect();
+        let scale_bytes: Vec<u8> = scales.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let views = [
+            ("w.weight", TensorView::new(Dtype::F8_E4M3, vec![3, 128], &bytes).unwrap()),
+            ("w.weight_scale", TensorView::new(Dtype::F32, shape.to_vec(), &scale_bytes).unwrap()),
+        ];
+        serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
+        matrix(&Checkpoint::open(folder.path()).unwrap(), "w.weight", block).unwrap()
+    }
 
     #[test]
-    fn bytes_stand_for_the_numbers_of_the_format() {
-        // Table 1 of the format's paper: the largest, the least normal one, the subnormal ones' ends, and what is no number.
-        for (byte, value) in [
-            (0x00, 0.0),
-            (0x01, 0.001_953_125),
-            (0x07, 0.013_671_875),
-            (0x08, 0.015_625),
-            (0x38, 1.0),
-            (0x7e, 448.0),
-        ] {
-            assert_eq!(NUMBERS[byte], value, "{byte:#x}");
-            assert_eq!(NUMBERS[byte + 128], -value, "{byte:#x}, negative");
+    fn matrices_stay_fp8_where_no_block_ends_inside_one_of_64() {
+        let cases: [(&[f32], &[usize], [usize; 2], DType); 5] = [
+            (&[0.5], &[], [128, 128], DType::F8_E4M3),
+            (&[0.5, 0.25, 3.0], &[3, 1], [128, 128], DType::F8_E4M3),
+            (&[0.3, 0.7, 0.9, 1.1], &[2, 2], [2, 64], DType::F8_E4M3),
+            (&[0.3, 0.7], &[2, 1], [2, 128], DType::F8_E4M3),
+            (&[0.5, 0.25], &[1, 2], [3, 96], DType::BF16),
+        ];
+        for (scales, shape, block, dtype) in cases {
+            let found = stored(scales, shape, block);
+            assert_eq!((found.dtype, &found.shape[..]), (dtype, &[3, 128][..]), "{shape:?}");
+            let columns = shape.get(1).copied().unwrap_or(1);
+            let scale = |row: usize, column: usize| match (shape, columns) {
+                ([], _) => scales[0],
+                (&[3, 1], _) => scales[row],
+                _ => scales[row / block[0] * columns + column / block[1]],
+            };
+            let mut numbers = [0.0; 3 * 128];
+            dequantize(found.dtype, found.bytes(), &mut numbers);
+            for (i, number) in numbers.into_iter().enumerate() {
+                let exact = NUMBERS[i % 120] * scale(i / 128, i % 128);
+                let expected = if dtype == DType::BF16 { bf16::from_f32(exact).to_f32() } else { exact };
+                assert_eq!(number, expected, "{shape:?}, element {i}");
+            }
         }
-        assert!(NUMBERS[0x7f].is_nan() && NUMBERS[0xff].is_nan());
-        assert!(NUMBERS[..0x7f].is_sorted_by(|a, b| a < b));
     }
 }

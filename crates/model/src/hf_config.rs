@@ -1,6 +1,6 @@
 //! Hugging Face's config.json, read by the names and defaults of transformers' configuration classes.
 
-use rudder_ops::{Activation, RopePairing};
+use rudder_ops::{Activation, DType, RopePairing};
 use serde_json::{Map, Value};
 
 use crate::arch::{self, Architecture};
@@ -13,8 +13,8 @@ pub(crate) struct HfConfig {
     pub arch: &'static Architecture,
     pub config: ModelConfig,
     pub tied: Option<bool>,
-    /// Whether the experts are stored as MXFP4.
-    pub mxfp4: bool,
+    /// What matrices are stored as, of gpt-oss the experts' (MXFP4), elsewhere the projections (FP8); `None`: as numbers.
+    pub quantised: Option<DType>,
     /// Rows and columns that share a scale where matrices are stored as FP8 in blocks.
     pub fp8_block: [usize; 2],
 }
@@ -49,9 +49,12 @@ pub(crate) fn parse(json: &[u8]) -> Result<HfConfig, String> {
         },
     };
     let config = stated.check(arch, RopePairing::Halves)?;
-    let mxfp4 = quantised_by(&fields) == Some("mxfp4");
+    let quantised = quantised_by(&fields).map(|method| match method {
+        "mxfp4" => DType::MXFP4,
+        _ => DType::F8_E4M3,
+    });
     let (tied, fp8_block) = (fields.bool("tie_word_embeddings")?, fp8_block(&fields)?);
-    Ok(HfConfig { arch, config, tied, mxfp4, fp8_block })
+    Ok(HfConfig { arch, config, tied, quantised, fp8_block })
 }
 
 /// The sliding window, and which layers have it.
@@ -315,10 +318,10 @@ mod tests {
         let quantised = |method: &str| {
             let quantised =
                 format!(r#"{{{GPT_OSS}, "quantization_config": {{"quant_method": "{method}"}}}}"#);
-            with(&quantised).map(|hf| hf.mxfp4)
+            with(&quantised).map(|hf| hf.quantised)
         };
-        assert_eq!((quantised("mxfp4"), quantised("awq").is_err()), (Ok(true), true));
-        assert_eq!(quantised("fp8"), Ok(false));
+        assert_eq!((quantised("mxfp4"), quantised("awq").is_err()), (Ok(Some(DType::MXFP4)), true));
+        assert_eq!(quantised("fp8"), Ok(Some(DType::F8_E4M3)));
         assert_eq!(with("{}").unwrap().config.windows, [None, None]);
     }
 

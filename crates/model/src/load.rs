@@ -107,7 +107,7 @@ impl ModelSource {
         };
         let hf = hf.map_err(|reason| LoadError::invalid(&file, reason))?;
         let tied = hf.tied.unwrap_or(false);
-        let weights = Weights::dummy(Dummy::new(&hf.config, hf.arch, tied, hf.mxfp4));
+        let weights = Weights::dummy(Dummy::new(&hf.config, hf.arch, tied, hf.quantised));
         Ok(Self { path: name.into(), arch: hf.arch, config: hf.config, weights, tied })
     }
 

@@ -225,7 +225,7 @@ impl Weights {
         let tensor = match &self.format {
             Format::Gguf(gguf) => gguf.tensor(name)?,
             Format::HuggingFace(checkpoint, block) if checkpoint.is_fp8(name) => {
-                fp8::widened(checkpoint, name, *block)?
+                fp8::matrix(checkpoint, name, *block)?
             }
             Format::HuggingFace(checkpoint, _) => checkpoint.tensor(name)?,
             Format::Dummy(dummy) => dummy.tensor(name, shape).ok_or_else(|| {

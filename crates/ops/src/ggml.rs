@@ -35,7 +35,9 @@ impl Block {
     #[inline(always)]
     pub fn read(&mut self, dtype: DType, bytes: &[u8]) {
         match dtype {
-            DType::F32 | DType::F16 | DType::BF16 => unreachable!("{dtype:?} is not quantised"),
+            DType::F32 | DType::F16 | DType::BF16 | DType::F8_E4M3 => {
+                unreachable!("{dtype:?} is none of GGML's quantised formats")
+            }
             DType::Q4_0 => {
                 self.d = half_at(bytes, 0);
                 nibbles(&bytes[2..18], &mut self.quants);

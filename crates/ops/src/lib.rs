@@ -12,11 +12,13 @@
 mod batch;
 pub mod cpu;
 pub mod dequant;
+pub mod fp8;
 mod ggml;
 pub mod mxfp4;
 mod raw;
 pub mod reference;
 mod sampling;
+mod widen;
 
 pub use batch::{BLOCK_SIZE, Batch, Span};
 pub use raw::{DType, RawTensor, UnsupportedDType};

@@ -1,5 +1,6 @@
 //! A tensor as it lies in its file: a name, a shape, a storage format and mapped bytes.
 
+use crate::fp8;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -23,6 +24,8 @@ pub enum DType {
     Q6_K,
     /// Of OCP, in GGML's layout.
     MXFP4,
+    /// FP8 with scales, as [`crate::fp8`] says; no type of GGML's.
+    F8_E4M3,
 }
 
 /// A GGML type number that Rudder does not read.
@@ -62,6 +65,7 @@ impl DType {
         match self {
             DType::F32 | DType::F16 | DType::BF16 => 1,
             DType::Q4_0 | DType::Q4_1 | DType::Q5_0 | DType::Q5_1 | DType::Q8_0 | DType::MXFP4 => 32,
+            DType::F8_E4M3 => fp8::BLOCK_LEN,
             DType::Q2_K | DType::Q3_K | DType::Q4_K | DType::Q5_K | DType::Q6_K => 256,
         }
     }
@@ -82,6 +86,7 @@ impl DType {
             DType::Q5_K => 176,
             DType::Q6_K => 210,
             DType::MXFP4 => 17,
+            DType::F8_E4M3 => fp8::BLOCK_BYTES,
         }
     }
 
@@ -236,6 +241,7 @@ mod tests {
             (DType::BF16, 5, 2..5),
             (DType::Q8_0, 96, 32..96),
             (DType::Q6_K, 768, 256..512),
+            (DType::F8_E4M3, 192, 64..192),
         ] {
             let whole = matrix(dtype, 5, width);
             let expected = widened(&whole);

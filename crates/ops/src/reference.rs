@@ -97,6 +97,7 @@ fn widen(raw: &RawTensor) -> Result<Candle> {
         DType::Q5_K => GgmlDType::Q5K,
         DType::Q6_K => GgmlDType::Q6K,
         DType::MXFP4 => return widen_mxfp4(raw),
+        DType::F8_E4M3 => return widen_fp8(raw),
     };
     // candle insists on aligned bytes, which a file does not promise.
     let mut copy = vec![0; raw.bytes().len() + 4];
@@ -123,6 +124,24 @@ fn widen_mxfp4(raw: &RawTensor) -> Result<Candle> {
     for block in raw.bytes().chunks_exact(17) {
         values.extend(block[1..].iter().map(|byte| number(byte & 15, block[0])));
         values.extend(block[1..].iter().map(|byte| number(byte >> 4, block[0])));
+    }
+    Ok(Candle::from_vec(values, raw.shape.as_slice(), &CPU)?)
+}
+
+/// FP8 by its definition: each number a sign, four bits of exponent and three of mantissa, times its block's scale.
+fn widen_fp8(raw: &RawTensor) -> Result<Candle> {
+    let mut values = Vec::with_capacity(raw.elements());
+    for block in raw.bytes().chunks_exact(68) {
+        let scale = f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
+        values.extend(block[4..].iter().map(|byte| {
+            let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f64::from(byte & 7));
+            let magnitude = match exponent {
+                15 if mantissa == 7.0 => f64::NAN,
+                0 => mantissa / 8.0 * 2f64.powi(-6),
+                _ => (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7),
+            };
+            (if byte >> 7 == 1 { -magnitude } else { magnitude } * f64::from(scale)) as f32
+        }));
     }
     Ok(Candle::from_vec(values, raw.shape.as_slice(), &CPU)?)
 }

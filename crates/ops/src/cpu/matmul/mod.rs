@@ -68,7 +68,8 @@ impl PackedMatrix {
         let Some(width) = parts.first().and_then(|part| part.shape.last().copied()) else {
             return Err(OpError::Backend("a matrix needs at least one tensor with a shape".into()));
         };
-        let parts = parts.iter().map(|part| Part::pack(pool, part, width)).collect::<Result<Vec<_>>>()?;
+        let parts = parts.iter().map(|part| Part::pack(pool, &part.widened(), width));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
         Ok(Self { rows: parts.iter().map(|part| part.rows).sum(), parts, width })
     }
 

@@ -1,0 +1,144 @@
+//! Weight matrices on a device: in which format they lie there, and which kernels read them.
+//!
+//! MXFP4 and FP8 stay as they are, all other formats become bf16.
+
+use crate::device::{Arg, Buffer, Device, Grid};
+use crate::fp8;
+use crate::matmul::padded;
+use crate::mxfp4;
+use crate::upload::Uploader;
+use rudder_ops::{DType, OpError, RawTensor, Result};
+
+/// The weights of one matrix, or of several one below the other, rows padded to [`padded`] elements.
+pub(crate) enum Weights {
+    Bf16(Buffer),
+    Packed(Packed),
+}
+
+/// Weights in a format that is narrower than bf16: what kernels/formats.cuh reads.
+pub(crate) struct Packed {
+    pub packing: Packing,
+    pub codes: Buffer,
+    pub scales: Buffer,
+    /// Bytes of a row's scales.
+    pub stride: usize,
+    /// How many elements share a scale, where the format leaves that open: its least number, shifted left by this.
+    pub shift: u32,
+}
+
+/// The formats that stay as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Packing {
+    Mxfp4,
+    Fp8,
+}
+
+/// A format's kernels.
+pub(crate) struct Kernels {
+    /// For up to 8 rows and up to 16.
+    pub few: [&'static str; 2],
+    pub few_experts: &'static str,
+    pub tiles: &'static str,
+    pub widen: &'static str,
+}
+
+impl Packing {
+    /// What tensors that are all of `dtype` are kept as.
+    fn of(dtype: DType) -> Option<Self> {
+        match dtype {
+            DType::MXFP4 => Some(Self::Mxfp4),
+            DType::F8_E4M3 => Some(Self::Fp8),
+            _ => None,
+        }
+    }
+
+    /// Bytes of a row's codes.
+    fn code_bytes(self, padded: usize) -> usize {
+        match self {
+            Self::Mxfp4 => padded / 2,
+            Self::Fp8 => padded,
+        }
+    }
+
+    pub fn kernels(self) -> Kernels {
+        match self {
+            Self::Mxfp4 => Kernels {
+                few: ["matmul_few_8_mxfp4", "matmul_few_16_mxfp4"],
+                few_experts: "matmul_few_experts_mxfp4",
+                tiles: "matmul_tiles_mxfp4",
+                widen: "widen_mxfp4",
+            },
+            Self::Fp8 => Kernels {
+                few: ["matmul_few_8_fp8", "matmul_few_16_fp8"],
+                few_experts: "matmul_few_experts_fp8",
+                tiles: "matmul_tiles_fp8",
+                widen: "widen_fp8",
+            },
+        }
+    }
+}
+
+impl Packed {
+    /// The arguments by which kernels know the weights.
+    pub fn args(&self) -> [Arg; 4] {
+        [(&self.codes).into(), (&self.scales).into(), self.stride.into(), (self.shift as usize).into()]
+    }
+
+    /// Queues the widening of `rows` rows of `k` elements, padding included, from row `first` on, to bf16.
+    pub fn widen(&self, device: &Device, first: usize, rows: usize, k: usize, to: Arg) -> Result<()> {
+        let codes = Arg::at(&self.codes, first * self.packing.code_bytes(k));
+        let scales = Arg::at(&self.scales, first * self.stride);
+        let (stride, shift) = (self.stride.into(), (self.shift as usize).into());
+        let args = [codes, scales, stride, shift, to, rows.into(), k.into()];
+        // A thread widens 32.
+        device.launch(self.packing.kernels().widen, Grid::elements(rows * k / 32), 0, &args)
+    }
+}
+
+/// Bytes of rows of `k` elements in bf16.
+fn bf16_bytes(rows: usize, k: usize) -> Result<usize> {
+    let bytes = k.checked_next_multiple_of(64).and_then(|k| rows.checked_mul(k)?.checked_mul(2));
+    // Kernels count features, and elements of a row, in 31 bits.
+    bytes
+        .filter(|_| rows <= i32::MAX as usize && k <= i32::MAX as usize)
+        .ok_or_else(|| OpError::Backend(format!("a matrix of [{rows}, {k}] is too large")))
+}
+
+impl Weights {
+    /// Uploads matrices `[any, k]` one below the other: in their format if all are of one that stays as it is, else as bf16.
+    ///
+    /// # Errors
+    /// If they are too large, hold what the kernels do not take, or the copy fails.
+    pub fn load(device: &Device, uploader: &mut Uploader, parts: &[RawTensor], k: usize) -> Result<Self> {
+        let rows = parts.iter().map(|part| part.shape[0]).sum();
+        let bytes = bf16_bytes(rows, k)?;
+        let dtype = parts.first().map(|part| part.dtype);
+        let same = parts.iter().all(|part| Some(part.dtype) == dtype);
+        let Some(packing) = dtype.filter(|_| same).and_then(Packing::of) else {
+            let buffer = device.buffer(bytes)?;
+            let mut offset = 0;
+            for part in parts {
+                uploader.matrix_bf16(part, padded(k), &buffer, offset)?;
+                offset += 2 * padded(k) * part.shape[0];
+            }
+            return Ok(Self::Bf16(buffer));
+        };
+        let (stride, shift) = match packing {
+            Packing::Mxfp4 => (mxfp4::scale_bytes(padded(k)), 0),
+            Packing::Fp8 => fp8::scales_of(parts, k),
+        };
+        let codes = device.buffer(rows * packing.code_bytes(padded(k)))?;
+        let packed = Packed { packing, codes, scales: device.buffer(rows * stride)?, stride, shift };
+        let mut before = 0;
+        for part in parts {
+            match packing {
+                Packing::Mxfp4 => {
+                    uploader.matrix_mxfp4(part, padded(k), [&packed.codes, &packed.scales], before)?;
+                }
+                Packing::Fp8 => uploader.matrix_fp8(part, &packed, before)?,
+            }
+            before += part.shape[0];
+        }
+        Ok(Self::Packed(packed))
+    }
+}
