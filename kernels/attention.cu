@@ -1,6 +1,8 @@
 // Rotary embedding fused with the write of keys and values, and attention over the paged cache.
 //
-// The cache holds, for every block of 16 tokens and KV head, 16 rows of head_dim bf16 side by side: [blocks, kv_heads, 16, dim].
+// The cache holds, for every block of 16 tokens and KV head, 16 rows of head_dim elements side by side: [blocks, kv_heads, 16, dim], of
+// bf16 or of FP8 (E4M3). FP8 has no scale: keys and values are rounded as they are, and 448 is the largest. It is widened to bf16 where it
+// is read, which is exact.
 //
 // attention_decode_D: one query row at a time; the query heads that share a KV head are the rows of one fragment, so that keys
 // and values are read once for all of them; contexts are split into parts of 256 tokens, combined by attention_combine.
@@ -17,17 +19,36 @@
 #define SPLIT 256
 #define LOG2E 1.4426950408889634f
 
+// How eight elements of the cache become four words of bf16, and four become two.
+__device__ __forceinline__ uint4 load_eight(const bf16* from) { return load_once(from); }
+__device__ __forceinline__ uint2 load_four(const bf16* from) { return *reinterpret_cast<const uint2*>(from); }
+__device__ __forceinline__ uint2 load_four(const e4m3* from) {
+    uint32_t to[2];
+    widen_e4m3(*reinterpret_cast<const uint32_t*>(from), to);
+    return {to[0], to[1]};
+}
+__device__ __forceinline__ uint4 load_eight(const e4m3* from) {
+    const uint2 codes = *reinterpret_cast<const uint2*>(from);
+    uint32_t to[4];
+    widen_e4m3(codes.x, to), widen_e4m3(codes.y, to + 2);
+    return make_uint4(to[0], to[1], to[2], to[3]);
+}
+
+__device__ __forceinline__ void put(bf16* to, float x) { *to = to_bf16(x); }
+__device__ __forceinline__ void put(e4m3* to, float x) { *to = to_e4m3(x); }
+
 // One head of one row: norm where given, rotation, write-back; keys and values go to the row's slot. A warp a head, four
 // warps a block; grid: (rows, heads / 4). Rotated heads are q and k; the others are values. NO_SLOT writes nothing.
 #define NO_SLOT 0xffffffffu
-extern "C" __global__ void __launch_bounds__(128) rope_and_cache(float* qkv, const uint32_t* positions, const uint32_t* slots, const float* inv_freq, int interleaved, const float* q_norm, const float* k_norm, float eps, bf16* keys, bf16* values, int heads, int kv_heads, int dim) {
+template <class KV>
+__device__ void rope_and_cache_of(float* qkv, const uint32_t* positions, const uint32_t* slots, const float* inv_freq, int interleaved, const float* q_norm, const float* k_norm, float eps, KV* keys, KV* values, int heads, int kv_heads, int dim) {
     const int lane = threadIdx.x % WARP, head = blockIdx.y * 4 + threadIdx.x / WARP;
     if (head >= heads + 2 * kv_heads) return;  // a whole warp
     const int row = blockIdx.x;
     float* x = qkv + (static_cast<size_t>(row) * (heads + 2 * kv_heads) + head) * dim;
     const uint32_t slot = slots[row];
     const int kind = head < heads ? 0 : head < heads + kv_heads ? 1 : 2;
-    bf16* cached = nullptr;
+    KV* cached = nullptr;
     if (kind > 0 && slot != NO_SLOT) {
         size_t kv_head = kind == 1 ? head - heads : head - heads - kv_heads;
         size_t at = ((slot / BLOCK_TOKENS * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS + slot % BLOCK_TOKENS) * dim;
@@ -35,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(128) rope_and_cache(float* qkv, con
     }
     if (kind == 2) {
         if (cached)
-            for (int i = lane; i < dim; i += WARP) cached[i] = to_bf16(x[i]);
+            for (int i = lane; i < dim; i += WARP) put(cached + i, x[i]);
         return;
     }
     const float* norm = kind == 0 ? q_norm : k_norm;
@@ -54,10 +75,16 @@ extern "C" __global__ void __launch_bounds__(128) rope_and_cache(float* qkv, con
         sincosf(position * inv_freq[i], &sine, &cosine);
         const float rotated_a = a * cosine - b * sine, rotated_b = b * cosine + a * sine;
         x[first] = rotated_a, x[second] = rotated_b;
-        if (cached) cached[first] = to_bf16(rotated_a), cached[second] = to_bf16(rotated_b);
+        if (cached) put(cached + first, rotated_a), put(cached + second, rotated_b);
     }
 }
-KERNEL(rope_and_cache)
+#define ROPE_OF(NAME, KV)                                                                                                                                                                                                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(128) rope_and_cache##NAME(float* qkv, const uint32_t* positions, const uint32_t* slots, const float* inv_freq, int interleaved, const float* q_norm, const float* k_norm, float eps, KV* keys, KV* values, int heads, int kv_heads, int dim) { \
+        rope_and_cache_of<KV>(qkv, positions, slots, inv_freq, interleaved, q_norm, k_norm, eps, keys, values, heads, kv_heads, dim);                                                                                                                                                           \
+    }                                                                                                                                                                                                                                                                                           \
+    KERNEL(rope_and_cache##NAME)
+ROPE_OF(, bf16)
+ROPE_OF(_fp8, e4m3)
 
 // The first token that a row sees which has `context` tokens behind it, its own included.
 __device__ __forceinline__ int first_seen(int context, int window) { return window > 0 ? max(context - window, 0) : 0; }
@@ -116,8 +143,8 @@ __device__ __forceinline__ void add_values(float (&o)[OUTPUTS][4], int at, const
 }
 
 // Grid: (splits, kv_heads * heads of a group / 16, rows); block: 128. rows[] names the batch's rows to do.
-template <int DIM>
-__device__ void attention_decode(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window) {
+template <int DIM, class KV>
+__device__ void attention_decode(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window) {
     __shared__ float merged[16][DIM];
     __shared__ float all_most[4][16], all_total[4][16];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
@@ -157,23 +184,23 @@ __device__ void attention_decode(const float* qkv, const bf16* keys, const bf16*
 #pragma unroll
             for (int c = 0; c < DIM / 32; c++) {
                 int token = t * 8 + group;
-                k[t][c] = token >= unseen && token < left ? load_once(keys + at + token * DIM + c * 32 + quad * 8) : make_uint4(0, 0, 0, 0);
+                k[t][c] = token >= unseen && token < left ? load_eight(keys + at + token * DIM + c * 32 + quad * 8) : make_uint4(0, 0, 0, 0);
             }
         // Weights of zero do not undo values that are not finite: what is not there is read as zeros.
         uint32_t v[DIM / 64][4][4], tail[4][2];
 #pragma unroll
         for (int t = 0; t < 4; t++) {
             const int token = t / 2 * 8 + quad * 2 + t % 2;
-            const bf16* from = values + at + token * DIM;
+            const KV* from = values + at + token * DIM;
             const bool seen = token >= unseen && token < left;
 #pragma unroll
             for (int h = 0; h < DIM / 64; h++) {
-                uint4 x = seen ? load_once(from + h * 64 + group * 8) : make_uint4(0, 0, 0, 0);
+                uint4 x = seen ? load_eight(from + h * 64 + group * 8) : make_uint4(0, 0, 0, 0);
                 v[h][t][0] = x.x, v[h][t][1] = x.y, v[h][t][2] = x.z, v[h][t][3] = x.w;
             }
             if (DIM % 64) {
                 uint2 x = {0, 0};
-                if (seen) x = *reinterpret_cast<const uint2*>(from + DIM / 64 * 64 + group * 4);
+                if (seen) x = load_four(from + DIM / 64 * 64 + group * 4);
                 tail[t][0] = x.x, tail[t][1] = x.y;
             }
         }
@@ -268,11 +295,14 @@ KERNEL(attention_combine)
 
 // A tile: {first row in the batch, tokens, position of the first token, where its block table begins}. Grid: (kv_heads, tiles);
 // block: 128; a warp computes 16 rows, a row being a (token, head) pair: row r is head r % shared_by of token r / shared_by.
-template <int DIM>
-__device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) {
+template <int DIM, class KV>
+__device__ void attention_prefill(const float* qkv, const KV* keys, const KV* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) {
     DYNAMIC_SHARED(memory);
     const int STRIDE = DIM + 8;  // rows of eight consecutive tokens begin in different banks
+    // Of bf16 two stages of keys and values that arrive as they are read. Of FP8 one that is read, and behind it two that arrive.
+    constexpr bool WIDE = sizeof(KV) == 2;
     bf16* stages = reinterpret_cast<bf16*>(memory);
+    [[maybe_unused]] KV* arriving = reinterpret_cast<KV*>(stages + 2 * KEYS * STRIDE);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
     const uint4 tile = tiles[blockIdx.y];
     const int kv_head = blockIdx.x, shared_by = heads / kv_heads, rows = tile.y * shared_by;
@@ -299,18 +329,27 @@ __device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16
             qs[c][i] = from ? pack(from[at], from[at + 1]) : 0;
         }
 
+    constexpr int CHUNK = 16 / sizeof(KV), ROW = WIDE ? STRIDE : DIM;
     auto copy = [&](int step) {
-        bf16* ks = stages + step % 2 * 2 * KEYS * STRIDE;
-        bf16* vs = ks + KEYS * STRIDE;
-        for (int i = threadIdx.x; i < KEYS * (DIM / 8); i += blockDim.x) {
-            const int token = i / (DIM / 8), chunk = i % (DIM / 8), key = step * KEYS + token;
+        KV* ks = (WIDE ? reinterpret_cast<KV*>(stages) : arriving) + step % 2 * 2 * KEYS * ROW;
+        KV* vs = ks + KEYS * ROW;
+        for (int i = threadIdx.x; i < KEYS * (DIM / CHUNK); i += blockDim.x) {
+            const int token = i / (DIM / CHUNK), chunk = i % (DIM / CHUNK), key = step * KEYS + token;
             // Past the end the last token's block stands in for an address; zeros arrive.
             const int there = min(key, visible - 1);
-            const size_t at = ((table[there / BLOCK_TOKENS] * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS + there % BLOCK_TOKENS) * DIM + chunk * 8;
-            copy_async(ks + token * STRIDE + chunk * 8, keys + at, key < visible);
-            copy_async(vs + token * STRIDE + chunk * 8, values + at, key < visible);
+            const size_t at = ((table[there / BLOCK_TOKENS] * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS + there % BLOCK_TOKENS) * DIM + chunk * CHUNK;
+            copy_async(ks + token * ROW + chunk * CHUNK, keys + at, key < visible);
+            copy_async(vs + token * ROW + chunk * CHUNK, values + at, key < visible);
         }
         copy_commit();
+    };
+    // What arrived for a step, keys and values, to the stage that is read.
+    auto widen = [&](int step) {
+        if constexpr (!WIDE)
+            for (int i = threadIdx.x; i < 2 * KEYS * (DIM / 8); i += blockDim.x) {
+                const int row = i / (DIM / 8), chunk = i % (DIM / 8);
+                *reinterpret_cast<uint4*>(stages + row * STRIDE + chunk * 8) = load_eight(arriving + (step % 2 * 2 * KEYS + row) * DIM + chunk * 8);
+            }
     };
 
     float o[DIM / 8][4] = {}, most[2] = {NEG_INFINITY, NEG_INFINITY}, total[2] = {};
@@ -320,7 +359,11 @@ __device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16
         copy_wait<0>();
         __syncthreads();  // this tile is here for all, and all are done with the one before
         if (step + 1 < steps) copy(step + 1);
-        const bf16* ks = stages + step % 2 * 2 * KEYS * STRIDE;
+        if constexpr (!WIDE) {
+            widen(step);
+            __syncthreads();
+        }
+        const bf16* ks = stages + (WIDE ? step % 2 : 0) * 2 * KEYS * STRIDE;
         const bf16* vs = ks + KEYS * STRIDE;
         float s[KEYS / 8][4] = {};
 #pragma unroll
@@ -369,24 +412,29 @@ __device__ void attention_prefill(const float* qkv, const bf16* keys, const bf16
     }
 }
 
-#define FOR_DIM(D)                                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(128) attention_decode_##D(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window) { \
-        attention_decode<D>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, partial, partial_sums, heads, kv_heads, scale, sinks, window);                                            \
-    }                                                                                                                                                                                  \
-    KERNEL(attention_decode_##D)                                                                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(128) attention_prefill_##D(const float* qkv, const bf16* keys, const bf16* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) { \
-        attention_prefill<D>(qkv, keys, values, tiles, tables, out, heads, kv_heads, scale, sinks, window);                                                                                           \
-    }                                                                                                                                                                                  \
-    KERNEL(attention_prefill_##D)
-FOR_DIM(64)
-FOR_DIM(96)
-FOR_DIM(128)
-FOR_DIM(256)
+#define FOR_DIM(D, NAME, KV)                                                                                                                                                                                                                                                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(128) attention_decode_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window) { \
+        attention_decode<D, KV>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, partial, partial_sums, heads, kv_heads, scale, sinks, window);                                                                                                                                                                                                   \
+    }                                                                                                                                                                                                                                                                                                                                                              \
+    KERNEL(attention_decode_##D##NAME)                                                                                                                                                                                                                                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(128) attention_prefill_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) {                                                                                              \
+        attention_prefill<D, KV>(qkv, keys, values, tiles, tables, out, heads, kv_heads, scale, sinks, window);                                                                                                                                                                                                                                                  \
+    }                                                                                                                                                                                                                                                                                                                                                              \
+    KERNEL(attention_prefill_##D##NAME)
+FOR_DIM(64, , bf16)
+FOR_DIM(96, , bf16)
+FOR_DIM(128, , bf16)
+FOR_DIM(256, , bf16)
+FOR_DIM(64, _fp8, e4m3)
+FOR_DIM(96, _fp8, e4m3)
+FOR_DIM(128, _fp8, e4m3)
+FOR_DIM(256, _fp8, e4m3)
 
 #define MOST_DIM 512
 
 // Attention of one row and head by a block of four warps, which take tokens in turn. Grid: (heads, rows).
-extern "C" __global__ void __launch_bounds__(128) attention_any(const float* qkv, const bf16* keys, const bf16* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, int heads, int kv_heads, int dim, float scale, const float* sinks, int window) {
+template <class KV>
+__device__ void attention_of_any(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, int heads, int kv_heads, int dim, float scale, const float* sinks, int window) {
     __shared__ float outputs[4][MOST_DIM], all_most[4], all_total[4];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, head = blockIdx.x, row = rows[blockIdx.y];
     const size_t kv_head = head / (heads / kv_heads);
@@ -420,4 +468,10 @@ extern "C" __global__ void __launch_bounds__(128) attention_any(const float* qkv
         out[(static_cast<size_t>(row) * heads + head) * dim + i] = to_bf16(y / sum);
     }
 }
-KERNEL(attention_any)
+#define ANY_OF(NAME, KV)                                                                                                                                                                                                                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(128) attention_any##NAME(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, int heads, int kv_heads, int dim, float scale, const float* sinks, int window) { \
+        attention_of_any<KV>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, heads, kv_heads, dim, scale, sinks, window);                                                                                                                                                                                            \
+    }                                                                                                                                                                                                                                                                                                                                 \
+    KERNEL(attention_any##NAME)
+ANY_OF(, bf16)
+ANY_OF(_fp8, e4m3)

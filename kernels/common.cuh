@@ -9,14 +9,19 @@
 #else
 #include <cstdint>
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 
 typedef __nv_bfloat16 bf16;
+typedef __nv_fp8_e4m3 e4m3;
 
 #define KERNEL(name)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ bf16 to_bf16(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ float to_float(e4m3 x) { return static_cast<float>(x); }
+// To the nearest, ties to even; what is too large becomes 448.
+__device__ __forceinline__ e4m3 to_e4m3(float x) { return e4m3(x); }
 
 // 16 bytes that are read once and that no kernel writes meanwhile: they need no place in the first cache, and the compiler may
 // read them early.

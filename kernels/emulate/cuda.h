@@ -37,6 +37,9 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 struct bf16 {
     uint16_t bits;
 };
+struct e4m3 {
+    uint8_t bits;
+};
 
 inline float to_float(bf16 x) {
     uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -50,6 +53,24 @@ inline bf16 to_bf16(float f) {
     if (f != f) return {0x7fff};
     bits += 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
     return {static_cast<uint16_t>(bits >> 16)};
+}
+
+inline float to_float(e4m3 x) {
+    const int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
+    const float magnitude = (x.bits & 127) == 127 ? NAN : exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+    return x.bits & 128 ? -magnitude : magnitude;
+}
+inline e4m3 to_e4m3(float f) {
+    const uint8_t sign = std::signbit(f) ? 128 : 0;
+    if (f != f) return {0x7f};
+    const float magnitude = fabsf(f);
+    if (magnitude >= 448) return {static_cast<uint8_t>(sign | 0x7e)};
+    int exponent;
+    frexpf(magnitude, &exponent);  // magnitude is below 2^exponent
+    const int last = magnitude < 0.015625f ? -9 : exponent - 4;  // of the last bit that is kept
+    const int units = static_cast<int>(nearbyintf(ldexpf(magnitude, -last)));  // to nearest, ties to even
+    // One number after another, over the borders of exponents.
+    return {static_cast<uint8_t>(sign | (units + 8 * (last + 9)))};
 }
 
 // ---- the scheduler's side (emulate.cpp) ----

@@ -1,10 +1,10 @@
 //! The op set on a GPU.
 //!
-//! Weights are bf16 unless they are stored as what `weights` keeps; so are what matrices read, and keys and values. The residual stream, what
-//! matrices put out and logits are f32.
+//! Weights are bf16 unless they are stored as what `weights` keeps; what matrices read is bf16, keys and values are unless FP8 was asked for. The
+//! residual stream, what matrices put out and logits are f32.
 
 use crate::device::{Buffer, Device, Grid};
-use crate::kv::{self, KvCache, Parts, Rotations, half_block};
+use crate::kv::{self, KvCache, KvDType, Parts, Rotations, half_block};
 use crate::matmul::{Matrix, Multiplier, Vector};
 use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack};
 use crate::peers::Peers;
@@ -32,6 +32,7 @@ pub struct Cuda {
     /// Rotations, and the longest context that they are for.
     rope: Option<(Rotations, usize)>,
     parts: Option<Parts>,
+    kv_dtype: KvDType,
     /// The ranks of a model that is cut.
     peers: Option<Peers>,
     /// Whether the open step is one of decodes, whose launches are gathered.
@@ -93,6 +94,7 @@ impl Cuda {
             step: Step::new(),
             rope: None,
             parts: None,
+            kv_dtype: KvDType::default(),
             peers: None,
             gathers: false,
             device,
@@ -102,6 +104,11 @@ impl Cuda {
     /// The same as a rank of a model that is cut.
     pub fn in_group(self, member: Member) -> Self {
         Self { peers: Some(Peers::new(member)), ..self }
+    }
+
+    /// The same with KV caches of this dtype, which are bf16 otherwise.
+    pub fn with_kv_dtype(self, kv_dtype: KvDType) -> Self {
+        Self { kv_dtype, ..self }
     }
 
     /// Goes on gathering launches after something that ended it.
@@ -250,7 +257,7 @@ impl Backend for Cuda {
     }
 
     fn kv_cache(&mut self, layers: usize, shape: &AttentionShape, blocks: usize) -> Result<KvCache> {
-        let cache = KvCache::new(&self.device, layers, shape, blocks)?;
+        let cache = KvCache::new(&self.device, layers, shape, blocks, self.kv_dtype)?;
         let context = self.rope.as_ref().map_or(0, |(_, context)| *context);
         self.parts = None; // first give back, then take
         self.parts = Some(Parts::new(&self.device, shape, context)?);
@@ -259,11 +266,11 @@ impl Backend for Cuda {
     }
 
     fn kv_block_bytes(&self, shape: &AttentionShape) -> usize {
-        2 * half_block(shape)
+        2 * half_block(shape, self.kv_dtype)
     }
 
     fn kv_format(&self) -> Option<String> {
-        Some("cuda bf16 [kv_heads, 16, head_dim], keys then values 1".to_owned())
+        Some(self.kv_dtype.format())
     }
 
     fn read_kv_block(&mut self, cache: &KvCache, block: u32, out: &mut [u8]) -> Result<()> {

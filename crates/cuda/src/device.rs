@@ -41,6 +41,16 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("attention_prefill_96", attention_prefill_shared(96)),
     ("attention_prefill_128", attention_prefill_shared(128)),
     ("attention_prefill_256", attention_prefill_shared(256)),
+    ("rope_and_cache_fp8", 0),
+    ("attention_any_fp8", 0),
+    ("attention_decode_64_fp8", 0),
+    ("attention_decode_96_fp8", 0),
+    ("attention_decode_128_fp8", 0),
+    ("attention_decode_256_fp8", 0),
+    ("attention_prefill_64_fp8", attention_prefill_shared(64)),
+    ("attention_prefill_96_fp8", attention_prefill_shared(96)),
+    ("attention_prefill_128_fp8", attention_prefill_shared(128)),
+    ("attention_prefill_256_fp8", attention_prefill_shared(256)),
     ("moe_route", 0),
     ("moe_count", 0),
     ("moe_offsets", 0),
@@ -52,7 +62,8 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
 /// Three stages of two tiles of 128 x 64 bf16.
 pub(crate) const MATMUL_TILES_SHARED: u32 = 3 * 2 * 128 * 64 * 2;
 
-/// Two stages of 64 keys and values, each row padded by 16 bytes.
+/// Two stages of 64 keys and values, each row of bf16 padded by 16 bytes. Keys and values of FP8 take a little less: one such stage, and two of
+/// FP8.
 pub(crate) const fn attention_prefill_shared(head_dim: u32) -> u32 {
     2 * 2 * 64 * (head_dim + 8) * 2
 }

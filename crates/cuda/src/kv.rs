@@ -1,6 +1,6 @@
 //! Keys and values on a device, and attention over them.
 //!
-//! Keys and values of a layer are arrays `[blocks, kv_heads, BLOCK_SIZE, head_dim]` of bf16; the layers of each lie one after
+//! Keys and values of a layer are arrays `[blocks, kv_heads, BLOCK_SIZE, head_dim]` of bf16 or FP8; the layers of each lie one after
 //! another.
 
 use crate::device::{Arg, Buffer, Device, Grid, attention_prefill_shared};
@@ -14,8 +14,84 @@ const PARTS: usize = 64 << 20;
 /// The largest head that `attention_any` takes; `MOST_DIM` in attention.cu.
 const MOST_DIM: usize = 512;
 
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum KvDType {
+    /// bf16.
+    #[default]
+    Bf16,
+    /// FP8 (E4M3) without a scale: half the memory and bandwidth, three bits of mantissa, magnitudes up to 448.
+    Fp8,
+}
+
+impl KvDType {
+    fn bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::Fp8 => 1,
+        }
+    }
+
+    /// Names dtype and layout, for blocks that are kept outside the process.
+    pub(crate) fn format(self) -> String {
+        let dtype = match self {
+            Self::Bf16 => "bf16",
+            Self::Fp8 => "e4m3",
+        };
+        format!("cuda {dtype} [kv_heads, 16, head_dim], keys then values 1")
+    }
+
+    /// The kernel that writes keys and values.
+    fn rope(self) -> &'static str {
+        match self {
+            Self::Bf16 => "rope_and_cache",
+            Self::Fp8 => "rope_and_cache_fp8",
+        }
+    }
+
+    /// The kernel for heads of any size.
+    fn any(self) -> &'static str {
+        match self {
+            Self::Bf16 => "attention_any",
+            Self::Fp8 => "attention_any_fp8",
+        }
+    }
+
+    /// The kernels for decode and for prefill of heads of this size.
+    fn kernels(self, head_dim: usize) -> Option<(&'static str, &'static str)> {
+        let at = HEAD_DIMS.iter().position(|&dim| dim == head_dim)?;
+        Some(match self {
+            Self::Bf16 => (
+                ["attention_decode_64", "attention_decode_96", "attention_decode_128", "attention_decode_256"]
+                    [at],
+                [
+                    "attention_prefill_64",
+                    "attention_prefill_96",
+                    "attention_prefill_128",
+                    "attention_prefill_256",
+                ][at],
+            ),
+            Self::Fp8 => (
+                [
+                    "attention_decode_64_fp8",
+                    "attention_decode_96_fp8",
+                    "attention_decode_128_fp8",
+                    "attention_decode_256_fp8",
+                ][at],
+                [
+                    "attention_prefill_64_fp8",
+                    "attention_prefill_96_fp8",
+                    "attention_prefill_128_fp8",
+                    "attention_prefill_256_fp8",
+                ][at],
+            ),
+        })
+    }
+}
+
 /// The paged keys and values of all layers.
 pub struct KvCache {
+    dtype: KvDType,
     keys: Buffer,
     values: Buffer,
     pub(crate) shape: AttentionShape,
@@ -24,33 +100,44 @@ pub struct KvCache {
 }
 
 /// Bytes of one block's keys, or of its values, in one layer.
-pub(crate) fn half_block(shape: &AttentionShape) -> usize {
-    2 * BLOCK_SIZE * shape.kv_heads * shape.head_dim
+pub(crate) fn half_block(shape: &AttentionShape, dtype: KvDType) -> usize {
+    dtype.bytes() * BLOCK_SIZE * shape.kv_heads * shape.head_dim
 }
 
 impl KvCache {
-    pub(crate) fn new(device: &Device, layers: usize, shape: &AttentionShape, blocks: usize) -> Result<Self> {
+    pub(crate) fn new(
+        device: &Device,
+        layers: usize,
+        shape: &AttentionShape,
+        blocks: usize,
+        dtype: KvDType,
+    ) -> Result<Self> {
         let grouped = shape.kv_heads > 0 && shape.heads.is_multiple_of(shape.kv_heads);
         check(grouped, || format!("{} query heads cannot share {} key heads", shape.heads, shape.kv_heads))?;
         check(shape.head_dim <= MOST_DIM && shape.head_dim.is_multiple_of(2), || {
             format!("heads of {}; the kernels take even sizes up to {MOST_DIM}", shape.head_dim)
         })?;
-        let bytes = layers.checked_mul(blocks).and_then(|n| n.checked_mul(half_block(shape)));
+        let bytes = layers.checked_mul(blocks).and_then(|n| n.checked_mul(half_block(shape, dtype)));
         let bytes = bytes.ok_or_else(|| {
             OpError::Backend(format!("no memory for {blocks} KV blocks of {layers} layers"))
         })?;
         let (keys, values) = (device.buffer(bytes)?, device.buffer(bytes)?);
-        Ok(Self { keys, values, shape: *shape, layers, blocks })
+        Ok(Self { dtype, keys, values, shape: *shape, layers, blocks })
+    }
+
+    /// Bytes of one block's keys, or of its values, in one layer.
+    fn half_block(&self) -> usize {
+        half_block(&self.shape, self.dtype)
     }
 
     fn layer(&self, layer: usize) -> [Arg; 2] {
-        let offset = layer * self.blocks * half_block(&self.shape);
+        let offset = layer * self.blocks * self.half_block();
         [&self.keys, &self.values].map(|buffer| Arg::at(buffer, offset))
     }
 
     /// Where each layer's part of a block lies: buffer, offset and range of the block's bytes.
     fn parts(&self, block: u32, bytes: usize) -> Result<impl Iterator<Item = (&Buffer, usize, usize)> + '_> {
-        let (half, block) = (half_block(&self.shape), block as usize);
+        let (half, block) = (self.half_block(), block as usize);
         check(block < self.blocks, || format!("KV block {block} of {}", self.blocks))?;
         check(bytes == 2 * half * self.layers, || {
             format!("{bytes} bytes for a KV block of {}", 2 * half * self.layers)
@@ -63,7 +150,7 @@ impl KvCache {
 
     /// Copies a block of all layers to the host: keys, then values, layer by layer.
     pub(crate) fn read_block(&self, block: u32, out: &mut [u8]) -> Result<()> {
-        let half = half_block(&self.shape);
+        let half = self.half_block();
         for (buffer, offset, at) in self.parts(block, out.len())? {
             buffer.read(offset, &mut out[at..at + half])?;
         }
@@ -72,7 +159,7 @@ impl KvCache {
 
     /// The way back.
     pub(crate) fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()> {
-        let half = half_block(&self.shape);
+        let half = self.half_block();
         for (buffer, offset, at) in self.parts(block, bytes.len())? {
             buffer.write(offset, &bytes[at..at + half])?;
         }
@@ -147,7 +234,7 @@ impl Rotations {
             head_dim.into(),
         ];
         let grid = Grid::of([step.rows, (heads + 2 * kv_heads).div_ceil(4), 1], 128);
-        device.launch("rope_and_cache", grid, 0, &args)
+        device.launch(cache.dtype.rope(), grid, 0, &args)
     }
 }
 
@@ -193,24 +280,15 @@ pub(crate) fn attention(
     })?;
     out.set(qkv.rows, shape.out_width(), Format::Bf16)?;
     let sinks = sinks.map_or(Arg::NULL, |sinks| (&sinks.buffer).into());
-    let call = Call { device, step, parts, qkv, kv: cache.layer(layer), out, shape, window, sinks };
-    match kernels(shape.head_dim) {
+    let (kv, dtype) = (cache.layer(layer), cache.dtype);
+    let call = Call { device, step, parts, qkv, kv, dtype, out, shape, window, sinks };
+    match dtype.kernels(shape.head_dim) {
         Some((decode, prefill)) => {
             call.prefill(prefill)?;
             call.decode(decode)
         }
         None => call.any(),
     }
-}
-
-/// The kernels for decode and for prefill of heads of this size.
-fn kernels(head_dim: usize) -> Option<(&'static str, &'static str)> {
-    let at = HEAD_DIMS.iter().position(|&dim| dim == head_dim)?;
-    let decode =
-        ["attention_decode_64", "attention_decode_96", "attention_decode_128", "attention_decode_256"];
-    let prefill =
-        ["attention_prefill_64", "attention_prefill_96", "attention_prefill_128", "attention_prefill_256"];
-    Some((decode[at], prefill[at]))
 }
 
 /// One call of attention.
@@ -220,6 +298,7 @@ struct Call<'a> {
     parts: &'a Parts,
     qkv: &'a Tensor,
     kv: [Arg; 2],
+    dtype: KvDType,
     out: &'a Tensor,
     shape: AttentionShape,
     window: Option<usize>,
@@ -328,6 +407,6 @@ impl Call<'_> {
             self.window(),
         ];
         let grid = Grid::of([heads, self.step.len(List::Alone), 1], 128);
-        self.device.launch("attention_any", grid, 0, &args)
+        self.device.launch(self.dtype.any(), grid, 0, &args)
     }
 }

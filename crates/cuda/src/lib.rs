@@ -26,7 +26,7 @@ mod upload;
 mod weights;
 
 pub use backend::{Cuda, Embedding};
-pub use kv::KvCache;
+pub use kv::{KvCache, KvDType};
 pub use matmul::{Matrix, Vector};
 pub use moe::Experts;
 pub use tensor::Tensor;

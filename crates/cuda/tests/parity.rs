@@ -10,7 +10,7 @@ mod support;
 
 use common::{cuda, large};
 use half::{bf16, f16};
-use rudder_cuda::Cuda;
+use rudder_cuda::{Cuda, KvDType};
 use rudder_ops::reference::Reference;
 use rudder_ops::{
     Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError,
@@ -459,6 +459,74 @@ fn attention_agrees_when_scores_are_extreme() -> Result<()> {
     Ok(())
 }
 
+/// Keys and values of FP8: such as the format holds give what bf16 gives, others what roundings of a sixteenth let expect.
+#[test]
+fn attention_over_fp8_agrees_with_and_without_roundings() -> Result<()> {
+    let mut random = Random(19);
+    let cases = [
+        (shape(4, 2, 64), 600, None),
+        (shape(2, 1, 96), 400, Some(257)),
+        (shape(20, 1, 128), 100, Some(40)),
+        (shape(2, 1, 256), 80, None),
+        (shape(3, 1, 24), 90, None),
+    ];
+    for (shape, longest, window) in cases {
+        let Some(cuda) = cuda() else { return Ok(()) };
+        let mut cuda = cuda.with_kv_dtype(KvDType::Fp8);
+        let mut case = AttentionCase::random(&mut random, shape, false, RopePairing::Halves, 2.0, longest);
+        case.window = window;
+        case.sinks = window.map(|_| random.vec(shape.heads, 4.0));
+        let ([_, found], [_, expected]) = (case.run(&mut cuda)?, case.run(&mut Reference::new())?);
+        assert_close(&found, &expected, 0.25, 1.0, &format!("{shape:?}, rounded"));
+        // Four bits each, and no rotation.
+        case.qkv.iter_mut().for_each(|x| *x = (*x * 7.5).round() / 8.0);
+        case.rope.inv_freq.fill(0.0);
+        let ([_, found], [_, expected]) = (case.run(&mut cuda)?, case.run(&mut Reference::new())?);
+        assert_close(&found, &expected, 0.02, 1.0, &format!("{shape:?}, exact"));
+    }
+    Ok(())
+}
+
+/// A row that sees one token puts out its value.
+#[test]
+fn values_of_fp8_are_the_nearest_and_at_most_448() -> Result<()> {
+    let Some(cuda) = cuda() else { return Ok(()) };
+    let mut cuda = cuda.with_kv_dtype(KvDType::Fp8);
+    let mut random = Random(20);
+    let numbers = &fp8::NUMBERS[..127];
+    let halfway = numbers.windows(2).map(|w| (w[0] + w[1]) / 2.0);
+    let mut values: Vec<f32> = numbers.iter().copied().chain(halfway).collect();
+    values.extend([449.0, 1e30, f32::INFINITY, 1e-9, 0.000_976]);
+    values.extend(random.vec(200, 500.0).into_iter().chain(random.vec(200, 0.02)).map(f32::abs));
+    values.extend(values.clone().into_iter().map(|x| -x));
+    values.resize(values.len().next_multiple_of(64), 0.0);
+    let nearest = |x: f32| {
+        let distance = |number: f32| (f64::from(number) - f64::from(x.abs().min(448.0))).abs();
+        let closer = |a: &usize, b: &usize| distance(numbers[*a]).total_cmp(&distance(numbers[*b]));
+        // Of two that are as near, the one whose last bit is zero.
+        let best = (0..127).min_by(|a, b| closer(a, b).then((a % 2).cmp(&(b % 2)))).expect("some");
+        numbers[best].copysign(x)
+    };
+    for dim in [64, 8] {
+        let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: dim, scale: 1.0 };
+        cuda.load_rope(&Rope { inv_freq: vec![0.0; dim / 2], pairing: RopePairing::Halves }, 16)?;
+        let rows: Vec<f32> =
+            values.chunks(dim).flat_map(|v| [vec![0.0; 2 * dim], v.to_vec()].concat()).collect();
+        let mut cache = cuda.kv_cache(1, &shape, values.len() / dim)?;
+        let mut qkv = upload(&mut cuda, (&rows, 3 * dim))?;
+        let mut out = cuda.tensor(values.len() / dim, dim)?;
+        let mut batch = Batch::default();
+        (0..values.len() / dim).for_each(|i| batch.push(&[0], 0, &[i as u32], 0));
+        cuda.begin(&batch)?;
+        cuda.rope_and_cache(&mut qkv, &shape, None, 0, &mut cache)?;
+        cuda.attention(&qkv, &shape, AttentionOptions::default(), 0, &cache, &mut out)?;
+        for (x, found) in values.iter().zip(cuda.to_host(&out)?) {
+            assert_eq!(found, nearest(*x), "{x}");
+        }
+    }
+    Ok(())
+}
+
 /// Random experts as raw tensors: gates, ups and downs.
 fn experts(random: &mut Random, n: usize, hidden: usize, intermediate: usize) -> [Vec<RawTensor>; 3] {
     [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)].map(|(rows, width)| {
@@ -757,19 +825,25 @@ fn bad_rows_are_faults_of_their_own_and_many_alternatives_come_from_the_host() -
 
 #[test]
 fn blocks_leave_the_cache_and_come_back_elsewhere() -> Result<()> {
-    let Some(mut cuda) = cuda() else { return Ok(()) };
     let mut random = Random(14);
-    let shape = shape(2, 2, 64);
-    let mut cache = cuda.kv_cache(3, &shape, 4)?;
-    let bytes: Vec<u8> = (0..3 * cuda.kv_block_bytes(&shape)).map(|_| random.next() as u8).collect();
-    let mut found = vec![0; bytes.len()];
-    cuda.write_kv_block(&mut cache, 3, &bytes)?;
-    cuda.read_kv_block(&cache, 3, &mut found)?;
-    assert!(found == bytes);
-    cuda.read_kv_block(&cache, 2, &mut found)?;
-    assert!(found.iter().all(|&b| b == 0), "a neighbour was written");
-    assert!(cuda.read_kv_block(&cache, 4, &mut found).is_err());
-    assert!(cuda.write_kv_block(&mut cache, 0, &bytes[1..]).is_err());
+    let mut formats = Vec::new();
+    for dtype in [KvDType::Bf16, KvDType::Fp8] {
+        let Some(cuda) = cuda() else { return Ok(()) };
+        let mut cuda = cuda.with_kv_dtype(dtype);
+        let shape = shape(2, 2, 64);
+        let mut cache = cuda.kv_cache(3, &shape, 4)?;
+        let bytes: Vec<u8> = (0..3 * cuda.kv_block_bytes(&shape)).map(|_| random.next() as u8).collect();
+        let mut found = vec![0; bytes.len()];
+        cuda.write_kv_block(&mut cache, 3, &bytes)?;
+        cuda.read_kv_block(&cache, 3, &mut found)?;
+        assert!(found == bytes);
+        cuda.read_kv_block(&cache, 2, &mut found)?;
+        assert!(found.iter().all(|&b| b == 0), "a neighbour was written");
+        assert!(cuda.read_kv_block(&cache, 4, &mut found).is_err());
+        assert!(cuda.write_kv_block(&mut cache, 0, &bytes[1..]).is_err());
+        formats.push((cuda.kv_format(), bytes.len()));
+    }
+    assert!(formats[0].0 != formats[1].0 && formats[0].1 == 2 * formats[1].1);
     Ok(())
 }
 

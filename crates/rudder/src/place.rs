@@ -10,7 +10,7 @@ use rudder_ops::cpu::{Cpu, KvDType};
 
 use crate::kv::KvNeeds;
 use crate::machine;
-use crate::settings::ModelSettings;
+use crate::settings::{KvCacheDtype, ModelSettings};
 
 /// Share of a GPU's memory that weights, workspace and KV take together, unless told otherwise.
 const GPU_MEMORY_UTILIZATION: f64 = 0.9;
@@ -51,6 +51,9 @@ impl Place {
     /// # Errors
     /// If they do not, wishes do not fit each other, or the model cannot be cut for as many ranks as asked for.
     pub fn cpu(source: &ModelSource, settings: &ModelSettings, threads: usize) -> Result<Self> {
+        if settings.kv_cache_dtype == Some(KvCacheDtype::Fp8) {
+            bail!("kv_cache_dtype = fp8 is for GPUs (device = cuda); on the CPU leave it out");
+        }
         let backend = match settings.tensor_parallel_size.unwrap_or(1) {
             1 => Backend::Cpu(Box::new(Cpu::new(threads, KvDType::F16))),
             ranks => {
@@ -86,12 +89,16 @@ impl Place {
     /// # Errors
     /// If a GPU cannot be used, or the model cannot be cut for so many.
     pub fn gpu(source: &ModelSource, settings: &ModelSettings, index: usize) -> Result<Self> {
+        let kv_dtype = match settings.kv_cache_dtype {
+            Some(KvCacheDtype::Fp8) => rudder_cuda::KvDType::Fp8,
+            Some(KvCacheDtype::Auto) | None => rudder_cuda::KvDType::Bf16,
+        };
         let backend = match settings.tensor_parallel_size.unwrap_or(1) {
-            1 => Backend::Cuda(Box::new(Cuda::new(index)?)),
+            1 => Backend::Cuda(Box::new(Cuda::new(index)?.with_kv_dtype(kv_dtype))),
             ranks => {
                 source.check_ranks(ranks)?;
                 let group = Group::new(ranks);
-                let cudas = gpus(&group, index).with_context(|| {
+                let cudas = gpus(&group, index, kv_dtype).with_context(|| {
                     format!("tensor_parallel_size = {ranks} takes as many GPUs, from cuda:{index} on")
                 })?;
                 Backend::Cudas(group, cudas)
@@ -125,9 +132,9 @@ impl Place {
 }
 
 /// The ranks of a group, each on a GPU of its own.
-fn gpus(group: &Group, first: usize) -> Result<Vec<Cuda>> {
+fn gpus(group: &Group, first: usize, kv_dtype: rudder_cuda::KvDType) -> Result<Vec<Cuda>> {
     let members = group.members().into_iter().zip(first..);
-    members.map(|(member, index)| Ok(Cuda::new(index)?.in_group(member))).collect()
+    members.map(|(member, index)| Ok(Cuda::new(index)?.with_kv_dtype(kv_dtype).in_group(member))).collect()
 }
 
 /// The ranks of a group, which share `threads` threads.
