@@ -302,7 +302,7 @@ __device__ void attention_prefill(const float* qkv, const KV* keys, const KV* va
     // Of bf16 two stages of keys and values that arrive as they are read. Of FP8 one that is read, and behind it two that arrive.
     constexpr bool WIDE = sizeof(KV) == 2;
     bf16* stages = reinterpret_cast<bf16*>(memory);
-    [[maybe_unused]] KV* arriving = reinterpret_cast<KV*>(stages + 2 * KEYS * STRIDE);
+    KV* arriving = reinterpret_cast<KV*>(stages + 2 * KEYS * STRIDE);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
     const uint4 tile = tiles[blockIdx.y];
     const int kv_head = blockIdx.x, shared_by = heads / kv_heads, rows = tile.y * shared_by;
@@ -345,11 +345,10 @@ __device__ void attention_prefill(const float* qkv, const KV* keys, const KV* va
     };
     // What arrived for a step, keys and values, to the stage that is read.
     auto widen = [&](int step) {
-        if constexpr (!WIDE)
-            for (int i = threadIdx.x; i < 2 * KEYS * (DIM / 8); i += blockDim.x) {
-                const int row = i / (DIM / 8), chunk = i % (DIM / 8);
-                *reinterpret_cast<uint4*>(stages + row * STRIDE + chunk * 8) = load_eight(arriving + (step % 2 * 2 * KEYS + row) * DIM + chunk * 8);
-            }
+        for (int i = threadIdx.x; i < 2 * KEYS * (DIM / 8); i += blockDim.x) {
+            const int row = i / (DIM / 8), chunk = i % (DIM / 8);
+            *reinterpret_cast<uint4*>(stages + row * STRIDE + chunk * 8) = load_eight(arriving + (step % 2 * 2 * KEYS + row) * DIM + chunk * 8);
+        }
     };
 
     float o[DIM / 8][4] = {}, most[2] = {NEG_INFINITY, NEG_INFINITY}, total[2] = {};
@@ -359,7 +358,7 @@ __device__ void attention_prefill(const float* qkv, const KV* keys, const KV* va
         copy_wait<0>();
         __syncthreads();  // this tile is here for all, and all are done with the one before
         if (step + 1 < steps) copy(step + 1);
-        if constexpr (!WIDE) {
+        if (!WIDE) {
             widen(step);
             __syncthreads();
         }

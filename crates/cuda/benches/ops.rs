@@ -93,6 +93,34 @@ impl Bench {
         (0..copies).map(|_| self.cuda.load_matrix(std::slice::from_ref(&raw))).collect()
     }
 
+    /// The same of FP8, with a scale for 128 weights.
+    fn linear_fp8(&mut self) -> Result<()> {
+        for (name, n, k) in [("gate+up", 28672, 4096), ("down", 4096, 14336)] {
+            let block = |i: usize| {
+                let scale = 2f32.powi(-8 - (i / 2 % 3) as i32).to_le_bytes();
+                // Numbers below 2.
+                scale.into_iter().chain((0..64).map(move |j| (i * 31 + j * 7) as u8 & 0xbf))
+            };
+            let bytes = Arc::new((0..n * k / 64).flat_map(block).collect::<Vec<u8>>());
+            let raw = RawTensor::new("random", vec![n, k], DType::F8_E4M3, bytes, 0).expect("whole blocks");
+            let copies = (ROTATED / (n * k)).clamp(1, 8);
+            let weights: Vec<Matrix> = (0..copies)
+                .map(|_| self.cuda.load_matrix(std::slice::from_ref(&raw)))
+                .collect::<Result<_>>()?;
+            for rows in [1, 8, 16, 17, 64, 256, 511, 512, 4096] {
+                let [x, _] = self.rows(rows, k)?;
+                let mut out = self.cuda.tensor(rows, n)?;
+                let bytes = (n * k + n * k / 32 + 2 * rows * k + 4 * rows * n) as f64;
+                let operations = 2.0 * (rows * n * k) as f64;
+                let name = format!("linear fp8 {name} [{n}, {k}] {rows} rows");
+                self.time(name, bytes, operations, |cuda, i| {
+                    cuda.linear(&x, &weights[i % weights.len()], None, &mut out)
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Normed rows, as matrices read them, and the residual stream that they came from.
     fn rows(&mut self, rows: usize, width: usize) -> Result<[Tensor; 2]> {
         let table = self.cuda.load_embedding(&self.raw(&[rows, width]))?;
@@ -282,6 +310,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     println!("{:<44} {:>10} {:>8} {:>8} {:>8} {:>8}", "op", "us", "GB/s", "TFLOP/s", "memory", "matrix");
     bench.rowwise()?;
     bench.linear()?;
+    bench.linear_fp8()?;
     bench.attention()?;
     bench.moe()?;
     bench.sample()?;

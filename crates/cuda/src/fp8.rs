@@ -74,9 +74,13 @@ mod tests {
 
     /// Two rows of blocks with these scales.
     fn matrix(scales: [&[f32]; 2]) -> RawTensor {
-        let blocks = scales.concat().into_iter().flat_map(|scale| [scale.to_le_bytes().to_vec(), vec![0x38; 64]].concat());
+        let blocks = scales
+            .concat()
+            .into_iter()
+            .flat_map(|scale| [scale.to_le_bytes().to_vec(), vec![0x38; 64]].concat());
         let shape = vec![2, 64 * scales[0].len()];
-        RawTensor::new("w", shape, DType::F8_E4M3, Arc::new(blocks.collect::<Vec<u8>>()), 0).expect("whole blocks")
+        RawTensor::new("w", shape, DType::F8_E4M3, Arc::new(blocks.collect::<Vec<u8>>()), 0)
+            .expect("whole blocks")
     }
 
     #[test]

@@ -62,8 +62,12 @@ impl KvDType {
         let at = HEAD_DIMS.iter().position(|&dim| dim == head_dim)?;
         Some(match self {
             Self::Bf16 => (
-                ["attention_decode_64", "attention_decode_96", "attention_decode_128", "attention_decode_256"]
-                    [at],
+                [
+                    "attention_decode_64",
+                    "attention_decode_96",
+                    "attention_decode_128",
+                    "attention_decode_256",
+                ][at],
                 [
                     "attention_prefill_64",
                     "attention_prefill_96",

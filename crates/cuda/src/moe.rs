@@ -194,8 +194,7 @@ impl Product<'_> {
             }
             Weights::Packed(w) => {
                 let [codes, scales, stride, shift] = w.args();
-                let args =
-                    [x, codes, scales, stride, shift, bias, out, rows, n, width, groups, index, share];
+                let args = [x, codes, scales, stride, shift, bias, out, rows, n, width, groups, index, share];
                 self.device.launch(w.packing.kernels().tiles, grid, MATMUL_TILES_SHARED, &args)
             }
         }

@@ -14,7 +14,8 @@ use rudder_cuda::{Cuda, KvDType};
 use rudder_ops::reference::Reference;
 use rudder_ops::{
     Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError,
-    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts, fp8, mxfp4,
+    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts, fp8,
+    mxfp4,
 };
 use std::sync::Arc;
 use support::{Random, Rows, assert_close, matrix, plain_batch, run_experts, run_moe, upload, vector};
@@ -214,7 +215,9 @@ fn fp8_matrix(random: &mut Random, name: &str, [n, k]: [usize; 2], scales: Scale
                 scale = (1.0 + random.below(7) as f32 / 8.0) / 900.0;
             }
             bytes.extend(scale.to_le_bytes());
-            bytes.extend((0..64).map(|_| random.next() as u8).map(|b| if b & 0x7f == 0x7f { b ^ 1 } else { b }));
+            bytes.extend(
+                (0..64).map(|_| random.next() as u8).map(|b| if b & 0x7f == 0x7f { b ^ 1 } else { b }),
+            );
         }
     }
     RawTensor::new(name, vec![n, k], DType::F8_E4M3, Arc::new(bytes), 0).expect("whole blocks")
@@ -283,7 +286,7 @@ fn fp8_that_is_no_number_is_refused_by_name() {
     let mut random = Random(18);
     let good = fp8_matrix(&mut random, "good", [3, 64], Scales::Rows);
     let mut bytes = good.bytes().to_vec();
-    bytes[70 + 68] = 0xff;
+    bytes[68 + 10] = 0xff;
     let bad = RawTensor::new("bad", vec![3, 64], DType::F8_E4M3, Arc::new(bytes), 0).expect("whole blocks");
     let refusal = cuda.load_matrix(&[good, bad]).err().expect("refused").to_string();
     assert!(refusal.contains("tensor bad"), "{refusal}");
@@ -583,14 +586,15 @@ fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
     let mut random = Random(16);
     // Numbers on both sides of the limit.
     let activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 1.0 };
-    let mut cases = vec![(3, 2, 64, 32), (5, 9, 160, 96), (4, 80, 96, 64), (2, 150, 64, 160)];
+    let mut cases = vec![(3, 2, 64usize, 32usize), (5, 9, 160, 96), (4, 80, 96, 64), (2, 150, 64, 160)];
     if large(&cuda) {
         cases.extend([(32, 4, 2880, 2880), (32, 300, 2880, 2880)]);
     }
     for (n, rows, hidden, intermediate) in cases {
         for stored_as in [DType::F32, DType::MXFP4, DType::F8_E4M3] {
             let whole = stored_as.block_len().max(32);
-            let (hidden, intermediate) = (hidden.next_multiple_of(whole), intermediate.next_multiple_of(whole));
+            let (hidden, intermediate) =
+                (hidden.next_multiple_of(whole), intermediate.next_multiple_of(whole));
             let mut stack = |shape: [usize; 2]| -> Vec<RawTensor> {
                 let one = |random: &mut Random| match stored_as {
                     DType::MXFP4 => quantised(random, shape),

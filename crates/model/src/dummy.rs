@@ -19,7 +19,8 @@ const SHIFT: usize = 1 << 16;
 
 /// What makes of a preset's name that of the same model with FP8 projections.
 const FP8: &str = "-fp8";
-const FP8_FIELDS: &str = r#"{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},"#;
+const FP8_FIELDS: &str =
+    r#"{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},"#;
 
 /// The config.json of a preset.
 pub(crate) fn preset(name: &str) -> Option<String> {
@@ -51,12 +52,7 @@ pub(crate) struct Dummy {
 }
 
 impl Dummy {
-    pub fn new(
-        config: &ModelConfig,
-        arch: &Architecture,
-        tied: bool,
-        quantised: Option<DType>,
-    ) -> Self {
+    pub fn new(config: &ModelConfig, arch: &Architecture, tied: bool, quantised: Option<DType>) -> Self {
         let q = config.attention.out_width();
         let inner = config.moe.map_or(config.intermediate, |moe| moe.intermediate);
         let widest = config.hidden.max(q).max(config.attention.qkv_width());

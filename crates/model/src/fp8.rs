@@ -37,11 +37,7 @@ impl Scales {
 ///
 /// # Errors
 /// If it is no matrix, or its scales are missing or do not fit it.
-pub(crate) fn matrix(
-    checkpoint: &Checkpoint,
-    name: &str,
-    block: [usize; 2],
-) -> Result<RawTensor, LoadError> {
+pub(crate) fn matrix(checkpoint: &Checkpoint, name: &str, block: [usize; 2]) -> Result<RawTensor, LoadError> {
     let invalid = |reason: String| LoadError::invalid(checkpoint.folder(), format!("tensor {name} {reason}"));
     let (shape, bytes) = checkpoint.bytes(name, Dtype::F8_E4M3)?;
     let &[rows, width] = shape else {
@@ -49,7 +45,8 @@ pub(crate) fn matrix(
     };
     let scales = scales(checkpoint, name, [rows, width], block)?;
     // A block of ours has one scale.
-    let kept = width.is_multiple_of(BLOCK_LEN) && (scales.columns <= 1 || scales.block[1].is_multiple_of(BLOCK_LEN));
+    let kept =
+        width.is_multiple_of(BLOCK_LEN) && (scales.columns <= 1 || scales.block[1].is_multiple_of(BLOCK_LEN));
     let dtype = if kept { DType::F8_E4M3 } else { DType::BF16 };
     let row_bytes = width / dtype.block_len() * dtype.block_bytes();
     let mut out = vec![0u8; rows * row_bytes];
@@ -135,6 +132,9 @@ mod tests {
     use safetensors::serialize_to_file;
     use safetensors::tensor::TensorView;
 
+    /// Scales, their shape, the size of a block, and what is made of the matrix.
+    type Case<'a> = (&'a [f32], &'a [usize], [usize; 2], DType);
+
     /// The matrix `[3, 128]` of byte `i % 120` at `i`, with these scales.
     fn stored(scales: &[f32], shape: &[usize], block: [usize; 2]) -> RawTensor {
         let folder = tempfile::tempdir().unwrap();
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn matrices_stay_fp8_where_no_block_ends_inside_one_of_64() {
-        let cases: [(&[f32], &[usize], [usize; 2], DType); 5] = [
+        let cases: [Case<'_>; 5] = [
             (&[0.5], &[], [128, 128], DType::F8_E4M3),
             (&[0.5, 0.25, 3.0], &[3, 1], [128, 128], DType::F8_E4M3),
             (&[0.3, 0.7, 0.9, 1.1], &[2, 2], [2, 64], DType::F8_E4M3),

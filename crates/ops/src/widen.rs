@@ -46,8 +46,10 @@ mod tests {
 
     #[test]
     fn what_gpus_keep_becomes_bf16_and_the_rest_stays() {
-        let bytes: Vec<u8> = (0..3 * 2 * 68).map(|i| if i % 68 < 4 { 0x3f } else { (i * 7 % 127) as u8 }).collect();
-        let raw = RawTensor::new("w", vec![3, 128], DType::F8_E4M3, Arc::new(bytes), 0).expect("whole blocks");
+        let bytes: Vec<u8> =
+            (0..3 * 2 * 68).map(|i| if i % 68 < 4 { 0x3f } else { (i * 7 % 127) as u8 }).collect();
+        let raw =
+            RawTensor::new("w", vec![3, 128], DType::F8_E4M3, Arc::new(bytes), 0).expect("whole blocks");
         let wide = raw.widened();
         assert_eq!((wide.dtype, &wide.shape, &wide.name), (DType::BF16, &raw.shape, &raw.name));
         let [mut expected, mut found] = [[0.0; 3 * 128]; 2];

@@ -162,6 +162,32 @@ fn linear_agrees_for_stacked_parts_of_several_formats() -> Result<()> {
     Ok(())
 }
 
+/// FP8 is widened when it is loaded.
+#[test]
+fn formats_that_only_gpus_keep_are_multiplied_as_bf16() -> Result<()> {
+    let mut random = Random(40);
+    let block = |random: &mut Random| {
+        let codes = (0..64).map(|_| random.next() as u8 & 0xbf).collect::<Vec<u8>>();
+        [(0.3 + random.below(3) as f32 / 7.0).to_le_bytes().to_vec(), codes].concat()
+    };
+    let bytes: Vec<u8> = (0..19 * 3).flat_map(|_| block(&mut random)).collect();
+    let stored = RawTensor::new("stored", vec![19, 192], DType::F8_E4M3, Arc::new(bytes), 0);
+    let stored = stored.expect("whole blocks");
+    let x = random.exact(3 * 192, 1.0);
+    fn run<B: Backend>(b: &mut B, x: Rows, w: RawTensor) -> Result<Vec<f32>> {
+        let (x, w) = (upload(b, x)?, b.load_matrix(&[w])?);
+        let mut out = b.tensor(3, 19)?;
+        b.linear(&x, &w, None, &mut out)?;
+        b.to_host(&out)
+    }
+    let found = run(&mut cpu(2), (&x, 192), stored.clone())?;
+    assert_eq!(found, run(&mut cpu(2), (&x, 192), stored.widened())?);
+    let expected = run(&mut Reference::new(), (&x, 192), stored)?;
+    // 192 products of numbers that are rounded once.
+    assert_close(&found, &expected, 0.1, "fp8");
+    Ok(())
+}
+
 /// What an attention case needs; its rows are those of `steps` one after another.
 struct AttentionCase {
     shape: AttentionShape,

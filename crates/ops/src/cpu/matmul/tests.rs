@@ -58,6 +58,7 @@ fn tensor(dtype: DType, rows: usize, width: usize, data: &[f32]) -> RawTensor {
         DType::Q4_K => GgmlDType::Q4K,
         DType::Q5_K => GgmlDType::Q5K,
         DType::Q6_K => GgmlDType::Q6K,
+        other => unreachable!("{other:?} is widened before it is packed"),
     };
     let data = Tensor::from_slice(data, (rows, width), &Device::Cpu).unwrap();
     let quantised = QTensor::quantize(&data, ggml).unwrap();
