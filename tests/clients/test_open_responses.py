@@ -114,7 +114,10 @@ class Speaker:
         socket.send(json.dumps({"type": "response.create", "model": self._server.model, "store": False} | body))
         events = []
         while not events or events[-1]["type"] not in (*TERMINAL, "error"):
-            events.append(json.loads(socket.recv(timeout=120)))
+            event = json.loads(socket.recv(timeout=120))
+            # Not of the specification; it comes where nothing else does for half a second.
+            if event["type"] != "rudder.progress":
+                events.append(event)
         if events[-1]["type"] == "error":
             self._schemas.check(events[-1], "WebSocketErrorEvent")
             return events[-1]

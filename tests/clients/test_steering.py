@@ -253,6 +253,9 @@ class Session:
             return self._response is None
         elif kind == "response.output_item.added":
             self._items.add(event["item"]["id"])
+        elif kind == "rudder.progress":
+            # It waits, or its prompt is being read: told where that takes more than half a second.
+            assert event["response_id"] == self._response
         elif "item_id" in event:
             assert event["item_id"] in self._items, "an event of the old answer after created"
         else:
