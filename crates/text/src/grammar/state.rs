@@ -94,7 +94,11 @@ impl GrammarState {
     /// # Errors
     /// If the grammar has parts that cannot be gone back over. The state is of no further use then.
     pub fn roll_back(&mut self, tokens: usize) -> Result<(), String> {
-        self.matcher.rollback(tokens).map_err(|error| error.to_string())
+        self.matcher.rollback(tokens).map_err(|error| error.to_string())?;
+        // The mask of the place given up is kept under the lexer's state and the number of rows alone; another
+        // way on may come by the same.
+        self.matcher.invalidate_bias_cache();
+        Ok(())
     }
 
     fn failed(&self, error: &str) -> String {

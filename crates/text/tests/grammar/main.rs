@@ -157,6 +157,32 @@ proptest! {
     }
 }
 
+/// After both ways a string is open, that of a key and that of a value: the lexer is in the same state.
+#[test]
+fn what_followed_a_detour_is_not_taken_for_what_follows_now() {
+    let text = text(true);
+    let grammar = compile(text, &strict(schemas().remove(0)));
+    let tokens = |pieces: &[&str]| -> Vec<u32> {
+        pieces.iter().flat_map(|piece| text.encode(piece, false, false).unwrap()).collect()
+    };
+    let (mut plain, mut other) = (grammar.start(), grammar.start());
+    for token in tokens(&["{\"", "m", "\"", "\n"]) {
+        plain.accept(token).unwrap();
+        other.accept(token).unwrap();
+    }
+    let detour = tokens(&[":", "{\""]);
+    detour.iter().for_each(|&token| other.accept(token).unwrap());
+    let key = mask_of(text, &mut other);
+    other.roll_back(detour.len()).unwrap();
+    for token in tokens(&[": \""]) {
+        plain.accept(token).unwrap();
+        other.accept(token).unwrap();
+    }
+    let value = mask_of(text, &mut other);
+    assert_eq!(value, mask_of(text, &mut plain));
+    assert_ne!(value, key);
+}
+
 #[test]
 fn every_masked_token_is_accepted_and_every_accepted_one_masked_unless_one_is_forced() {
     let text = text(true);
