@@ -42,6 +42,8 @@ use crate::Tool;
 use answer::Answer;
 use harmony::Harmony;
 use sink::Sink;
+pub(crate) use tagged_calls::{GLM, QWEN};
+pub(crate) use tagged_value::ValueTags;
 use tools::Offered;
 
 /// How a model marks tool calls.
@@ -74,6 +76,17 @@ pub enum ReasoningFormat {
     Mistral,
     /// Harmony's `analysis` channel.
     Harmony,
+}
+
+/// The tokens that mark reasoning.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReasoningMarks {
+    /// Opens it.
+    pub opening: u32,
+    /// Closes it.
+    pub closing: u32,
+    /// What ends it where the model is to answer at once: `closing` with the line breaks around it.
+    pub end: Vec<u32>,
 }
 
 /// How a model's output is read.
@@ -126,8 +139,8 @@ impl OutputParser {
         if format.is_harmony() {
             return Self { reader: Reading::Harmony(Box::new(Harmony::new(format, tools, prompt))) };
         }
-        let reasoning = format.reasoning.and_then(ReasoningFormat::marks);
-        let open = reasoning.filter(|(opening, _)| prompt.trim_end().ends_with(opening));
+        let reasoning = format.reasoning.filter(|reasoning| reasoning.is_open(prompt));
+        let open = reasoning.and_then(ReasoningFormat::marks);
         let answer = Answer::new(syntax::marks(format, !tools.is_empty()), tools, open);
         Self { reader: Reading::Answer(Box::new(answer)) }
     }

@@ -10,7 +10,7 @@ use super::tags::{Tag, Tagged};
 use super::tools::{MAX_NAME, Offered};
 
 /// The tags of one family.
-pub(super) struct CallTags {
+pub(crate) struct CallTags {
     /// Stands before the name; empty if nothing does.
     name: &'static str,
     /// Ends the name; empty if the line or the next tag does.
@@ -19,13 +19,13 @@ pub(super) struct CallTags {
     key_end: &'static str,
     /// Stands between key and value; empty if nothing does.
     value: &'static str,
-    values: ValueTags,
+    pub(crate) values: ValueTags,
     /// What follows the name: the tag of a key, or what ends a call. The followers of a value are the same.
     ends: &'static [&'static str],
 }
 
 /// `<function=f>`, `<parameter=x>`, the value in lines of its own, `</parameter>`, `</function>`.
-pub(super) const QWEN: CallTags = CallTags {
+pub(crate) const QWEN: CallTags = CallTags {
     name: "<function=",
     name_end: ">",
     key_end: ">",
@@ -40,7 +40,7 @@ pub(super) const QWEN: CallTags = CallTags {
 };
 
 /// The name, then `<arg_key>x</arg_key><arg_value>1</arg_value>`.
-pub(super) const GLM: CallTags = CallTags {
+pub(crate) const GLM: CallTags = CallTags {
     name: "",
     name_end: "",
     key_end: "</arg_key>",

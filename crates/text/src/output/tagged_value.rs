@@ -6,14 +6,14 @@
 use super::tags::{Tag, Tagged};
 
 /// The tags around a value.
-pub(super) struct ValueTags {
+pub(crate) struct ValueTags {
     /// Opens a value, at the beginning of a line; what follows it may be part of the tag.
-    pub(super) opening: &'static str,
-    pub(super) closing: &'static str,
+    pub(crate) opening: &'static str,
+    pub(crate) closing: &'static str,
     /// One of these follows.
-    pub(super) followers: &'static [&'static str],
+    pub(crate) followers: &'static [&'static str],
     /// Whether the tags stand in lines of their own.
-    pub(super) in_lines: bool,
+    pub(crate) in_lines: bool,
 }
 
 /// Reads one value, from after its opening tag.
@@ -51,7 +51,7 @@ impl TaggedValue {
             space: String::new(),
             follower: Tag::default(),
             depth: 0,
-            opening: Some(0),
+            opening: tags.in_lines.then_some(0),
         }
     }
 

@@ -26,6 +26,10 @@ pub fn check(value: &Value, schema: &Value, root: &Value) -> Result<(), String> 
         return Err(format!("{value} is no {types:?}"));
     }
     bounds(value, schema)?;
+    let pattern = schema["pattern"].as_str().map(|pattern| regex::Regex::new(pattern).unwrap());
+    if value.as_str().is_some_and(|text| pattern.is_some_and(|pattern| !pattern.is_match(text))) {
+        return Err(format!("{value} does not match {schema}"));
+    }
     let no_schema = Value::Bool(true);
     for item in value.as_array().into_iter().flatten() {
         check(item, schema.get("items").unwrap_or(&no_schema), root)?;

@@ -37,7 +37,15 @@ fn tools() -> Vec<Tool> {
         "properties": {"mode": {"enum": ["r", "w"]}, "on": {"type": "boolean"},
             "tags": {"type": "array", "items": {"type": "string", "maxLength": 5}, "maxItems": 2}}});
     let none = json!({"type": "object", "properties": {}, "additionalProperties": false});
-    vec![json_tool("read", read, true), json_tool("set_mode", set, true), json_tool("now", none, true)]
+    let label = json!({"type": "object", "required": ["id", "title"], "additionalProperties": false,
+        "properties": {"id": {"type": "string", "pattern": "^[a-z]{2,4}-[0-9]+$"},
+            "title": {"type": "string", "minLength": 2, "maxLength": 6}, "note": {"type": "string", "pattern": "[0-9]"}}});
+    vec![
+        json_tool("read", read, true),
+        json_tool("set_mode", set, true),
+        json_tool("now", none, true),
+        json_tool("label", label, true),
+    ]
 }
 
 fn custom_tools() -> Vec<Tool> {
@@ -147,7 +155,7 @@ proptest! {
     fn a_named_tool_is_called_once(seed: u64, words: bool) {
         let (text, tools) = (text(words), [tools(), custom_tools()].concat());
         for family in FORMATS {
-            for name in ["set_mode", "count", "apply_patch", "anything", "note"] {
+            for name in ["set_mode", "label", "count", "apply_patch", "anything", "note"] {
                 if family == ToolFormat::Harmony && ["anything", "note"].contains(&name) {
                     continue; // where the parser guesses: some models wrap such a text in an object
                 }
@@ -183,6 +191,32 @@ proptest! {
             check(&calls, &tools, &answer);
             prop_assert!(!calls.is_empty(), "{:?}: {:?}", family, answer);
             prop_assert!(matches!(rest.trim(), "" | "hello" | "hello w."), "{:?}: {:?}", family, answer);
+        }
+    }
+
+    #[test]
+    fn values_that_show_calls_are_read_to_their_end(seed: u64) {
+        let (text, tools) = (text(true), tools());
+        let qwen = "<tool_call>\n<function=read>\n<parameter=path>\n";
+        let glm = "<tool_call>read\n<arg_key>path</arg_key>\n<arg_value>";
+        let begun = [
+            (ToolFormat::QwenXml, qwen, "<parameter=a>\n1\n</parameter>\n</function>\nhello"),
+            (ToolFormat::QwenXml, qwen, "hello\n <parameter=a>1</parameter>"),
+            (ToolFormat::QwenXml, qwen, "\n\n<parameter=a>\n<parameter=b>"),
+            (ToolFormat::QwenXml, qwen, "a </parameter> hello <parameter=b>"),
+            (ToolFormat::Glm, glm, "<arg_value>hello"),
+            (ToolFormat::Glm, glm, "\n<arg_value>1</arg_value>\n</tool_call>\n<arg_value>"),
+            (ToolFormat::Glm, glm, "hello\n  <arg_value>\n<arg_value>1</arg_value>2</arg_value>3"),
+        ];
+        for (family, head, value) in begun {
+            let spec = grammar(text, &tools, &ToolChoice::Required, family, false);
+            let begin = text.encode(&format!("{head}{value}"), true, false).unwrap();
+            let answer = Walk { begin, ..Walk::new(seed) }.answer(text, &compile(text, &spec));
+            let (calls, rest) = parse(format_of(family), &tools, prompt_of(family), &answer);
+            check(&calls, &tools, &answer);
+            prop_assert!(calls.len() == 1 && rest.trim().is_empty(), "{:?}: {:?} {:?}", answer, calls, rest);
+            let input: Value = serde_json::from_str(&calls[0].input).unwrap();
+            prop_assert!(input["path"].as_str().unwrap().starts_with(value), "{:?}: {:?}", answer, input);
         }
     }
 

@@ -5,6 +5,8 @@ use serde_json::{Map, Value};
 use super::Group;
 use super::writer::Writer;
 use crate::grammar::GrammarSpec;
+use crate::grammar::compile::unanchored;
+use crate::output::{self, ValueTags};
 use crate::{Tool, ToolInput};
 
 /// How a family writes an argument: before its name, between name and value, after the value.
@@ -13,11 +15,19 @@ struct Tags {
     value: &'static str,
     end: &'static str,
     gap: &'static str,
+    /// As they are read.
+    read: &'static ValueTags,
 }
 
-const QWEN: Tags = Tags { name: "<parameter=", value: ">\n", end: "\n</parameter>", gap: "\n" };
-const GLM: Tags =
-    Tags { name: "<arg_key>", value: "</arg_key>\n<arg_value>", end: "</arg_value>", gap: "\n" };
+const QWEN: Tags =
+    Tags { name: "<parameter=", value: ">\n", end: "\n</parameter>", gap: "\n", read: &output::QWEN.values };
+const GLM: Tags = Tags {
+    name: "<arg_key>",
+    value: "</arg_key>\n<arg_value>",
+    end: "</arg_value>",
+    gap: "\n",
+    read: &output::GLM.values,
+};
 
 /// `<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>`.
 pub(super) fn qwen(writer: &mut Writer<'_>, tools: &[&Tool]) -> Group {
@@ -71,8 +81,12 @@ fn value(writer: &mut Writer<'_>, property: &Value, root: &Value, strict: bool, 
         let texts: Vec<String> = texts.iter().map(|text| writer.literal(text)).collect();
         return format!("({}) {end}", texts.join(" | "));
     }
+    let held = text_rules(property);
+    if !held.is_empty() {
+        return writer.matched_until(&held, tags.end, tags.read);
+    }
     if may_be_text(property, root, 0) {
-        return writer.until(tags.end);
+        return writer.value_until(tags.end, tags.read);
     }
     format!("{} {end}", writer.part(GrammarSpec::JsonSchema { schema: within(property, root), strict }))
 }
@@ -84,6 +98,25 @@ fn literal_texts(schema: &Value) -> Vec<&str> {
     let listed = listed.unwrap_or_default();
     let texts: Vec<&str> = listed.iter().filter_map(Value::as_str).filter(|text| !text.is_empty()).collect();
     if texts.len() == listed.len() { texts } else { Vec::new() }
+}
+
+/// Expressions that a string must match, if the schema allows a string alone and holds it to any.
+fn text_rules(schema: &Value) -> Vec<String> {
+    if schema["type"] != "string" {
+        return Vec::new();
+    }
+    let [least, most] = ["minLength", "maxLength"].map(|key| schema[key].as_u64());
+    let length = (least.is_some() || most.is_some()).then(|| {
+        let most = most.map(|most| most.to_string()).unwrap_or_default();
+        format!("(?s:.{{{},{most}}})", least.unwrap_or(0))
+    });
+    let pattern = schema["pattern"].as_str().map(|pattern| {
+        let whole = unanchored(pattern);
+        let before = if pattern.starts_with('^') { "" } else { "(?s:.*)" };
+        let after = if pattern.len() > whole.len() + usize::from(before.is_empty()) { "" } else { "(?s:.*)" };
+        format!("{before}(?:{whole}){after}")
+    });
+    length.into_iter().chain(pattern).collect()
 }
 
 /// Whether a schema allows a string, or does not say what it allows.

@@ -5,6 +5,7 @@ use llguidance::regex_to_lark;
 use crate::Text;
 use crate::grammar::compile::lark_string;
 use crate::grammar::{GrammarPart, GrammarSpec, JsonLayout};
+use crate::output::ValueTags;
 
 /// See the module.
 pub(super) struct Writer<'t> {
@@ -36,6 +37,24 @@ impl<'t> Writer<'t> {
     /// Adds a rule that ends as soon as this regular expression matches.
     pub(super) fn lazy(&mut self, regex: &str) -> String {
         self.add("[lazy]", &format!("/{}/", regex_to_lark(regex, "")))
+    }
+
+    /// Adds a rule that ends as soon as all of the first of these regular expressions match a text, the whole of
+    /// which none of the others may match.
+    fn lazy_but(&mut self, all: &[String], none: &[String]) -> String {
+        let text = self.text_but(all, none);
+        self.add("[lazy]", &text)
+    }
+
+    /// Adds a terminal: the texts that all of the first expressions match, and none of the others.
+    fn text_but(&mut self, all: &[String], none: &[String]) -> String {
+        let name = format!("TEXT{}", self.count);
+        self.count += 1;
+        let all = all.iter().map(|regex| format!("/{}/", regex_to_lark(regex, "")));
+        let none = none.iter().map(|regex| format!("~/{}/", regex_to_lark(regex, "")));
+        let body = all.chain(none).collect::<Vec<_>>().join(" & ");
+        self.rules.push_str(&format!("{name}: {body}\n"));
+        name
     }
 
     /// Adds a part of a call; returns how to refer to it.
@@ -78,6 +97,45 @@ impl<'t> Writer<'t> {
         match self.control(mark) {
             Some(token) => format!("{} <[{token}]>", self.any_text()),
             None => self.lazy(&format!("(?s:.*){}", regex_syntax::escape(mark))),
+        }
+    }
+
+    /// Any value up to and with a mark, as the parser of these tags reads it: a line that begins with the opening
+    /// tag opens a value within, and nothing may look like the value's end that is not.
+    pub(super) fn value_until(&mut self, mark: &str, tags: &ValueTags) -> String {
+        if self.control(mark).is_some() {
+            return self.until(mark);
+        }
+        let [opening, closing] = [tags.opening, tags.closing].map(regex_syntax::escape);
+        let followers =
+            tags.followers.iter().map(|tag| regex_syntax::escape(tag)).collect::<Vec<_>>().join("|");
+        let early = [format!(r"(?s:.*){closing}\s*({followers})(?s:.*)")];
+        let end = self.lazy_but(&[format!("(?s:.*){}", regex_syntax::escape(mark))], &early);
+        let opened = self.lazy_but(&[format!(r"(?s:.*)\n\s*{opening}")], &early);
+        let opened_first = match tags.in_lines {
+            true => self.lazy_but(&[format!(r"((?s:.*)\n)?\s*{opening}")], &early),
+            false => opened.clone(),
+        };
+        // In a value within nothing ends the whole.
+        let within_end = self.lazy(&format!("(?s:.*){closing}"));
+        let within_opened = self.lazy(&format!(r"(?s:.*)\n\s*{opening}"));
+        let within = format!("rule{}", self.count);
+        self.rule(&format!("{within_end} | {within_opened} {within} {within}"));
+        let after = format!("rule{}", self.count);
+        self.rule(&format!("{end} | {opened} {within} {after}"));
+        self.rule(&format!("{end} | {opened_first} {within} {after}"))
+    }
+
+    /// A value that all of these expressions match, up to and with a mark. It shows no tags.
+    pub(super) fn matched_until(&mut self, value: &[String], mark: &str, tags: &ValueTags) -> String {
+        let [opening, closing] = [tags.opening, tags.closing].map(regex_syntax::escape);
+        let end = if self.control(mark).is_some() { String::new() } else { regex_syntax::escape(mark) };
+        let all: Vec<String> = value.iter().map(|regex| format!("(?:{regex}){end}")).collect();
+        let none = [format!("(?s:.*){closing}(?s:.+)"), format!("(?s:.*){opening}(?s:.*)")];
+        match self.control(mark) {
+            // What ends it is no part of the text, so it goes as far as it may.
+            Some(token) => format!("{} <[{token}]>", self.text_but(&all, &none)),
+            None => self.lazy_but(&all, &none),
         }
     }
 
