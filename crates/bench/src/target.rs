@@ -151,6 +151,7 @@ async fn ask_engine(
         ignore_eos: true,
         prompt_logprobs: false,
         grammar: None,
+        reasoning: None,
         owner: None,
         weight: 1,
         session: None,

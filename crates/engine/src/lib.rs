@@ -16,6 +16,7 @@ mod engine;
 mod grammar;
 mod mask_workers;
 mod places;
+mod reasoning;
 mod request;
 mod sessions;
 mod step_loop;
@@ -23,6 +24,7 @@ mod tier;
 
 pub use engine::{DraftMode, Engine, EngineConfig, Generation, Stats};
 pub use grammar::{Constraint, Grammar, Next};
+pub use reasoning::ReasoningBudget;
 pub use request::{
     Event, FinishReason, GenerateRequest, LogitBias, SamplingParams, SubmitError, Token, TokenLogprob, Usage,
 };

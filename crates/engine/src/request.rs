@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rudder_scheduler::Origin;
 
 use crate::grammar::Grammar;
+use crate::reasoning::ReasoningBudget;
 
 pub use rudder_ops::{LogitBias, SamplingParams, TokenLogprob};
 
@@ -31,6 +32,8 @@ pub struct GenerateRequest {
     /// token; where it leaves one way only and no log-probabilities are asked for, the tokens of
     /// that way come without a draw.
     pub grammar: Option<Arc<dyn Grammar>>,
+    /// The most that it may reason.
+    pub reasoning: Option<ReasoningBudget>,
     /// Stands for the API key that asks; none where there are none.
     pub owner: Option<Arc<str>>,
     /// The owner's share of service relative to others'; 1 is usual. It is the same in all requests of an

@@ -10,7 +10,9 @@ use std::time::Duration;
 use common::{
     Answer, CONFIG, VOCAB, ask, assert_drafted, assert_whole, check_drafts, collect, prompt, request, start,
 };
-use rudder_engine::{Constraint, EngineConfig, FinishReason, GenerateRequest, Grammar, Next, SamplingParams};
+use rudder_engine::{
+    Constraint, EngineConfig, FinishReason, GenerateRequest, Grammar, Next, ReasoningBudget, SamplingParams,
+};
 
 /// What may follow a history of generated tokens.
 enum Then {
@@ -205,6 +207,26 @@ fn answers_are_the_same_with_drafts() {
     let one_way = Arc::new(Toy { rolls_back: false, ..Arc::into_inner(toy(loose)).unwrap() });
     let answers = check_drafts(CONFIG, asked(&one_way, |asked| asked));
     assert!(answers.iter().all(|answer| answer.usage.accepted_tokens == 0));
+}
+
+#[test]
+fn a_grammar_hears_of_what_ends_the_reasoning() {
+    /// Anything up to 121, then even tokens.
+    fn answer_is_even(history: &[u32]) -> Then {
+        let reasons = !history.contains(&121);
+        Then::Any((0..VOCAB).filter(|token| reasons || token % 2 == 0).collect())
+    }
+    let reasoning = ReasoningBudget { tokens: 9, opening: None, closing: 121, end: [7, 121, 122].into() };
+    let grammar = toy(answer_is_even);
+    let asked = (0..4).map(|i| GenerateRequest {
+        reasoning: Some(reasoning.clone()),
+        ..held(&grammar, request(prompt(i, 70), 40))
+    });
+    for answer in check_drafts(CONFIG, asked.collect()) {
+        let ids = answer.ids();
+        let closed = ids.iter().position(|&id| id == 121).unwrap();
+        assert!(closed <= 10 && ids[closed + 1..].iter().all(|id| id % 2 == 0), "{ids:?}");
+    }
 }
 
 #[test]

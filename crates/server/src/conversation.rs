@@ -97,6 +97,8 @@ pub struct Turn {
     pub sampling: SamplingParams,
     /// Most tokens of a choice; `None` is the rest of the context, 0 only reads the prompt.
     pub max_tokens: Option<usize>,
+    /// Most tokens that a choice may reason, where the model marks its reasoning by tokens.
+    pub reasoning_budget: Option<usize>,
     /// Text is cut before the first of these, and its choice ends there.
     pub stop: Arc<[String]>,
     /// Tokens that end a choice, besides the model's own.
@@ -130,6 +132,7 @@ impl Turn {
             n: 1,
             sampling: SamplingParams::default(),
             max_tokens: None,
+            reasoning_budget: None,
             stop: Arc::from([]),
             stop_tokens: Vec::new(),
             ignore_eos: false,

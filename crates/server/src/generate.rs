@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use rudder_engine::{Engine, GenerateRequest, SamplingParams, SubmitError, Token, Usage};
+use rudder_engine::{Engine, GenerateRequest, ReasoningBudget, SamplingParams, SubmitError, Token, Usage};
 use rudder_text::{CompiledGrammar, Text};
 
 use crate::answer::{AnswerReader, Reading};
@@ -44,6 +44,8 @@ pub struct Completion {
     pub token_ids: bool,
     /// What generated tokens are held to.
     pub(crate) grammar: Option<Arc<CompiledGrammar>>,
+    /// The most that each choice may reason.
+    pub reasoning: Option<ReasoningBudget>,
     /// What the answers are expected to be, in tokens, or empty.
     pub prediction: Arc<[u32]>,
     /// Read the text as an answer: reasoning, text and calls.
@@ -69,6 +71,7 @@ impl Completion {
             prompt_logprobs: false,
             token_ids: false,
             grammar: None,
+            reasoning: None,
             prediction: Arc::from([]),
             reading: None,
             origin: Origin::default(),
@@ -273,6 +276,7 @@ impl Generator {
             ignore_eos: completion.stop_tokens.is_empty(),
             prompt_logprobs: completion.prompt_logprobs,
             grammar: completion.grammar.clone().map(grammar::for_engine),
+            reasoning: completion.reasoning.clone(),
             weight: owner.as_ref().and_then(|owner| self.weights.get(owner)).copied().unwrap_or(1),
             owner,
             session: completion.origin.session.clone(),

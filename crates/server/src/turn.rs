@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rudder_engine::ReasoningBudget;
 use rudder_text::{
     AnswerRules, CompiledGrammar, GrammarSpec, OutputFormat, Text, TextError, Tool, ToolChoice,
 };
@@ -38,7 +39,8 @@ impl Server {
         let prompt = self.encode_turn(turn.clone()).await?;
         let grammar = self.compile_grammar(&turn, &prompt.tail).await?;
         let prediction = self.encode_prediction(turn.clone()).await?;
-        let completion = Completion { grammar, prediction, ..self.completion(&turn, prompt) };
+        let reasoning = self.reasoning_budget(&turn, &prompt.tail)?;
+        let completion = Completion { grammar, reasoning, prediction, ..self.completion(&turn, prompt) };
         // A turn's prompt is its messages.
         let started = self.generator.start(&completion).map_err(ApiError::from);
         started.map_err(|error| if error.param.is_some() { error.at("messages") } else { error })
@@ -95,6 +97,16 @@ impl Server {
             Ok(Err(error)) => Err(ApiError::param(param, error.to_string())),
             Err(error) => Err(ApiError::internal(format!("compiling the grammar failed: {error}"))),
         }
+    }
+
+    /// The turn's budget for reasoning in the engine's terms.
+    fn reasoning_budget(&self, turn: &Turn, prompt_tail: &str) -> Result<Option<ReasoningBudget>, TextError> {
+        let (Some(tokens), Some(format)) = (turn.reasoning_budget, self.format.reasoning) else {
+            return Ok(None);
+        };
+        let Some(marks) = self.generator.text().reasoning_marks(format)? else { return Ok(None) };
+        let opening = Some(marks.opening).filter(|_| !format.is_open(prompt_tail));
+        Ok(Some(ReasoningBudget { tokens, opening, closing: marks.closing, end: marks.end.into() }))
     }
 
     fn completion(&self, turn: &Turn, prompt: EncodedPrompt) -> Completion {

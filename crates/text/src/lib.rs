@@ -24,7 +24,7 @@ pub use grammar::{
     AnswerRules, CompiledGrammar, GrammarError, GrammarPart, GrammarSpec, GrammarState, JsonLayout,
 };
 pub use infill::{FimTokens, Infill};
-pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ToolFormat};
+pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ReasoningMarks, ToolFormat};
 pub use stop::StopMatcher;
 pub use tool::{Tool, ToolChoice, ToolInput};
 
@@ -107,6 +107,19 @@ impl Text {
     /// The token written exactly so in text with `special` set: `<|im_end|>`, `<tool_call>`.
     pub fn special_token(&self, text: &str) -> Option<u32> {
         self.parts.vocab.special(text)
+    }
+
+    /// How reasoning is marked, where that is by a pair of tokens.
+    ///
+    /// # Errors
+    /// If the model's own normalizer or pre-tokenizer fails.
+    pub fn reasoning_marks(&self, format: ReasoningFormat) -> Result<Option<ReasoningMarks>, TextError> {
+        let tokens = format.marks().and_then(|(opening, closing)| {
+            Some((self.special_token(opening)?, self.special_token(closing)?, closing))
+        });
+        let Some((opening, closing, mark)) = tokens else { return Ok(None) };
+        let end = self.encode(&format!("\n{mark}\n\n"), true, false)?;
+        Ok(Some(ReasoningMarks { opening, closing, end }))
     }
 
     /// Renders the chat template. `messages` is the array as the template expects it (OpenAI's

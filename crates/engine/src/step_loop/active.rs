@@ -8,6 +8,7 @@ use super::Submission;
 use crate::draft::Drafter;
 use crate::grammar::Next;
 use crate::mask_workers::MaskJob;
+use crate::reasoning::Reasoning;
 use crate::request::{Token, Usage};
 
 /// See the module.
@@ -15,6 +16,7 @@ pub(super) struct Active {
     pub(super) submission: Submission,
     pub(super) counts: Option<TokenCounts>,
     pub(super) grammar: Option<Held>,
+    pub(super) reasoning: Option<Reasoning>,
     /// Prompt tokens scored so far, when asked for.
     pub(super) scores: Vec<Token>,
     pub(super) generated: usize,

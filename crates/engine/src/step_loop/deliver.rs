@@ -75,11 +75,28 @@ impl StepLoop {
             return false;
         }
         let token_id = token.id;
+        self.take_drawn(id, token, accepted) && !self.end_reasoning(id, token_id) && accepted
+    }
+
+    /// Appends what ends the reasoning, if the token just taken was the last that its budget allows. Returns
+    /// whether it was.
+    fn end_reasoning(&mut self, id: SequenceId, token: u32) -> bool {
+        let reasoning = self.active.get_mut(&id).and_then(|active| active.reasoning.as_mut());
+        let Some(end) = reasoning.and_then(|reasoning| reasoning.take(token)) else { return false };
+        let _ = end
+            .iter()
+            .all(|&id_| self.take_drawn(id, Token { id: id_, logprob: None, top: Vec::new() }, false));
+        true
+    }
+
+    /// As [`StepLoop::take_token`], and the grammar, if there is one, is to hear of it.
+    fn take_drawn(&mut self, id: SequenceId, token: Token, accepted: bool) -> bool {
+        let token_id = token.id;
         let goes_on = self.take_token(id, token, accepted);
         if goes_on && let Some(Active { grammar: Some(Held::Here(job)), .. }) = self.active.get_mut(&id) {
             job.tokens.push(token_id);
         }
-        goes_on && accepted
+        goes_on
     }
 
     /// A token was drawn or forced for a sequence: it grows, or ends. With `accepted`, the step has

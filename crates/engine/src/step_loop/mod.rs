@@ -23,6 +23,7 @@ use self::sessions::Sessions;
 use crate::draft::Drafting;
 use crate::engine::{DraftMode, EngineConfig, Shared, Stats};
 use crate::mask_workers::{MaskJob, MaskWorkers};
+use crate::reasoning::Reasoning;
 use crate::request::{Event, GenerateRequest};
 use crate::tier::DiskTier;
 
@@ -177,6 +178,7 @@ impl StepLoop {
             Held::Away
         });
         let active = Active {
+            reasoning: request.reasoning.clone().map(Reasoning::new),
             submission,
             counts,
             grammar,

@@ -62,6 +62,7 @@ pub fn request(prompt: impl Into<Vec<u32>>, max_tokens: usize) -> GenerateReques
         ignore_eos: false,
         prompt_logprobs: false,
         grammar: None,
+        reasoning: None,
         owner: None,
         weight: 1,
         session: None,

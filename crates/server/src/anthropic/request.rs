@@ -38,12 +38,15 @@ pub(super) fn turn(
     common.stop = fields.stop_sequences.map(Stop::Many);
     let vocab = server.generator.engine().vocab_size();
     let stop = common.stops(&server.config);
+    let thinking = fields.thinking.as_ref();
+    let budget = thinking.and_then(|thinking| thinking.budget_tokens);
     Ok(Turn {
         tools: offered,
         tool_choice,
         parallel_tool_calls,
         answer: answer_format(output.format.or(fields.output_format))?,
-        template_args: template_args(fields.thinking.map(|thinking| thinking.r#type), output.effort)?,
+        template_args: template_args(thinking.map(|thinking| thinking.r#type.as_str()), output.effort)?,
+        reasoning_budget: params::count("thinking.budget_tokens", budget, 1)?,
         sampling: common.sampling(vocab)?,
         max_tokens: params::count("max_tokens", common.max_tokens, 1)?,
         stop: stop.map_err(|error| error.at("stop_sequences"))?,
@@ -55,8 +58,8 @@ pub(super) fn turn(
 }
 
 /// Reasoning is off unless asked for, as the clients of this dialect expect.
-fn template_args(thinking: Option<String>, effort: Option<String>) -> Result<Map<String, Value>, ApiError> {
-    let thinks = match thinking.as_deref() {
+fn template_args(thinking: Option<&str>, effort: Option<String>) -> Result<Map<String, Value>, ApiError> {
+    let thinks = match thinking {
         None | Some("disabled") => false,
         Some("enabled" | "adaptive" | "between_tools") => true,
         Some(other) => {
@@ -439,7 +442,7 @@ mod tests {
     #[test]
     fn templates_hear_of_thinking_and_effort() {
         let args = |thinking: Option<&str>, effort: Option<&str>| {
-            Value::Object(template_args(thinking.map(Into::into), effort.map(Into::into)).unwrap())
+            Value::Object(template_args(thinking, effort.map(Into::into)).unwrap())
         };
         assert_eq!(args(None, None), json!({"enable_thinking": false}));
         assert_eq!(
@@ -450,6 +453,6 @@ mod tests {
             args(Some("disabled"), Some("low")),
             json!({"enable_thinking": false, "reasoning_effort": "low"})
         );
-        assert!(template_args(Some("deep".into()), None).is_err());
+        assert!(template_args(Some("deep"), None).is_err());
     }
 }

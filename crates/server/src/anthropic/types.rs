@@ -101,6 +101,7 @@ pub(super) struct ToolChoiceField {
 #[derive(Debug, Deserialize)]
 pub(super) struct Thinking {
     pub r#type: String,
+    pub budget_tokens: Option<i64>,
     pub display: Option<String>,
 }
 

@@ -35,6 +35,8 @@ struct ChatFields {
     top_logprobs: Option<i64>,
     chat_template_kwargs: Option<Map<String, Value>>,
     reasoning_effort: Option<String>,
+    /// As vLLM's clients send it.
+    thinking_token_budget: Option<i64>,
     return_token_ids: Option<bool>,
     prediction: Option<Prediction>,
 }
@@ -93,6 +95,7 @@ fn turn(
     turn.sampling.logprobs = logprobs;
     let limit = params::count("max_completion_tokens", chat.max_completion_tokens, 1)?;
     turn.max_tokens = limit.or(params::count("max_tokens", common.max_tokens, 1)?);
+    turn.reasoning_budget = params::count("thinking_token_budget", chat.thinking_token_budget, 0)?;
     turn.stop = common.stops(&server.config)?;
     turn.stop_tokens = common.all_stop_tokens(&[], vocab)?;
     turn.ignore_eos = common.ignore_eos.unwrap_or(false);

@@ -34,6 +34,9 @@ const AGENT_TEMPLATE: &str = "{% if tools %}<|im_start|>system\n{{ tools | tojso
 const CALLING_TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}{% endif %}\
     {% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{# <tool_call> #}";
+/// The same for a model that reasons first; it calls no tools.
+const REASONING_TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+    {% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}";
 const SPECIALS: [&str; 6] =
     ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"];
 
@@ -53,13 +56,15 @@ fn byte_tokens() -> Vec<String> {
 
 /// Token `b` is byte `b`; the specials follow.
 pub fn text(infill: bool) -> Text {
-    text_with(infill, TEMPLATE)
+    text_with(infill, TEMPLATE, &[])
 }
 
-fn text_with(infill: bool, template: &str) -> Text {
+/// The same with another template, and tokens for these marks.
+fn text_with(infill: bool, template: &str, marks: &[&str]) -> Text {
     let mut tokens = byte_tokens();
     let count = if infill { 6 } else { 3 };
     tokens.extend(SPECIALS[..count].iter().map(|&token| token.to_owned()));
+    tokens.extend(marks.iter().map(|&mark| mark.to_owned()));
     let token_types =
         tokens.iter().map(|token| if token.chars().count() == 1 { 1 } else { 3 }).chain([1]).collect();
     // A vocabulary needs a merge: that of two NULs, which no test sends.
@@ -187,24 +192,30 @@ pub fn start_with(config: ServerConfig, engine: EngineConfig, manner: Manner, in
 
 /// A server whose model gives these answers, one after the other, and may reason and call tools.
 pub fn start_agent(answers: &[&str]) -> Fixture {
-    start_answering(ServerConfig::new(MODEL), answers, Duration::ZERO, AGENT_TEMPLATE)
+    start_answering(ServerConfig::new(MODEL), answers, Duration::ZERO, text_with(true, AGENT_TEMPLATE, &[]))
+}
+
+/// A server whose model reasons as its prompt has begun to, and gives these answers.
+pub fn start_reasoner(answers: &[&str]) -> Fixture {
+    let text = text_with(true, REASONING_TEMPLATE, &["<think>", "</think>"]);
+    start_answering(ServerConfig::new(MODEL), answers, Duration::ZERO, text)
 }
 
 /// The same, with steps that take a while.
 pub fn start_slow_agent(answers: &[&str], step: Duration) -> Fixture {
-    start_answering(ServerConfig::new(MODEL), answers, step, AGENT_TEMPLATE)
+    start_answering(ServerConfig::new(MODEL), answers, step, text_with(true, AGENT_TEMPLATE, &[]))
 }
 
 /// A server whose model would say this, and calls tools.
 pub fn start_caller(config: ServerConfig, answer: &str) -> Fixture {
-    start_answering(config, &[answer], Duration::ZERO, CALLING_TEMPLATE)
+    start_answering(config, &[answer], Duration::ZERO, text_with(true, CALLING_TEMPLATE, &[]))
 }
 
-fn start_answering(config: ServerConfig, answers: &[&str], step: Duration, template: &str) -> Fixture {
+fn start_answering(config: ServerConfig, answers: &[&str], step: Duration, text: Text) -> Fixture {
     let answers = answers.iter().map(|&answer| answer.to_owned()).collect();
     let manner = Manner { answers, step, ..Manner::default() };
     let engine = EngineConfig { max_context: 4096, ..engine_config() };
-    start_text(config, engine, manner, text_with(true, template))
+    start_text(config, engine, manner, text)
 }
 
 pub fn start_text(config: ServerConfig, engine: EngineConfig, manner: Manner, text: Text) -> Fixture {

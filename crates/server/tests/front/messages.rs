@@ -10,7 +10,7 @@ use rudder_server::ServerConfig;
 use serde_json::{Value, json};
 
 use crate::common::{
-    Answer, Fixture, MODEL, Manner, engine_config, start, start_agent, start_in, start_with,
+    Answer, Fixture, MODEL, Manner, engine_config, start, start_agent, start_in, start_reasoner, start_with,
 };
 
 const MESSAGES: &str = "/v1/messages";
@@ -186,6 +186,30 @@ async fn an_answer_has_every_field_of_its_type() {
 }
 
 #[tokio::test]
+async fn thinking_ends_where_its_budget_is_spent() {
+    // It says the second where the first was cut.
+    let server = start_reasoner(&["one two and so on", "answer"]);
+    let asked = |thinking: Value| request(&[user("go")], json!({"tools": [], "thinking": thinking}));
+    let answer = whole(&server, &asked(json!({"type": "enabled", "budget_tokens": 8}))).await;
+    assert_eq!(answer["content"][0]["thinking"], "one two");
+    assert_eq!(answer["content"][1]["text"], "answer");
+    assert_eq!(answer["usage"]["output_tokens"], 8 + 4 + 6 + 1);
+
+    let chat = |budget: Value| {
+        json!({"model": MODEL, "messages": [user("go")], "temperature": 0, "max_tokens": 100,
+            "thinking_token_budget": budget})
+    };
+    let answer = server.post("/v1/chat/completions", &chat(json!(8))).await.json();
+    let message = &answer["choices"][0]["message"];
+    assert_eq!((&message["reasoning_content"], &message["content"]), (&json!("one two"), &json!("answer")));
+    let (status, param, _) = server.post("/v1/chat/completions", &chat(json!(-1))).await.error();
+    assert_eq!((status, param.as_str()), (400, "thinking_token_budget"));
+
+    let answer = whole(&server, &asked(json!({"type": "enabled", "budget_tokens": 4000}))).await;
+    assert_eq!(answer["content"][0]["thinking"], "one two and so on");
+}
+
+#[tokio::test]
 async fn a_stop_sequence_is_named_and_the_end_of_the_window_is_told_apart() {
     let server = start_agent(&[CALLS]);
     let stopped = whole(&server, &request(&[user("go")], json!({"stop_sequences": ["never", "both"]}))).await;
@@ -313,6 +337,7 @@ async fn what_is_wrong_is_named_in_the_message() {
         (with(json!({"system": [{"type": "text"}]})), "system[0].text"),
         (with(json!({"stop_sequences": [""]})), "stop_sequences"),
         (with(json!({"thinking": {"type": "deep"}})), "thinking.type"),
+        (with(json!({"thinking": {"type": "enabled", "budget_tokens": 0}})), "thinking.budget_tokens"),
         (with(json!({"output_config": {"format": {"type": "yaml"}}})), "output_config.format"),
         (with(json!({"tools": [{"name": "f"}]})), "tools[0].input_schema"),
         (with(json!({"tool_choice": {"type": "tool", "name": "g"}})), "tool_choice.name"),

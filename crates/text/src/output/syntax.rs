@@ -21,6 +21,11 @@ impl ReasoningFormat {
             Self::Harmony => None,
         }
     }
+
+    /// Whether a rendered prompt with this end has opened the reasoning already.
+    pub fn is_open(self, prompt: &str) -> bool {
+        self.marks().is_some_and(|(opening, _)| prompt.trim_end().ends_with(opening))
+    }
 }
 
 impl OutputFormat {
