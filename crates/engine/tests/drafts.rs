@@ -6,11 +6,11 @@ mod common;
 use std::time::Duration;
 
 use common::{
-    CONFIG, ask, ask_at_once, assert_drafted, assert_whole, check_drafts as check, drafting, model, prompt,
-    request, start,
+    CONFIG, ask, ask_at_once, assert_drafted, assert_whole, check_drafts as check, collect, drafting, model,
+    prompt, request, start,
 };
 use rudder_engine::{
-    DraftMode, Engine, EngineConfig, FinishReason, GenerateRequest, LogitBias, SamplingParams,
+    DraftMode, Engine, EngineConfig, Event, FinishReason, GenerateRequest, LogitBias, SamplingParams,
 };
 use rudder_model::{Model, ModelConfig};
 use rudder_ops::{Batch, OpError, SampleRow, Sampled, SamplerScratch, sample_row};
@@ -112,9 +112,35 @@ fn an_answer_helps_its_owner_or_without_owners_its_session_and_nobody_else() {
     assert!(helped(None, Some("1")));
     assert!(!helped(None, Some("2")), "another session's, and maybe another's");
     forget("a:2");
-    assert!(!helped(Some("a"), Some("a:1")), "it was to be forgotten");
+    assert!(helped(Some("a"), Some("a:3")), "other sessions' answers are still there");
+    assert!(!helped(Some("c"), Some("c:1")));
+    forget("c:1");
+    assert!(!helped(Some("c"), Some("c:2")), "it was to be forgotten");
     forget("1");
     assert!(!helped(None, Some("1")));
+}
+
+#[test]
+fn an_answer_helps_a_sibling_that_runs_beside_it() {
+    let asked = |session: &str, max_tokens| GenerateRequest {
+        owner: Some("a".into()),
+        session: Some(session.into()),
+        sampling: SamplingParams { seed: 3, ..Default::default() },
+        ..request(prompt(2, 60), max_tokens)
+    };
+    let expected = ask(&start(CONFIG), asked("0", 190)).ids();
+    let engine = drafting(CONFIG);
+    let mut first = engine.submit(asked("1", 190)).unwrap();
+    let mut said = 0;
+    while said < 90 {
+        let event = first.next_blocking().expect("it goes on");
+        said += usize::from(matches!(event, Event::Token(_)));
+    }
+    let second = ask(&engine, asked("2", 80));
+    assert_eq!(second.ids(), expected[..80]);
+    assert!(second.usage.accepted_tokens > 30, "{:?}", second.usage);
+    assert_eq!(collect(first).ids(), expected[90..]);
+    assert_whole(&engine);
 }
 
 #[test]

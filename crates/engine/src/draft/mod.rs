@@ -23,7 +23,7 @@ use std::sync::Arc;
 use self::acceptance::{Acceptance, Evidence};
 pub(crate) use self::drafting::Drafting;
 pub(crate) use self::siblings::Party;
-use self::siblings::{BETWEEN, Reference, Siblings};
+use self::siblings::{BETWEEN, PIECE, Reference, Siblings, View};
 use self::stray::Stray;
 use self::suffix_index::{MAX_MATCH, SuffixIndex};
 use self::varied::Varied;
@@ -43,7 +43,10 @@ const LEAST_VARIED: usize = 2;
 pub(crate) struct Drafter {
     own: SuffixIndex,
     prediction: Option<Reference>,
-    siblings: Option<Arc<Reference>>,
+    party: Option<Party>,
+    siblings: Option<View>,
+    /// How many of its own tokens the party has been shown.
+    shown: usize,
     cursor: Option<Cursor>,
     /// A copy that may still go on.
     stray: Option<(Source, Stray)>,
@@ -87,6 +90,8 @@ impl Drafter {
             cursor: prediction.as_ref().map(|_| begin),
             prediction,
             siblings: party.and_then(|party| said.of(party)),
+            party: party.cloned(),
+            shown: 0,
             stray: None,
             rates: Acceptance::of_sequence(),
             varied: Varied::default(),
@@ -98,6 +103,35 @@ impl Drafter {
     pub(crate) fn index(&mut self, own: &[u32], limit: usize) -> usize {
         let predicted = self.prediction.as_mut().map_or(0, |p| p.index.extend(&p.tokens, limit));
         predicted + self.own.extend(own, limit - predicted)
+    }
+
+    /// Shows the party what the sequence, a turn of `session`, has said since it last did: a piece at a time
+    /// while it runs, where others run too, and the rest where it `ends`.
+    pub(crate) fn show(
+        &mut self,
+        own: &[u32],
+        prompt_len: usize,
+        session: Option<&Arc<str>>,
+        ends: bool,
+        said: &mut Siblings,
+    ) {
+        let Some(party) = &self.party else { return };
+        let from = self.shown.max(prompt_len);
+        if ends || own.len() >= from + PIECE && said.is_shared(party) {
+            said.keep(party, session, own, from);
+            self.shown = own.len();
+        }
+    }
+
+    /// Takes up what the party has said since the last time.
+    pub(crate) fn hear(&mut self, said: &Siblings) {
+        let now = self.party.as_ref().and_then(|party| said.of(party));
+        let epoch = |view: &Option<View>| view.as_ref().map(|view| view.epoch);
+        if epoch(&now) != epoch(&self.siblings) {
+            self.cursor = self.cursor.filter(|cursor| cursor.source != Source::Siblings);
+            self.stray = self.stray.filter(|(source, _)| *source != Source::Siblings);
+        }
+        self.siblings = now;
     }
 
     /// A token follows `own`: was it foretold?
@@ -161,7 +195,7 @@ impl Drafter {
         let (index, evidence) = match source {
             Source::Own => (&self.own, Evidence::Repeated),
             Source::Prediction => (&self.prediction.as_ref()?.index, Evidence::Predicted),
-            Source::Siblings => (&self.siblings.as_ref()?.index, Evidence::Sibling),
+            Source::Siblings => (&self.siblings.as_ref()?.text.index, Evidence::Sibling),
         };
         let text = self.text(source, own);
         let found = index.longest(text, own).or_else(|| index.newest_pair(text, own))?;
@@ -246,7 +280,7 @@ impl Drafter {
         match source {
             Source::Own => own,
             Source::Prediction => self.prediction.as_ref().map_or(&[][..], |text| &text.tokens),
-            Source::Siblings => self.siblings.as_ref().map_or(&[][..], |text| &text.tokens),
+            Source::Siblings => self.siblings.as_ref().map_or(&[][..], |view| &view.text.tokens),
         }
     }
 }

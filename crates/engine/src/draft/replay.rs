@@ -68,7 +68,7 @@ fn replay(drafting: &mut Drafting, turn: &Turn<'_>) -> Took {
     }
     took.speed = answer.len() as f32 / time;
     if let Some(party) = turn.party {
-        drafting.siblings.keep(party.clone(), prompt, answer);
+        drafting.siblings.keep(party, None, &own, prompt.len());
     }
     took
 }

@@ -146,9 +146,9 @@ impl StepLoop {
     /// Forgets a sequence, however it ended; unknown ids are fine. Its place and its blocks are
     /// free before its client hears of the end, who may send the next request at once.
     pub(super) fn end(&mut self, id: SequenceId) -> Option<Active> {
+        self.keep_answer(id);
         self.end_turn(id);
         self.keep_last_blocks(id);
-        self.keep_answer(id);
         self.scheduler.remove(id);
         let active = self.active.remove(&id)?;
         let ms = active.submission.submitted.elapsed().as_millis() as u64;

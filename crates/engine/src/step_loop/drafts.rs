@@ -31,6 +31,7 @@ impl StepLoop {
             let drafter = active.drafter.get_or_insert_with(|| {
                 let expected = sequence.prompt_len + active.submission.max_tokens.min(EXPECTED_ANSWER);
                 let (predicted, party) = (&request.prediction, Party::of(request));
+                party.iter().for_each(|party| drafting.siblings.begin(party));
                 let new = Drafter::new(expected, predicted, party.as_ref(), &drafting.siblings);
                 let mut drafter = Box::new(new);
                 // A short prompt's first step has drawn a token already.
@@ -40,9 +41,12 @@ impl StepLoop {
                 drafter
             });
             drafting.to_index -= drafter.index(&sequence.tokens, drafting.to_index);
+            let session = self.sessions.key_of(id);
+            drafter.show(&sequence.tokens, sequence.prompt_len, session, false, &mut drafting.siblings);
             // The row after a draft draws a token too.
             let most = active.submission.max_tokens - active.generated - 1;
             if may_draft && most > 0 {
+                drafter.hear(&drafting.siblings);
                 drafter.aim(&sequence.tokens, &drafting.acceptance);
                 let gains = drafter.gains(&sequence.tokens, most.min(MAX_DRAFT), &drafting.acceptance);
                 drafting.lengths.offer(drafting.sequences.len(), gains);
@@ -90,13 +94,14 @@ impl StepLoop {
     /// Keeps what a sequence said for those of the same party, before it is forgotten.
     pub(super) fn keep_answer(&mut self, id: SequenceId) {
         let (Some(drafting), Some(active), Some(sequence)) =
-            (&mut self.drafting, self.active.get(&id), self.scheduler.sequence(id))
+            (&mut self.drafting, self.active.get_mut(&id), self.scheduler.sequence(id))
         else {
             return;
         };
-        if let Some(party) = Party::of(&active.submission.request) {
-            let (prompt, answer) = sequence.tokens.split_at(sequence.prompt_len);
-            drafting.siblings.keep(party, prompt, answer);
+        if let Some(drafter) = &mut active.drafter {
+            let session = self.sessions.key_of(id);
+            drafter.show(&sequence.tokens, sequence.prompt_len, session, true, &mut drafting.siblings);
+            Party::of(&active.submission.request).iter().for_each(|party| drafting.siblings.end(party));
         }
     }
 }

@@ -36,6 +36,11 @@ impl Sessions {
         }
     }
 
+    /// The key of the session that a sequence is a turn of.
+    pub(super) fn key_of(&self, id: SequenceId) -> Option<&Arc<str>> {
+        self.table.key_of(id)
+    }
+
     fn now(&self) -> Tick {
         self.started.elapsed().as_millis() as Tick
     }
@@ -111,7 +116,7 @@ impl StepLoop {
         }
         if let Some(drafting) = &mut self.drafting {
             let owner = self.sessions.table.owner(key).cloned();
-            drafting.siblings.forget(&owner.map_or_else(|| Party::Session(key.into()), Party::Owner));
+            drafting.siblings.forget(&owner.map_or_else(|| Party::Session(key.into()), Party::Owner), key);
         }
         self.sessions.table.remove(&mut self.scheduler, key).is_some()
     }
