@@ -43,6 +43,7 @@ mod scheduler;
 mod sequence;
 mod session_table;
 mod sessions;
+mod shares;
 
 pub use block_pool::{BlockCounts, BlockId};
 pub use fairness::Origin;
@@ -51,8 +52,8 @@ pub use retention::{MAX_SESSIONS, PROTECTED_SHARE, RetentionStats, SessionBlocks
 pub use scheduler::{Chunk, Policy, PrefixStats, Scheduler, SchedulerConfig, StepPlan};
 pub use sequence::{Sequence, SequenceId};
 pub use session_table::{
-    KEPT_PAUSES, LONGEST_KEPT, MARGIN, MAX_PINNED, PinError, SHORTEST_KEPT, SessionInfo, SessionState,
-    SessionTable,
+    KEPT_PAUSES, LONGEST_KEPT, MARGIN, MAX_PINNED, PastSession, PinError, SHORTEST_KEPT, SessionInfo,
+    SessionState, SessionTable,
 };
 
 /// Tokens in one KV block; the engine checks that it equals the op set's.

@@ -3,21 +3,28 @@
 //! Only leaves of the prefix tree can go, as a block is worth nothing without those before it. Every
 //! unheld leaf waits in a session's list, in order of use; blocks without a session share one list. A
 //! block belongs to the session that used it, of several to the one that was protected the longest then.
-//! A session is *protected* until a tick that the engine chooses. Then
+//! A session is *protected* until a tick that the engine chooses, and has *returned* if it paused and went
+//! on before. Prompts that nobody comes back to are the most of what fills a cache, so first go
 //!
-//! - first goes the least recently used leaf of all sessions that are not protected,
-//! - after these, the leaves of the protected session of the least rank,
-//! - or before these, while the protected hold more than [`PROTECTED_SHARE`] of the pool.
+//! - the leaves of sessions that are not protected and have not returned, and of none,
+//! - then of those that have returned,
+//! - then of protected ones: those of the least rank first, from [`NEEDED`] on last.
+//!
+//! The protected go first, however, while they hold more than [`PROTECTED_SHARE`] of the pool, and those that
+//! returned go before those that did not, while together with the protected they hold more: as in a segmented
+//! LRU (Karedla, Love and Wherry, 1994), the rest is for newcomers. Among those that stand alike, the owner
+//! that holds most for its weight loses first (`shares`), of its unprotected leaves the least recently used.
 //!
 //! So protection decides who goes first and never whether somebody goes. What is protected keeps the
 //! prefix that it needs, whoever that belongs to: a block goes after all that continue it.
 //!
-//! A choice costs O(log sessions), all else O(1) a block; nothing is allocated but the path that a session
-//! is remembered by. Order of use is exact for all but a prefix whose last continuation was evicted
-//! before its time: it counts as just used.
+//! A choice costs O(log sessions), all else O(log owners) a block; nothing is allocated in the long run but
+//! the path that a session is remembered by. Order of use is exact for all but a prefix whose last
+//! continuation was evicted before its time: it counts as just used.
 
 use crate::BlockId;
-use crate::key_heap::KeyHeap;
+use crate::key_heap::KeyHeaps;
+use crate::shares::{Class, NOBODYS, Shares};
 
 /// Time in the engine's unit; it only grows.
 pub type Tick = u64;
@@ -26,12 +33,21 @@ pub type Tick = u64;
 pub const MAX_SESSIONS: usize = 1024;
 /// Of the pool, how much may be cached for protected sessions before they lose blocks to others.
 pub const PROTECTED_SHARE: f64 = 0.75;
+/// Protected sessions of this rank and above lose blocks only after all others.
+pub(crate) const NEEDED: u64 = u64::MAX - 1;
 
 /// Names a session. A handle of one that was closed names none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SessionHandle {
     slot: u32,
     epoch: u32,
+}
+
+impl SessionHandle {
+    /// Tells it from all others that are open.
+    pub(crate) fn slot(self) -> u32 {
+        self.slot
+    }
 }
 
 /// The slot of blocks that belong to no session.
@@ -73,12 +89,11 @@ pub(crate) struct Retention {
     slots: Vec<Slot>,
     /// Slots not in use.
     vacant: Vec<u32>,
-    /// Slots with leaves that are not protected, by the use of their oldest leaf.
-    plain: KeyHeap,
-    /// Slots with leaves that are protected, by rank.
-    guarded: KeyHeap,
+    /// Slots with leaves, by owner and class: protected ones by rank, others by the use of their oldest leaf.
+    leaves: KeyHeaps,
+    shares: Shares,
     /// Protected slots, by the end of their protection.
-    expiring: KeyHeap,
+    expiring: KeyHeaps,
     /// Counts releases of sequences.
     uses: u64,
     /// Unheld blocks in the tree, in all slots.
@@ -104,9 +119,13 @@ struct Block {
 #[derive(Debug, Default)]
 struct Slot {
     epoch: u32,
+    /// Whose it is; an index of [`Shares`].
+    owner: u32,
     /// Protected before this tick; 0 is not.
     until: Tick,
     rank: u64,
+    /// Whether it has gone on after a pause.
+    returned: bool,
     /// Its unheld blocks.
     blocks: usize,
     /// Its longest path, each block with its generation.
@@ -121,9 +140,9 @@ impl Retention {
             lists: LeafLists::new(blocks, MAX_SESSIONS + 1),
             slots: (0..=MAX_SESSIONS).map(|_| Slot::default()).collect(),
             vacant: (0..MAX_SESSIONS as u32).rev().collect(),
-            plain: KeyHeap::new(MAX_SESSIONS + 1),
-            guarded: KeyHeap::new(MAX_SESSIONS + 1),
-            expiring: KeyHeap::new(MAX_SESSIONS + 1),
+            leaves: KeyHeaps::new(heap_of(MAX_SESSIONS as u32 + 1, Class::New) as usize, MAX_SESSIONS + 1),
+            shares: Shares::new(MAX_SESSIONS),
+            expiring: KeyHeaps::new(1, MAX_SESSIONS + 1),
             uses: 0,
             cached: 0,
             stats: RetentionStats::default(),
@@ -138,10 +157,16 @@ impl Retention {
 
     pub fn stats(&self) -> RetentionStats {
         let sessions = MAX_SESSIONS - self.vacant.len();
-        RetentionStats { sessions, protected_sessions: self.expiring.len(), ..self.stats }
+        let protected_sessions = self.expiring.len(0);
+        RetentionStats { sessions, protected_sessions, protected: self.protected(), ..self.stats }
     }
 
-    /// A new session; none if there are [`MAX_SESSIONS`].
+    /// Cached for protected sessions.
+    fn protected(&self) -> usize {
+        self.shares.total(Class::Kept) + self.shares.total(Class::Needed)
+    }
+
+    /// A new session, nobody's; none if there are [`MAX_SESSIONS`].
     pub fn open(&mut self) -> Option<SessionHandle> {
         let slot = self.vacant.pop()?;
         Some(SessionHandle { slot, epoch: self.slots[slot as usize].epoch })
@@ -150,13 +175,18 @@ impl Retention {
     /// Forgets a session. Its blocks are nobody's then.
     pub fn close(&mut self, session: SessionHandle) {
         let Some(slot) = self.slot_of(session) else { return };
-        self.protect(session, 0, 0);
+        self.expiring.remove(slot);
         self.give_leaves_to_nobody(slot);
+        let blocks = self.slots[slot as usize].blocks as isize;
+        self.tally(slot, -blocks);
+        let closed = std::mem::take(&mut self.slots[slot as usize]);
+        self.slots[slot as usize].epoch = closed.epoch.wrapping_add(1);
+        self.tally(NOBODY.slot, blocks);
         self.file(slot);
         self.file(NOBODY.slot);
-        let closed = std::mem::take(&mut self.slots[slot as usize]);
-        self.slots[NOBODY.slot as usize].blocks += closed.blocks;
-        self.slots[slot as usize].epoch = closed.epoch.wrapping_add(1);
+        if closed.owner != NOBODYS {
+            self.shares.leave(closed.owner);
+        }
         self.vacant.push(slot);
     }
 
@@ -174,27 +204,47 @@ impl Retention {
         }
     }
 
+    /// A session works for this owner.
+    pub fn own(&mut self, session: SessionHandle, owner: u64, weight: u32) {
+        let Some(slot) = self.slot_of(session).filter(|&slot| self.slots[slot as usize].owner == NOBODYS)
+        else {
+            return;
+        };
+        if owner != 0 {
+            let owner = self.shares.join(owner, weight);
+            self.change(slot, |entry| entry.owner = owner);
+        }
+    }
+
+    /// A session goes on after a pause.
+    pub fn returned(&mut self, session: SessionHandle) {
+        if let Some(slot) = self.slot_of(session) {
+            self.change(slot, |entry| entry.returned = true);
+        }
+    }
+
     /// Protects a session's blocks before `until`; 0 ends it. Of the protected, the least rank goes first.
     pub fn protect(&mut self, session: SessionHandle, until: Tick, rank: u64) {
         let Some(slot) = self.slot_of(session) else { return };
-        let entry = &mut self.slots[slot as usize];
-        let before = entry.is_protected();
-        (entry.until, entry.rank) = (until, rank);
-        match (before, entry.is_protected()) {
-            (false, true) => self.stats.protected += entry.blocks,
-            (true, false) => self.stats.protected -= entry.blocks,
-            _ => {}
-        }
+        self.change(slot, |entry| (entry.until, entry.rank) = (until, rank));
         match until {
             0 => self.expiring.remove(slot),
-            _ => self.expiring.set(slot, until),
+            _ => self.expiring.set(0, slot, until),
         }
+    }
+
+    /// Changes where a slot stands, and its blocks with it.
+    fn change(&mut self, slot: u32, change: impl FnOnce(&mut Slot)) {
+        let blocks = self.slots[slot as usize].blocks as isize;
+        self.tally(slot, -blocks);
+        change(&mut self.slots[slot as usize]);
+        self.tally(slot, blocks);
         self.file(slot);
     }
 
     /// It is `now`: ends the protection of sessions whose time is over.
     pub fn advance(&mut self, now: Tick) {
-        while let Some((slot, _)) = self.expiring.first().filter(|&(_, until)| until <= now) {
+        while let Some((slot, _)) = self.expiring.first(0).filter(|&(_, until)| until <= now) {
             let epoch = self.slots[slot as usize].epoch;
             self.protect(SessionHandle { slot, epoch }, 0, 0);
         }
@@ -209,7 +259,7 @@ impl Retention {
             // Tails go before prefixes, so what is left is a prefix.
             cached: slot.path.partition_point(there),
             own: slot.blocks,
-            protected: slot.is_protected(),
+            protected: slot.until > 0,
         })
     }
 
@@ -306,13 +356,18 @@ impl Retention {
 
     /// The leaf to evict now.
     pub fn choose(&mut self) -> Option<BlockId> {
-        let crowded = self.stats.protected > self.limit;
-        let (plain, guarded) = (self.plain.first(), self.guarded.first());
-        let (first, second) = if crowded { (guarded, plain) } else { (plain, guarded) };
-        let (slot, _) = first.or(second)?;
-        match self.slots[slot as usize].is_protected() {
-            true => self.stats.evicted_protected += 1,
-            false => self.stats.evicted_unprotected += 1,
+        use Class::{Kept, Needed, New, Returned};
+        let protected = self.protected();
+        let order = match protected + self.shares.total(Returned) > self.limit {
+            _ if protected > self.limit => [Kept, Needed, New, Returned],
+            true => [Returned, New, Kept, Needed],
+            false => [New, Returned, Kept, Needed],
+        };
+        let (class, owner) = order.into_iter().find_map(|class| Some((class, self.shares.loser(class)?)))?;
+        let (slot, _) = self.leaves.first(heap_of(owner, class))?;
+        match class {
+            New | Returned => self.stats.evicted_unprotected += 1,
+            Kept | Needed => self.stats.evicted_protected += 1,
         }
         self.lists.oldest(slot)
     }
@@ -343,38 +398,54 @@ impl Retention {
     /// Counts an unheld block in or out of its slot, which is returned.
     fn count(&mut self, block: BlockId, change: isize) -> u32 {
         let slot = self.slot_of_block(block);
+        self.tally(slot, change);
+        slot
+    }
+
+    /// A slot has so many unheld blocks more, or less.
+    fn tally(&mut self, slot: u32, change: isize) {
         let entry = &mut self.slots[slot as usize];
         entry.blocks = entry.blocks.strict_add_signed(change);
-        if entry.is_protected() {
-            self.stats.protected = self.stats.protected.strict_add_signed(change);
-        }
-        slot
+        self.shares.count(entry.owner, entry.class(), change);
     }
 
     /// Puts a slot where it belongs after a change.
     fn file(&mut self, slot: u32) {
+        let before = self.leaves.heap_of(slot);
         let entry = &self.slots[slot as usize];
+        let now = heap_of(entry.owner, entry.class());
         match self.lists.oldest(slot) {
-            None => {
-                self.plain.remove(slot);
-                self.guarded.remove(slot);
-            }
-            Some(_) if entry.is_protected() => {
-                self.plain.remove(slot);
-                self.guarded.set(slot, entry.rank);
-            }
-            Some(oldest) => {
-                self.guarded.remove(slot);
-                self.plain.set(slot, self.blocks[oldest as usize].used);
-            }
+            None => self.leaves.remove(slot),
+            Some(_) if entry.until > 0 => self.leaves.set(now, slot, entry.rank),
+            Some(oldest) => self.leaves.set(now, slot, self.blocks[oldest as usize].used),
+        }
+        for heap in before.filter(|&before| before != now).into_iter().chain([now]) {
+            let (owner, class) = owner_of(heap);
+            self.shares.set_losing(owner, class, self.leaves.len(heap) > 0);
         }
     }
 }
 
 impl Slot {
-    fn is_protected(&self) -> bool {
-        self.until > 0
+    fn class(&self) -> Class {
+        match self.until {
+            0 if self.returned => Class::Returned,
+            0 => Class::New,
+            _ if self.rank >= NEEDED => Class::Needed,
+            _ => Class::Kept,
+        }
     }
+}
+
+/// Where an owner's slots of a class wait, in [`Retention::leaves`].
+fn heap_of(owner: u32, class: Class) -> u32 {
+    owner * Class::ALL.len() as u32 + class as u32
+}
+
+/// The reverse of [`heap_of`].
+fn owner_of(heap: u32) -> (u32, Class) {
+    let classes = Class::ALL.len() as u32;
+    (heap / classes, Class::ALL[(heap % classes) as usize])
 }
 
 /// Doubly linked lists threaded through the blocks, one for each slot: O(1) at both ends and in the middle.

@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::pauses::Pauses;
+use crate::retention::NEEDED;
 use crate::{BLOCK_SIZE, MAX_SESSIONS, Scheduler, SequenceId, SessionHandle, StepPlan, Tick};
 
 /// A session is protected for [`MARGIN`] times as long as this share of its pauses lasted.
@@ -36,8 +37,8 @@ const COMMON_WEIGHT: f32 = 0.4;
 
 /// Protected blocks go by rank: first those of sessions that pause, then what is pinned, last what a turn
 /// waits for.
-const PINNED: u64 = u64::MAX - 1;
-const RUNNING: u64 = u64::MAX;
+const PINNED: u64 = NEEDED;
+const RUNNING: u64 = NEEDED + 1;
 
 /// What a session is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +74,25 @@ pub struct SessionInfo {
     pub idle: Tick,
     /// How much longer it is protected, in milliseconds; none if for ever or not at all.
     pub kept_for: Option<Tick>,
+}
+
+/// A session as it was known to a process before this one, with a key. Of its tokens none are cached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PastSession {
+    /// Its key.
+    pub key: Arc<str>,
+    /// Whose it is.
+    pub owner: Option<Arc<str>>,
+    /// Whether it is pinned.
+    pub pinned: bool,
+    /// Turns begun.
+    pub turns: u64,
+    /// Tokens of its last turn.
+    pub tokens: usize,
+    /// Since its first turn, in milliseconds.
+    pub age: Tick,
+    /// Since its last turn, in milliseconds.
+    pub idle: Tick,
 }
 
 /// Why a session was not pinned.
@@ -122,6 +142,10 @@ struct Entry {
     /// Full blocks of its last prompt, from whose last one on it is known without a key.
     prompt_blocks: usize,
     pinned: bool,
+    /// Whether a turn of it began after another had ended.
+    returned: bool,
+    /// Whether no turn of it began in this process: how long it pauses is not known then.
+    past: bool,
     pauses: Pauses,
 }
 
@@ -140,6 +164,29 @@ impl Default for SessionTable {
 }
 
 impl SessionTable {
+    /// Makes a session of an earlier process known again, unless there is one with its key.
+    pub fn restore(&mut self, scheduler: &mut Scheduler, past: PastSession, now: Tick) {
+        let PastSession { key, owner, pinned, turns, tokens, age, idle } = past;
+        if self.contains(&key) {
+            return;
+        }
+        let Some(session) = self.open(scheduler, key.clone(), owner.as_ref(), true, now) else { return };
+        if let Some(entry) = self.entries.get_mut(&session) {
+            (entry.turns, entry.tokens, entry.past) = (turns, tokens, true);
+            (entry.opened, entry.active) = (now.saturating_sub(age), now.saturating_sub(idle));
+        }
+        if pinned {
+            // There may be too many now.
+            let _ = self.pin(scheduler, &key, true, now);
+        }
+    }
+
+    /// A session by its key.
+    pub fn get(&self, scheduler: &Scheduler, key: &str, now: Tick) -> Option<SessionInfo> {
+        let session = *self.by_key.get(key)?;
+        self.entries.get(&session).map(|entry| describe(scheduler, session, entry, now))
+    }
+
     /// A request has come and its sequence was added: a turn of the session with this key. Two owners'
     /// keys differ.
     pub fn arrive(
@@ -274,7 +321,8 @@ impl SessionTable {
         Ok(())
     }
 
-    /// Opens a session, at the cost of the one that was used longest ago if there are too many.
+    /// Opens a session, if there are too many at the cost of the one that was used longest ago; of one that is
+    /// known to return and expected only for the sake of a key.
     fn open(
         &mut self,
         scheduler: &mut Scheduler,
@@ -285,8 +333,13 @@ impl SessionTable {
     ) -> Option<SessionHandle> {
         if self.entries.len() == MAX_SESSIONS {
             let resting = self.entries.iter().filter(|(_, entry)| entry.running == 0 && !entry.pinned);
-            let (&oldest, _) =
-                resting.min_by_key(|(_, entry)| (entry.has_key || entry.turns > 1, entry.active))?;
+            let is_expected = |entry: &Entry| entry.returned && entry.until > now;
+            let (&oldest, entry) = resting.min_by_key(|(handle, entry)| {
+                (is_expected(entry), entry.has_key || entry.turns > 1, entry.active, handle.slot())
+            })?;
+            if is_expected(entry) && !has_key {
+                return None;
+            }
             self.forget(oldest);
             scheduler.close_session(oldest);
         }
@@ -304,6 +357,8 @@ impl SessionTable {
             tokens: 0,
             prompt_blocks: 0,
             pinned: false,
+            returned: false,
+            past: false,
             pauses: Pauses::new(),
         };
         self.entries.insert(session, entry);
@@ -317,9 +372,13 @@ impl SessionTable {
         };
         turn.session = Some(session);
         if entry.running == 0 && entry.turns > 0 {
-            let pause = turn.arrived.saturating_sub(entry.active);
-            entry.pauses.record(pause, OWN_MEMORY);
-            self.pauses.record(pause, COMMON_MEMORY);
+            if !std::mem::take(&mut entry.past) {
+                let pause = turn.arrived.saturating_sub(entry.active);
+                entry.pauses.record(pause, OWN_MEMORY);
+                self.pauses.record(pause, COMMON_MEMORY);
+            }
+            entry.returned = true;
+            scheduler.note_return(session);
         }
         self.running += usize::from(entry.running == 0);
         entry.running += 1;

@@ -1,7 +1,7 @@
 //! Sessions as the engine sees them: opened, joined by sequences, protected until a tick, closed.
 
 use crate::retention::{RetentionStats, SessionBlocks, SessionHandle, Tick};
-use crate::{Scheduler, SequenceId};
+use crate::{Origin, Scheduler, SequenceId};
 
 impl Scheduler {
     /// A new session, not protected; none if there are [`crate::MAX_SESSIONS`].
@@ -26,7 +26,15 @@ impl Scheduler {
     pub fn join_session(&mut self, id: SequenceId, session: SessionHandle) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.session = Some(session);
+            let Origin { owner, weight, .. } = sequence.origin;
+            self.pool.retention.own(session, owner, weight);
         }
+    }
+
+    /// A session goes on after a pause: what is cached of it is likelier to be wanted again than what
+    /// nobody has come back to.
+    pub fn note_return(&mut self, session: SessionHandle) {
+        self.pool.retention.returned(session);
     }
 
     /// Whose the last of a sequence's first `blocks` blocks is.

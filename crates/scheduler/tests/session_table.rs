@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use rudder_scheduler::{
-    BLOCK_SIZE, LONGEST_KEPT, MAX_PINNED, MAX_SESSIONS, Origin, PinError, Policy, SHORTEST_KEPT, Scheduler,
-    SchedulerConfig, SequenceId, SessionInfo, SessionState, SessionTable, StepPlan, Tick,
+    BLOCK_SIZE, LONGEST_KEPT, MAX_PINNED, MAX_SESSIONS, Origin, PastSession, PinError, Policy, SHORTEST_KEPT,
+    Scheduler, SchedulerConfig, SequenceId, SessionInfo, SessionState, SessionTable, StepPlan, Tick,
 };
 
 struct World {
@@ -170,6 +170,38 @@ fn a_session_is_not_lost_while_its_turn_waits() {
 }
 
 #[test]
+fn a_session_that_returned_outlasts_prompts_that_nobody_comes_back_to() {
+    let mut world = World::new(128);
+    world.turns_apart("mine", &[1000; 3]);
+    world.turn(&prompt(2, 4), Some("once"));
+    world.now += 2 * LONGEST_KEPT;
+    for seed in 3..40 {
+        world.turn(&prompt(seed, 20), None);
+        world.now += 1000;
+    }
+    let [mine, once] = ["mine", "once"].map(|key| world.info(key));
+    assert_eq!([mine.state, once.state], [SessionState::Idle; 2]);
+    assert_eq!([mine.cached_tokens, once.cached_tokens], [4 * BLOCK_SIZE, 0]);
+}
+
+#[test]
+fn requests_without_a_key_take_no_place_of_a_session_that_is_expected() {
+    let mut world = World::new(64);
+    for index in 0..MAX_SESSIONS {
+        (0..2).for_each(|_| world.turn(&prompt(1, 1), Some(&index.to_string())));
+    }
+    world.turn(&prompt(2, 1), None);
+    assert!((0..MAX_SESSIONS).all(|index| world.table.contains(&index.to_string())));
+    world.now += 1;
+    world.turn(&prompt(3, 1), Some("new"));
+    assert!(world.table.contains("new") && !world.table.contains("0"));
+    world.now += 2 * LONGEST_KEPT;
+    world.step();
+    world.turn(&prompt(4, 1), None);
+    assert!(!world.table.contains("1"), "nobody is expected any more");
+}
+
+#[test]
 fn a_turn_without_a_key_goes_on_from_the_last_prompt_of_its_owner() {
     let mut world = World::new(256);
     let first = prompt(1, 10);
@@ -231,6 +263,38 @@ fn pinned_sessions_are_kept_for_ever_and_are_few() {
     assert_eq!(pin(&mut world, "0", false), Ok(()));
     assert_eq!(world.info("0").state, SessionState::Idle, "its time was over");
     assert_eq!(pin(&mut world, &MAX_PINNED.to_string(), true), Ok(()));
+}
+
+#[test]
+fn a_session_of_an_earlier_process_goes_on() {
+    let mut world = World::new(64);
+    world.now = 1_000_000;
+    let past = PastSession {
+        key: "past".into(),
+        owner: None,
+        pinned: false,
+        turns: 7,
+        tokens: 900,
+        age: 500_000,
+        idle: 400_000,
+    };
+    world.table.restore(&mut world.scheduler, past.clone(), world.now);
+    world.table.restore(&mut world.scheduler, PastSession { turns: 3, ..past.clone() }, world.now);
+    let pinned = PastSession { key: "pinned".into(), pinned: true, idle: 500_000, ..past };
+    world.table.restore(&mut world.scheduler, pinned, world.now);
+    let info = world.info("past");
+    assert_eq!((info.state, info.turns, info.tokens, info.cached_tokens), (SessionState::Idle, 7, 900, 0));
+    assert_eq!(
+        (info.age, info.idle, world.keys(None)),
+        (500_000, 400_000, vec!["past".into(), "pinned".into()])
+    );
+    assert_eq!((world.info("pinned").state, world.info("pinned").pinned), (SessionState::Kept, true));
+    world.turn(&prompt(1, 4), Some("past"));
+    let info = world.info("past");
+    assert_eq!((info.turns, info.age, info.state), (8, 500_000, SessionState::Kept));
+    assert!(info.kept_for.unwrap() < 150_000, "while it was not there, it did not pause");
+    assert_eq!(world.table.get(&world.scheduler, "past", world.now), Some(info));
+    assert_eq!(world.table.get(&world.scheduler, "none", world.now), None);
 }
 
 #[test]

@@ -45,9 +45,19 @@ impl World {
     }
 
     fn arrive(&mut self, prompt: &[u32], answer: usize, session: Option<SessionHandle>) -> SequenceId {
+        self.arrive_for(Origin::default(), prompt, answer, session)
+    }
+
+    fn arrive_for(
+        &mut self,
+        origin: Origin,
+        prompt: &[u32],
+        answer: usize,
+        session: Option<SessionHandle>,
+    ) -> SequenceId {
         let id = self.next_id;
         self.next_id += 1;
-        self.scheduler.add(id, prompt.to_vec(), false, Origin::default());
+        self.scheduler.add(id, prompt.to_vec(), false, origin);
         if let Some(session) = session {
             self.scheduler.join_session(id, session);
         }
@@ -96,6 +106,14 @@ impl World {
         let cached = self.plan.admitted.iter().find(|(admitted, _)| *admitted == id).unwrap().1;
         self.drain();
         cached / BLOCK_SIZE
+    }
+
+    /// An owner's turn, in a session of its own.
+    fn turn_of(&mut self, owner: u64, weight: u32, prompt: &[u32], until: Tick) -> SessionHandle {
+        let session = self.open(until, 0);
+        self.arrive_for(Origin { owner, weight, ..Origin::default() }, prompt, 1, Some(session));
+        self.drain();
+        session
     }
 
     /// Turns of no session, none like another.
@@ -168,6 +186,54 @@ fn over_their_share_the_protected_give_way_to_what_nobody_protects() {
     world.turn(&prompt(2, 8), None);
     assert_eq!(world.stats().protected, LIMIT, "one block was free and eight had to go");
     assert_eq!(world.turn(&prompt(0, 8), None), 7);
+}
+
+#[test]
+fn what_has_returned_outlasts_a_flood_even_when_its_time_is_over() {
+    let mut world = World::new();
+    let [slow, once] = [world.open(100, 0), world.open(100, 0)];
+    world.turn(&prompt(1, 20), Some(slow));
+    world.turn(&prompt(2, 10), Some(once));
+    world.scheduler.note_return(slow);
+    world.scheduler.advance(100);
+    world.flood(3..30);
+    assert_eq!([slow, once].map(|session| world.cached(session)), [20, 0]);
+    assert_eq!(world.stats().evicted_protected, 0);
+}
+
+#[test]
+fn what_has_returned_leaves_newcomers_their_part() {
+    let mut world = World::new();
+    world.turn(&prompt(0, 8), None);
+    let session = world.open(0, 0);
+    world.turn(&prompt(1, 55), Some(session));
+    world.scheduler.note_return(session);
+    world.turn(&prompt(2, 8), None);
+    assert_eq!(world.cached(session), LIMIT, "one block was free and eight had to go");
+    assert_eq!(world.turn(&prompt(0, 8), None), 7);
+}
+
+#[test]
+fn one_owners_flood_takes_nothing_from_another_that_holds_less() {
+    for until in [0, FOREVER] {
+        let mut world = World::new();
+        let mine = world.turn_of(1, 1, &prompt(1, 12), until);
+        for seed in 2..30 {
+            world.turn_of(2, 1, &prompt(seed, 14), until);
+        }
+        assert_eq!(world.cached(mine), 12, "until {until}");
+        assert!(world.scheduler.counts().cached > 45, "what one does not hold the other has");
+    }
+}
+
+#[test]
+fn what_a_turn_waits_for_goes_after_what_pauses_whosever_it_is() {
+    let mut world = World::new();
+    let busy = world.turn_of(1, 1, &prompt(1, 30), FOREVER);
+    world.scheduler.protect(busy, FOREVER, Tick::MAX);
+    let resting = world.turn_of(2, 1, &prompt(2, 12), FOREVER);
+    world.turn(&prompt(3, 30), None);
+    assert_eq!([busy, resting].map(|session| world.cached(session)), [30, 3]);
 }
 
 #[test]
@@ -292,6 +358,7 @@ enum Act {
         time: Tick,
         rank: u64,
     },
+    Return(usize),
     Pass(Tick),
     Close {
         session: usize,
@@ -307,7 +374,8 @@ fn act() -> impl Strategy<Value = Act> {
             .prop_map(|(begins_with, share, own, answer)| Act::OneShot { begins_with, share, own, answer }),
         6 => (1usize..30).prop_map(Act::Steps),
         1 => any::<usize>().prop_map(Act::Cancel),
-        3 => (0usize..5, 0u64..60, 0u64..4).prop_map(|(session, time, rank)| Act::Protect { session, time, rank }),
+        3 => (0usize..5, 0u64..60, 0usize..3).prop_map(|(session, time, rank)| Act::Protect { session, time, rank: [0, 1, Tick::MAX][rank] }),
+        1 => (0usize..5).prop_map(Act::Return),
         2 => (1u64..40).prop_map(Act::Pass),
         1 => (0usize..5, any::<bool>()).prop_map(|(session, drops)| Act::Close { session, drops }),
     ]
@@ -330,7 +398,8 @@ proptest! {
                     conversation.extend(new);
                     conversation.truncate(BLOCKS * BLOCK_SIZE - 50);
                     let (handle, conversation) = (*handle, conversation.clone());
-                    world.arrive(&conversation, answer, Some(handle));
+                    let origin = Origin { owner: session as u64 % 3, weight: 1 + session as u32, ..Origin::default() };
+                    world.arrive_for(origin, &conversation, answer, Some(handle));
                 }
                 Act::OneShot { begins_with, share, own, answer } => {
                     let conversation = &sessions[begins_with].1;
@@ -348,6 +417,7 @@ proptest! {
                     let until = if time == 0 { 0 } else { now + time };
                     world.scheduler.protect(sessions[session].0, until, rank);
                 }
+                Act::Return(session) => world.scheduler.note_return(sessions[session].0),
                 Act::Pass(time) => {
                     now += time;
                     world.scheduler.advance(now);
@@ -368,6 +438,34 @@ proptest! {
         // Everything that is cached can be had.
         world.turn(&prompt(99, BLOCKS - 1), None);
         prop_assert_eq!(world.scheduler.counts().cached, BLOCKS - 1);
+    }
+
+    #[test]
+    fn whoever_loses_a_block_held_most_for_its_weight(
+        turns in prop::collection::vec((0usize..4, 1usize..20), 1..60),
+        until in prop_oneof![Just(0), Just(FOREVER)],
+    ) {
+        const WEIGHTS: [u32; 4] = [1, 1, 2, 3];
+        let mut world = World::new();
+        let mut sessions: Vec<(usize, SessionHandle)> = Vec::new();
+        for (seed, (owner, blocks)) in (0..).zip(turns) {
+            let held = |world: &World| {
+                let mut held = [0; 4];
+                for (owner, session) in &sessions {
+                    held[*owner] += world.scheduler.session(*session).unwrap().own;
+                }
+                held
+            };
+            let before = held(&world);
+            let session = world.turn_of(owner as u64, WEIGHTS[owner], &prompt(seed, blocks), until);
+            let after = held(&world);
+            for loser in (0..4).filter(|&owner| after[owner] < before[owner]) {
+                let last = f64::from(after[loser] as u32 + 1) / f64::from(WEIGHTS[loser]);
+                let most = (0..4).map(|owner| f64::from(after[owner] as u32) / f64::from(WEIGHTS[owner]));
+                prop_assert!(most.fold(0.0, f64::max) <= last + 1e-3, "{loser} of {before:?}, {after:?}");
+            }
+            sessions.push((owner, session));
+        }
     }
 
     /// Turns one after the other, each of its own tokens, so that what may go is known exactly.

@@ -1,7 +1,7 @@
 //! What is reported of a run: waiting, pace, goodput, fairness.
 
 use super::world::{Outcome, TurnRecord};
-use crate::stats::Spread;
+use crate::stats::{self, Spread};
 
 /// A turn is good if its first token comes so soon, and its others at this pace: seconds.
 pub(crate) const GOOD_FIRST_TOKEN: f64 = 5.0;
@@ -13,6 +13,8 @@ pub(crate) const GOOD_TOKEN: f64 = 0.1;
 pub(crate) struct Figures {
     pub turns: usize,
     pub first_token: Spread,
+    /// 95th percentile of the same.
+    pub first_token_p95: f64,
     /// 99th percentile of the time between two tokens.
     pub gap: f64,
     /// Answers' tokens a second, of good turns alone.
@@ -30,9 +32,11 @@ impl Figures {
     pub fn of(outcome: &Outcome) -> Option<Self> {
         let good = outcome.turns.iter().filter(|turn| is_good(turn)).fold(0.0, |sum, turn| sum + turn.answer);
         let [agents, flood] = outcome.computed;
+        let waits = stats::sorted(outcome.turns.iter().map(|turn| turn.first_token));
         Some(Self {
             turns: outcome.turns.len(),
-            first_token: Spread::of(outcome.turns.iter().map(|turn| turn.first_token))?,
+            first_token_p95: stats::percentile(&waits, 95.0)?,
+            first_token: Spread::of(waits)?,
             gap: weighted_percentile(&outcome.gaps, 0.99),
             goodput: good / outcome.seconds,
             fairness: fairness(&outcome.turns),
@@ -40,6 +44,13 @@ impl Figures {
             cached: outcome.cached / outcome.prompt,
         })
     }
+}
+
+/// How much longer first tokens take than when it is quiet: the median, the 95th and the 99th percentile.
+pub(crate) fn ratios(quiet: &Figures, flood: &Figures) -> [f64; 3] {
+    let [quiet, flood] =
+        [quiet, flood].map(|of| [of.first_token.median, of.first_token_p95, of.first_token.p99]);
+    std::array::from_fn(|i| flood[i] / quiet[i])
 }
 
 fn is_good(turn: &TurnRecord) -> bool {

@@ -16,9 +16,10 @@ mod world;
 
 use std::path::PathBuf;
 
+use self::figures::Figures;
 use self::machine::{H200, Machine, NVL72};
 use self::report::{Pair, Runs};
-use self::world::{Load, SCHEDULINGS};
+use self::world::{Load, SCHEDULINGS, Scheduling};
 
 /// `rudder bench simulate`: compare scheduling policies on simulated machines and agents.
 #[derive(Debug, Clone, clap::Args)]
@@ -32,13 +33,26 @@ pub struct SimulateArgs {
     /// Virtual seconds to simulate [default: 1200 on h200, 240 on nvl72].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
     pub seconds: Option<u32>,
+    /// Requests that the flooding key always has under way [default: 32 on h200, 1024 on nvl72].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub flood: Option<u32>,
+    /// New tokens of each of these requests.
+    #[arg(long, value_name = "TOKENS", default_value_t = FLOOD_PROMPT as u32,
+        value_parser = clap::value_parser!(u32).range(16..=1_000_000))]
+    pub flood_prompt: u32,
     /// Seed of everything random.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Also run the last scheduling under so many seeds from this one on.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    pub seeds: u32,
     /// Write an HTML report with plots.
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
 }
+
+/// New tokens of a flooding request.
+const FLOOD_PROMPT: usize = 60_000;
 
 /// A machine that can be simulated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -52,9 +66,13 @@ pub enum MachineName {
 impl MachineName {
     fn machine(self) -> (Machine, Load) {
         match self {
-            Self::H200 => (H200, Load { agents: 16, keys: 4, seconds: 1200.0, flood: 32, unit: 2, seed: 0 }),
+            Self::H200 => {
+                let (agents, keys, seconds, flood, unit) = (16, 4, 1200.0, 32, 2);
+                (H200, Load { agents, keys, seconds, flood, flood_prompt: FLOOD_PROMPT, unit, seed: 0 })
+            }
             Self::Nvl72 => {
-                (NVL72, Load { agents: 800, keys: 20, seconds: 240.0, flood: 1024, unit: 16, seed: 0 })
+                let (agents, keys, seconds, flood, unit) = (800, 20, 240.0, 1024, 16);
+                (NVL72, Load { agents, keys, seconds, flood, flood_prompt: FLOOD_PROMPT, unit, seed: 0 })
             }
         }
     }
@@ -75,7 +93,10 @@ pub fn simulate(args: &SimulateArgs) -> anyhow::Result<()> {
             let (machine, load) = name.machine();
             let agents = args.agents.map_or(load.agents, |agents| agents as usize);
             let seconds = args.seconds.map_or(load.seconds, f64::from);
-            compare(machine, Load { agents, seconds, seed: args.seed, ..load })
+            let flood = args.flood.map_or(load.flood, |flood| flood as usize);
+            let flood_prompt = args.flood_prompt as usize;
+            let load = Load { agents, seconds, flood, flood_prompt, seed: args.seed, ..load };
+            Runs { seeds: under_seeds(&machine, &load, args.seeds), ..compare(machine, load) }
         })
         .collect();
     print!("{}", report::markdown(&runs));
@@ -87,19 +108,28 @@ pub fn simulate(args: &SimulateArgs) -> anyhow::Result<()> {
 
 /// Every policy, with and without the flood.
 fn compare(machine: Machine, load: Load) -> Runs {
-    let pairs = SCHEDULINGS
-        .iter()
-        .map(|scheduling| Pair {
-            quiet: world::run(&machine, &Load { flood: 0, ..load }, scheduling),
-            flood: world::run(&machine, &load, scheduling),
-        })
-        .collect();
-    Runs { machine, load, pairs }
+    let pairs = SCHEDULINGS.iter().map(|scheduling| pair(&machine, &load, scheduling)).collect();
+    Runs { machine, load, pairs, seeds: Vec::new() }
+}
+
+fn pair(machine: &Machine, load: &Load, scheduling: &Scheduling) -> Pair {
+    Pair {
+        quiet: world::run(machine, &Load { flood: 0, ..*load }, scheduling),
+        flood: world::run(machine, load, scheduling),
+    }
+}
+
+/// The last policy's ratios of first tokens to quiet, for each of so many seeds.
+fn under_seeds(machine: &Machine, load: &Load, seeds: u32) -> Vec<[f64; 3]> {
+    let ratios = (0..u64::from(seeds)).filter_map(|more| {
+        let pair = pair(machine, &Load { seed: load.seed + more, ..*load }, SCHEDULINGS.last()?);
+        Some(figures::ratios(&Figures::of(&pair.quiet)?, &Figures::of(&pair.flood)?))
+    });
+    ratios.collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::figures::Figures;
     use super::*;
 
     /// Coarse and short, as tests go.
@@ -108,16 +138,29 @@ mod tests {
         compare(machine, Load { seconds: 400.0, unit: 4, ..load })
     }
 
+    /// How much longer each policy's first tokens take while a key floods.
+    fn ratios(runs: &Runs) -> Vec<[f64; 3]> {
+        let of = |pair: &Pair| {
+            let [quiet, flood] = [&pair.quiet, &pair.flood].map(|outcome| Figures::of(outcome).unwrap());
+            figures::ratios(&quiet, &flood)
+        };
+        runs.pairs.iter().map(of).collect()
+    }
+
     #[test]
     fn a_flood_of_one_key_leaves_the_others_first_token_within_half_more_of_its_quiet_time() {
-        let ratios = |pair: &Pair| {
-            let [quiet, flood] = [&pair.quiet, &pair.flood].map(|outcome| Figures::of(outcome).unwrap());
-            let [quiet, flood] = [quiet, flood].map(|figures| figures.first_token);
-            [flood.median / quiet.median, flood.p90 / quiet.p90]
-        };
-        let ratios: Vec<[f64; 2]> = runs().pairs.iter().map(ratios).collect();
+        let ratios = ratios(&runs());
         assert!(ratios[0].iter().all(|&ratio| ratio > 1.5), "first come: {ratios:?}");
         assert!(ratios[2].iter().all(|&ratio| ratio <= 1.5), "fair, paced: {ratios:?}");
+    }
+
+    #[test]
+    fn a_flood_of_short_prompts_does_not_cost_the_others_what_they_have_cached() {
+        let (machine, load) = MachineName::H200.machine();
+        let load = Load { seconds: 900.0, unit: 8, flood_prompt: 8_000, ..load };
+        let Pair { quiet, flood } = pair(&machine, &load, &SCHEDULINGS[2]);
+        let [quiet, flood] = [quiet, flood].map(|outcome| Figures::of(&outcome).unwrap().cached);
+        assert!(flood > quiet - 0.01, "{flood} of prompts cached, {quiet} when quiet");
     }
 
     #[test]

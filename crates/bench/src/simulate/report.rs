@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::figures::{Figures, GOOD_FIRST_TOKEN, GOOD_TOKEN};
+use super::figures::{self, Figures, GOOD_FIRST_TOKEN, GOOD_TOKEN};
 use super::machine::Machine;
 use super::world::{Load, Outcome, PACE, SCHEDULINGS};
 use crate::html;
@@ -20,26 +20,30 @@ pub(crate) struct Runs {
     pub machine: Machine,
     pub load: Load,
     pub pairs: Vec<Pair>,
+    /// The last scheduling's ratios of first tokens to quiet, under further seeds.
+    pub seeds: Vec<[f64; 3]>,
 }
 
-const HEAD: [&str; 10] = [
+const HEAD: [&str; 11] = [
     "scheduling",
     "turns",
     "first token p50 s",
-    "p90 s",
+    "p95 s",
     "p99 s",
     "token gap p99 ms",
     "goodput tokens/s",
     "fairness",
+    "prompts cached",
     "flood's share",
-    "first token p50, p90, p99 to quiet",
+    "first token p50, p95, p99 to quiet",
 ];
 
 impl Runs {
     fn title(&self) -> String {
-        let Load { agents, keys, seconds, unit, seed, .. } = self.load;
+        let Load { agents, keys, seconds, flood, flood_prompt, unit, seed } = self.load;
         format!(
-            "{}: {agents} agents at any time, of {keys} keys, for {seconds} s; steps of {unit} token(s), seed {seed}",
+            "{}: {agents} agents at any time, of {keys} keys, for {seconds} s; a flood of {flood} requests of \
+             {flood_prompt} new tokens at a time; steps of {unit} token(s), seed {seed}",
             self.machine.about
         )
     }
@@ -58,18 +62,18 @@ impl Runs {
 }
 
 fn ratios(quiet: &Figures, flood: &Figures) -> String {
-    let (q, f) = (quiet.first_token, flood.first_token);
-    [(f.median, q.median), (f.p90, q.p90), (f.p99, q.p99)].map(|(f, q)| format!("{:.2}", f / q)).join(", ")
+    figures::ratios(quiet, flood).map(|ratio| format!("{ratio:.2}")).join(", ")
 }
 
 fn row(name: String, figures: &Figures, ratios: String) -> Vec<String> {
     let wait = figures.first_token;
-    let times = [wait.median, wait.p90, wait.p99].map(|time| format!("{time:.2}"));
+    let times = [wait.median, figures.first_token_p95, wait.p99].map(|time| format!("{time:.2}"));
     let mut row = vec![name, figures.turns.to_string()];
     row.extend(times);
     row.push(format!("{:.0}", figures.gap * 1e3));
     row.push(number(Some(figures.goodput)));
     row.push(format!("{:.3}", figures.fairness));
+    row.push(format!("{:.1} %", figures.cached * 100.0));
     row.push(format!("{:.0} %", figures.flood_share * 100.0));
     row.push(ratios);
     row
@@ -79,7 +83,7 @@ fn row(name: String, figures: &Figures, ratios: String) -> Vec<String> {
 fn about() -> String {
     format!(
         "Agents' turns of the recorded shape on the real scheduler, in virtual time. *Quiet* is agents alone; in \
-         *flood* one further key always has several hundred thousand new tokens waiting. Figures are the agents' \
+         *flood* one further key always has so many requests with new tokens under way. Figures are the agents' \
          alone. Good turns have their first token within {GOOD_FIRST_TOKEN} s and {:.0} ms a token after it; \
          fairness is Jain's index over keys of how much longer turns take than on an empty machine; paced is a \
          target of {} ms a token.",
@@ -97,18 +101,29 @@ pub(crate) fn markdown(runs: &[Runs]) -> String {
         for row in machine.rows() {
             let _ = writeln!(out, "| {} |", row.join(" | "));
         }
-        if let Some((outcome, figures)) =
-            machine.pairs.first().and_then(|pair| Some((&pair.quiet, Figures::of(&pair.quiet)?)))
-        {
-            let cached = figures.cached * 100.0;
-            let _ = writeln!(
-                out,
-                "\n{} agents with subagents, {cached:.1} % of prompts cached (quiet).",
-                outcome.agents
-            );
+        if let Some(pair) = machine.pairs.first() {
+            let _ = writeln!(out, "\n{} agents with subagents (quiet).", pair.quiet.agents);
         }
+        out.push_str(&over_seeds(machine));
     }
     out
+}
+
+/// What further seeds say of the last scheduling.
+fn over_seeds(runs: &Runs) -> String {
+    let (Some(scheduling), count @ 1..) = (SCHEDULINGS.last(), runs.seeds.len()) else {
+        return String::new();
+    };
+    let of = |i: usize| runs.seeds.iter().map(move |ratios| ratios[i]);
+    let ratios = (0..3).map(|i| {
+        let (mean, worst) = (of(i).sum::<f64>() / count as f64, of(i).fold(0.0, f64::max));
+        format!("{mean:.2} (at most {worst:.2})")
+    });
+    let ratios = ratios.collect::<Vec<_>>().join(", ");
+    format!(
+        "\n{}, flood: first token p50, p95, p99 to quiet, means over {count} seeds: {ratios}.\n",
+        scheduling.name
+    )
 }
 
 /// The report as a page.

@@ -21,8 +21,7 @@ use super::machine::{Machine, Work};
 pub(crate) const PACE: Duration = Duration::from_millis(50);
 /// The key that floods; agents' keys come before.
 const FLOODER: u64 = u64::MAX;
-/// Tokens of a flooding request: all new, and its answer.
-const FLOOD_PROMPT: usize = 60_000;
+/// Tokens of the answer to a flooding request.
 const FLOOD_ANSWER: usize = 444;
 /// Seconds over which agents that are there at the beginning send their first turn.
 const SPREAD: f64 = 30.0;
@@ -55,6 +54,8 @@ pub(crate) struct Load {
     /// Requests that a further key always has under way, from the second tenth of the run on; each answered
     /// one is followed by the next at once.
     pub flood: usize,
+    /// New tokens of each.
+    pub flood_prompt: usize,
     /// Tokens in a unit.
     pub unit: usize,
     pub seed: u64,
@@ -231,7 +232,8 @@ impl<'a> World<'a> {
         self.next_id += 1;
         let (prompt, answer, origin) = if agent == FLOOD {
             let stream = u64::MAX - id;
-            let prompt = (0..FLOOD_PROMPT / self.load.unit).map(|at| agents::token(stream, at)).collect();
+            let prompt =
+                (0..self.load.flood_prompt / self.load.unit).map(|at| agents::token(stream, at)).collect();
             let origin = Origin { owner: FLOODER, ..Origin::default() };
             (prompt, FLOOD_ANSWER / self.load.unit, origin)
         } else {
