@@ -18,6 +18,7 @@ mod mask_workers;
 mod places;
 mod reasoning;
 mod request;
+mod session_record;
 mod sessions;
 mod step_loop;
 mod tier;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use rudder_scheduler::{PinError, SessionInfo};
+use rudder_scheduler::{PinError, SessionInfo, SessionState};
 use tokio::sync::oneshot;
 
 use crate::Engine;
@@ -16,6 +16,16 @@ pub struct Session {
     pub info: SessionInfo,
     /// Of its tokens, those whose KV is on disk, to within 256; none without a tier on disk.
     pub disk_tokens: Option<usize>,
+}
+
+impl Session {
+    /// Whether it is kept on disk and nowhere else.
+    pub fn is_on_disk_alone(&self) -> bool {
+        let Self { info, disk_tokens } = self;
+        info.state == SessionState::Idle
+            && info.cached_tokens == 0
+            && disk_tokens.is_some_and(|tokens| tokens > 0)
+    }
 }
 
 /// Sessions by what they do, and what is kept for them.

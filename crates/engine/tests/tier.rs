@@ -150,6 +150,64 @@ fn short_sequences_and_scored_prompts_keep_away_from_the_disk() {
 }
 
 #[test]
+fn sessions_on_disk_are_known_pinned_and_forgotten_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let list = |engine: &Engine| runtime.block_on(engine.sessions(Some("a".into()))).unwrap();
+    let keys = |engine: &Engine| list(engine).iter().map(|s| s.info.key.to_string()).collect::<Vec<_>>();
+    let asked = |seed, session: Option<&str>| GenerateRequest {
+        owner: Some("a".into()),
+        session: session.map(Into::into),
+        ..request(prompt(seed, TURN), 40)
+    };
+    let engine = start(folder.path());
+    for (seed, session) in [(1, Some("a:x")), (2, Some("a:y")), (3, None), (3, None), (1, Some("a:x"))] {
+        ask(&engine, asked(seed, session));
+    }
+    ask(
+        &engine,
+        GenerateRequest { session: Some("a:short".into()), owner: Some("a".into()), ..request([1, 2], 4) },
+    );
+    runtime.block_on(engine.pin_session("a:y".into(), true)).unwrap().unwrap();
+    stop(engine);
+
+    let engine = start(folder.path());
+    let mut known = list(&engine);
+    known.sort_by(|a, b| a.info.key.cmp(&b.info.key));
+    let [x, y] = &known[..] else { panic!("{known:?}") };
+    assert_eq!((&*x.info.key, x.info.turns, x.info.cached_tokens, x.info.pinned), ("a:x", 2, 0, false));
+    assert_eq!((&*y.info.key, y.info.turns, y.info.pinned), ("a:y", 1, true));
+    assert!(x.is_on_disk_alone() && x.disk_tokens >= Some(256) && x.info.tokens >= TURN, "{x:?}");
+    assert!(runtime.block_on(engine.sessions(Some("b".into()))).unwrap().is_empty(), "they are another's");
+    let resumed = ask(&engine, asked(1, Some("a:x")));
+    assert_eq!(resumed.usage.cached_tokens, (TURN - 1) / 16 * 16);
+    assert_eq!(list(&engine).iter().find(|s| &*s.info.key == "a:x").unwrap().info.turns, 3);
+    assert!(runtime.block_on(engine.remove_session("a:y".into())).unwrap());
+    assert_eq!(keys(&engine), ["a:x"]);
+    stop(engine);
+
+    let engine = start(folder.path());
+    assert_eq!(keys(&engine), ["a:x"]);
+    assert_eq!(ask(&engine, asked(2, None)).usage.cached_tokens, 0, "what was forgotten is not found");
+    stop(engine);
+}
+
+#[test]
+fn sessions_of_which_nothing_is_left_on_disk_are_not_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    ask(&engine, GenerateRequest { session: Some("x".into()), ..request(prompt(1, TURN), 40) });
+    stop(engine);
+    segments(folder.path()).iter().for_each(|file| std::fs::remove_file(file).unwrap());
+    let engine = start(folder.path());
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    assert!(runtime.block_on(engine.sessions(None)).unwrap().is_empty());
+    stop(engine);
+    let left = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(left.into_iter().all(|name| !name.to_string_lossy().ends_with(".record")));
+}
+
+#[test]
 fn flipped_bytes_are_never_used() {
     let folder = tempfile::tempdir().unwrap();
     let wanted = expected(1);

@@ -3,7 +3,7 @@
 use twox_hash::XxHash3_64;
 
 /// Whose a block is: a hash of some name. It is on disk, and holds after a restart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Label(pub u64);
 
 impl Label {

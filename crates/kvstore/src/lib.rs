@@ -8,11 +8,12 @@
 //! - A [`BlockKey`] is a hash over the model's [`Fingerprint`] and all tokens up to the block's end, so
 //!   equal keys mean equal keys and values, and nothing of another model is ever found.
 //! - Blocks are appended to segment files ([`segment`]). Each slot is written once; a segment goes as
-//!   a whole, the one whose blocks were asked for longest ago first, so that the store stays below its
-//!   capacity without ever compacting.
+//!   a whole, of those used longest ago the one whose blocks were asked for again least, so that the store
+//!   stays below its capacity without ever compacting.
 //! - The index is rebuilt at [`Store::open`] from the segments' tables. What is torn, damaged or
 //!   another model's is not indexed, and every payload is checked against its checksum when read.
-//! - A block carries the [`Label`] of whoever wrote it; what only they have used is erased on request.
+//! - A block carries the [`Label`] of whoever wrote it; what only they have used is erased on request. Beside
+//!   the blocks, a small record can be kept for each label, of whatever is to be known of it after a restart.
 //! - Nothing here depends on a clock or on file times.
 //!
 //! Writes go through the system's page cache and are not synced one by one: after a killed process
@@ -24,6 +25,7 @@
 mod key;
 mod label;
 mod medium;
+mod records;
 pub mod segment;
 mod store;
 

@@ -1,10 +1,11 @@
 //! The store: an index in memory over segment files, one writer, any number of readers.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::medium::{Medium, SegmentFile};
+use crate::records::Records;
 use crate::segment::{self, ENTRY, Entry, Geometry, HEADER_BYTES, Header};
 use crate::{BLOCK_TOKENS, BlockKey, Fingerprint, Label};
 
@@ -103,6 +104,7 @@ pub struct Store {
     capacity: u64,
     index: Mutex<Index>,
     tail: Mutex<Tail>,
+    records: Mutex<Records>,
 }
 
 /// Where everything is. Its lock is never held while a file is read or written.
@@ -113,20 +115,24 @@ struct Index {
     segments: BTreeMap<u64, Segment>,
     /// Counts uses; takes the place of a clock.
     tick: u64,
+    /// Labels whose blocks go last.
+    pinned: HashSet<Label>,
     stats: StoreStats,
 }
 
 #[derive(Clone, Copy)]
 enum Place {
     /// On its way to [`Store::write`].
-    Coming {
-        label: Label,
-    },
+    Coming { label: Label },
     At {
         segment: u64,
         slot: u32,
         checksum: u64,
         label: Label,
+        /// It was asked for again.
+        again: bool,
+        /// By a pinned label, or it is one's.
+        pinned: bool,
     },
 }
 
@@ -144,6 +150,18 @@ impl Place {
                 *whose = Label::NOBODY;
             }
             _ => {}
+        }
+    }
+}
+
+impl Place {
+    /// It is not there any more.
+    fn leave(&self, segments: &mut BTreeMap<u64, Segment>) {
+        if let Self::At { segment, again, pinned, .. } = self
+            && let Some(segment) = segments.get_mut(segment)
+        {
+            segment.again -= u32::from(*again);
+            segment.pinned -= u32::from(*pinned);
         }
     }
 }
@@ -166,6 +184,15 @@ struct Segment {
     keys: Vec<BlockKey>,
     /// When one of its blocks was asked for last.
     used: u64,
+    /// Blocks that were asked for again, and by pinned labels.
+    again: u32,
+    pinned: u32,
+}
+
+impl Segment {
+    fn new(geometry: Geometry) -> Self {
+        Self { file: None, geometry, bytes: 0, keys: Vec::new(), used: 0, again: 0, pinned: 0 }
+    }
 }
 
 /// Where the next block goes.
@@ -206,6 +233,7 @@ impl Store {
             capacity,
             index: Mutex::new(index),
             tail: Mutex::new(tail),
+            records: Mutex::default(),
         };
         store.make_room(0);
         Ok(store)
@@ -232,26 +260,62 @@ impl Store {
         keys.iter().take_while(|key| matches!(index.places.get(key), Some(Place::At { .. }))).count()
     }
 
-    /// How many of the first keys are stored or on their way. Their segments count as used now, and those
-    /// that are another's than `label`'s as several people's.
+    /// How many of the first keys are stored or on their way. Their segments count as used now, they as asked
+    /// for again, and those that are another's than `label`'s as several people's.
     pub fn touch(&self, keys: &[BlockKey], label: Label) -> usize {
         let mut index = self.lock();
         index.tick += 1;
-        let Index { places, segments, tick, .. } = &mut *index;
+        let Index { places, segments, tick, pinned, .. } = &mut *index;
+        let pins = pinned.contains(&label);
         for (known, key) in keys.iter().enumerate() {
             match places.get_mut(key) {
                 None => return known,
                 Some(place) => {
                     place.ask(label);
-                    if let Place::At { segment, .. } = place
+                    if let Place::At { segment, again, pinned, .. } = place
                         && let Some(segment) = segments.get_mut(segment)
                     {
                         segment.used = *tick;
+                        segment.again += u32::from(!std::mem::replace(again, true));
+                        segment.pinned += u32::from(pins && !std::mem::replace(pinned, true));
                     }
                 }
             }
         }
         keys.len()
+    }
+
+    /// What a label uses goes last from now on, when room is needed, or no longer.
+    pub fn pin(&self, label: Label, pins: bool) {
+        self.lock().pin(label, pins);
+    }
+
+    /// Reads the labels' records that an earlier store for this model left, at most `most` of them: the newest,
+    /// oldest first. From now on so many are kept. Call it before the first is written.
+    ///
+    /// # Errors
+    /// If the medium cannot be listed. A damaged record is passed over.
+    pub fn read_records(&self, most: usize) -> io::Result<Vec<(Label, Vec<u8>)>> {
+        let (records, found) = Records::open(&*self.medium, &self.fingerprint, most)?;
+        *self.lock_records() = records;
+        Ok(found)
+    }
+
+    /// Keeps a record for a label, in place of the one before it.
+    ///
+    /// # Errors
+    /// If it cannot be written; then the one before it stays.
+    pub fn write_record(&self, label: Label, body: &[u8]) -> Result<(), WriteError> {
+        Ok(self.lock_records().write(&*self.medium, &self.fingerprint, label, body)?)
+    }
+
+    /// Removes a label's record, if it has one.
+    pub fn remove_record(&self, label: Label) {
+        self.lock_records().remove(&*self.medium, &self.fingerprint, label);
+    }
+
+    fn lock_records(&self) -> MutexGuard<'_, Records> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Announces a block of `label`'s for [`Store::write`], so that nobody else does. False if it is there
@@ -333,8 +397,7 @@ impl Store {
         index.tick += 1;
         let bytes = self.geometry.file_bytes(0);
         let geometry = self.geometry;
-        let segment =
-            Segment { file: Some(file.clone()), geometry, bytes, keys: Vec::new(), used: index.tick };
+        let segment = Segment { file: Some(file.clone()), bytes, used: index.tick, ..Segment::new(geometry) };
         index.segments.insert(number, segment);
         index.stats.bytes += bytes;
         Ok(file)
@@ -349,7 +412,7 @@ impl Store {
         }
     }
 
-    /// Removes segments until `bytes` more fit, in one more file: other models' first, then those used longest ago.
+    /// Removes segments until `bytes` more fit, in one more file.
     fn make_room(&self, bytes: u64) {
         loop {
             let number = {
@@ -423,6 +486,7 @@ impl Store {
     /// If one could not be erased. None of them can be read any more all the same, but such a one is back
     /// after a restart.
     pub fn erase(&self, label: Label) -> Result<usize, WriteError> {
+        self.remove_record(label);
         let gone = self.lock().take(label);
         let blocks = gone.values().map(|(_, _, slots)| slots.len()).sum();
         let mut outcome = Ok(());
@@ -463,7 +527,7 @@ impl Index {
         };
         self.stats.bytes += bytes;
         let geometry = header.map_or(Geometry { block_bytes, slots: 0 }, |header| header.geometry);
-        let mut segment = Segment { file: None, geometry, bytes, keys: Vec::new(), used: 0 };
+        let mut segment = Segment { bytes, ..Segment::new(geometry) };
         match header {
             None => {
                 self.stats.torn += 1;
@@ -515,21 +579,25 @@ impl Index {
         self.stats.bytes += bytes.saturating_sub(segment.bytes);
         segment.bytes = segment.bytes.max(bytes);
         segment.keys.push(entry.key);
-        let mut place = Place::At { segment: number, slot, checksum: entry.checksum, label: entry.label };
+        let pinned = self.pinned.contains(&entry.label);
+        segment.pinned += u32::from(pinned);
+        let (checksum, label) = (entry.checksum, entry.label);
+        let mut place = Place::At { segment: number, slot, checksum, label, again: false, pinned };
         if let Some(before) = self.places.get(&entry.key) {
             // Somebody else may have asked for it while it was written.
             place.ask(before.label());
         }
-        if !matches!(self.places.insert(entry.key, place), Some(Place::At { .. })) {
-            self.stats.blocks += 1;
+        match self.places.insert(entry.key, place) {
+            Some(before @ Place::At { .. }) => before.leave(&mut self.segments),
+            _ => self.stats.blocks += 1,
         }
     }
 
     /// A block cannot be read any more.
     fn forget(&mut self, key: &BlockKey, segment: u64) -> bool {
         let there = matches!(self.places.get(key), Some(Place::At { segment: s, .. }) if *s == segment);
-        if there {
-            self.places.remove(key);
+        if there && let Some(place) = self.places.remove(key) {
+            place.leave(&mut self.segments);
             self.stats.blocks -= 1;
         }
         there
@@ -541,7 +609,8 @@ impl Index {
         if label == Label::NOBODY {
             return gone;
         }
-        let segments = &self.segments;
+        self.pin(label, false);
+        let segments = &mut self.segments;
         let before = self.places.len();
         self.places.retain(|_, place| {
             let Place::At { segment, slot, label: whose, .. } = *place else { return true };
@@ -551,15 +620,41 @@ impl Index {
                 return true;
             };
             gone.entry(segment).or_insert_with(|| (file, geometry, Vec::new())).2.push(slot);
+            place.leave(segments);
             false
         });
         self.stats.blocks -= (before - self.places.len()) as u64;
         gone
     }
 
+    /// Another model's segment, else, of the half that was used longest ago, the one with the fewest blocks that
+    /// a pinned label uses, then that anybody has asked for again: they are likely to be asked for again, and as
+    /// all blocks are of as many tokens and bytes, each saves about as much. The other half is for newcomers.
     fn least_valuable(&self) -> Option<u64> {
-        let value = |segment: &Segment| (segment.file.is_some(), segment.used);
-        self.segments.iter().min_by_key(|(_, segment)| value(segment)).map(|(&number, _)| number)
+        if let Some((&foreign, _)) = self.segments.iter().find(|(_, segment)| segment.file.is_none()) {
+            return Some(foreign);
+        }
+        let mut oldest: Vec<_> = self.segments.iter().collect();
+        oldest.sort_by_key(|(_, segment)| segment.used);
+        oldest.truncate(self.segments.len().div_ceil(2));
+        let value = |segment: &Segment| (segment.pinned, segment.again, segment.used);
+        oldest.into_iter().min_by_key(|(_, segment)| value(segment)).map(|(&number, _)| number)
+    }
+
+    /// From now on what a label uses goes last, or as others' does.
+    fn pin(&mut self, label: Label, pins: bool) {
+        let changed = if pins { self.pinned.insert(label) } else { self.pinned.remove(&label) };
+        for place in self.places.values_mut().filter(|_| changed) {
+            let whose = place.label();
+            if let Place::At { segment, pinned, .. } = place
+                && let Some(segment) = self.segments.get_mut(segment)
+            {
+                // What several use is pinned again when a pinned one asks for it next.
+                let now = self.pinned.contains(&whose) || pins && *pinned;
+                segment.pinned = segment.pinned + u32::from(now) - u32::from(*pinned);
+                *pinned = now;
+            }
+        }
     }
 
     fn forget_segment(&mut self, number: u64) -> u64 {

@@ -234,6 +234,54 @@ fn the_store_stays_below_its_capacity_and_drops_what_was_used_longest_ago() {
     assert!(store.stats().bytes <= capacity / 2 && on_disk() <= capacity / 2, "a lowered cap holds at once");
 }
 
+/// Has a store of 2 MiB, some 240 blocks, filled with what is asked for once, after `before` blocks that
+/// `prepare` knows; tells how many of these are left.
+fn left_after_a_flood(before: u32, flood: u32, prepare: impl Fn(&Store, &[BlockKey])) -> usize {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open_as(folder.path(), 2 * MIB, MODEL);
+    let keys = fill(&store, before);
+    prepare(&store, &keys);
+    let others = chain(&store, before + flood);
+    for n in before..before + flood {
+        assert!(store.announce(others[n as usize], BOB));
+        store.write(others[n as usize], tokens(n), &payload(n)).unwrap();
+        assert_eq!(store.readable(&others[n as usize..=n as usize]), 1, "what is new is there");
+    }
+    keys.iter().filter(|key| store.readable(&[**key]) == 1).count()
+}
+
+#[test]
+fn what_was_asked_for_again_outlasts_a_flood_of_what_was_not_and_leaves_it_half_of_the_store() {
+    let again = |store: &Store, keys: &[BlockKey]| assert_eq!(store.touch(keys, ALICE), keys.len());
+    assert_eq!(left_after_a_flood(60, 1000, |_, _| ()), 0);
+    assert_eq!(left_after_a_flood(60, 1000, again), 60);
+    let left = left_after_a_flood(200, 1000, again);
+    assert!((60..=130).contains(&left), "{left}");
+}
+
+#[test]
+fn what_a_pinned_label_uses_goes_last_until_it_is_unpinned() {
+    let half = |store: &Store, keys: &[BlockKey]| {
+        store.touch(&keys[..124], BOB);
+        store.pin(ALICE, true);
+        store.pin(ALICE, true);
+    };
+    let left = |prepare: &dyn Fn(&Store, &[BlockKey])| left_after_a_flood(186, 1000, prepare);
+    let pinned = left(&half);
+    assert!((60..=130).contains(&pinned), "{pinned}: a part of the store stays for others");
+    let unpinned = left(&|store, keys| {
+        half(store, keys);
+        store.pin(ALICE, false);
+    });
+    let never = left(&|store, keys| assert_eq!(store.touch(&keys[..124], BOB), 124));
+    assert_eq!(unpinned, never);
+    let erased = left(&|store, keys| {
+        half(store, keys);
+        store.erase(ALICE).unwrap();
+    });
+    assert_eq!(erased, never);
+}
+
 #[test]
 fn a_large_store_has_few_files_and_a_small_one_several() {
     for (capacity, files) in
@@ -268,6 +316,66 @@ fn a_folder_serves_one_process_and_a_capacity_holds_a_block() {
     let other = tempfile::tempdir().unwrap();
     let small = Store::open(Arc::new(Disk::open(other.path()).unwrap()), 1000, BYTES, MODEL);
     assert!(matches!(small, Err(StoreError::TooSmall { .. })));
+}
+
+#[test]
+fn the_newest_record_of_each_label_is_there_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let records = |store: &Store| store.read_records(3).unwrap();
+    let store = open(folder.path());
+    assert_eq!(records(&store), []);
+    for (label, body) in [(ALICE, "a"), (BOB, "b"), (ALICE, "newer"), (Label(13), "")] {
+        store.write_record(label, body.as_bytes()).unwrap();
+    }
+    drop(store);
+    let store = open(folder.path());
+    assert_eq!(records(&store), [(BOB, b"b".to_vec()), (ALICE, b"newer".to_vec()), (Label(13), Vec::new())]);
+    store.write_record(Label(14), b"one too many").unwrap();
+    store.erase(Label(13)).unwrap();
+    store.remove_record(Label(99));
+    drop(store);
+    let store = open(folder.path());
+    assert_eq!(records(&store), [(ALICE, b"newer".to_vec()), (Label(14), b"one too many".to_vec())]);
+    assert_eq!(record_files(folder.path()).len(), 2);
+}
+
+#[test]
+fn a_record_that_is_torn_or_damaged_gives_way_to_the_one_before_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    store.read_records(9).unwrap();
+    store.write_record(ALICE, b"before").unwrap();
+    let before = record_files(folder.path())[0].clone();
+    let bytes = std::fs::read(&before).unwrap();
+    store.write_record(ALICE, b"after").unwrap();
+    drop(store);
+    let after = record_files(folder.path())[0].clone();
+    let whole = std::fs::read(&after).unwrap();
+    let flipped = [&[whole[0] ^ 1], &whole[1..]].concat();
+    for damaged in [&flipped[..], &whole[..whole.len() - 1], &whole[..3], &[]] {
+        std::fs::write(&before, &bytes).unwrap();
+        std::fs::write(&after, damaged).unwrap();
+        assert_eq!(open(folder.path()).read_records(9).unwrap(), [(ALICE, b"before".to_vec())]);
+    }
+    std::fs::write(&after, &bytes).unwrap();
+    assert_eq!(open(folder.path()).read_records(9).unwrap(), [(ALICE, b"before".to_vec())], "a renamed one");
+}
+
+#[test]
+fn another_models_records_stay_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    for (model, body) in [(MODEL, "mine"), (Fingerprint([8; 32]), "other")] {
+        let store = open_as(folder.path(), 64 * MIB, model);
+        assert_eq!(store.read_records(9).unwrap(), []);
+        store.write_record(ALICE, body.as_bytes()).unwrap();
+    }
+    assert_eq!(open(folder.path()).read_records(9).unwrap(), [(ALICE, b"mine".to_vec())]);
+}
+
+/// The records' files.
+fn record_files(folder: &Path) -> Vec<PathBuf> {
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|path| path.extension().is_some_and(|e| e == "record")).collect()
 }
 
 /// A folder whose disk can be full or broken.

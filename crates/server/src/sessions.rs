@@ -98,6 +98,7 @@ fn shown(owner: Owner, session: &Session) -> Value {
     let state = match info.state {
         SessionState::Running => "running",
         SessionState::Kept => "kept",
+        SessionState::Idle if session.is_on_disk_alone() => "disk",
         SessionState::Idle => "idle",
     };
     let (now, seconds) = (unix_now(), |milliseconds: u64| milliseconds / 1000);

@@ -82,7 +82,7 @@ impl StepLoop {
         commands: mpsc::Receiver<Command>,
         shared: Arc<Shared>,
     ) -> Self {
-        let scheduler = Scheduler::new(SchedulerConfig {
+        let mut scheduler = Scheduler::new(SchedulerConfig {
             blocks: config.kv_blocks,
             max_sequences: config.max_sequences,
             max_batch_tokens: config.max_batch_tokens,
@@ -90,6 +90,10 @@ impl StepLoop {
             prefix_cache: config.prefix_cache,
             policy: Policy::Fair,
         });
+        let mut sessions = Sessions::new();
+        if let Some(tier) = &tier {
+            sessions.restore(&mut scheduler, tier);
+        }
         Self {
             model,
             scheduler,
@@ -98,7 +102,7 @@ impl StepLoop {
             active: HashMap::new(),
             masks: MaskWorkers::start(),
             tier,
-            sessions: Sessions::new(),
+            sessions,
             drafting: (config.draft == DraftMode::Lookup).then(|| Drafting::new(config.draft.max_drafted())),
             stats: Stats::default(),
             pace: Pace::new(config.decode_latency_target),

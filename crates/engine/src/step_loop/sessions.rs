@@ -1,16 +1,26 @@
-//! Where the loop meets the table of sessions, and tells it the time: milliseconds since the start.
+//! Where the loop meets the table of sessions, and tells it the time: milliseconds since well before the start.
+//!
+//! With a tier on disk, what is known of a session with a key is recorded there when a turn of it ends, and
+//! read again at the start.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rudder_kvstore::{BlockKey, Label};
-use rudder_scheduler::{PinError, Scheduler, SequenceId, SessionInfo, SessionTable, StepPlan, Tick};
+use rudder_scheduler::{
+    PastSession, PinError, Scheduler, SequenceId, SessionInfo, SessionTable, StepPlan, Tick,
+};
 
 use super::StepLoop;
 use crate::draft::Party;
+use crate::session_record::SessionRecord;
 use crate::sessions::{Session, SessionStats};
+use crate::tier::DiskTier;
+
+/// The tick at the start: sessions may have begun before, some decades at most.
+const START: Tick = 1 << 40;
 
 /// See the module.
 pub(super) struct Sessions {
@@ -42,7 +52,49 @@ impl Sessions {
     }
 
     fn now(&self) -> Tick {
-        self.started.elapsed().as_millis() as Tick
+        START + self.started.elapsed().as_millis() as Tick
+    }
+
+    /// Makes the sessions known whose KV an earlier process left on disk.
+    pub(super) fn restore(&mut self, scheduler: &mut Scheduler, tier: &DiskTier) {
+        let (now, today) = (self.now(), unix_seconds());
+        let since = |then: u64| (today.saturating_sub(then) * 1000).min(START);
+        for record in tier.past_sessions() {
+            let key: Arc<str> = record.key.into();
+            self.marks.insert(key.clone(), record.marks);
+            let past = PastSession {
+                key,
+                owner: record.owner.map(Into::into),
+                pinned: record.pinned,
+                turns: record.turns,
+                tokens: record.tokens as usize,
+                age: since(record.opened),
+                idle: since(record.used),
+            };
+            if past.pinned {
+                tier.pin(self.label(&past.key), true);
+            }
+            self.table.restore(scheduler, past, now);
+        }
+    }
+
+    /// Records on disk what is known of a session that has a key and something there.
+    fn record(&self, scheduler: &Scheduler, tier: &DiskTier, key: &str) {
+        let now = self.now();
+        let known = self.table.get(scheduler, key, now).filter(|_| !self.table.is_found(key));
+        let (Some(info), Some(marks)) = (known, self.marks.get(key)) else { return };
+        let today = unix_seconds();
+        let record = SessionRecord {
+            key: key.to_owned(),
+            owner: info.owner.as_deref().map(str::to_owned),
+            pinned: info.pinned,
+            turns: info.turns,
+            tokens: info.tokens as u64,
+            opened: today.saturating_sub(info.age / 1000),
+            used: today.saturating_sub(info.idle / 1000),
+            marks: marks.clone(),
+        };
+        tier.record(self.label(key), &record);
     }
 
     pub(super) fn stats(&self, scheduler: &Scheduler) -> SessionStats {
@@ -88,9 +140,11 @@ impl StepLoop {
         let sessions = &mut self.sessions;
         let now = sessions.now();
         let Some(key) = sessions.table.end(&mut self.scheduler, id, now) else { return };
-        let marks = self.tier.as_ref().map(|tier| tier.marks(id)).unwrap_or_default();
+        let Some(tier) = &self.tier else { return };
+        let marks = tier.marks(id);
         if !marks.is_empty() {
-            sessions.marks.insert(key, marks);
+            sessions.marks.insert(key.clone(), marks);
+            sessions.record(&self.scheduler, tier, &key);
             if sessions.marks.len() > 2 * rudder_scheduler::MAX_SESSIONS {
                 sessions.marks.retain(|key, _| sessions.table.contains(key));
             }
@@ -124,6 +178,16 @@ impl StepLoop {
     /// Protects a session until further notice, or no longer.
     pub(crate) fn pin_session(&mut self, key: &str, pinned: bool) -> Result<(), PinError> {
         let now = self.sessions.now();
-        self.sessions.table.pin(&mut self.scheduler, key, pinned, now)
+        let outcome = self.sessions.table.pin(&mut self.scheduler, key, pinned, now);
+        if let Some(tier) = self.tier.as_ref().filter(|_| outcome.is_ok()) {
+            tier.pin(self.sessions.label(key), pinned);
+            self.sessions.record(&self.scheduler, tier, key);
+        }
+        outcome
     }
+}
+
+/// Seconds since 1970, for people.
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -32,13 +32,14 @@ use rudder_kvstore::{
     BLOCK_TOKENS, BlockKey, Disk, Fingerprint, Label, Medium, ReadError, Store, StoreError, StoreStats,
 };
 use rudder_model::Model;
-use rudder_scheduler::{BLOCK_SIZE, Scheduler, Sequence, SequenceId, StepPlan};
+use rudder_scheduler::{BLOCK_SIZE, MAX_SESSIONS, Scheduler, Sequence, SequenceId, StepPlan};
 
 use self::ahead::Ahead;
 use self::breaker::Breaker;
 use self::reader::{Arrival, Order, Reader};
 use self::speeds::Speeds;
 use self::writer::{Block, Job, Queue, Writer};
+use crate::session_record::SessionRecord;
 
 const _: () = assert!(BLOCK_TOKENS == BLOCK_SIZE);
 
@@ -157,7 +158,7 @@ impl TierWatch {
 
     /// Whether all is written that is to be.
     pub fn is_written(&self) -> bool {
-        self.queue.len() == 0
+        self.queue.is_empty()
     }
 }
 
@@ -392,6 +393,32 @@ impl DiskTier {
     /// A sequence was admitted: what is written of it bears its session's label.
     pub(crate) fn label(&mut self, id: SequenceId, label: Label) {
         self.chains.entry(id).or_default().label = label;
+    }
+
+    /// What bears a label goes last when the disk needs room, or no longer.
+    pub(crate) fn pin(&self, label: Label, pinned: bool) {
+        self.writer.queue_job(Job::Pin(label, pinned));
+    }
+
+    /// Keeps a record of what bears a label, once all that is queued is written.
+    pub(crate) fn record(&self, label: Label, record: &SessionRecord) {
+        self.writer.queue_job(Job::Record(label, record.encode()));
+    }
+
+    /// The records of an earlier process whose KV is still on disk, oldest first. Others go.
+    pub(crate) fn past_sessions(&self) -> Vec<SessionRecord> {
+        let found = self.store.read_records(MAX_SESSIONS).unwrap_or_else(|error| {
+            tracing::warn!(%error, "sessions on disk cannot be listed");
+            Vec::new()
+        });
+        let past = found.into_iter().filter_map(|(label, body)| {
+            let record = SessionRecord::decode(&body).filter(|record| self.tokens_at(&record.marks) > 0);
+            if record.is_none() {
+                self.store.remove_record(label);
+            }
+            record
+        });
+        past.collect()
     }
 
     /// Erases what bears a label and what nobody else has used, once all that is queued is written.

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
-use rudder_kvstore::{BLOCK_TOKENS, BlockKey, Label, Store};
+use rudder_kvstore::{BLOCK_TOKENS, BlockKey, Label, Store, WriteError};
 
 use super::breaker::Breaker;
 use super::buffers::Buffers;
@@ -15,6 +15,10 @@ const QUEUE_BYTES: usize = 64 << 20;
 /// What the thread does, in order.
 pub(crate) enum Job {
     Write(Block),
+    /// What the label uses goes last, or no longer.
+    Pin(Label, bool),
+    /// Keep a record for the label.
+    Record(Label, Vec<u8>),
     /// Erase what bears the label.
     Erase(Label),
 }
@@ -45,6 +49,8 @@ struct Health {
     breaker: Mutex<Breaker>,
     /// Blocks that came while the disk was left alone.
     dropped: AtomicU64,
+    /// Jobs that are not done.
+    jobs: AtomicU64,
 }
 
 impl Writer {
@@ -75,6 +81,7 @@ impl Writer {
 
     /// Queues an announced block, or what is to be done after all that is queued.
     pub fn queue_job(&self, job: Job) {
+        self.queue.health.jobs.fetch_add(1, Ordering::Relaxed);
         // The thread outlives this handle: it ends by the channel's end.
         let _ = self.jobs.send(job);
     }
@@ -91,6 +98,11 @@ impl Queue {
         self.buffers.out()
     }
 
+    /// Whether all is done.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0 && self.health.jobs.load(Ordering::Relaxed) == 0
+    }
+
     /// Queued blocks that were dropped because the disk had failed before.
     pub fn dropped(&self) -> u64 {
         self.health.dropped.load(Ordering::Relaxed)
@@ -101,34 +113,45 @@ impl Health {
     fn breaker(&self) -> MutexGuard<'_, Breaker> {
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// What came of writing.
+    fn note(&self, outcome: Result<(), WriteError>) {
+        let Err(error) = outcome else { return self.breaker().success() };
+        let pause = self.breaker().failure(Instant::now());
+        if let Some(pause) = pause {
+            tracing::warn!(%error, ?pause, "KV blocks cannot be written to disk; pausing");
+        }
+    }
 }
 
 fn write_all(store: &Store, jobs: &mpsc::Receiver<Job>, buffers: &Buffers, health: &Health) {
     for job in jobs {
-        let Block { key, tokens, payload } = match job {
-            Job::Write(block) => block,
+        match job {
+            Job::Write(block) => {
+                write(store, &block, health);
+                buffers.give(block.payload);
+            }
+            Job::Pin(label, pinned) => store.pin(label, pinned),
+            Job::Record(label, body) => {
+                if health.breaker().allows(Instant::now()) {
+                    health.note(store.write_record(label, &body));
+                }
+            }
             Job::Erase(label) => {
                 if let Err(error) = store.erase(label) {
                     tracing::warn!(%error, "a deleted session's KV blocks could not all be erased from disk");
                 }
-                continue;
-            }
-        };
-        let allowed = health.breaker().allows(Instant::now());
-        if !allowed {
-            store.withdraw(&key);
-            health.dropped.fetch_add(1, Ordering::Relaxed);
-        } else {
-            match store.write(key, tokens, &payload) {
-                Ok(()) => health.breaker().success(),
-                Err(error) => {
-                    let pause = health.breaker().failure(Instant::now());
-                    if let Some(pause) = pause {
-                        tracing::warn!(%error, ?pause, "KV blocks cannot be written to disk; pausing");
-                    }
-                }
             }
         }
-        buffers.give(payload);
+        health.jobs.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn write(store: &Store, block: &Block, health: &Health) {
+    if health.breaker().allows(Instant::now()) {
+        health.note(store.write(block.key, block.tokens, &block.payload));
+    } else {
+        store.withdraw(&block.key);
+        health.dropped.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -1,0 +1,151 @@
+//! Small records beside the segments: what is to be known of a label after a restart.
+//!
+//! A record is a file, `LABEL.MODEL.NUMBER.record` in hexadecimal, with the body and a checksum of 64 bits
+//! (XXH3, seeded with all three). A newer record of a label is written whole under a higher number before the
+//! one before it is removed; so after a killed process the newest whole one counts.
+
+use std::collections::HashMap;
+use std::io;
+
+use twox_hash::XxHash3_64;
+
+use crate::medium::Medium;
+use crate::{Fingerprint, Label};
+
+/// Larger ones are not read.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// The records of one model.
+#[derive(Debug, Default)]
+pub(crate) struct Records {
+    /// The number of each label's record.
+    numbers: HashMap<Label, u64>,
+    next: u64,
+    /// Most records.
+    most: usize,
+}
+
+/// A label and its record's body.
+pub(crate) type Record = (Label, Vec<u8>);
+
+/// What a file's name says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Name {
+    number: u64,
+    label: u64,
+    model: u64,
+}
+
+impl Records {
+    /// Reads what is there of a model, at most `most` records: the newest, oldest first. What is older, torn or
+    /// replaced goes.
+    pub fn open(
+        medium: &dyn Medium,
+        fingerprint: &Fingerprint,
+        most: usize,
+    ) -> io::Result<(Self, Vec<Record>)> {
+        let model = short(fingerprint);
+        let mut names: Vec<Name> = medium.names()?.iter().filter_map(|name| Name::parse(name)).collect();
+        names.sort_unstable();
+        let next = names.last().map_or(0, |last| last.number + 1);
+        let mut records = Self { numbers: HashMap::new(), next, most };
+        let (mut found, mut others) = (Vec::new(), 0);
+        for name in names.into_iter().rev() {
+            if name.model != model {
+                others += 1;
+                if others > most {
+                    remove(medium, name);
+                }
+                continue;
+            }
+            let label = Label(name.label);
+            let body = match found.len() < most && !records.numbers.contains_key(&label) {
+                true => read(medium, name),
+                false => None,
+            };
+            match body {
+                Some(body) => {
+                    records.numbers.insert(label, name.number);
+                    found.push((label, body));
+                }
+                None => remove(medium, name),
+            }
+        }
+        found.reverse();
+        Ok((records, found))
+    }
+
+    /// Replaces a label's record.
+    pub fn write(
+        &mut self,
+        medium: &dyn Medium,
+        fingerprint: &Fingerprint,
+        label: Label,
+        body: &[u8],
+    ) -> io::Result<()> {
+        let name = Name { number: self.next, label: label.0, model: short(fingerprint) };
+        self.next += 1;
+        let mut bytes = body.to_vec();
+        bytes.extend_from_slice(&name.checksum(body).to_le_bytes());
+        let file = medium.create(&name.text())?;
+        if let Err(error) = file.write_at(&bytes, 0) {
+            remove(medium, name);
+            return Err(error);
+        }
+        if let Some(before) = self.numbers.insert(label, name.number) {
+            remove(medium, Name { number: before, ..name });
+        }
+        if self.numbers.len() > self.most
+            && let Some((&oldest, _)) = self.numbers.iter().min_by_key(|(_, number)| **number)
+        {
+            self.remove(medium, fingerprint, oldest);
+        }
+        Ok(())
+    }
+
+    /// Removes a label's record, if there is one.
+    pub fn remove(&mut self, medium: &dyn Medium, fingerprint: &Fingerprint, label: Label) {
+        if let Some(number) = self.numbers.remove(&label) {
+            remove(medium, Name { number, label: label.0, model: short(fingerprint) });
+        }
+    }
+}
+
+impl Name {
+    fn text(&self) -> String {
+        format!("{:016x}.{:016x}.{:016x}.record", self.label, self.model, self.number)
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        let mut parts = name.strip_suffix(".record")?.split('.');
+        let mut next = || u64::from_str_radix(parts.next()?, 16).ok();
+        let parsed = Self { label: next()?, model: next()?, number: next()? };
+        (parsed.text() == name).then_some(parsed)
+    }
+
+    fn checksum(&self, body: &[u8]) -> u64 {
+        XxHash3_64::oneshot_with_seed(
+            self.label ^ self.model.rotate_left(21) ^ self.number.rotate_left(42),
+            body,
+        )
+    }
+}
+
+fn short(fingerprint: &Fingerprint) -> u64 {
+    u64::from_le_bytes(std::array::from_fn(|i| fingerprint.0[i]))
+}
+
+fn remove(medium: &dyn Medium, name: Name) {
+    // What stays is older than what replaced it, and met again at the next start.
+    let _ = medium.remove(&name.text());
+}
+
+/// The body of a record that is whole.
+fn read(medium: &dyn Medium, name: Name) -> Option<Vec<u8>> {
+    let file = medium.open(&name.text()).ok()?;
+    let bytes = file.size().ok().filter(|bytes| (8..=MOST_BYTES).contains(bytes))?;
+    let mut body = vec![0; bytes as usize];
+    file.read_at(&mut body, 0).ok()?;
+    let checksum = body.split_off(body.len() - 8);
+    (checksum == name.checksum(&body).to_le_bytes()).then_some(body)
+}
