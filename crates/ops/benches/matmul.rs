@@ -16,7 +16,7 @@ const SHAPES: [(usize, usize, &[DType]); 5] = [
     (896, 896, &[DType::Q5_0, DType::Q8_0, DType::BF16]),
     (4864, 896, &[DType::Q5_0, DType::BF16]),
     (896, 4864, &[DType::Q4_K, DType::Q6_K, DType::Q5_0, DType::BF16]),
-    (151_936, 896, &[DType::Q8_0]),
+    (151_936, 896, &[DType::Q8_0, DType::BF16]),
     (8960, 1536, &[DType::Q4_K, DType::Q6_K, DType::Q4_0]),
 ];
 
@@ -25,9 +25,21 @@ const WORKING_SET: usize = 400 << 20;
 
 fn weights(dtype: DType, outputs: usize, inputs: usize) -> RawTensor {
     let length = dtype.bytes(outputs * inputs).expect("whole blocks");
-    // Any bytes will do, with small exponents where a format has halves or floats.
-    let bytes: Vec<u8> = (0..length).map(|i| (i * 37 % 61) as u8).collect();
+    let bytes: Vec<u8> = match dtype {
+        // Numbers as a trained matrix has them, for how they are packed depends on them.
+        DType::BF16 => (0..length / 2).flat_map(|i| half::bf16::from_f32(normal(i)).to_le_bytes()).collect(),
+        // Any bytes will do, with small exponents where a format has halves.
+        _ => (0..length).map(|i| (i * 37 % 61) as u8).collect(),
+    };
     RawTensor::new("w", vec![outputs, inputs], dtype, Arc::new(bytes), 0).expect("shape fits")
+}
+
+/// About normal numbers from a counter: four uniform ones added up.
+fn normal(i: usize) -> f32 {
+    let bits = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let bits = (bits ^ bits >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let uniform = |part: u32| (bits >> (16 * part) & 0xffff) as f32 / 65_536.0 - 0.5;
+    0.03 * (uniform(0) + uniform(1) + uniform(2) + uniform(3))
 }
 
 fn bench(c: &mut Criterion) {

@@ -1,6 +1,7 @@
 //! Which unit this processor has, and the kernels compiled for it.
 
-use super::kernel::{Format, Job, Kernel, bf16, plain, quantized};
+use super::bf16::bf16;
+use super::kernel::{Format, Job, Kernel, plain, quantized};
 use super::unit::Portable;
 use crate::DType;
 

@@ -6,20 +6,21 @@
 //! Everything a unit's operation is called from is `inline(always)` and no closure: only then is
 //! it compiled with the features of the function at the top, and not as calls.
 
+use super::bf16::Compact;
 use super::layout::{BLOCK, LANES, Layout, Quants, Scales};
 use super::quantize::Activations;
 use super::unit::{Unit, VECTOR};
 use crate::{DType, mxfp4};
 
 /// Rows computed per pass over a set of tiles, so that their activations stay in the cache.
-const ROW_BLOCK: usize = 64;
+pub(super) const ROW_BLOCK: usize = 64;
 
 /// Rows from which on arithmetic and no longer memory bounds a multiplication.
 pub(super) const MANY_ROWS: usize = 12;
 
 /// Bytes of weights to fetch ahead while a tile is read for the first time. The hardware alone does not
 /// look far enough ahead once several rows are computed a block: some 200 ns at 12 GB/s a thread.
-const AHEAD: usize = 4096;
+pub(super) const AHEAD: usize = 4096;
 
 /// Activations of a job.
 #[derive(Clone, Copy)]
@@ -40,6 +41,8 @@ pub(super) struct Job<'a> {
     pub width: usize,
     pub rows: usize,
     pub input: Input<'a>,
+    /// Of BF16 tiles that are compact.
+    pub compact: Option<Compact<'a>>,
     /// Biases of the tiles' outputs.
     pub bias: Option<&'a [f32]>,
     /// Outputs in the tiles; the last tile may have fewer than [`LANES`].
@@ -63,7 +66,7 @@ pub(super) trait Format {
 }
 
 /// The passes over a job, (tile, first row, number of rows): 8, 4, 3, 2 or 1 rows at a time.
-fn passes(job: &Job<'_>) -> impl Iterator<Item = (usize, usize, usize)> {
+pub(super) fn passes(job: &Job<'_>) -> impl Iterator<Item = (usize, usize, usize)> {
     let (rows, tiles) = (job.rows, job.outputs.div_ceil(LANES));
     (0..rows).step_by(ROW_BLOCK).flat_map(move |first| {
         let last = rows.min(first + ROW_BLOCK);
@@ -79,7 +82,7 @@ fn passes(job: &Job<'_>) -> impl Iterator<Item = (usize, usize, usize)> {
 }
 
 /// How many of `rows` rows are computed in one pass.
-fn part_of(rows: usize) -> usize {
+pub(super) fn part_of(rows: usize) -> usize {
     match rows {
         8.. => 8,
         4..8 => 4,
@@ -89,7 +92,7 @@ fn part_of(rows: usize) -> usize {
 
 /// Starts loading the cache lines of `bytes` bytes at `from`, which need not be mapped.
 #[inline(always)]
-fn prefetch(from: *const u8, bytes: usize) {
+pub(super) fn prefetch(from: *const u8, bytes: usize) {
     for at in (0..bytes).step_by(64) {
         // SAFETY: a prefetch reads nothing; SSE is part of x86-64.
         #[cfg(target_arch = "x86_64")]
@@ -133,9 +136,28 @@ pub(super) unsafe fn quantized<U: Unit, F: Format>(job: &Job<'_>) {
 /// # Safety
 /// See [`Kernel`].
 #[inline(always)]
-unsafe fn store<U: Unit, const R: usize>(job: &Job<'_>, tile: usize, row: usize, sums: [U::Floats; R]) {
+pub(super) unsafe fn store<U: Unit, const R: usize>(
+    job: &Job<'_>,
+    tile: usize,
+    row: usize,
+    sums: [U::Floats; R],
+) {
     let first = tile * LANES;
     let lanes = LANES.min(job.outputs - first);
+    // SAFETY: a whole tile's biases are a vector; its output lanes lie in `out` as promised.
+    unsafe {
+        let out = job.out.add(row * job.stride + first);
+        if lanes == LANES {
+            let bias = job.bias.map(|bias| bias[first..first + LANES].as_ptr().cast());
+            for (r, mut sum) in sums.into_iter().enumerate() {
+                if let Some(bias) = bias {
+                    sum = U::add(sum, U::load_f32(bias));
+                }
+                U::store(sum, out.add(r * job.stride));
+            }
+            return;
+        }
+    }
     for (r, sum) in sums.into_iter().enumerate() {
         let mut values = [0.0; LANES];
         // SAFETY: `values` has room for a vector; the output lanes lie in `out` as promised.
@@ -430,169 +452,6 @@ unsafe fn plain_rows<U: Unit, F: Format, const R: usize>(
             *even = U::add(*even, odd);
         }
         even
-    }
-}
-
-/// The loop over a job with BF16 weights.
-///
-/// # Safety
-/// See [`Kernel`].
-#[inline(always)]
-pub(super) unsafe fn bf16<U: Unit>(job: &Job<'_>) {
-    let Input::Pairs(x) = job.input else { unreachable!("bf16 weights take bf16 rows") };
-    // SAFETY: as the caller promises.
-    unsafe {
-        if U::MANY && job.rows >= MANY_ROWS {
-            return bf16_many::<U>(job, x);
-        }
-        for (tile, row, count) in passes(job) {
-            bf16_pass::<U>(job, x, tile, row, count, if row % ROW_BLOCK == 0 { AHEAD } else { 0 });
-        }
-    }
-}
-
-/// `count` rows, as many as [`passes`] gives, times one tile.
-///
-/// # Safety
-/// See [`Kernel`]; the tile and the rows are of the job.
-#[inline(always)]
-unsafe fn bf16_pass<U: Unit>(job: &Job<'_>, x: &[u32], tile: usize, row: usize, count: usize, ahead: usize) {
-    let pairs = job.width.div_ceil(2);
-    let weights = job.tiles[tile * job.tile_bytes..][..job.tile_bytes].as_ptr();
-    let x = x[row * pairs..][..count * pairs].as_ptr();
-    // SAFETY: `weights` and `x` hold a tile and `count` rows of `pairs` pairs; the rest as promised.
-    unsafe {
-        match count {
-            8 => store::<U, 8>(job, tile, row, bf16_rows::<U, 8>(weights, x, pairs, ahead)),
-            4 => store::<U, 4>(job, tile, row, bf16_rows::<U, 4>(weights, x, pairs, ahead)),
-            3 => store::<U, 3>(job, tile, row, bf16_rows::<U, 3>(weights, x, pairs, ahead)),
-            2 => store::<U, 2>(job, tile, row, bf16_rows::<U, 2>(weights, x, pairs, ahead)),
-            _ => store::<U, 1>(job, tile, row, bf16_rows::<U, 1>(weights, x, pairs, ahead)),
-        }
-    }
-}
-
-/// [`bf16`] for many rows, six of them times two tiles at a time. As many loads as dot products start in a cycle;
-/// a row times a tile takes a load for each dot product, this way two for three. Nothing is fetched ahead, for that
-/// takes the place of a load.
-///
-/// # Safety
-/// See [`Kernel`].
-#[inline(always)]
-unsafe fn bf16_many<U: Unit>(job: &Job<'_>, x: &[u32]) {
-    const ROWS: usize = 6;
-    const BLOCK: usize = 10 * ROWS;
-    let (tiles, pairs) = (job.outputs.div_ceil(LANES), job.width.div_ceil(2));
-    for first in (0..job.rows).step_by(BLOCK) {
-        let last = job.rows.min(first + BLOCK);
-        let whole = last - (last - first) % ROWS;
-        for tile in (0..tiles).step_by(2) {
-            let both = tile + 1 < tiles;
-            for row in (first..if both { whole } else { first }).step_by(ROWS) {
-                let weights = job.tiles[tile * job.tile_bytes..][..2 * job.tile_bytes].as_ptr();
-                let x = x[row * pairs..][..ROWS * pairs].as_ptr();
-                // SAFETY: `weights` and `x` hold two tiles and the rows of `pairs` pairs; the rest as promised.
-                unsafe {
-                    let [one, two] = bf16_two_tiles::<U, ROWS>(weights, job.tile_bytes, x, pairs);
-                    store::<U, ROWS>(job, tile, row, one);
-                    store::<U, ROWS>(job, tile + 1, row, two);
-                }
-            }
-            // What is left: fewer rows, or one tile.
-            for tile in tile..tiles.min(tile + 2) {
-                let mut row = if both { whole } else { first };
-                while row < last {
-                    let count = part_of(last - row);
-                    // SAFETY: the tile and the rows are of the job; the rest as promised.
-                    unsafe { bf16_pass::<U>(job, x, tile, row, count, 0) };
-                    row += count;
-                }
-            }
-        }
-    }
-}
-
-/// `R` rows times one tile of bf16: even and odd pairs of inputs in an accumulator each, then their sum.
-///
-/// # Safety
-/// `weights` holds a tile of `pairs` pairs; `x` holds `R` rows of them.
-#[inline(always)]
-unsafe fn bf16_rows<U: Unit, const R: usize>(
-    weights: *const u8,
-    x: *const u32,
-    pairs: usize,
-    ahead: usize,
-) -> [U::Floats; R] {
-    // SAFETY: `at` stays below `pairs`.
-    unsafe {
-        let mut even = [U::splat(0.0); R];
-        let mut odd = [U::splat(0.0); R];
-        for at in (0..pairs / 2).map(|two| 2 * two) {
-            let from = weights.add(at * VECTOR);
-            prefetch(from.wrapping_add(ahead), 2 * VECTOR);
-            let (a, b) = (U::load_bytes(from), U::load_bytes(from.add(VECTOR)));
-            for r in 0..R {
-                let x = x.add(r * pairs + at);
-                even[r] = U::dot_bf16(even[r], a, *x);
-                odd[r] = U::dot_bf16(odd[r], b, *x.add(1));
-            }
-        }
-        if pairs % 2 == 1 {
-            let a = U::load_bytes(weights.add((pairs - 1) * VECTOR));
-            for (r, even) in even.iter_mut().enumerate() {
-                *even = U::dot_bf16(*even, a, *x.add(r * pairs + pairs - 1));
-            }
-        }
-        for (even, odd) in even.iter_mut().zip(odd) {
-            *even = U::add(*even, odd);
-        }
-        even
-    }
-}
-
-/// `R` rows times two tiles of bf16, each output summed as in [`bf16_rows`].
-///
-/// # Safety
-/// `weights` holds two tiles of `pairs` pairs, `tile_bytes` each; `x` holds `R` rows of them.
-#[inline(always)]
-unsafe fn bf16_two_tiles<U: Unit, const R: usize>(
-    weights: *const u8,
-    tile_bytes: usize,
-    x: *const u32,
-    pairs: usize,
-) -> [[U::Floats; R]; 2] {
-    // SAFETY: `at + half` stays below `pairs`.
-    unsafe {
-        let weights = [weights, weights.add(tile_bytes)];
-        // Of each row, for even and odd pairs, of both tiles.
-        let mut sums = [[[U::splat(0.0); 2]; 2]; R];
-        for at in (0..pairs / 2).map(|two| 2 * two) {
-            for half in 0..2 {
-                let from = (at + half) * VECTOR;
-                let (a, b) = (U::load_bytes(weights[0].add(from)), U::load_bytes(weights[1].add(from)));
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = *x.add(r * pairs + at + half);
-                    sums[half][0] = U::dot_bf16(sums[half][0], a, x);
-                    sums[half][1] = U::dot_bf16(sums[half][1], b, x);
-                }
-            }
-        }
-        if pairs % 2 == 1 {
-            let from = (pairs - 1) * VECTOR;
-            let (a, b) = (U::load_bytes(weights[0].add(from)), U::load_bytes(weights[1].add(from)));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let x = *x.add(r * pairs + pairs - 1);
-                sums[0][0] = U::dot_bf16(sums[0][0], a, x);
-                sums[0][1] = U::dot_bf16(sums[0][1], b, x);
-            }
-        }
-        let mut out = [[U::splat(0.0); R]; 2];
-        for (r, [even, odd]) in sums.into_iter().enumerate() {
-            for tile in 0..2 {
-                out[tile][r] = U::add(even[tile], odd[tile]);
-            }
-        }
-        out
     }
 }
 

@@ -1,10 +1,13 @@
 //! Multiplication of activations with packed weights, `x * w^T`.
 //!
 //! Quantised weights meet activations quantised to int8 in blocks of 32, so a block's dot product
-//! is exact in integers and only its scaling is floating point; BF16 weights meet activations rounded to
-//! bf16, F32 and F16 weights are multiplied in f32. An output depends bit for bit on its own row of `x` and its own row of
-//! weights alone: not on the batch, the threads, or how the work was split.
+//! is exact in integers and only its scaling is floating point; BF16 weights, kept in twelve bits where
+//! that loses nothing, meet activations rounded to bf16; F32 and F16 weights are multiplied in f32. An
+//! output depends bit for bit on its own row of `x` and its own row of weights alone: not on the batch,
+//! the threads, or how the work was split.
 
+mod bf16;
+mod compact;
 mod isa;
 mod kernel;
 mod layout;
@@ -21,12 +24,16 @@ mod x86;
 
 use super::pool::Pool;
 use crate::{DType, OpError, RawTensor, Result};
+use bf16::Compact;
+use compact::Table;
 use isa::Isa;
 use kernel::{Input, Job, MANY_ROWS};
 use layout::{BLOCK, LANES, Layout, tile_bytes};
 use memory::Memory;
 use quantize::Activations;
-use std::sync::OnceLock;
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Work pieces per thread: enough that a thread that is held up delays little.
 const PIECES: usize = 8;
@@ -45,6 +52,8 @@ struct Part {
     rows: usize,
     tile_bytes: usize,
     tiles: Memory,
+    /// Where the tiles are compact, what belongs to them.
+    patches: Option<Vec<u32>>,
 }
 
 /// A pointer to memory whose disjoint pieces are written by the pool's threads.
@@ -85,7 +94,8 @@ impl PackedMatrix {
 
     /// Bytes the packed weights take, which is what a one-row multiplication reads.
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.tiles.bytes().len()).sum()
+        let patches = |part: &Part| part.patches.as_ref().map_or(0, |patches| size_of_val(&patches[..]));
+        self.parts.iter().map(|part| part.tiles.bytes().len() + patches(part)).sum()
     }
 }
 
@@ -101,29 +111,105 @@ impl Part {
                 });
             }
         };
+        if tensor.dtype == DType::BF16 && compact::fits(width) {
+            let tables = tables(pool, tensor, rows);
+            if compact::pays(&tables, rows * width) {
+                return Self::compact(pool, tensor, rows, width, &tables);
+            }
+        }
+        Self::plain(pool, tensor, rows, width)
+    }
+
+    /// Every tile as [`layout`] says.
+    fn plain(pool: &Pool, tensor: &RawTensor, rows: usize, width: usize) -> Result<Self> {
         let dtype = tensor.dtype;
         let tile_bytes = tile_bytes(dtype, width);
         let mut tiles = Memory::new(rows.div_ceil(LANES) * tile_bytes)?;
-        let row_bytes = tensor.bytes().len() / rows;
-        let tile_count = rows.div_ceil(LANES);
         let to = Shared(tiles.bytes_mut().as_mut_ptr());
-        let pieces = tile_count.min(pool.threads() * PIECES);
-        pool.run(pieces, |piece| {
-            for tile in piece * tile_count / pieces..(piece + 1) * tile_count / pieces {
-                let last = rows.min((tile + 1) * LANES);
-                let bytes = &tensor.bytes()[tile * LANES * row_bytes..last * row_bytes];
-                let tile_rows: Vec<&[u8]> = bytes.chunks_exact(row_bytes).collect();
+        for_tiles(pool, rows.div_ceil(LANES), |range| {
+            for tile in range {
                 // SAFETY: tile `tile` lies inside the mapping and is written by this piece alone.
-                let tile = unsafe { std::slice::from_raw_parts_mut(to.at(tile * tile_bytes), tile_bytes) };
-                pack::pack_tile(dtype, &tile_rows, tile);
+                let to = unsafe { std::slice::from_raw_parts_mut(to.at(tile * tile_bytes), tile_bytes) };
+                pack::pack_tile(dtype, &rows_of_tile(tensor, rows, tile), to);
             }
         });
-        Ok(Self { dtype, rows, tile_bytes, tiles })
+        Ok(Self { dtype, rows, tile_bytes, tiles, patches: None })
+    }
+
+    /// Every tile as [`compact`] says, by its table.
+    fn compact(pool: &Pool, tensor: &RawTensor, rows: usize, width: usize, tables: &[Table]) -> Result<Self> {
+        let (dtype, tile_bytes) = (tensor.dtype, compact::tile_bytes(width));
+        let mut tiles = Memory::new(tables.len() * tile_bytes)?;
+        let mut first_patches = Vec::with_capacity(tables.len());
+        let mut count = 0;
+        for table in tables {
+            first_patches.push(count);
+            count += table.patches();
+        }
+        let mut patches = vec![0; count];
+        let to = (Shared(tiles.bytes_mut().as_mut_ptr()), Shared(patches.as_mut_ptr()));
+        for_tiles(pool, tables.len(), |range| {
+            let mut plain = vec![0; layout::tile_bytes(dtype, width)];
+            for tile in range {
+                let (table, first) = (&tables[tile], first_patches[tile]);
+                // SAFETY: tile `tile` and its patches lie inside what was allocated and are written by this piece alone.
+                let (to, patches) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(to.0.at(tile * tile_bytes), tile_bytes),
+                        std::slice::from_raw_parts_mut(to.1.at(first), table.patches()),
+                    )
+                };
+                plain.fill(0);
+                pack::pack_tile(dtype, &rows_of_tile(tensor, rows, tile), &mut plain);
+                table.pack(&plain, first as u32, to, patches);
+            }
+        });
+        Ok(Self { dtype, rows, tile_bytes, tiles, patches: Some(patches) })
     }
 
     fn tile_count(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
+}
+
+/// The tables that the tiles of a matrix would have in their compact form.
+fn tables(pool: &Pool, tensor: &RawTensor, rows: usize) -> Vec<Table> {
+    let tables = Mutex::new(vec![None; rows.div_ceil(LANES)]);
+    for_tiles(pool, rows.div_ceil(LANES), |range| {
+        let some: Vec<Table> =
+            range.clone().map(|tile| Table::of(&rows_of_tile(tensor, rows, tile))).collect();
+        let mut all = tables.lock().unwrap_or_else(PoisonError::into_inner);
+        all[range].iter_mut().zip(some).for_each(|(to, table)| *to = Some(table));
+    });
+    tables.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect()
+}
+
+/// Calls `job` with ranges that together are all tiles, on the pool's threads.
+fn for_tiles(pool: &Pool, tiles: usize, job: impl Fn(Range<usize>) + Sync) {
+    let pieces = tiles.min(pool.threads() * PIECES);
+    pool.run(pieces, |piece| job(piece * tiles / pieces..(piece + 1) * tiles / pieces));
+}
+
+/// The rows of a tile of a matrix of `rows` rows, as they lie in the file.
+fn rows_of_tile(tensor: &RawTensor, rows: usize, tile: usize) -> Vec<&[u8]> {
+    let row_bytes = tensor.bytes().len() / rows;
+    let bytes = &tensor.bytes()[tile * LANES * row_bytes..rows.min((tile + 1) * LANES) * row_bytes];
+    bytes.chunks_exact(row_bytes).collect()
+}
+
+/// Calls `work` with room for `bytes` bytes of this thread's own, which starts at a cache line.
+fn with_room<T>(bytes: usize, work: impl FnOnce(*mut u8) -> T) -> T {
+    #[derive(Clone, Copy)]
+    #[repr(align(64))]
+    struct Line(#[allow(dead_code)] [u8; 64]); // written and read as bytes
+    thread_local!(static ROOM: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) });
+    ROOM.with_borrow_mut(|room| {
+        let lines = bytes.div_ceil(size_of::<Line>());
+        if room.len() < lines {
+            room.resize(lines, Line([0; 64]));
+        }
+        work(room.as_mut_ptr().cast())
+    })
 }
 
 /// Buffers for converted activations, reused by every multiplication.
@@ -237,7 +323,10 @@ fn matmul_on(
         }
         _ => (tiles.min(most), None),
     };
-    pool.run(pieces, |piece| {
+    // Widened tiles of compact parts, two at a time.
+    let compact = rows >= MANY_ROWS && w.parts.iter().any(|part| part.patches.is_some());
+    let room = if compact { 2 * tile_bytes(DType::BF16, w.width) } else { 0 };
+    let run = |piece: usize, room: *mut u8| {
         let cut = |piece| match piece_tiles {
             Some(count) => tiles.min(piece * count),
             None => piece * tiles / pieces,
@@ -256,17 +345,19 @@ fn matmul_on(
                     width: w.width,
                     rows,
                     input: scratch.input(part.dtype, x, rows, w.width),
+                    compact: part.patches.as_ref().map(|patches| Compact { patches, room }),
                     bias: bias.map(|bias| &bias[row..row + outputs]),
                     outputs,
                     out: out.at(row),
                     stride: w.rows,
                 };
-                // SAFETY: the processor has `isa`; the sizes agree as asserted above and as packed;
-                // columns `row .. row + outputs` of `out` are written by this piece alone.
+                // SAFETY: the processor has `isa`; the sizes agree as asserted above and as packed; columns
+                // `row .. row + outputs` of `out` and the room are written by this piece alone.
                 unsafe { isa.kernel(part.dtype)(&job) };
             }
             part_tile += part.tile_count();
             part_row += part.rows;
         }
-    });
+    };
+    pool.run(pieces, |piece| with_room(room, |room| run(piece, room)));
 }

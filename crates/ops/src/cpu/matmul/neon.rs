@@ -99,6 +99,14 @@ impl Unit for Neon {
         each!(|i| vld1q_u8(from.add(16 * i)))
     }
     #[inline(always)]
+    unsafe fn store_bytes(bytes: Self::Bytes, to: *mut u8) {
+        unsafe {
+            for (i, quarter) in bytes.into_iter().enumerate() {
+                vst1q_u8(to.add(16 * i), quarter);
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn field<const SHIFT: i32>(a: Self::Bytes, mask: u8) -> Self::Bytes {
         each!(|i| field::<SHIFT>(a[i], mask))
     }
@@ -181,6 +189,10 @@ impl Unit for Neon {
     unsafe fn lookup(table: &[u8; 16], codes: Self::Bytes) -> Self::Bytes {
         let table = unsafe { vld1q_u8(table.as_ptr()) };
         each!(|i| vqtbl1q_u8(table, codes[i]))
+    }
+    #[inline(always)]
+    unsafe fn interleave(low: Self::Bytes, high: Self::Bytes) -> [Self::Bytes; 2] {
+        [each!(|i| vzip1q_u8(low[i], high[i])), each!(|i| vzip2q_u8(low[i], high[i]))]
     }
     #[inline(always)]
     unsafe fn store(values: Self::Floats, to: *mut f32) {

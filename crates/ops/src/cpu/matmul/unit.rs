@@ -21,10 +21,11 @@ pub(super) trait Unit {
     type Floats: Copy;
     /// 64 bytes.
     type Bytes: Copy;
-    /// Whether 24 vectors of sums fit the registers, and so [`super::kernel::bf16`] has a loop for many rows.
+    /// Whether 24 vectors of sums fit the registers, and so [`super::bf16`] has a loop for many rows.
     const MANY: bool = false;
 
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
+    unsafe fn store_bytes(bytes: Self::Bytes, to: *mut u8);
     /// Bytes `a >> SHIFT & mask`; `SHIFT` may be negative.
     unsafe fn field<const SHIFT: i32>(a: Self::Bytes, mask: u8) -> Self::Bytes;
     unsafe fn or(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
@@ -49,6 +50,8 @@ pub(super) trait Unit {
     unsafe fn load_exponents(from: *const u8) -> Self::Floats;
     /// Bytes `table[code]`; the codes are below 16.
     unsafe fn lookup(table: &[u8; 16], codes: Self::Bytes) -> Self::Bytes;
+    /// In each 16 bytes, those of `low` and `high` by turns: the first eight of both, then the others.
+    unsafe fn interleave(low: Self::Bytes, high: Self::Bytes) -> [Self::Bytes; 2];
     unsafe fn store(values: Self::Floats, to: *mut f32);
 }
 
@@ -65,11 +68,18 @@ impl Unit for Portable {
     type Ints = [i32; LANES];
     type Floats = [f32; LANES];
     type Bytes = [u8; VECTOR];
+    /// They lie in memory either way; so a checker of memory that knows no AVX-512 sees that loop too.
+    const MANY: bool = true;
 
     #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> [u8; VECTOR] {
         // SAFETY: the caller's pointer is valid for 64 bytes.
         unsafe { from.cast::<[u8; VECTOR]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(bytes: [u8; VECTOR], to: *mut u8) {
+        // SAFETY: the caller's pointer is valid for 64 bytes.
+        unsafe { to.cast::<[u8; VECTOR]>().write(bytes) }
     }
     #[inline(always)]
     unsafe fn field<const SHIFT: i32>(a: [u8; VECTOR], mask: u8) -> [u8; VECTOR] {
@@ -148,6 +158,15 @@ impl Unit for Portable {
     #[inline(always)]
     unsafe fn lookup(table: &[u8; 16], codes: [u8; VECTOR]) -> [u8; VECTOR] {
         codes.map(|code| table[usize::from(code & 15)])
+    }
+    #[inline(always)]
+    unsafe fn interleave(low: [u8; VECTOR], high: [u8; VECTOR]) -> [[u8; VECTOR]; 2] {
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| {
+                let from = i / 16 * 16 + 8 * half + i % 16 / 2;
+                if i % 2 == 0 { low[from] } else { high[from] }
+            })
+        })
     }
     #[inline(always)]
     unsafe fn store(values: [f32; LANES], to: *mut f32) {

@@ -20,6 +20,10 @@ impl<const BF16: bool> Unit for Avx512<BF16> {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
+    unsafe fn store_bytes(bytes: __m512i, to: *mut u8) {
+        unsafe { _mm512_storeu_si512(to.cast(), bytes) }
+    }
+    #[inline(always)]
     unsafe fn field<const SHIFT: i32>(a: __m512i, mask: u8) -> __m512i {
         unsafe {
             let shifted = match SHIFT {
@@ -116,6 +120,10 @@ impl<const BF16: bool> Unit for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    unsafe fn interleave(low: __m512i, high: __m512i) -> [__m512i; 2] {
+        unsafe { [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)] }
+    }
+    #[inline(always)]
     unsafe fn store(values: __m512, to: *mut f32) {
         unsafe { _mm512_storeu_ps(to, values) }
     }
@@ -210,6 +218,13 @@ impl<const VNNI: bool> Unit for Avx2<VNNI> {
         unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
     }
     #[inline(always)]
+    unsafe fn store_bytes(bytes: [__m256i; 2], to: *mut u8) {
+        unsafe {
+            _mm256_storeu_si256(to.cast(), bytes[0]);
+            _mm256_storeu_si256(to.add(32).cast(), bytes[1]);
+        }
+    }
+    #[inline(always)]
     unsafe fn field<const SHIFT: i32>(a: [__m256i; 2], mask: u8) -> [__m256i; 2] {
         unsafe { [field::<SHIFT>(a[0], mask), field::<SHIFT>(a[1], mask)] }
     }
@@ -274,6 +289,15 @@ impl<const VNNI: bool> Unit for Avx2<VNNI> {
         unsafe {
             let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
             [_mm256_shuffle_epi8(table, codes[0]), _mm256_shuffle_epi8(table, codes[1])]
+        }
+    }
+    #[inline(always)]
+    unsafe fn interleave(low: [__m256i; 2], high: [__m256i; 2]) -> [[__m256i; 2]; 2] {
+        unsafe {
+            [
+                [_mm256_unpacklo_epi8(low[0], high[0]), _mm256_unpacklo_epi8(low[1], high[1])],
+                [_mm256_unpackhi_epi8(low[0], high[0]), _mm256_unpackhi_epi8(low[1], high[1])],
+            ]
         }
     }
     #[inline(always)]

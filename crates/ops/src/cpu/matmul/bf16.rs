@@ -1,0 +1,358 @@
+//! The inner loops over BF16 weights, plain or [`compact`].
+//!
+//! As in [`kernel`](super::kernel), an output is summed over its inputs in one fixed order, and compact weights are
+//! widened to the very vectors that plain ones lie in, so that both give the same bits. Few rows are memory's
+//! work: compact weights are widened in registers, record by record. For many rows, which are arithmetic's, two tiles
+//! are widened to memory that stays in the cache and serve a whole block of rows.
+
+use super::compact::{self, HEADER_BYTES, Patches, RECORD_BYTES, TABLE_BYTES};
+use super::kernel::{AHEAD, Input, Job, MANY_ROWS, ROW_BLOCK, part_of, passes, prefetch, store};
+use super::layout::LANES;
+use super::unit::{Unit, VECTOR};
+
+/// Rows of a register tile, which is two tiles of weights wide.
+const ROWS: usize = 6;
+
+/// What a job needs beside its tiles where they are compact.
+#[derive(Clone, Copy)]
+pub(super) struct Compact<'a> {
+    /// The patches of all tiles of the part.
+    pub patches: &'a [u32],
+    /// Room for two tiles of the job's width in their plain form. A job of fewer than [`MANY_ROWS`] rows needs none.
+    pub room: *mut u8,
+}
+
+/// Vectors of a plain tile, one for each pair of inputs.
+fn pairs(job: &Job<'_>) -> usize {
+    job.width.div_ceil(2)
+}
+
+/// The loop over a job with BF16 weights.
+///
+/// # Safety
+/// See [`Kernel`](super::kernel::Kernel); compact tiles are as [`compact::Table::pack`] made them, and their room is
+/// this call's alone.
+#[inline(always)]
+pub(super) unsafe fn bf16<U: Unit>(job: &Job<'_>) {
+    let Input::Pairs(x) = job.input else { unreachable!("bf16 weights take bf16 rows") };
+    // SAFETY: as the caller promises.
+    unsafe {
+        if job.rows >= MANY_ROWS && (U::MANY || job.compact.is_some()) {
+            return many::<U>(job, x);
+        }
+        for (tile, row, count) in passes(job) {
+            let ahead = if row % ROW_BLOCK == 0 { AHEAD } else { 0 };
+            let bytes = job.tiles[tile * job.tile_bytes..][..job.tile_bytes].as_ptr();
+            match job.compact {
+                Some(compact) => compact_pass::<U>(job, x, compact, bytes, tile, row, count, ahead),
+                None => pass::<U>(job, x, bytes, tile, row, count, ahead),
+            }
+        }
+    }
+}
+
+/// `count` rows, as many as [`passes`] gives, times one plain tile.
+///
+/// # Safety
+/// See [`bf16`]; `weights` holds the tile, and the tile and the rows are of the job.
+#[inline(always)]
+unsafe fn pass<U: Unit>(
+    job: &Job<'_>,
+    x: &[u32],
+    weights: *const u8,
+    tile: usize,
+    row: usize,
+    count: usize,
+    ahead: usize,
+) {
+    let pairs = pairs(job);
+    let x = x[row * pairs..][..count * pairs].as_ptr();
+    // SAFETY: `weights` and `x` hold a tile and `count` rows of `pairs` pairs; the rest as promised.
+    unsafe {
+        match count {
+            8 => store::<U, 8>(job, tile, row, rows::<U, 8>(weights, x, pairs, ahead)),
+            4 => store::<U, 4>(job, tile, row, rows::<U, 4>(weights, x, pairs, ahead)),
+            3 => store::<U, 3>(job, tile, row, rows::<U, 3>(weights, x, pairs, ahead)),
+            2 => store::<U, 2>(job, tile, row, rows::<U, 2>(weights, x, pairs, ahead)),
+            _ => store::<U, 1>(job, tile, row, rows::<U, 1>(weights, x, pairs, ahead)),
+        }
+    }
+}
+
+/// [`pass`] for a compact tile.
+///
+/// # Safety
+/// As there.
+#[allow(clippy::too_many_arguments)] // pass's, and where the patches are
+#[inline(always)]
+unsafe fn compact_pass<U: Unit>(
+    job: &Job<'_>,
+    x: &[u32],
+    Compact { patches, .. }: Compact<'_>,
+    bytes: *const u8,
+    tile: usize,
+    row: usize,
+    count: usize,
+    ahead: usize,
+) {
+    let pairs = pairs(job);
+    let x = x[row * pairs..][..count * pairs].as_ptr();
+    // SAFETY: `bytes` and `x` hold a compact tile and `count` rows of `pairs` pairs; the rest as promised.
+    unsafe {
+        match count {
+            8 => store::<U, 8>(job, tile, row, compact_rows::<U, 8>(bytes, patches, x, pairs, ahead)),
+            4 => store::<U, 4>(job, tile, row, compact_rows::<U, 4>(bytes, patches, x, pairs, ahead)),
+            3 => store::<U, 3>(job, tile, row, compact_rows::<U, 3>(bytes, patches, x, pairs, ahead)),
+            2 => store::<U, 2>(job, tile, row, compact_rows::<U, 2>(bytes, patches, x, pairs, ahead)),
+            _ => store::<U, 1>(job, tile, row, compact_rows::<U, 1>(bytes, patches, x, pairs, ahead)),
+        }
+    }
+}
+
+/// Many rows, on units with the registers for it six of them times two tiles at a time. As many loads as dot products
+/// start in a cycle; a row times a tile takes a load for each dot product, this way two for three. Nothing is fetched
+/// ahead, for that takes the place of a load.
+///
+/// # Safety
+/// See [`bf16`].
+#[inline(always)]
+unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
+    let (tiles, pairs) = (job.outputs.div_ceil(LANES), pairs(job));
+    let block = row_block(job);
+    for first in (0..job.rows).step_by(block) {
+        let last = job.rows.min(first + block);
+        for tile in (0..tiles).step_by(2) {
+            let count = 2.min(tiles - tile);
+            let bytes = job.tiles[tile * job.tile_bytes..][..count * job.tile_bytes].as_ptr();
+            let (weights, tile_bytes) = match job.compact {
+                None => (bytes, job.tile_bytes),
+                Some(Compact { patches, room }) => {
+                    for i in 0..count {
+                        // SAFETY: the tiles are of the job and the room is for two.
+                        unsafe {
+                            let (from, to) = (bytes.add(i * job.tile_bytes), room.add(i * pairs * VECTOR));
+                            widen_tile::<U>(from, patches, pairs, to);
+                        }
+                    }
+                    (room.cast_const(), pairs * VECTOR)
+                }
+            };
+            let mut row = first;
+            while U::MANY && count == 2 && last - row >= ROWS {
+                let x = x[row * pairs..][..ROWS * pairs].as_ptr();
+                // SAFETY: `weights` and `x` hold two tiles and the rows of `pairs` pairs; the rest as promised.
+                unsafe {
+                    let [one, two] = two_tiles::<U, ROWS>(weights, tile_bytes, x, pairs);
+                    store::<U, ROWS>(job, tile, row, one);
+                    store::<U, ROWS>(job, tile + 1, row, two);
+                }
+                row += ROWS;
+            }
+            // What is left: fewer rows, or one tile.
+            while row < last {
+                let rows = part_of(last - row);
+                for i in 0..count {
+                    // SAFETY: the tile and the rows are of the job; the rest as promised.
+                    unsafe {
+                        pass::<U>(job, x, weights.add(i * tile_bytes), tile + i, row, rows, 0);
+                    }
+                }
+                row += rows;
+            }
+        }
+    }
+}
+
+/// Rows that go over all tiles together. Their activations stay in the second-level cache; where tiles are widened for
+/// them, they are as many as it has room for, in blocks of one size, so that this costs little beside what follows.
+fn row_block(job: &Job<'_>) -> usize {
+    const CACHE: usize = 512 << 10;
+    const LEAST: usize = 10 * ROWS;
+    match job.compact {
+        None => LEAST,
+        Some(_) => {
+            let blocks = job.rows.div_ceil((CACHE / (4 * pairs(job))).max(LEAST));
+            job.rows.div_ceil(blocks).next_multiple_of(ROWS)
+        }
+    }
+}
+
+/// `R` rows times one plain tile: even and odd pairs of inputs in an accumulator each, then their sum.
+///
+/// # Safety
+/// `weights` holds a tile of `pairs` pairs; `x` holds `R` rows of them.
+#[inline(always)]
+unsafe fn rows<U: Unit, const R: usize>(
+    weights: *const u8,
+    x: *const u32,
+    pairs: usize,
+    ahead: usize,
+) -> [U::Floats; R] {
+    // SAFETY: `at` stays below `pairs`.
+    unsafe {
+        let mut even = [U::splat(0.0); R];
+        let mut odd = [U::splat(0.0); R];
+        for at in (0..pairs / 2).map(|two| 2 * two) {
+            let from = weights.add(at * VECTOR);
+            prefetch(from.wrapping_add(ahead), 2 * VECTOR);
+            let (a, b) = (U::load_bytes(from), U::load_bytes(from.add(VECTOR)));
+            for r in 0..R {
+                let x = x.add(r * pairs + at);
+                even[r] = U::dot_bf16(even[r], a, *x);
+                odd[r] = U::dot_bf16(odd[r], b, *x.add(1));
+            }
+        }
+        if pairs % 2 == 1 {
+            let a = U::load_bytes(weights.add((pairs - 1) * VECTOR));
+            for (r, even) in even.iter_mut().enumerate() {
+                *even = U::dot_bf16(*even, a, *x.add(r * pairs + pairs - 1));
+            }
+        }
+        for (even, odd) in even.iter_mut().zip(odd) {
+            *even = U::add(*even, odd);
+        }
+        even
+    }
+}
+
+/// `R` rows times two plain tiles, each output summed as in [`rows`].
+///
+/// # Safety
+/// `weights` holds two tiles of `pairs` pairs, `tile_bytes` apart; `x` holds `R` rows of them.
+#[inline(always)]
+unsafe fn two_tiles<U: Unit, const R: usize>(
+    weights: *const u8,
+    tile_bytes: usize,
+    x: *const u32,
+    pairs: usize,
+) -> [[U::Floats; R]; 2] {
+    // SAFETY: `at + half` stays below `pairs`.
+    unsafe {
+        let weights = [weights, weights.add(tile_bytes)];
+        // Of each row, for even and odd pairs, of both tiles.
+        let mut sums = [[[U::splat(0.0); 2]; 2]; R];
+        for at in (0..pairs / 2).map(|two| 2 * two) {
+            for half in 0..2 {
+                let from = (at + half) * VECTOR;
+                let (a, b) = (U::load_bytes(weights[0].add(from)), U::load_bytes(weights[1].add(from)));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = *x.add(r * pairs + at + half);
+                    sums[half][0] = U::dot_bf16(sums[half][0], a, x);
+                    sums[half][1] = U::dot_bf16(sums[half][1], b, x);
+                }
+            }
+        }
+        if pairs % 2 == 1 {
+            let from = (pairs - 1) * VECTOR;
+            let (a, b) = (U::load_bytes(weights[0].add(from)), U::load_bytes(weights[1].add(from)));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = *x.add(r * pairs + pairs - 1);
+                sums[0][0] = U::dot_bf16(sums[0][0], a, x);
+                sums[0][1] = U::dot_bf16(sums[0][1], b, x);
+            }
+        }
+        let mut out = [[U::splat(0.0); R]; 2];
+        for (r, [even, odd]) in sums.into_iter().enumerate() {
+            for tile in 0..2 {
+                out[tile][r] = U::add(even[tile], odd[tile]);
+            }
+        }
+        out
+    }
+}
+
+/// `R` rows times one compact tile, each output summed as in [`rows`].
+///
+/// # Safety
+/// `tile` holds a compact tile of `pairs` pairs, whose patches are among `patches`; `x` holds `R` rows of `pairs` pairs.
+#[inline(always)]
+unsafe fn compact_rows<U: Unit, const R: usize>(
+    tile: *const u8,
+    patches: &[u32],
+    x: *const u32,
+    pairs: usize,
+    ahead: usize,
+) -> [U::Floats; R] {
+    // SAFETY: the tile is a header and a record for each four pairs.
+    unsafe {
+        let (table, mut patches) = header(tile, patches);
+        let mut even = [U::splat(0.0); R];
+        let mut odd = [U::splat(0.0); R];
+        for record in 0..pairs / 4 {
+            let from = tile.add(HEADER_BYTES + record * RECORD_BYTES);
+            prefetch(from.wrapping_add(ahead), RECORD_BYTES);
+            let [a, b, c, d] = widen::<U>(from, &table, record, &mut patches);
+            for r in 0..R {
+                let x = x.add(r * pairs + 4 * record);
+                even[r] = U::dot_bf16(even[r], a, *x);
+                odd[r] = U::dot_bf16(odd[r], b, *x.add(1));
+                even[r] = U::dot_bf16(even[r], c, *x.add(2));
+                odd[r] = U::dot_bf16(odd[r], d, *x.add(3));
+            }
+        }
+        for (even, odd) in even.iter_mut().zip(odd) {
+            *even = U::add(*even, odd);
+        }
+        even
+    }
+}
+
+/// Writes the plain form of a compact tile to `to`.
+///
+/// # Safety
+/// `tile` holds a compact tile of `pairs` pairs, whose patches are among `patches`; `to` has room for as many vectors.
+#[inline(always)]
+pub(super) unsafe fn widen_tile<U: Unit>(tile: *const u8, patches: &[u32], pairs: usize, to: *mut u8) {
+    // SAFETY: the tile is a header and a record for each four pairs.
+    unsafe {
+        let (table, mut patches) = header(tile, patches);
+        for record in 0..pairs / 4 {
+            let from = tile.add(HEADER_BYTES + record * RECORD_BYTES);
+            prefetch(from.wrapping_add(AHEAD), RECORD_BYTES);
+            let vectors = widen::<U>(from, &table, record, &mut patches);
+            for (i, vector) in vectors.into_iter().enumerate() {
+                U::store_bytes(vector, to.add((4 * record + i) * VECTOR));
+            }
+        }
+    }
+}
+
+/// A compact tile's table and patches.
+///
+/// # Safety
+/// `tile` holds a compact tile.
+#[inline(always)]
+unsafe fn header(tile: *const u8, patches: &[u32]) -> ([u8; TABLE_BYTES], Patches<'_>) {
+    // SAFETY: the header is that long.
+    let header = unsafe { &*tile.cast::<[u8; HEADER_BYTES]>() };
+    compact::header(header, patches)
+}
+
+/// The four plain vectors of a record: the high bytes that its codes stand for beside the low bytes.
+///
+/// # Safety
+/// `from` holds a record.
+#[inline(always)]
+unsafe fn widen<U: Unit>(
+    from: *const u8,
+    table: &[u8; TABLE_BYTES],
+    record: usize,
+    patches: &mut Patches<'_>,
+) -> [U::Bytes; 4] {
+    // SAFETY: a record is three vectors; `bytes` is two.
+    unsafe {
+        let codes = U::load_bytes(from);
+        let mut high =
+            [U::lookup(table, U::field::<0>(codes, 15)), U::lookup(table, U::field::<4>(codes, 15))];
+        if patches.are_due(record) {
+            let mut bytes = [0; 2 * VECTOR];
+            U::store_bytes(high[0], bytes.as_mut_ptr());
+            U::store_bytes(high[1], bytes.as_mut_ptr().add(VECTOR));
+            patches.apply(record, &mut bytes);
+            high = [U::load_bytes(bytes.as_ptr()), U::load_bytes(bytes.as_ptr().add(VECTOR))];
+        }
+        let [a, b] = U::interleave(U::load_bytes(from.add(VECTOR)), high[0]);
+        let [c, d] = U::interleave(U::load_bytes(from.add(2 * VECTOR)), high[1]);
+        [a, b, c, d]
+    }
+}
