@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use rudder_ops::{AttentionShape, BLOCK_SIZE, Backend, ExpertWeights, Rank, RawTensor};
+use rudder_ops::{AttentionShape, BLOCK_SIZE, Backend, DType, ExpertWeights, Rank, RawTensor};
 
 use crate::arch::{self, Architecture};
 use crate::decoder::{Decoder, Layer, Limits, Mlp, Workspace};
@@ -150,6 +150,12 @@ impl ModelSource {
     /// Bytes of the weights as they lie in the files.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.bytes()
+    }
+
+    /// Whether BF16 is the format the model computes in: its embedding table is stored so, whatever its matrices are.
+    pub fn is_bf16(&self) -> bool {
+        let table = self.weights.embedding([self.config.vocab, self.config.hidden]);
+        table.is_ok_and(|table| table.dtype == DType::BF16)
     }
 
     /// Bytes that one KV block takes in all layers together, on all ranks of the model that `backend` runs one of.

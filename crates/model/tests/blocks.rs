@@ -27,7 +27,9 @@ fn run(model: &mut dyn Model, ids: &[u32], start: usize, blocks: &[u32]) -> Vec<
 
 #[test]
 fn blocks_moved_to_another_model_of_the_same_weights_give_the_same_logits_bit_for_bit() {
-    for (name, dtype) in FIXTURES.iter().flat_map(|n| [(n, KvDType::F16), (n, KvDType::F32)]) {
+    for (name, dtype) in
+        FIXTURES.iter().flat_map(|n| [(n, KvDType::F16), (n, KvDType::BF16), (n, KvDType::F32)])
+    {
         let ids = &expected(name).ids[0];
         let mut first = model(name, dtype);
         let wanted = run(&mut *first, ids, 0, &[5, 0, 3]);
@@ -80,5 +82,6 @@ fn the_fingerprint_changes_with_weights_configuration_and_dtype() {
     }
     let fingerprint = |name, dtype| model(name, dtype).kv_block().unwrap().fingerprint;
     assert_ne!(fingerprint("qwen2", KvDType::F16), fingerprint("qwen2", KvDType::F32));
+    assert_ne!(fingerprint("qwen2", KvDType::F16), fingerprint("qwen2", KvDType::BF16));
     assert_ne!(fingerprint("qwen2", KvDType::F16), fingerprint("qwen3", KvDType::F16));
 }

@@ -14,9 +14,9 @@ const INTERMEDIATE: usize = 4864;
 const SHAPE: AttentionShape = AttentionShape { heads: 14, kv_heads: 2, head_dim: 64, scale: 0.125 };
 const ROWS: [usize; 2] = [1, 512];
 
-fn backend() -> Cpu {
+fn backend(kv_dtype: KvDType) -> Cpu {
     let threads = std::env::var("THREADS").ok().and_then(|v| v.parse().ok()).unwrap_or(2);
-    Cpu::new(threads, KvDType::F16)
+    Cpu::new(threads, kv_dtype)
 }
 
 /// A tensor of `rows` rows, by way of an embedding of as many tokens.
@@ -39,7 +39,7 @@ fn batch(rows: usize, cached: usize) -> Batch {
 }
 
 fn elementwise(c: &mut Criterion) {
-    let mut cpu = backend();
+    let mut cpu = backend(KvDType::F16);
     let mut group = c.benchmark_group("ops");
     group.sample_size(20).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_secs(1));
     for rows in ROWS {
@@ -61,7 +61,12 @@ fn elementwise(c: &mut Criterion) {
 }
 
 fn attention(c: &mut Criterion) {
-    let mut cpu = backend();
+    attention_in(c, "attention", KvDType::F16);
+    attention_in(c, "attention bf16", KvDType::BF16);
+}
+
+fn attention_in(c: &mut Criterion, name: &str, kv_dtype: KvDType) {
+    let mut cpu = backend(kv_dtype);
     let inv_freq = (0..SHAPE.head_dim / 2).map(|i| 1e6f32.powf(-2.0 * i as f32 / SHAPE.head_dim as f32));
     let rope = Rope { inv_freq: inv_freq.collect(), pairing: RopePairing::Halves };
     cpu.load_rope(&rope, 1 << 15).expect("rope");
@@ -82,10 +87,10 @@ fn attention(c: &mut Criterion) {
             1 => Throughput::Bytes((pairs * 2 * SHAPE.kv_heads * SHAPE.head_dim * 2) as u64),
             _ => Throughput::Elements((pairs * 4 * SHAPE.out_width()) as u64),
         });
-        group.bench_function(BenchmarkId::new("attention", format!("{rows} at {cached}")), |b| {
+        group.bench_function(BenchmarkId::new(name, format!("{rows} at {cached}")), |b| {
             b.iter(|| cpu.attention(&qkv, &SHAPE, Default::default(), next(), &cache, &mut out));
         });
-        if cached == 0 || cached == 2000 {
+        if kv_dtype == KvDType::F16 && (cached == 0 || cached == 2000) {
             group.throughput(Throughput::Bytes((8 * rows * width) as u64));
             group.bench_function(BenchmarkId::new("rope_and_cache", rows), |b| {
                 b.iter(|| cpu.rope_and_cache(&mut qkv, &SHAPE, None, next(), &mut cache));

@@ -15,6 +15,8 @@ const VOCAB: usize = 64;
 const NAN_TOKEN: u32 = VOCAB as u32 - 1;
 const SHAPE: AttentionShape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 20, scale: 0.22 };
 const BLOCKS: usize = 200;
+/// How servers keep keys and values; attention reads the two differently.
+const SERVED: [KvDType; 2] = [KvDType::F16, KvDType::BF16];
 
 fn values(seed: u32, n: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(747_796_405).wrapping_add(1);
@@ -148,7 +150,7 @@ fn chunked(tokens: &[u32], chunk: usize, mut model: Model) -> Result<Vec<u32>> {
 fn bits_do_not_depend_on_chunks_neighbours_blocks_or_threads() -> Result<()> {
     // Beyond two pieces of attention, so that one stream's pieces are computed in parallel too.
     let tokens = prompt(1100);
-    for kv_dtype in [KvDType::F16, KvDType::F32] {
+    for kv_dtype in [KvDType::F16, KvDType::BF16, KvDType::F32] {
         let expected = whole(&tokens, kv_dtype, None)?;
         for (chunk, threads) in [(1, 2), (7, 1), (7, 3), (64, 1), (64, 2), (64, 3), (1100, 3)] {
             let found = chunked(&tokens, chunk, Model::new(threads, kv_dtype, None)?)?;
@@ -162,13 +164,13 @@ fn bits_do_not_depend_on_chunks_neighbours_blocks_or_threads() -> Result<()> {
 fn nor_do_they_within_a_sliding_window() -> Result<()> {
     let tokens = prompt(1100);
     // Within a block, across blocks and pieces, over more than a piece.
-    for window in [5, 130, 700] {
-        let expected = whole(&tokens, KvDType::F16, Some(window))?;
+    for (window, kv_dtype) in [5, 130, 700].into_iter().flat_map(|n| SERVED.map(|kv_dtype| (n, kv_dtype))) {
+        let expected = whole(&tokens, kv_dtype, Some(window))?;
         for (chunk, threads) in [(1, 2), (7, 3), (64, 2), (1100, 3)] {
-            let found = chunked(&tokens, chunk, Model::new(threads, KvDType::F16, Some(window))?)?;
+            let found = chunked(&tokens, chunk, Model::new(threads, kv_dtype, Some(window))?)?;
             assert!(
                 found == expected,
-                "a window of {window} in chunks of {chunk} on {threads} threads differs"
+                "{kv_dtype:?}, a window of {window} in chunks of {chunk} on {threads} threads differs"
             );
         }
     }
@@ -177,10 +179,13 @@ fn nor_do_they_within_a_sliding_window() -> Result<()> {
 
 #[test]
 fn what_stands_before_a_window_does_not_show_even_when_it_is_nan() -> Result<()> {
-    let mut tokens = prompt(600);
-    let expected = whole(&tokens, KvDType::F16, Some(20))?;
-    tokens[570] = NAN_TOKEN;
-    assert!(whole(&tokens, KvDType::F16, Some(20))?[590 * HIDDEN..] == expected[590 * HIDDEN..]);
+    for (kv_dtype, window) in SERVED.into_iter().flat_map(|kv_dtype| [20, 19].map(|n| (kv_dtype, n))) {
+        let mut tokens = prompt(600);
+        let expected = whole(&tokens, kv_dtype, Some(window))?;
+        tokens[570] = NAN_TOKEN;
+        let after = (570 + window) * HIDDEN;
+        assert!(whole(&tokens, kv_dtype, Some(window))?[after..] == expected[after..], "{kv_dtype:?}");
+    }
     Ok(())
 }
 
@@ -188,9 +193,11 @@ fn what_stands_before_a_window_does_not_show_even_when_it_is_nan() -> Result<()>
 fn a_lone_decode_split_into_pieces_gives_the_same_bits() -> Result<()> {
     let tokens = prompt(1500);
     let blocks: Vec<u32> = (0..100).collect();
-    for (threads, window) in [(2, None), (3, None), (8, None), (3, Some(900))] {
-        let expected = whole(&tokens, KvDType::F16, window)?;
-        let mut model = Model::new(threads, KvDType::F16, window)?;
+    let cases = [(2, None), (3, None), (8, None), (3, Some(900))];
+    for ((threads, window), kv_dtype) in cases.into_iter().flat_map(|case| SERVED.map(|dtype| (case, dtype)))
+    {
+        let expected = whole(&tokens, kv_dtype, window)?;
+        let mut model = Model::new(threads, kv_dtype, window)?;
         let mut batch = Batch::default();
         batch.push(&tokens[..1490], 0, &blocks, 0);
         model.forward(&batch)?;
@@ -206,22 +213,28 @@ fn a_lone_decode_split_into_pieces_gives_the_same_bits() -> Result<()> {
 #[test]
 fn what_a_block_held_before_does_not_show() -> Result<()> {
     let tokens = prompt(21);
-    let expected = whole(&tokens, KvDType::F16, None)?;
-    let mut model = Model::new(2, KvDType::F16, None)?;
-    let mut batch = Batch::default();
-    batch.push(&[NAN_TOKEN; 32], 0, &[7, 3], 0);
-    model.forward(&batch)?;
-    batch.clear();
-    batch.push(&tokens, 0, &[3, 7], tokens.len());
-    assert!(model.forward(&batch)? == expected);
+    for kv_dtype in SERVED {
+        let expected = whole(&tokens, kv_dtype, None)?;
+        let mut model = Model::new(2, kv_dtype, None)?;
+        let mut batch = Batch::default();
+        batch.push(&[NAN_TOKEN; 32], 0, &[7, 3], 0);
+        model.forward(&batch)?;
+        batch.clear();
+        batch.push(&tokens, 0, &[3, 7], tokens.len());
+        assert!(model.forward(&batch)? == expected, "{kv_dtype:?}");
+    }
     Ok(())
 }
 
 #[test]
 fn a_later_token_of_the_same_chunk_does_not_show_even_when_it_is_nan() -> Result<()> {
-    let mut tokens = prompt(21);
-    let expected = whole(&tokens, KvDType::F16, None)?;
-    tokens[20] = NAN_TOKEN;
-    assert!(whole(&tokens, KvDType::F16, None)?[..20 * HIDDEN] == expected[..20 * HIDDEN]);
+    // With the other half of a pair before it, and with none.
+    for (kv_dtype, last) in SERVED.into_iter().flat_map(|kv_dtype| [20, 21].map(|last| (kv_dtype, last))) {
+        let mut tokens = prompt(last + 1);
+        let expected = whole(&tokens, kv_dtype, None)?;
+        tokens[last] = NAN_TOKEN;
+        let before = last * HIDDEN;
+        assert!(whole(&tokens, kv_dtype, None)?[..before] == expected[..before], "{kv_dtype:?}");
+    }
     Ok(())
 }

@@ -272,6 +272,7 @@ fn rope_and_attention_agree_over_shapes_chunks_and_pieces() -> Result<()> {
         let what = format!("{shape:?}");
         assert_close(&case.run(&mut cpu(2))?, &expected, 3e-5, &what);
         assert_close(&case.run(&mut Cpu::new(2, KvDType::F16))?, &expected, 1e-2, &what);
+        assert_close(&case.run(&mut Cpu::new(2, KvDType::BF16))?, &expected, 5e-2, &what);
     }
     Ok(())
 }
@@ -294,6 +295,7 @@ fn sliding_windows_and_sinks_agree() -> Result<()> {
             let what = format!("window {window:?}, sinks {:?}", case.sinks);
             assert_close(&case.run(&mut cpu(2))?, &expected, 3e-5, &what);
             assert_close(&case.run(&mut Cpu::new(3, KvDType::F16))?, &expected, 1e-2, &what);
+            assert_close(&case.run(&mut Cpu::new(3, KvDType::BF16))?, &expected, 5e-2, &what);
         }
     }
     Ok(())

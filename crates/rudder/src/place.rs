@@ -54,12 +54,13 @@ impl Place {
         if settings.kv_cache_dtype == Some(KvCacheDtype::Fp8) {
             bail!("kv_cache_dtype = fp8 is for GPUs (device = cuda); on the CPU leave it out");
         }
+        let kv_dtype = KvDType::of_model(source.is_bf16());
         let backend = match settings.tensor_parallel_size.unwrap_or(1) {
-            1 => Backend::Cpu(Box::new(Cpu::new(threads, KvDType::F16))),
+            1 => Backend::Cpu(Box::new(Cpu::new(threads, kv_dtype))),
             ranks => {
                 source.check_ranks(ranks)?;
                 let group = Group::new(ranks);
-                let cpus = ranks_on(&group, threads);
+                let cpus = ranks_on(&group, threads, kv_dtype);
                 Backend::Cpus(group, cpus)
             }
         };
@@ -138,9 +139,9 @@ fn gpus(group: &Group, first: usize, kv_dtype: rudder_cuda::KvDType) -> Result<V
 }
 
 /// The ranks of a group, which share `threads` threads.
-fn ranks_on(group: &Group, threads: usize) -> Vec<Cpu> {
+fn ranks_on(group: &Group, threads: usize, kv_dtype: KvDType) -> Vec<Cpu> {
     let members = group.members().into_iter().zip(shares(threads, group.world()));
-    members.map(|(member, threads)| Cpu::new(threads, KvDType::F16).in_group(member)).collect()
+    members.map(|(member, threads)| Cpu::new(threads, kv_dtype).in_group(member)).collect()
 }
 
 /// Threads for each rank: as evenly as they divide, at least one. The first rank, which samples too, has no fewer than another.

@@ -10,12 +10,14 @@
 //! Queries that read the same keys (the heads of a group, neighbouring rows of a sequence) are
 //! computed in tiles, so that a key loaded once serves up to eight of them, and two vectors of keys
 //! are computed beside each other, so that an element of a query loaded once serves both. Where
-//! several tiles read a piece, it is widened to f32 once for all of them.
+//! several tiles read a piece, it is widened to f32 once for all of them; pieces in bf16 are read as they are, by
+//! [`attention_pairs`](super::attention_pairs).
 //!
 //! Within a sliding window, pieces and blocks that no query of a tile sees are passed over; what stands before the
 //! window in a block is masked. A sink enters a query's sum when all pieces are merged.
 
-use super::kv::{Element, KvCache, Layer, Layout};
+use super::attention_pairs::{PairTile, Pairs};
+use super::kv::{Bf16, Element, KvCache, Layer, Layout, Loaded};
 use super::pool::Pool;
 use super::rows::Disjoint;
 use super::simd::{self, Kernel, LANES, Level, Simd};
@@ -24,11 +26,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Tokens of a piece.
-const PIECE: usize = 512;
+pub(super) const PIECE: usize = 512;
 /// Rows of one sequence that a thread takes at a time.
 const ROWS: usize = 16;
 /// Most queries in a tile.
-const MAX_TILE: usize = 8;
+pub(super) const MAX_TILE: usize = 8;
 /// Tiles from which on widening a piece once is less work than widening it in each of them.
 const WIDEN: usize = 3;
 /// Multiplications below which one thread is as fast as several.
@@ -98,14 +100,22 @@ pub(super) struct Buffers {
 /// Buffers of one thread.
 #[derive(Default)]
 struct Worker {
-    /// A piece's keys and values in f32, as blocks of one head.
+    /// The running results of a row block, `[queries, state]`.
+    states: Vec<f32>,
+    tile: TileBuffers,
+}
+
+/// What computing the tiles of a piece takes.
+#[derive(Default)]
+struct TileBuffers {
+    /// The piece's keys and values in f32, as blocks of one head.
     widened: Vec<f32>,
     /// A tile's scores, `[tile, PIECE]`.
     scores: Vec<f32>,
+    /// Its queries and probabilities in bf16.
+    pairs: Pairs,
     /// Its results on one piece, `[tile, state]`.
     partials: Vec<f32>,
-    /// The running results of a row block, `[queries, state]`.
-    states: Vec<f32>,
 }
 
 impl Buffers {
@@ -133,6 +143,7 @@ impl Attention<'_> {
     pub fn run(&self, pool: &Pool, cache: &KvCache, layer: usize, buffers: &mut Buffers, out: &mut [f32]) {
         match cache.layer(layer) {
             Layer::F16(kv) => Job { op: self, kv, layout: cache.layout }.run(pool, buffers, out),
+            Layer::BF16(kv) => Job { op: self, kv, layout: cache.layout }.run(pool, buffers, out),
             Layer::F32(kv) => Job { op: self, kv, layout: cache.layout }.run(pool, buffers, out),
         }
     }
@@ -145,7 +156,7 @@ struct Job<'a, E> {
     layout: Layout,
 }
 
-impl<E: Element> Job<'_, E> {
+impl<E: Stored> Job<'_, E> {
     fn run(&self, pool: &Pool, buffers: &mut Buffers, out: &mut [f32]) {
         let plan = self.op.plan;
         let Buffers { workers, partials } = buffers;
@@ -199,12 +210,16 @@ impl<E: Element> Job<'_, E> {
 
     fn reserve(&self, worker: &mut Worker) {
         let grow = |x: &mut Vec<f32>, len: usize| x.resize(x.len().max(len), 0.0);
-        if E::NARROW && self.op.plan.max_rows * self.group() >= WIDEN * self.op.level.tile() {
-            grow(&mut worker.widened, PIECE / BLOCK_SIZE * self.layout.head_len());
+        let Worker { states, tile } = worker;
+        if E::PAIRED {
+            tile.pairs.reserve(self.layout.head_dim);
         }
-        grow(&mut worker.scores, MAX_TILE * PIECE);
-        grow(&mut worker.partials, MAX_TILE * self.state_len());
-        grow(&mut worker.states, self.unit_len());
+        if E::WIDENS && self.op.plan.max_rows * self.group() >= WIDEN * self.op.level.tile() {
+            grow(&mut tile.widened, PIECE / BLOCK_SIZE * self.layout.head_len());
+        }
+        grow(&mut tile.scores, MAX_TILE * PIECE);
+        grow(&mut tile.partials, MAX_TILE * self.state_len());
+        grow(states, self.unit_len());
     }
 
     /// A row block and key head from first to last piece.
@@ -213,11 +228,11 @@ impl<E: Element> Job<'_, E> {
         let block = &self.op.plan.blocks[self.op.plan.blocks.len() - 1 - unit / self.layout.kv_heads];
         let head = unit % self.layout.kv_heads;
         let len = self.state_len();
-        let Worker { widened, scores, partials, states } = worker;
+        let Worker { states, tile } = worker;
         let states = &mut states[..block.rows * self.group() * len];
         states.fill(0.0);
         for piece in self.first_piece(block)..block.pieces {
-            self.tiles(block, head, piece, widened, scores, partials, |first, tile| {
+            self.tiles(block, head, piece, tile, |first, tile| {
                 for (state, partial) in
                     states[first * len..].chunks_exact_mut(len).zip(tile.chunks_exact(len))
                 {
@@ -239,8 +254,7 @@ impl<E: Element> Job<'_, E> {
         let len = self.unit_len();
         // SAFETY: every task has its own part.
         let states = unsafe { shared.part(task * len..(task + 1) * len) };
-        let Worker { widened, scores, partials, .. } = worker;
-        self.tiles(block, head, piece, widened, scores, partials, |first, tile| {
+        self.tiles(block, head, piece, &mut worker.tile, |first, tile| {
             states[first * self.state_len()..][..tile.len()].copy_from_slice(tile);
         });
     }
@@ -263,23 +277,21 @@ impl<E: Element> Job<'_, E> {
 
     /// Computes the tiles of a piece and hands each one's states to `take` with the index of its
     /// first query. Query `i` of a row block is head `i % group` of row `i / group`.
-    #[allow(clippy::too_many_arguments)] // the buffers of one worker, borrowed apart
     fn tiles(
         &self,
         block: &RowBlock,
         head: usize,
         piece: usize,
-        widened: &mut [f32],
-        scores: &mut [f32],
-        partials: &mut [f32],
+        buffers: &mut TileBuffers,
         mut take: impl FnMut(usize, &[f32]),
     ) {
+        let TileBuffers { widened, scores, pairs, partials } = buffers;
         let (group, count) = (self.group(), block.rows * self.group());
         let table =
             &self.op.batch.block_tables[block.span.table..][..block.span.context.div_ceil(BLOCK_SIZE)];
         let table = &table[piece * PIECE / BLOCK_SIZE..];
         let step = self.op.level.tile();
-        let widen = E::NARROW && count >= WIDEN * step;
+        let widen = E::WIDENS && count >= WIDEN * step;
         if widen {
             let keys = (block.position + block.rows - piece * PIECE).min(PIECE);
             let unseen = self.first_key(block.position).saturating_sub(piece * PIECE) / BLOCK_SIZE;
@@ -303,7 +315,7 @@ impl<E: Element> Job<'_, E> {
             let (layout, scale) = (self.layout, self.op.shape.scale);
             let states = &mut partials[..tile * self.state_len()];
             if widen {
-                let (kv, layout) = (&*widened, Layout { kv_heads: 1, ..layout });
+                let (kv, layout) = (&widened[..], Layout { kv_heads: 1, ..layout });
                 let table = &IN_ORDER;
                 let tile =
                     Tile { queries, begins, limits, kv, layout, head: 0, table, scale, scores, states };
@@ -311,7 +323,7 @@ impl<E: Element> Job<'_, E> {
             } else {
                 let kv = self.kv;
                 let tile = Tile { queries, begins, limits, kv, layout, head, table, scale, scores, states };
-                self.op.level.run(tile);
+                E::run(self.op.level, tile, pairs);
             }
             take(first, &partials[..used * self.state_len()]);
         }
@@ -322,7 +334,7 @@ impl<E: Element> Job<'_, E> {
         let len = self.layout.head_len();
         for (&block, to) in table.iter().zip(to.chunks_exact_mut(len)) {
             let from = &self.kv[self.layout.keys(block as usize, head)..][..len];
-            self.op.level.run(Widen { from, to });
+            E::widen(self.op.level, from, to);
         }
     }
 
@@ -389,6 +401,46 @@ fn merge(state: &mut [f32], piece: &[f32]) {
     state[n + 1] = sum * a + piece_sum * b;
 }
 
+/// How attention reads an element.
+trait Stored: Element {
+    /// Whether it may pay to widen a piece once for many tiles.
+    const WIDENS: bool;
+    /// Widens whole vectors; called only where [`Stored::WIDENS`].
+    fn widen(level: Level, from: &[Self], to: &mut [f32]);
+    /// Computes a tile; `pairs` has room where elements lie in pairs.
+    fn run(level: Level, tile: Tile<'_, Self>, pairs: &mut Pairs);
+}
+
+impl Stored for u16 {
+    const WIDENS: bool = true;
+    fn widen(level: Level, from: &[Self], to: &mut [f32]) {
+        level.run(Widen { from, to });
+    }
+    fn run(level: Level, tile: Tile<'_, Self>, _: &mut Pairs) {
+        level.run(tile);
+    }
+}
+
+impl Stored for f32 {
+    const WIDENS: bool = false;
+    fn widen(_: Level, from: &[Self], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+    fn run(level: Level, tile: Tile<'_, Self>, _: &mut Pairs) {
+        level.run(tile);
+    }
+}
+
+impl Stored for Bf16 {
+    const WIDENS: bool = false;
+    fn widen(_: Level, _: &[Self], _: &mut [f32]) {
+        unreachable!("pairs are not widened");
+    }
+    fn run(level: Level, tile: Tile<'_, Self>, pairs: &mut Pairs) {
+        level.run(PairTile { tile, pairs });
+    }
+}
+
 /// The block table of a widened piece.
 const IN_ORDER: [u32; PIECE / BLOCK_SIZE] = {
     let mut table = [0; PIECE / BLOCK_SIZE];
@@ -406,7 +458,7 @@ struct Widen<'a, E> {
     to: &'a mut [f32],
 }
 
-impl<E: Element> Kernel for Widen<'_, E> {
+impl<E: Loaded> Kernel for Widen<'_, E> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
@@ -418,25 +470,25 @@ impl<E: Element> Kernel for Widen<'_, E> {
 }
 
 /// Up to [`Simd::TILE`] queries on one piece of their sequence.
-struct Tile<'a, E> {
+pub(super) struct Tile<'a, E> {
     /// `head_dim` elements each.
-    queries: &'a [&'a [f32]],
+    pub queries: &'a [&'a [f32]],
     /// The first of the piece's keys that each query sees.
-    begins: &'a [usize],
+    pub begins: &'a [usize],
     /// Behind the last of the piece's keys that each query sees.
-    limits: &'a [usize],
+    pub limits: &'a [usize],
     /// The layer, or a widened piece.
-    kv: &'a [E],
-    layout: Layout,
-    head: usize,
+    pub kv: &'a [E],
+    pub layout: Layout,
+    pub head: usize,
     /// The sequence's blocks from the piece on.
-    table: &'a [u32],
-    scale: f32,
-    scores: &'a mut [f32],
-    states: &'a mut [f32],
+    pub table: &'a [u32],
+    pub scale: f32,
+    pub scores: &'a mut [f32],
+    pub states: &'a mut [f32],
 }
 
-impl<E: Element> Kernel for Tile<'_, E> {
+impl<E: Loaded> Kernel for Tile<'_, E> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
@@ -452,7 +504,7 @@ impl<E: Element> Kernel for Tile<'_, E> {
     }
 }
 
-impl<E: Element> Tile<'_, E> {
+impl<E: Loaded> Tile<'_, E> {
     /// Fills `states`; `T` is the number of queries.
     ///
     /// # Safety
@@ -586,7 +638,7 @@ impl<E: Element> Tile<'_, E> {
 /// # Safety
 /// The CPU has the instructions of `S`; the vectors and scores can be read.
 #[inline(always)]
-unsafe fn add<S: Simd, E: Element, const T: usize, const P: usize>(
+unsafe fn add<S: Simd, E: Loaded, const T: usize, const P: usize>(
     sums: &mut [[S::V; P]; T],
     value: *const E,
     scores: *const f32,

@@ -3,11 +3,13 @@
 //! A layer is a run of blocks, a block a run of heads. A head of a block holds its 16 keys
 //! transposed, `[head_dim, 16]`, so that one vector is one element of 16 keys and a query's 16
 //! products come out without a horizontal sum; then its 16 values, `[16, head_dim]`, each padded
-//! to whole vectors.
+//! to whole vectors. In BF16 two elements of a key and the same element of two values lie beside each other, as
+//! dot products of bf16 pairs want them: keys `[head_dim / 2, 16, 2]`, values `[8, head_dim, 2]`.
 
 use std::ops::Range;
 
-use super::simd::{LANES, Simd};
+use super::matmul::round_bf16;
+use super::simd::{LANES, Level, Simd};
 use super::zeros;
 use crate::{AttentionShape, BLOCK_SIZE, OpError, Result};
 
@@ -22,8 +24,17 @@ pub(super) const LAYOUT: &str = "keys transposed, values padded, 1";
 pub enum KvDType {
     /// Half floats: half the memory and bandwidth; what servers use.
     F16,
+    /// The format of BF16 models: attention multiplies it in pairs, queries and probabilities rounded likewise.
+    BF16,
     /// f32: for comparing logits closely.
     F32,
+}
+
+impl KvDType {
+    /// What suits a model that computes in BF16 or does not: its own format where this CPU multiplies that in pairs.
+    pub fn of_model(bf16: bool) -> Self {
+        if bf16 && Level::detect().has_pairs() { Self::BF16 } else { Self::F16 }
+    }
 }
 
 /// The keys and values of all layers.
@@ -36,18 +47,21 @@ pub struct KvCache {
 
 enum Elements {
     F16(Vec<u16>),
+    BF16(Vec<Bf16>),
     F32(Vec<f32>),
 }
 
 /// A layer's elements, by type.
 pub(super) enum Layer<'a> {
     F16(&'a [u16]),
+    BF16(&'a [Bf16]),
     F32(&'a [f32]),
 }
 
 /// The same to write to.
 pub(super) enum LayerMut<'a> {
     F16(&'a mut [u16]),
+    BF16(&'a mut [Bf16]),
     F32(&'a mut [f32]),
 }
 
@@ -61,6 +75,7 @@ impl KvCache {
         let len = len.and_then(|n| n.checked_add(SPARE)).ok_or_else(too_large)?;
         let elements = match dtype {
             KvDType::F16 => Elements::F16(zeros(len, 0).ok_or_else(too_large)?),
+            KvDType::BF16 => Elements::BF16(zeros(len, [0]).ok_or_else(too_large)?),
             KvDType::F32 => Elements::F32(zeros(len, 0.0).ok_or_else(too_large)?),
         };
         Ok(Self { elements, layers, blocks, layout })
@@ -78,6 +93,7 @@ impl KvCache {
         let len = self.blocks * self.layout.block_len();
         match &self.elements {
             Elements::F16(x) => Layer::F16(&aligned(x)[layer * len..][..len]),
+            Elements::BF16(x) => Layer::BF16(&aligned(x)[layer * len..][..len]),
             Elements::F32(x) => Layer::F32(&aligned(x)[layer * len..][..len]),
         }
     }
@@ -86,6 +102,7 @@ impl KvCache {
         let len = self.blocks * self.layout.block_len();
         match &mut self.elements {
             Elements::F16(x) => LayerMut::F16(&mut aligned_mut(x)[layer * len..][..len]),
+            Elements::BF16(x) => LayerMut::BF16(&mut aligned_mut(x)[layer * len..][..len]),
             Elements::F32(x) => LayerMut::F32(&mut aligned_mut(x)[layer * len..][..len]),
         }
     }
@@ -96,6 +113,7 @@ impl KvCache {
         for (layer, out) in out.chunks_exact_mut(out.len() / self.layers).enumerate() {
             match self.layer(layer) {
                 Layer::F16(x) => copy_out(&x[part.clone()], out, u16::to_le_bytes),
+                Layer::BF16(x) => copy_out(&x[part.clone()], out, |[x]| x.to_le_bytes()),
                 Layer::F32(x) => copy_out(&x[part.clone()], out, f32::to_le_bytes),
             }
         }
@@ -108,6 +126,7 @@ impl KvCache {
         for (layer, bytes) in bytes.chunks_exact(bytes.len() / self.layers).enumerate() {
             match self.layer_mut(layer) {
                 LayerMut::F16(x) => copy_in(&mut x[part.clone()], bytes, u16::from_le_bytes),
+                LayerMut::BF16(x) => copy_in(&mut x[part.clone()], bytes, |x| [u16::from_le_bytes(x)]),
                 LayerMut::F32(x) => copy_in(&mut x[part.clone()], bytes, f32::from_le_bytes),
             }
         }
@@ -118,7 +137,7 @@ impl KvCache {
     fn check_block(&self, block: usize, bytes: usize) -> Result<Range<usize>> {
         let len = self.layout.block_len();
         let element = match &self.elements {
-            Elements::F16(_) => 2,
+            Elements::F16(_) | Elements::BF16(_) => 2,
             Elements::F32(_) => 4,
         };
         let wanted = self.layers * len * element;
@@ -195,6 +214,17 @@ impl Layout {
     /// Writes the key and value of token `offset` of a block to a head of it.
     pub fn write<E: Element>(&self, head: &mut [E], offset: usize, key: &[f32], value: &[f32]) {
         let (keys, values) = head.split_at_mut(BLOCK_SIZE * self.head_dim);
+        if E::PAIRED {
+            for (keys, key) in keys.chunks_exact_mut(2 * BLOCK_SIZE).zip(key.chunks_exact(2)) {
+                keys[2 * offset] = E::narrow(key[0]);
+                keys[2 * offset + 1] = E::narrow(key[1]);
+            }
+            let two = &mut values[offset / 2 * 2 * self.padded()..];
+            for (to, &x) in two[offset % 2..].iter_mut().step_by(2).zip(value) {
+                *to = E::narrow(x);
+            }
+            return;
+        }
         for (to, &x) in keys[offset..].iter_mut().step_by(BLOCK_SIZE).zip(key) {
             *to = E::narrow(x);
         }
@@ -206,20 +236,37 @@ impl Layout {
 
 /// A stored element.
 pub(super) trait Element: Copy + Send + Sync {
-    /// Whether loading takes a conversion.
-    const NARROW: bool;
+    /// Whether elements lie in pairs; head dimensions are even then.
+    const PAIRED: bool = false;
     fn narrow(x: f32) -> Self;
+}
+
+/// One that is multiplied in f32.
+pub(super) trait Loaded: Element {
     /// # Safety
     /// As for [`Simd::load`].
     unsafe fn load<S: Simd>(from: *const Self) -> S::V;
 }
 
+/// The bits of a bf16 that is not subnormal. An array, for [`zeros`] of a type of ours would be written at once.
+pub(super) type Bf16 = [u16; 1];
+
+impl Element for Bf16 {
+    const PAIRED: bool = true;
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        [round_bf16(x)]
+    }
+}
+
 impl Element for u16 {
-    const NARROW: bool = true;
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         half::f16::from_f32(x).to_bits()
     }
+}
+
+impl Loaded for u16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise is the same.
@@ -228,11 +275,13 @@ impl Element for u16 {
 }
 
 impl Element for f32 {
-    const NARROW: bool = false;
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         x
     }
+}
+
+impl Loaded for f32 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::V {
         // SAFETY: the caller's promise is the same.

@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+mod attention_pairs;
 mod kv;
 pub mod matmul;
 mod moe;
@@ -293,7 +294,7 @@ impl Backend for Cpu {
 
     fn kv_block_bytes(&self, shape: &AttentionShape) -> usize {
         let element = match self.kv_dtype {
-            KvDType::F16 => 2,
+            KvDType::F16 | KvDType::BF16 => 2,
             KvDType::F32 => 4,
         };
         Layout::of(shape).block_len() * element
@@ -409,6 +410,7 @@ impl Backend for Cpu {
         let layout = cache.layout;
         match cache.layer_mut(layer) {
             LayerMut::F16(kv) => self.write_kv(qkv, shape, layout, kv),
+            LayerMut::BF16(kv) => self.write_kv(qkv, shape, layout, kv),
             LayerMut::F32(kv) => self.write_kv(qkv, shape, layout, kv),
         }
         Ok(())
@@ -613,7 +615,7 @@ mod tests {
     fn all_instruction_sets_give_the_same_bits() -> Result<()> {
         for (heads, kv_heads, head_dim) in [(6, 2, 64), (14, 2, 36), (3, 3, 6)] {
             let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.3 };
-            for kv_dtype in [KvDType::F16, KvDType::F32] {
+            for kv_dtype in [KvDType::F16, KvDType::BF16, KvDType::F32] {
                 let plain =
                     bits(Level::supported().next().expect("plain code runs anywhere"), kv_dtype, &shape)?;
                 for level in Level::supported() {

@@ -15,6 +15,8 @@ pub(super) const LANES: usize = 16;
 pub(super) trait Simd {
     /// A vector.
     type V: Copy;
+    /// A vector of as many pairs of bf16, the first of each in the low half.
+    type Pairs: Copy;
     /// How many accumulators fit the registers beside a kernel's other values.
     const TILE: usize;
     /// Whether twice as many fit.
@@ -37,6 +39,12 @@ pub(super) trait Simd {
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// `(bits + 127) << 23` on the bits of each lane.
     unsafe fn exponent(v: Self::V) -> Self::V;
+    unsafe fn load_pairs(from: *const u32) -> Self::Pairs;
+    /// `pairs & mask` on the bits of each pair.
+    unsafe fn mask(pairs: Self::Pairs, mask: u32) -> Self::Pairs;
+    /// Adds to each lane the products of its pair with the pair `x`: the second product, then the first, each fused.
+    /// That is what `vdpbf16ps` does, to which subnormals are zeros.
+    unsafe fn dot_pairs(sum: Self::V, pairs: Self::Pairs, x: u32) -> Self::V;
 }
 
 /// The lanes in memory.
@@ -143,6 +151,8 @@ enum Set {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
 }
 
 impl Level {
@@ -157,6 +167,9 @@ impl Level {
             .then_some(Set::Avx2),
             #[cfg(target_arch = "x86_64")]
             is_x86_feature_detected!("avx512f").then_some(Set::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            (is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16"))
+                .then_some(Set::Avx512Bf16),
         ]
         .into_iter()
         .flatten()
@@ -168,6 +181,15 @@ impl Level {
         Self::supported().last().unwrap_or(Level(Set::Plain))
     }
 
+    /// Whether [`Simd::dot_pairs`] is one instruction.
+    pub fn has_pairs(self) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Bf16 => true,
+            _ => false,
+        }
+    }
+
     /// [`Simd::TILE`] of this level.
     pub fn tile(self) -> usize {
         match self.0 {
@@ -175,7 +197,7 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             Set::Avx2 => x86::Avx2::TILE,
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512 => x86::Avx512::TILE,
+            Set::Avx512 | Set::Avx512Bf16 => x86::Avx512::<false>::TILE,
         }
     }
 
@@ -191,6 +213,9 @@ impl Level {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 => unsafe { x86::avx512(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Bf16 => unsafe { x86::avx512_bf16(kernel) },
         }
     }
 }
@@ -202,6 +227,7 @@ pub(super) struct Plain;
 #[allow(unsafe_op_in_unsafe_fn)]
 impl Simd for Plain {
     type V = [f32; LANES];
+    type Pairs = [u32; LANES];
     const TILE: usize = 4;
     const PAIRS: bool = false;
 
@@ -253,6 +279,23 @@ impl Simd for Plain {
     unsafe fn exponent(v: Self::V) -> Self::V {
         v.map(|x| f32::from_bits(x.to_bits().wrapping_add(127) << 23))
     }
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const u32) -> Self::Pairs {
+        from.cast::<Self::Pairs>().read_unaligned()
+    }
+    #[inline(always)]
+    unsafe fn mask(pairs: Self::Pairs, mask: u32) -> Self::Pairs {
+        pairs.map(|pair| pair & mask)
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(sum: Self::V, pairs: Self::Pairs, x: u32) -> Self::V {
+        let halves = |pair: u32| (f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000));
+        let (first, second) = halves(x);
+        std::array::from_fn(|i| {
+            let (a, b) = halves(pairs[i]);
+            a.mul_add(first, b.mul_add(second, sum[i]))
+        })
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -273,15 +316,25 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     pub unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
         // SAFETY: as the caller promises.
-        unsafe { kernel.run::<Avx512>() }
+        unsafe { kernel.run::<Avx512<false>>() }
     }
 
-    pub struct Avx512;
+    /// # Safety
+    /// The CPU has AVX-512 F and BF16.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: as the caller promises.
+        unsafe { kernel.run::<Avx512<true>>() }
+    }
+
+    /// With AVX-512 BF16 or without.
+    pub struct Avx512<const BF16: bool>;
 
     // Every method is one or two intrinsics under the trait's contract.
     #[allow(unsafe_op_in_unsafe_fn)]
-    impl Simd for Avx512 {
+    impl<const BF16: bool> Simd for Avx512<BF16> {
         type V = __m512;
+        type Pairs = __m512i;
         const TILE: usize = 8;
         const PAIRS: bool = true;
 
@@ -334,6 +387,26 @@ mod x86 {
             let biased = _mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(127));
             _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
         }
+        #[inline(always)]
+        unsafe fn load_pairs(from: *const u32) -> Self::Pairs {
+            _mm512_loadu_si512(from.cast())
+        }
+        #[inline(always)]
+        unsafe fn mask(pairs: Self::Pairs, mask: u32) -> Self::Pairs {
+            _mm512_and_si512(pairs, _mm512_set1_epi32(mask as i32))
+        }
+        #[inline(always)]
+        unsafe fn dot_pairs(sum: Self::V, pairs: Self::Pairs, x: u32) -> Self::V {
+            let x = _mm512_set1_epi32(x as i32);
+            if BF16 {
+                let as_bf16 = std::mem::transmute::<__m512i, __m512bh>;
+                return _mm512_dpbf16_ps(sum, as_bf16(pairs), as_bf16(x));
+            }
+            let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            let second = |pair| _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+            let first = |pair| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pair));
+            _mm512_fmadd_ps(first(pairs), first(x), _mm512_fmadd_ps(second(pairs), second(x), sum))
+        }
     }
 
     pub struct Avx2;
@@ -347,6 +420,7 @@ mod x86 {
     #[allow(unsafe_op_in_unsafe_fn)]
     impl Simd for Avx2 {
         type V = [__m256; 2];
+        type Pairs = [__m256i; 2];
         const TILE: usize = 4;
         const PAIRS: bool = false;
 
@@ -402,6 +476,31 @@ mod x86 {
                 let biased = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(127));
                 _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
             })
+        }
+        #[inline(always)]
+        unsafe fn load_pairs(from: *const u32) -> Self::Pairs {
+            [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(8).cast())]
+        }
+        #[inline(always)]
+        unsafe fn mask(pairs: Self::Pairs, mask: u32) -> Self::Pairs {
+            let mask = _mm256_set1_epi32(mask as i32);
+            [_mm256_and_si256(pairs[0], mask), _mm256_and_si256(pairs[1], mask)]
+        }
+        #[inline(always)]
+        unsafe fn dot_pairs(sum: Self::V, pairs: Self::Pairs, x: u32) -> Self::V {
+            [dot(sum[0], pairs[0], x), dot(sum[1], pairs[1], x)]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sum: __m256, pairs: __m256i, x: u32) -> __m256 {
+        // SAFETY: the caller's promise is the same.
+        unsafe {
+            let high = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+            let low = _mm256_slli_epi32::<16>(pairs);
+            let (second, first) = (f32::from_bits(x & 0xffff_0000), f32::from_bits(x << 16));
+            let sum = _mm256_fmadd_ps(_mm256_castsi256_ps(high), _mm256_set1_ps(second), sum);
+            _mm256_fmadd_ps(_mm256_castsi256_ps(low), _mm256_set1_ps(first), sum)
         }
     }
 }

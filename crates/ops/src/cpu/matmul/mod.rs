@@ -31,6 +31,7 @@ use kernel::{Input, Job, MANY_ROWS};
 use layout::{BLOCK, LANES, Layout, tile_bytes};
 use memory::Memory;
 use quantize::Activations;
+pub(super) use quantize::{pair_bf16, round_bf16};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::{Mutex, OnceLock, PoisonError};

@@ -114,18 +114,24 @@ fn to_bf16_avx2(x: &[f32], width: usize, out: &mut [u32]) {
 fn to_bf16_pairs(x: &[f32], width: usize, out: &mut [u32]) {
     for (row, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width.div_ceil(2))) {
         let (pairs, last) = row.as_chunks::<2>();
-        for (out, &[a, b]) in out.iter_mut().zip(pairs) {
-            *out = u32::from(round_bf16(a)) | u32::from(round_bf16(b)) << 16;
-        }
+        pair_bf16(pairs, out);
         if let (&[a], Some(out)) = (last, out.last_mut()) {
             *out = u32::from(round_bf16(a));
         }
     }
 }
 
+/// Rounds pairs of numbers to pairs of bf16.
+#[inline(always)]
+pub(in crate::cpu) fn pair_bf16(pairs: &[[f32; 2]], out: &mut [u32]) {
+    for (out, &[a, b]) in out.iter_mut().zip(pairs) {
+        *out = u32::from(round_bf16(a)) | u32::from(round_bf16(b)) << 16;
+    }
+}
+
 /// The nearest bf16, ties to even, as bits; NaN stays NaN.
 #[inline(always)]
-fn round_bf16(x: f32) -> u16 {
+pub(in crate::cpu) fn round_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
     let quiet = (bits >> 16 | 0x40) as u16;
