@@ -159,7 +159,15 @@ async fn a_session_outlasts_a_flood_of_other_prompts() {
     }
     assert_eq!(one_shot(&server, &"o".repeat(600)).await, 0, "what nobody keeps has gone");
     assert!(turn(&server, &(conversation + " and on"), "mine").await >= 592);
-    let metrics = server.get("/metrics").await.text();
+    // An answer is out a moment before the metrics are.
+    let mut metrics = String::new();
+    for _ in 0..1000 {
+        metrics = server.get("/metrics").await.text();
+        if metrics.contains("rudder_sessions{model_name=\"tiny\",state=\"kept\"} 1") {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     assert!(metrics.contains("rudder_sessions{model_name=\"tiny\",state=\"kept\"} 1"), "{metrics}");
     assert!(metrics.contains("rudder_kv_evicted_blocks_total{model_name=\"tiny\",protected=\"true\"} 0"));
 }
