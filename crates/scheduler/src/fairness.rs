@@ -8,8 +8,10 @@
 //! newcomer's long prompt, and a long prompt keeps its place while the clock, at which newcomers begin,
 //! goes on.
 //!
-//! - An account begins at the clock: idle time earns nothing. An owner may however run
-//!   [`OWNER_CREDIT_STEPS`] ahead at first, so that a modest one is not slowed by one that floods.
+//! - An account begins at the clock, and one that has nothing to read keeps to it: idle time earns nothing. An
+//!   owner may however run [`OWNER_CREDIT_STEPS`] ahead, so that a modest one is not slowed by one that floods.
+//!   What it uses of that it earns back at half the rate of its share. So one that is alone uses it up, and
+//!   of two that use less neither one's short turn stands behind the other's long prompt.
 //! - An account that had more than its share still counts after its last sequence ended, until the
 //!   clock has caught up: pausing does not clear the debt. A session's is cut to [`SESSION_DEBT_STEPS`].
 //! - Owners share by their weights, however many there are. Among an owner's sessions, which cost nothing to
@@ -30,8 +32,10 @@ use crate::SequenceId;
 
 /// A generated token's cost in prompt tokens, as in arXiv:2401.00588.
 pub(crate) const DECODE_COST: f64 = 2.0;
-/// How far a newly active owner may run ahead, in whole steps' tokens.
+/// How far an owner may run ahead, in whole steps' tokens.
 const OWNER_CREDIT_STEPS: f64 = 16.0;
+/// Of its share, how much an owner earns back.
+const EARNED_BACK: f64 = 0.5;
 /// How far behind a session is put for what it had too much, in whole steps' tokens: little, lest
 /// an agent's next short turn wait behind newcomers.
 const SESSION_DEBT_STEPS: f64 = 4.0;
@@ -167,6 +171,7 @@ impl FairQueue {
     pub fn sort(&mut self, candidates: &mut [Candidate]) {
         let session_start = |c: &Candidate| self.sessions.get(&c.owner).map_or(0.0, |s| s.start(c.session));
         rank(candidates, |c| (c.owner, c.session), session_start, |c| c.cost[0]);
+        self.owners.keep_to_clock(|owner| candidates.binary_search_by_key(&owner, |c| c.owner).is_err());
         rank(candidates, |c| (c.owner, 0), |c| self.owners.start(c.owner), |c| c.cost[1]);
         self.find_floods(candidates);
         candidates.sort_unstable_by(|a, b| a.place.total_cmp(&b.place).then(a.id.cmp(&b.id)));
@@ -231,8 +236,9 @@ struct Level {
 struct Account {
     weight: f64,
     served: f64,
-    /// What it may still run ahead.
+    /// What it might still run ahead when the clock was at `noted`.
     credit: f64,
+    noted: f64,
     live: usize,
 }
 
@@ -242,18 +248,21 @@ impl Level {
     }
 
     fn join(&mut self, key: u64, weight: f64) {
-        let fresh = Account { weight, served: self.clock, credit: self.credit, live: 0 };
+        let fresh = Account { weight, served: self.clock, credit: self.credit, noted: self.clock, live: 0 };
         let accounts = self.accounts.len();
         let account = self.accounts.entry(key).or_insert(fresh);
-        if account.live > 0 {
-            account.live += 1;
-            return;
+        account.live += 1;
+        if account.live == 1 {
+            account.keep_to(self.clock, self.credit);
+            self.idle -= usize::from(self.accounts.len() == accounts);
+            self.weigh();
         }
-        account.live = 1;
-        match self.accounts.len() == accounts {
-            true => self.idle -= 1,
-            false => self.weights += weight,
-        }
+    }
+
+    /// Those that count: who is live, and who has had more than its share.
+    fn weigh(&mut self) {
+        let counts = |account: &&Account| account.live > 0 || account.served > self.clock;
+        self.weights = self.accounts.values().filter(counts).map(|account| account.weight).sum();
     }
 
     fn leave(&mut self, key: u64) {
@@ -267,8 +276,9 @@ impl Level {
 
     fn charge(&mut self, key: u64, cost: f64) {
         if let Some(account) = self.accounts.get_mut(&key) {
+            account.credit = (account.credit_at(self.clock, self.credit) - cost / account.weight).max(0.0);
+            account.noted = self.clock;
             account.served += cost / account.weight;
-            account.credit = (account.credit - cost / account.weight).max(0.0);
             self.clock += cost / self.most_sharing.min(self.weights);
         }
     }
@@ -276,16 +286,43 @@ impl Level {
     fn settle(&mut self) {
         if self.idle > 0 {
             let alone = self.idle == self.accounts.len(); // then nobody is owed anything
-            let clock = self.clock;
-            self.accounts.retain(|_, account| account.live > 0 || (account.served > clock && !alone));
+            let (clock, most) = (self.clock, self.credit);
+            let owes = |account: &Account| account.served > clock || account.credit_at(clock, most) < most;
+            self.accounts.retain(|_, account| account.live > 0 || (owes(account) && !alone));
             self.idle = self.accounts.values().filter(|account| account.live == 0).count();
-            self.weights = self.accounts.values().map(|account| account.weight).sum();
+            self.weigh();
+        }
+    }
+
+    /// Those that want nothing earn nothing but their credit.
+    fn keep_to_clock(&mut self, wants_nothing: impl Fn(u64) -> bool) {
+        for (&key, account) in &mut self.accounts {
+            if account.served < self.clock && wants_nothing(key) {
+                account.keep_to(self.clock, self.credit);
+            }
         }
     }
 
     /// Where the next of an account's sequences begins.
     fn start(&self, key: u64) -> f64 {
-        self.accounts.get(&key).map_or(0.0, |account| account.served - account.credit)
+        let start = |account: &Account| account.served - account.credit_at(self.clock, self.credit);
+        self.accounts.get(&key).map_or(0.0, start)
+    }
+}
+
+impl Account {
+    /// What it may run ahead, of at most `most`, when the clock is at `clock`. While it has had more than its
+    /// share it earns none.
+    fn credit_at(&self, clock: f64, most: f64) -> f64 {
+        (self.credit + EARNED_BACK * (clock - self.noted.max(self.served)).max(0.0)).min(most)
+    }
+
+    /// What it did not use of its share is gone, but for its credit.
+    fn keep_to(&mut self, clock: f64, most: f64) {
+        if self.served < clock {
+            self.credit = self.credit_at(clock, most);
+            (self.served, self.noted) = (clock, clock);
+        }
     }
 }
 
@@ -378,13 +415,46 @@ mod tests {
         queue.join(3, &busy);
         assert_eq!(line(&mut queue, &[(2, other, 500.0), (3, busy, 10.0)]), [2, 3], "still 1000 ahead");
         queue.leave(3, &busy);
-        queue.charge(2, &other, 1000.0);
+        let credit = OWNER_CREDIT_STEPS * STEP as f64;
+        queue.charge(2, &other, 1000.0 + 8.0 * credit);
         queue.settle();
         assert_eq!(queue.owners.accounts.len(), 1, "what owes nothing is forgotten");
         queue.charge(2, &other, 1_000_000.0);
         queue.join(4, &busy);
+        assert_eq!(queue.owners.start(1), queue.owners.clock - credit);
+    }
+
+    #[test]
+    fn credit_that_was_used_is_earned_back_by_half_the_share_and_never_more() {
         let credit = OWNER_CREDIT_STEPS * STEP as f64;
-        assert_eq!(queue.owners.start(1), queue.owners.start(2) - credit);
+        let (mine, other) = (origin(1, 0), origin(2, 0));
+        let mut queue = joined(&[(1, mine, 0.0), (2, other, 0.0)]);
+        let left = |queue: &FairQueue| (queue.owners.clock - queue.owners.start(1)) / credit;
+        assert_eq!(left(&queue), 1.0);
+        queue.charge(1, &mine, 0.5 * credit);
+        queue.leave(1, &mine);
+        queue.settle();
+        queue.join(3, &mine);
+        assert_eq!(left(&queue), 0.25, "it used half, and is ahead by as much less its share");
+        queue.charge(2, &other, credit);
+        line(&mut queue, &[(2, other, 10.0)]);
+        assert_eq!(left(&queue), 0.625, "since it is no more ahead, half of its share");
+        queue.charge(2, &other, 100.0 * credit);
+        line(&mut queue, &[(3, mine, 10.0)]);
+        assert!(left(&queue) > 1.0, "who waits keeps its place");
+        line(&mut queue, &[(2, other, 10.0)]);
+        assert_eq!(left(&queue), 1.0);
+    }
+
+    #[test]
+    fn a_short_turn_of_an_active_owner_does_not_stand_behind_a_long_prompt_of_one_that_was_idle() {
+        let (active, idle) = (origin(1, 0), origin(2, 0));
+        let step = STEP as f64;
+        let mut queue = joined(&[(1, active, 0.0)]);
+        queue.join(9, &origin(3, 0)); // keeps the clock apart from what one has alone
+        queue.charge(1, &active, 8.0 * step);
+        queue.join(2, &idle);
+        assert_eq!(line(&mut queue, &[(1, active, 0.1 * step), (2, idle, 15.0 * step)]), [1, 2]);
     }
 
     /// What each of several sequences gets that always want more, in steps that serve the first in line.

@@ -428,5 +428,6 @@ impl<'a> World<'a> {
 }
 
 fn nanos(seconds: f64) -> u64 {
-    (seconds * 1e9) as u64
+    // Rounded, so that the moment at which something is due has come when it has.
+    (seconds * 1e9).round() as u64
 }
