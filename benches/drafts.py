@@ -7,13 +7,15 @@ Edit turns ask for `drafts_source.py` back with one change, once with the file a
 turns ask for prose and new code; sibling turns ask what their session was asked before, in the same words
 (a retry) or in others. Two servers, one with drafts and one without, are asked in turn, in alternating
 order. Decoding speed is tokens after the first over the time from the first to the last; the ratio is
-the median of the pairs'. Answers must be equal with and without, or the script fails.
+the median of the pairs'. Answers must be equal with and without, or the script fails. With `--draft-model MODEL` a
+third server has that draft model too.
 
 With `--record FOLDER` nothing is measured: the tokens of every turn, the prompt's on one line and the
 answer's on the next, are written there, for the engine's tests to replay.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -49,13 +51,14 @@ AGAIN = {
         "Write a Python class `Queue` with a capacity and the methods push, pop, peek and len. Add docstrings.",
     ),
 }
-MODES = ["off", "lookup"]
+MODES = {"off": ["--draft", "off"], "lookup": []}
 
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--rudder", default=str(HERE.parent / "target/release/rudder"))
     arguments.add_argument("--model", required=True)
+    arguments.add_argument("--draft-model")
     arguments.add_argument("--pairs", type=int, default=5)
     arguments.add_argument("--edit-tokens", type=int, default=900)
     arguments.add_argument("--free-tokens", type=int, default=256)
@@ -64,15 +67,17 @@ def main():
     options = arguments.parse_args()
     if options.record:
         return record(options)
+    if options.draft_model:
+        MODES["model"] = ["--draft-model", options.draft_model]
     figures = {name: [] for name, _ in turns(options)}
-    with Server(options, "off") as off, Server(options, "lookup") as lookup:
-        servers = {"off": off, "lookup": lookup}
+    with contextlib.ExitStack() as running:
+        servers = {mode: running.enter_context(Server(options, mode)) for mode in MODES}
         for pair in range(options.pairs):
             for server in servers.values():
                 for name, (before, _) in AGAIN.items():
                     server.ask(session(f"{name} {pair}", before, options))
             for name, body in turns(options, pair):
-                order = MODES[:: -1 if pair % 2 else 1]
+                order = list(MODES)[:: -1 if pair % 2 else 1]
                 figures[name].append({mode: servers[mode].ask(body) for mode in order})
     report(figures)
     if options.json:
@@ -116,16 +121,18 @@ def record(options):
 
 
 def report(figures):
-    print("| turn | tokens | without, tok/s | with, tok/s | ratio | accepted of drafted |")
-    print("|---|---|---|---|---|---|")
+    print("| turn | tokens | without, tok/s |" + " with, tok/s | ratio | accepted of drafted |" * (len(MODES) - 1))
+    print("|---|---|---|" + "---|---|---|" * (len(MODES) - 1))
     for name, pairs in figures.items():
         if len({run.pop("text") for pair in pairs for run in pair.values()}) != 1:
             sys.exit(f"{name}: the answers differ")
         speed = {mode: statistics.median(pair[mode]["speed"] for pair in pairs) for mode in MODES}
-        ratio = statistics.median(pair["lookup"]["speed"] / pair["off"]["speed"] for pair in pairs)
-        last = pairs[-1]["lookup"]
-        print(f"| {name} | {last['tokens']} | {speed['off']:.1f} | {speed['lookup']:.1f} "
-              f"| {ratio:.2f} | {last['accepted']:.0f} of {last['drafted']:.0f} |")
+        row = f"| {name} | {pairs[-1]['off']['tokens']} | {speed['off']:.1f} |"
+        for mode in list(MODES)[1:]:
+            ratio = statistics.median(pair[mode]["speed"] / pair["off"]["speed"] for pair in pairs)
+            last = pairs[-1][mode]
+            row += f" {speed[mode]:.1f} | {ratio:.2f} | {last['accepted']:.0f} of {last['drafted']:.0f} |"
+        print(row)
 
 
 class Server:
@@ -136,7 +143,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.data = tempfile.TemporaryDirectory()
-        command = [options.rudder, "serve", "--model", options.model, "--draft", mode, "--kv-memory", "256MiB",
+        command = [options.rudder, "serve", "--model", options.model, *MODES[mode], "--kv-memory", "256MiB",
                    "--port", str(self.port), "--alias", "any", "--data-dir", self.data.name]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

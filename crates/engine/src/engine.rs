@@ -8,6 +8,7 @@ use rudder_model::Model;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::draft::MAX_DRAFT;
+use crate::draft_model::DraftModel;
 use crate::places::Places;
 use crate::request::{Event, GenerateRequest, SubmitError};
 use crate::sessions::SessionStats;
@@ -96,6 +97,30 @@ pub struct Stats {
     pub drafted_tokens: u64,
     /// Drafted tokens accepted, by their place in the draft.
     pub accepted_at: [u64; MAX_DRAFT],
+    /// Of these three, what came from the draft model; none where there was none from the start.
+    pub model_drafts: Option<DraftCounts>,
+}
+
+/// Drafts of one source.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DraftCounts {
+    /// Drafts that were run.
+    pub drafts: u64,
+    /// Tokens in them.
+    pub tokens: u64,
+    /// Tokens accepted, by their place in the draft.
+    pub accepted_at: [u64; MAX_DRAFT],
+}
+
+impl Stats {
+    /// Drafts that were copied.
+    pub fn copies(&self) -> DraftCounts {
+        let model = self.model_drafts.unwrap_or_default();
+        let mut accepted_at = self.accepted_at;
+        accepted_at.iter_mut().zip(model.accepted_at).for_each(|(all, model)| *all -= model);
+        let (drafts, tokens) = (self.drafts - model.drafts, self.drafted_tokens - model.tokens);
+        DraftCounts { drafts, tokens, accepted_at }
+    }
 }
 
 /// What the handle and the step loop both see.
@@ -136,6 +161,20 @@ impl Engine {
     /// # Panics
     /// As [`Self::start`].
     pub fn start_with(model: Box<dyn Model>, config: EngineConfig, tier: Option<DiskTier>) -> Self {
+        Self::start_drafting(model, config, tier, None)
+    }
+
+    /// As [`Self::start_with`], with a draft model of the same vocabulary, which is of no use where drafts are off.
+    /// Its steps are measured first. If it fails, now or later, the engine warns once and goes on without it.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn start_drafting(
+        model: Box<dyn Model>,
+        config: EngineConfig,
+        tier: Option<DiskTier>,
+        draft: Option<DraftModel>,
+    ) -> Self {
         let vocab = model.config().vocab;
         let shared = Arc::new(Shared {
             stats: Mutex::new(Stats {
@@ -150,7 +189,7 @@ impl Engine {
         });
         let (commands, receiver) = mpsc::channel();
         let watch = tier.as_ref().map(DiskTier::watch);
-        let step_loop = StepLoop::new(model, &config, tier, receiver, shared.clone());
+        let step_loop = StepLoop::new(model, &config, tier, draft, receiver, shared.clone());
         let max_context = config.max_context.min(step_loop.max_tokens());
         std::thread::Builder::new()
             .name("rudder-step-loop".into())

@@ -8,10 +8,12 @@
 //! language. The loop owns the model and the scheduler, runs on a thread of its own and never
 //! waits on a client: events go into unbounded channels, whose length `max_tokens` bounds.
 //! A request may carry a [`Grammar`]: then its tokens are drawn under masks that worker threads
-//! compute while the model runs. What repeats earlier text comes several tokens a step: see `draft`.
+//! compute while the model runs. What repeats earlier text comes several tokens a step: see `draft`; where nothing
+//! does, a [`DraftModel`] may guess.
 //! With a [`DiskTier`], KV blocks outlive their place in memory, and the process.
 
 mod draft;
+mod draft_model;
 mod engine;
 mod grammar;
 mod mask_workers;
@@ -23,7 +25,8 @@ mod sessions;
 mod step_loop;
 mod tier;
 
-pub use engine::{DraftMode, Engine, EngineConfig, Generation, Stats};
+pub use draft_model::DraftModel;
+pub use engine::{DraftCounts, DraftMode, Engine, EngineConfig, Generation, Stats};
 pub use grammar::{Constraint, Grammar, Next};
 pub use reasoning::ReasoningBudget;
 pub use request::{

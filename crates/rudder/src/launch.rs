@@ -12,6 +12,7 @@ use rudder_ops::{BLOCK_SIZE, DType};
 use rudder_text::Text;
 
 use crate::device::Choice;
+use crate::draft_model::{DraftSource, DraftSummary};
 use crate::place::{Place, fit};
 use crate::settings::{Draft, LoadFormat, ModelSettings};
 use crate::{device, machine, models, text_source};
@@ -49,6 +50,8 @@ pub struct Summary {
     pub max_context: usize,
     /// Longest sequence that the model could do.
     pub context_length: usize,
+    /// The draft model, if there is one.
+    pub draft: Option<DraftSummary>,
     /// What the model runs on, and why.
     pub device: String,
     /// Worker threads.
@@ -72,12 +75,17 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
     let reference = ModelRef::parse(asked)?;
     let path = models::cache(settings.cache.clone()).pull(&reference, &models::sources())?;
     let source = ModelSource::open(&path)?;
+    let draft = DraftSource::open(settings)?;
     let licence = match &reference {
         ModelRef::Catalog(entry) => Some(&*entry.licence),
         _ => None,
     };
     let opened = Opened { formats: formats(&source, &path), source, name: name(&reference), licence };
-    bring_up(settings, device, opened, |source| text(source, &path))
+    bring_up(settings, device, opened, draft.as_ref(), |source| {
+        let text = text(source, &path)?;
+        draft.as_ref().map_or(Ok(()), |draft| draft.check(&text))?;
+        Ok(text)
+    })
 }
 
 /// Brings up random weights in a model's shape, without a tokenizer.
@@ -87,9 +95,12 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
 pub fn launch_dummy(settings: &ModelSettings) -> Result<Launched<()>> {
     let device = device::choose(settings.device.unwrap_or_default())?;
     let name = settings.model.clone().context("random weights in which model's shape? set --model")?;
+    if settings.draft_model.is_some() {
+        bail!("what random weights say cannot be guessed; leave draft_model out");
+    }
     let source = ModelSource::dummy(&name)?;
     let opened = Opened { source, name, licence: None, formats: "random BF16".to_owned() };
-    bring_up(settings, device, opened, |_| Ok(()))
+    bring_up(settings, device, opened, None, |_| Ok(()))
 }
 
 /// A model that was found, and what to say of it.
@@ -100,23 +111,30 @@ struct Opened {
     formats: String,
 }
 
-/// Loads a model and starts its engine, `text` beside it.
+/// Loads a model and its draft model, and starts their engine, `text` beside it.
 fn bring_up<T: Send>(
     settings: &ModelSettings,
     device: Choice,
     opened: Opened,
+    draft: Option<&DraftSource>,
     text: impl FnOnce(&ModelSource) -> Result<T> + Send,
 ) -> Result<Launched<T>> {
     let began = Instant::now();
     let Opened { source, name, licence, formats } = opened;
     let threads = settings.threads.unwrap_or_else(machine::default_threads);
     let config = source.config().clone();
-    let place = match &device.gpu {
-        Some(gpu) => Place::gpu(&source, settings, gpu.index)?,
-        None => Place::cpu(&source, settings, threads)?,
-    };
-    let weight_bytes = source.weight_bytes();
     let limits = Limits::of(settings, device.gpu.is_some())?;
+    let gpu = device.gpu.as_ref().map(|gpu| gpu.index);
+    let longest = settings.max_context.unwrap_or(config.context_length);
+    let planned = draft.map(|draft| draft.plan(gpu, threads, limits.sequences, longest)).transpose()?;
+    let place = match gpu {
+        Some(index) => Place::gpu(&source, settings, index)?,
+        None => Place::cpu(&source, settings, threads, planned.as_ref().map_or(0, |plan| plan.bytes()))?,
+    };
+    // First, so that on a GPU the model's KV cache gets what is then left.
+    let drafting = planned.map(|plan| plan.load(place.max_context)).transpose()?;
+    let (drafting, draft_summary) = drafting.unzip();
+    let weight_bytes = source.weight_bytes();
     let draft = settings.draft.unwrap_or(Draft::Lookup).mode();
     let options = LoadOptions {
         max_batch_tokens: limits.batch_tokens,
@@ -138,7 +156,7 @@ fn bring_up<T: Send>(
 
     let tier = tier(settings, &*loaded.model)?;
     let kv_disk = tier.as_ref().map(|tier| (tier.capacity(), tier.tokens()));
-    let engine = Engine::start_with(
+    let engine = Engine::start_drafting(
         loaded.model,
         EngineConfig {
             kv_blocks: loaded.kv_blocks,
@@ -151,6 +169,7 @@ fn bring_up<T: Send>(
             draft,
         },
         tier,
+        drafting,
     );
     let summary = Summary {
         architecture: config.architecture,
@@ -160,6 +179,7 @@ fn bring_up<T: Send>(
         kv_bytes: loaded.kv_bytes,
         kv_tokens: loaded.kv_blocks * BLOCK_SIZE,
         kv_disk,
+        draft: draft_summary,
         max_context: engine.max_context(),
         context_length: config.context_length,
         device: device.reason,
@@ -204,7 +224,11 @@ impl Limits {
     }
 }
 
-fn text(source: &ModelSource, path: &Path) -> Result<Text> {
+/// The tokenizer and chat template of a model.
+///
+/// # Errors
+/// If its files say nothing of them, or nothing that makes sense.
+pub fn text(source: &ModelSource, path: &Path) -> Result<Text> {
     let text = match source.gguf() {
         Some(gguf) => Text::from_gguf(text_source::from_gguf(gguf)),
         None => Text::from_folder(path),
@@ -213,7 +237,7 @@ fn text(source: &ModelSource, path: &Path) -> Result<Text> {
 }
 
 /// The storage formats of the weights, most bytes first: `Q4_K, Q6_K`.
-fn formats(source: &ModelSource, path: &Path) -> String {
+pub fn formats(source: &ModelSource, path: &Path) -> String {
     let Some(gguf) = source.gguf() else { return folder_format(path) };
     let mut sizes: Vec<(DType, usize)> = Vec::new();
     for tensor in gguf.tensor_names().filter_map(|name| gguf.tensor(name).ok()) {
@@ -239,7 +263,7 @@ fn folder_format(folder: &Path) -> String {
 }
 
 /// What clients call the model: the catalog's name, the hub's, or the file's without its ending.
-fn name(reference: &ModelRef) -> String {
+pub fn name(reference: &ModelRef) -> String {
     let of_path =
         |name: Option<&std::ffi::OsStr>| name.unwrap_or("model".as_ref()).to_string_lossy().into_owned();
     match reference {

@@ -5,6 +5,7 @@ mod chat;
 mod cli;
 mod device;
 mod doctor;
+mod draft_model;
 mod kv;
 mod launch;
 mod machine;

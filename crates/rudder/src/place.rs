@@ -46,11 +46,12 @@ impl Backend {
 }
 
 impl Place {
-    /// The CPU: weights and KV must fit in the memory that is available.
+    /// The CPU: weights and KV must fit in the memory that is available and that a draft model, which takes `beside`
+    /// bytes, leaves.
     ///
     /// # Errors
     /// If they do not, wishes do not fit each other, or the model cannot be cut for as many ranks as asked for.
-    pub fn cpu(source: &ModelSource, settings: &ModelSettings, threads: usize) -> Result<Self> {
+    pub fn cpu(source: &ModelSource, settings: &ModelSettings, threads: usize, beside: u64) -> Result<Self> {
         if settings.kv_cache_dtype == Some(KvCacheDtype::Fp8) {
             bail!("kv_cache_dtype = fp8 is for GPUs (device = cuda); on the CPU leave it out");
         }
@@ -65,12 +66,13 @@ impl Place {
             }
         };
         let weight_bytes = source.weight_bytes();
-        let available = machine::memory().available;
+        let available = machine::memory().available.saturating_sub(beside);
         if weight_bytes > available {
             bail!(
-                "the weights take {}, but only {} of memory are available; choose a smaller model or quantisation",
+                "the weights take {}, but only {} of memory are available{}; choose a smaller model or quantisation",
                 bytes(weight_bytes),
-                bytes(available)
+                bytes(available),
+                if beside > 0 { " beside the draft model" } else { "" }
             );
         }
         let needs = KvNeeds {
@@ -111,6 +113,29 @@ impl Place {
         };
         let max_context = settings.max_context.unwrap_or(source.config().context_length);
         Ok(Self { backend, kv, max_context })
+    }
+
+    /// Where a draft model runs, whole: on the CPU, or the first GPU of the model that it drafts for. Ranks of that model
+    /// sleep meanwhile.
+    ///
+    /// # Errors
+    /// If the GPU cannot be used.
+    pub fn of_draft(
+        source: &ModelSource,
+        gpu: Option<usize>,
+        threads: usize,
+        options: LoadOptions,
+    ) -> Result<Self> {
+        let backend = match gpu {
+            Some(index) => Backend::Cuda(Box::new(Cuda::new(index)?)),
+            None => Backend::Cpu(Box::new(Cpu::new(threads, KvDType::of_model(source.is_bf16())))),
+        };
+        Ok(Self { backend, kv: options.kv, max_context: options.max_context })
+    }
+
+    /// Bytes of a KV block of this model, on all ranks together.
+    pub fn kv_block_bytes(&self, source: &ModelSource) -> u64 {
+        self.backend.kv_block_bytes(source)
     }
 
     /// Loads the model here. `progress` is told the bytes of weights done and to do.

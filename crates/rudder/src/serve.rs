@@ -135,6 +135,14 @@ fn print_summary(config: &ServerConfig, s: &Summary, address: SocketAddr) {
     if let Some((capacity, tokens)) = s.kv_disk {
         println!("kv disk   up to {}, {tokens} tokens found", bytes(capacity));
     }
+    if let Some(draft) = &s.draft {
+        let (weights, kv) = (bytes(draft.weight_bytes), bytes(draft.kv_bytes));
+        let (name, window) = (&draft.name, draft.window);
+        println!(
+            "draft     {name} ({}), {weights}, {kv} of kv cache, {window} tokens a sequence",
+            draft.formats
+        );
+    }
     println!("context   {} tokens a sequence (the model's own: {})", s.max_context, s.context_length);
     println!("device    {}", s.device);
     if s.ranks > 1 {

@@ -78,6 +78,10 @@ pub struct ModelSettings {
     /// Where drafts come from, which speed up answers that repeat their prompt and change none [default: lookup]
     #[arg(long, env = "RUDDER_DRAFT", value_enum)]
     pub draft: Option<Draft>,
+    /// Small model of the same vocabulary that drafts where nothing repeats, as long as that pays; named as --model
+    /// is [default: none]
+    #[arg(long, env = "RUDDER_DRAFT_MODEL", value_name = "MODEL")]
+    pub draft_model: Option<String>,
 }
 
 /// How the server faces its clients.
@@ -318,6 +322,7 @@ impl ModelSettings {
             kv_disk: self.kv_disk.or(file.kv_disk),
             kv_dir: self.kv_dir.or(file.kv_dir),
             draft: self.draft.or(file.draft),
+            draft_model: self.draft_model.or(file.draft_model),
         }
     }
 
@@ -473,6 +478,7 @@ mod tests {
             kv_disk = "8GiB"
             kv_dir = "/k"
             draft = "lookup"
+            draft_model = "d"
             host = "::1"
             port = 7
             api_key = ["a", "b"]

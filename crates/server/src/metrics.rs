@@ -11,7 +11,7 @@ use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
 };
-use rudder_engine::{Stats, Usage};
+use rudder_engine::{DraftCounts, Stats, Usage};
 
 use crate::generate::EndReason;
 use crate::responses::store::StoreStats;
@@ -60,9 +60,9 @@ pub(crate) struct Metrics {
     generation_tokens: IntCounter,
     preemptions: IntCounter,
     steps: IntCounter,
-    drafts: IntCounter,
-    drafted_tokens: IntCounter,
-    accepted_tokens: IntCounter,
+    drafts: IntCounterVec,
+    drafted_tokens: IntCounterVec,
+    accepted_tokens: IntCounterVec,
     accepted_at: IntCounterVec,
     success: IntCounterVec,
     first_token: Histogram,
@@ -83,6 +83,7 @@ impl Metrics {
     pub fn new(model: &str) -> Self {
         let labels = HashMap::from([("model_name".to_owned(), model.to_owned())]);
         let builder = Builder { registry: Registry::new(), labels };
+        let by_source = |name, help| builder.add(IntCounterVec::new(builder.opts(name, help), &["source"]));
         Self {
             running: builder.gauge("num_requests_running", "Sequences running."),
             waiting: builder.gauge("num_requests_waiting", "Requests waiting."),
@@ -101,15 +102,15 @@ impl Metrics {
             preemptions: builder
                 .counter("num_preemptions_total", "Sequences preempted for want of KV blocks."),
             steps: builder.counter("steps_total", "Engine steps run."),
-            drafts: builder.counter("spec_decode_num_drafts_total", "Drafts verified."),
-            drafted_tokens: builder.counter("spec_decode_num_draft_tokens_total", "Tokens in them."),
-            accepted_tokens: builder.counter("spec_decode_num_accepted_tokens_total", "Of these, accepted."),
+            drafts: by_source("spec_decode_num_drafts_total", "Drafts verified."),
+            drafted_tokens: by_source("spec_decode_num_draft_tokens_total", "Tokens in them."),
+            accepted_tokens: by_source("spec_decode_num_accepted_tokens_total", "Of these, accepted."),
             accepted_at: builder.add(IntCounterVec::new(
                 builder.opts(
                     "spec_decode_num_accepted_tokens_per_pos_total",
                     "Accepted tokens by their place in the draft.",
                 ),
-                &["position"],
+                &["source", "position"],
             )),
             success: builder.add(IntCounterVec::new(
                 builder.opts(VLLM_SUCCESS, "Sequences ended, by reason."),
@@ -208,14 +209,27 @@ impl Metrics {
             (&self.generation_tokens, stats.generation_tokens),
             (&self.preemptions, stats.preemptions),
             (&self.steps, stats.steps),
-            (&self.drafts, stats.drafts),
-            (&self.drafted_tokens, stats.drafted_tokens),
-            (&self.accepted_tokens, stats.accepted_at.iter().sum()),
         ] {
             counter.inc_by(total.saturating_sub(counter.get()));
         }
-        for (position, &total) in stats.accepted_at.iter().enumerate() {
-            let counter = self.accepted_at.with_label_values(&[position.to_string()]);
+        self.take_drafts("copy", &stats.copies());
+        if let Some(model) = &stats.model_drafts {
+            self.take_drafts("model", model);
+        }
+    }
+
+    fn take_drafts(&self, source: &str, counts: &DraftCounts) {
+        let accepted = counts.accepted_at.iter().sum();
+        for (counters, total) in [
+            (&self.drafts, counts.drafts),
+            (&self.drafted_tokens, counts.tokens),
+            (&self.accepted_tokens, accepted),
+        ] {
+            let counter = counters.with_label_values(&[source]);
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
+        for (position, &total) in counts.accepted_at.iter().enumerate() {
+            let counter = self.accepted_at.with_label_values(&[source, &position.to_string()]);
             counter.inc_by(total.saturating_sub(counter.get()));
         }
     }
@@ -283,6 +297,35 @@ mod tests {
         assert!(text.contains(r#"rudder_kv_blocks{model_name="tiny",state="cached"} 2"#), "{text}");
         assert!(text.contains(r#"vllm:request_success_total{finished_reason="length",model_name="tiny"} 1"#));
         assert!(text.contains(r#"vllm:kv_cache_usage_perc{model_name="tiny"} 0.5"#));
+    }
+
+    #[test]
+    fn drafts_are_told_apart_by_their_source() {
+        let mut accepted_at = [0; 32];
+        accepted_at[..2].copy_from_slice(&[5, 3]);
+        let mut of_model = [0; 32];
+        of_model[0] = 4;
+        let model = DraftCounts { drafts: 6, tokens: 9, accepted_at: of_model };
+        let stats =
+            Stats { drafts: 10, drafted_tokens: 20, accepted_at, model_drafts: Some(model), ..stats() };
+        let text = Metrics::new("tiny").render(&stats, &StoreStats::default());
+        for (name, source, total) in [
+            ("drafts_total", "copy", 4),
+            ("drafts_total", "model", 6),
+            ("draft_tokens_total", "copy", 11),
+            ("accepted_tokens_total", "copy", 4),
+            ("accepted_tokens_total", "model", 4),
+        ] {
+            let line = format!("spec_decode_num_{name}{{model_name=\"tiny\",source=\"{source}\"}} {total}\n");
+            assert!(
+                text.contains(&format!("rudder_{line}")) && text.contains(&format!("vllm:{line}")),
+                "{line}"
+            );
+        }
+        let line = r#"per_pos_total{model_name="tiny",position="1",source="copy"} 3"#;
+        assert!(text.contains(line), "{text}");
+        let none = Metrics::new("tiny").render(&Stats::default(), &StoreStats::default());
+        assert!(!none.contains("source=\"model\""), "there is no draft model");
     }
 
     #[test]

@@ -12,7 +12,11 @@ const FIRST: [[f32; CLASSES.len()]; EVIDENCE] = [
     [0.4, 0.6, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97],
     [0.2, 0.3, 0.4, 0.55, 0.65, 0.75, 0.85, 0.9, 0.93, 0.96],
     [0.3; CLASSES.len()],
+    [0.7; CLASSES.len()],
+    [0.08, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.95],
 ];
+/// Lower bounds of the classes of what a draft model holds its own guess for.
+const PROBABILITIES: [f32; CLASSES.len()] = [0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.85, 0.92, 0.97, 0.99];
 /// Observations that those count for in the engine's rates, and the engine's in a sequence's.
 const FIRST_WEIGHT: f32 = 16.0;
 const PRIOR_WEIGHT: f32 = 4.0;
@@ -32,10 +36,14 @@ pub(crate) enum Evidence {
     Vague,
     /// Whatever else does, the token was another than foretold where it stands already.
     Varied,
+    /// A draft model will guess it, whatever that is.
+    Unguessed,
+    /// A draft model has guessed it; [`sureness`] takes the place of matched tokens.
+    Guessed,
 }
 
 /// How many kinds there are.
-const EVIDENCE: usize = Evidence::Varied as usize + 1;
+const EVIDENCE: usize = Evidence::Guessed as usize + 1;
 
 /// Decaying counts by evidence and class.
 #[derive(Debug, Clone)]
@@ -78,6 +86,11 @@ impl Acceptance {
     }
 }
 
+/// Stands for as many matched tokens where a draft model gives its own guess this probability.
+pub(crate) fn sureness(probability: f32) -> usize {
+    CLASSES[PROBABILITIES.partition_point(|&least| least <= probability).max(1) - 1]
+}
+
 fn class(matched: usize) -> usize {
     CLASSES.partition_point(|&least| least <= matched) - 1
 }
@@ -98,5 +111,16 @@ mod tests {
         assert_eq!(rates.rate(&engine, Evidence::Resumed, 40), FIRST[3][9], "and so is other evidence");
         (0..60).for_each(|_| rates.record(Evidence::Repeated, 40, true));
         assert!(rate(&rates, 40) > 0.9);
+    }
+
+    #[test]
+    fn guesses_are_told_apart_by_what_the_draft_model_holds_them_for() {
+        assert_eq!([f32::NAN, 0.0, 0.14, 1.0].map(|p| class(sureness(p))), [0, 0, 0, 9]);
+        let mut rates = Acceptance::of_engine();
+        (0..300).for_each(|_| rates.record(Evidence::Guessed, sureness(0.5), false));
+        let none = Acceptance::of_sequence();
+        let rate = |p| none.rate(&rates, Evidence::Guessed, sureness(p));
+        assert!(rate(0.5) < 0.15 && rate(0.46) < 0.15);
+        assert_eq!((rate(0.65), rate(0.995)), (FIRST[7][4], FIRST[7][9]));
     }
 }

@@ -2,7 +2,7 @@
 //! drafts are, what others said.
 
 use super::acceptance::Acceptance;
-use super::lengths::Lengths;
+use super::lengths::{Lengths, Outlook};
 use super::siblings::Siblings;
 use super::step_cost::StepCost;
 
@@ -17,6 +17,8 @@ pub(crate) struct Drafting {
     pub(crate) lengths: Lengths,
     pub(crate) cost: StepCost,
     pub(crate) siblings: Siblings,
+    /// What the step promises with the lengths chosen; unknown beside a prefill and before a step was measured.
+    pub(crate) outlook: Option<Outlook>,
     /// Most drafted tokens of a step.
     room: usize,
     /// Tokens that may still be indexed before this step.
@@ -34,6 +36,7 @@ impl Drafting {
             lengths: Lengths::default(),
             cost: StepCost::new(),
             siblings: Siblings::default(),
+            outlook: None,
             room,
             to_index: 0,
             sequences: Vec::new(),
@@ -52,6 +55,11 @@ impl Drafting {
     pub(crate) fn choose(&mut self, decodes: usize, beside_prefill: bool) {
         self.chosen.clear();
         self.chosen.resize(self.sequences.len(), 0);
-        self.lengths.choose(decodes, self.room, beside_prefill, &self.cost, &mut self.chosen);
+        self.outlook = self.lengths.choose(decodes, self.room, beside_prefill, &self.cost, &mut self.chosen);
+    }
+
+    /// Most drafted tokens of a step.
+    pub(crate) fn room(&self) -> usize {
+        self.room
     }
 }

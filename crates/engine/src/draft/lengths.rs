@@ -12,17 +12,38 @@ const LEAST_GAIN: f32 = 1.02;
 /// it must be this likely.
 const LEAST_BESIDE_PREFILL: f32 = 0.3;
 
+/// What a step is expected to give and to take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Outlook {
+    /// Tokens, drafted ones by the probability that they are accepted.
+    pub(crate) tokens: f32,
+    /// Rows, those of drafted tokens among them.
+    pub(crate) rows: usize,
+    /// Time.
+    pub(crate) seconds: f32,
+}
+
+impl Outlook {
+    /// Tokens a second.
+    pub(crate) fn rate(&self) -> f32 {
+        self.tokens / self.seconds
+    }
+}
+
 /// Chooses lengths; its memory is reused.
 #[derive(Debug, Default)]
 pub(crate) struct Lengths {
     /// Gain of a sequence's next drafted token, in order for each sequence.
     gains: Vec<(f32, u32)>,
+    /// How many of them were chosen last.
+    chosen: usize,
     seconds: Vec<f32>,
 }
 
 impl Lengths {
     pub(crate) fn clear(&mut self) {
         self.gains.clear();
+        self.chosen = 0;
     }
 
     /// The drafted tokens of sequence `index` have these gains, falling from token to token.
@@ -30,8 +51,21 @@ impl Lengths {
         self.gains.extend(gains.map(|gain| (gain, index as u32)));
     }
 
+    /// Takes back what was offered for sequence `index`, before lengths are chosen anew.
+    pub(crate) fn withdraw(&mut self, index: usize) {
+        self.chosen = 0;
+        self.gains.retain(|gain| gain.1 as usize != index);
+    }
+
+    /// Tokens expected of those last chosen for sequence `index`.
+    pub(crate) fn promised(&self, index: usize) -> f32 {
+        let chosen = self.gains[..self.chosen].iter();
+        chosen.filter(|gain| gain.1 as usize == index).map(|gain| gain.0).sum()
+    }
+
     /// Tells how many tokens each sequence drafts, by adding to `lengths`. The step holds
-    /// `decodes` rows without them, at most `room` drafted ones, and a prefill or none.
+    /// `decodes` rows without them, at most `room` drafted ones, and a prefill or none. Returns what is then
+    /// expected, as far as is known.
     pub(crate) fn choose(
         &mut self,
         decodes: usize,
@@ -39,33 +73,40 @@ impl Lengths {
         beside_prefill: bool,
         cost: &StepCost,
         lengths: &mut [usize],
-    ) {
+    ) -> Option<Outlook> {
         self.gains.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
         self.gains.truncate(room);
-        let chosen = match beside_prefill {
-            true => self.gains.partition_point(|gain| gain.0 >= LEAST_BESIDE_PREFILL),
+        let outlook = match beside_prefill {
+            true => {
+                self.chosen = self.gains.partition_point(|gain| gain.0 >= LEAST_BESIDE_PREFILL);
+                None
+            }
             false => self.best(decodes, cost),
         };
-        for (_, index) in &self.gains[..chosen] {
+        for (_, index) in &self.gains[..self.chosen] {
             lengths[*index as usize] += 1;
         }
+        outlook
     }
 
-    fn best(&mut self, decodes: usize, cost: &StepCost) -> usize {
+    fn best(&mut self, decodes: usize, cost: &StepCost) -> Option<Outlook> {
+        self.chosen = 0;
         cost.estimate(decodes + self.gains.len(), &mut self.seconds);
-        if self.gains.is_empty() || self.seconds.is_empty() {
-            return 0; // nothing is known before the first step without drafts
+        if decodes == 0 || self.seconds.is_empty() {
+            return None; // nothing is known before the first step without drafts
         }
-        let plain = decodes as f32 / self.seconds[decodes - 1];
-        let (mut best, mut chosen, mut expected) = (plain * LEAST_GAIN, 0, decodes as f32);
+        let plain = Outlook { tokens: decodes as f32, rows: decodes, seconds: self.seconds[decodes - 1] };
+        let (mut best, mut chosen, mut expected) = (plain.rate() * LEAST_GAIN, plain, plain.tokens);
         for (index, (gain, _)) in self.gains.iter().enumerate() {
             expected += gain;
-            let rate = expected / self.seconds[decodes + index];
-            if rate > best {
-                (best, chosen) = (rate, index + 1);
+            let rows = decodes + index + 1;
+            let longer = Outlook { tokens: expected, rows, seconds: self.seconds[rows - 1] };
+            if longer.rate() > best {
+                (best, chosen) = (longer.rate(), longer);
             }
         }
-        chosen
+        self.chosen = chosen.rows - decodes;
+        Some(chosen)
     }
 }
 
@@ -106,6 +147,24 @@ mod tests {
         assert!(both[0] > both[1]);
         let alone = chosen(&[0.7], 1, &cost);
         assert!(chosen(&[0.7], 30, &cost)[0] < alone[0]);
+    }
+
+    #[test]
+    fn what_is_expected_goes_with_what_was_chosen_and_an_offer_can_be_taken_back() {
+        let cost = cost(|_| 100);
+        let (mut lengths, mut out) = (Lengths::default(), [0, 0]);
+        lengths.offer(0, [0.5, 0.25].into_iter());
+        lengths.offer(1, [0.8].into_iter());
+        let outlook = lengths.choose(2, 64, false, &cost, &mut out).unwrap();
+        assert_eq!((out, outlook.rows), ([2, 1], 5));
+        assert!((outlook.tokens - 3.55).abs() < 1e-5 && (outlook.seconds - 0.1).abs() < 1e-3, "{outlook:?}");
+        assert_eq!(lengths.promised(0), 0.75);
+        lengths.withdraw(0);
+        let (outlook, mut out) = (lengths.choose(2, 64, false, &cost, &mut [0, 0]).unwrap(), [0, 0]);
+        assert!((outlook.tokens - 2.8).abs() < 1e-5 && lengths.promised(0) == 0.0, "{outlook:?}");
+        lengths.clear();
+        assert_eq!(lengths.choose(2, 64, false, &cost, &mut out).unwrap().rows, 2);
+        assert_eq!(lengths.choose(0, 64, false, &cost, &mut out), None);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Drafts without a second model: what followed the same words before will follow them again.
+//! Drafts: what followed the same words before will follow them again.
 //!
 //! Agents' answers repeat their input: a file comes back with one change, a path or a name recurs. A
 //! [`Drafter`] watches one sequence: its [`Cursor`] points at the token, in what the sequence said or
@@ -6,10 +6,14 @@
 //! read off there. The step loop runs them beside the last token and draws every position as always; a
 //! drafted token is accepted if it is what was drawn, so answers are the same as without drafts, token
 //! for token.
+//!
+//! Where that finds little, a draft model may guess instead: see [`ModelDrafter`]. All else is the same.
 
 mod acceptance;
 mod drafting;
 mod lengths;
+mod model_drafter;
+mod promise;
 #[cfg(test)]
 mod replay;
 mod siblings;
@@ -17,11 +21,13 @@ mod step_cost;
 mod stray;
 mod suffix_index;
 mod varied;
+mod window;
 
 use std::sync::Arc;
 
 use self::acceptance::{Acceptance, Evidence};
 pub(crate) use self::drafting::Drafting;
+pub(crate) use self::model_drafter::{ModelDrafter, Subject};
 pub(crate) use self::siblings::Party;
 use self::siblings::{BETWEEN, PIECE, Reference, Siblings, View};
 use self::stray::Stray;

@@ -27,6 +27,8 @@ pub(super) struct Active {
     pub(super) drafter: Option<Box<Drafter>>,
     pub(super) drafted: usize,
     pub(super) accepted: usize,
+    /// Whether its present draft is the draft model's.
+    pub(super) guessed: bool,
 }
 
 /// Where a sequence's state in its grammar is.

@@ -72,7 +72,7 @@ fn sample_row<'a>(
 }
 
 /// Runs the model, which may fail or panic; the message is fit for the client.
-fn guarded(work: impl FnOnce() -> Result<(), OpError>) -> Result<(), String> {
+pub(crate) fn guarded(work: impl FnOnce() -> Result<(), OpError>) -> Result<(), String> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(outcome) => outcome.map_err(|error| format!("the model failed: {error}")),
         Err(_) => Err("the model failed unexpectedly".into()),
@@ -80,7 +80,7 @@ fn guarded(work: impl FnOnce() -> Result<(), OpError>) -> Result<(), String> {
 }
 
 /// An emptied vector's memory under another lifetime: collecting in place keeps the allocation.
-fn recycle<'a>(mut rows: Vec<SampleRow<'_>>) -> Vec<SampleRow<'a>> {
+pub(crate) fn recycle<'a>(mut rows: Vec<SampleRow<'_>>) -> Vec<SampleRow<'a>> {
     rows.clear();
     rows.into_iter().map(|_| unreachable!("the vector is empty")).collect()
 }

@@ -70,6 +70,9 @@ impl StepLoop {
         if accepted {
             active.accepted += 1;
             self.stats.accepted_at[row] += 1;
+            if let Some(counts) = self.stats.model_drafts.as_mut().filter(|_| active.guessed) {
+                counts.accepted_at[row] += 1;
+            }
         }
         if first && !self.follow_grammar(id) {
             return false;
@@ -149,6 +152,7 @@ impl StepLoop {
         self.keep_answer(id);
         self.end_turn(id);
         self.keep_last_blocks(id);
+        self.release_guesses(id);
         self.scheduler.remove(id);
         let active = self.active.remove(&id)?;
         let ms = active.submission.submitted.elapsed().as_millis() as u64;

@@ -54,13 +54,24 @@ impl StepLoop {
             }
         }
         drafting.choose(decodes, self.scheduler.running() > decodes);
-        for (&id, &len) in drafting.sequences.iter().zip(&drafting.chosen) {
+        self.guess(decodes);
+        self.propose_chosen();
+    }
+
+    /// Proposes drafts of the lengths chosen.
+    fn propose_chosen(&mut self) {
+        let Some(drafting) = &mut self.drafting else { return };
+        for (index, (&id, &len)) in drafting.sequences.iter().zip(&drafting.chosen).enumerate() {
             let (Some(active), Some(sequence)) = (self.active.get_mut(&id), self.scheduler.sequence(id))
             else {
                 continue;
             };
             drafting.draft.clear();
-            if let Some(drafter) = &active.drafter {
+            let guesses = self.model_drafter.as_ref().and_then(|drafter| drafter.guesses(index));
+            active.guessed = guesses.is_some();
+            if let Some(guesses) = guesses {
+                drafting.draft.extend(guesses.take(len));
+            } else if let Some(drafter) = &active.drafter {
                 let ends = |token| active.stops_at(token);
                 drafter.draft(&sequence.tokens, len, &mut drafting.draft, ends);
             }
@@ -82,12 +93,18 @@ impl StepLoop {
         for chunk in plan.chunks.iter().filter(|chunk| chunk.drafted > 0) {
             self.stats.drafts += 1;
             self.stats.drafted_tokens += chunk.drafted as u64;
-            if let Some(active) = self.active.get_mut(&chunk.id) {
-                active.drafted += chunk.drafted;
+            let Some(active) = self.active.get_mut(&chunk.id) else { continue };
+            active.drafted += chunk.drafted;
+            if let Some(counts) = self.stats.model_drafts.as_mut().filter(|_| active.guessed) {
+                counts.drafts += 1;
+                counts.tokens += chunk.drafted as u64;
             }
         }
         if plan.chunks.iter().all(|chunk| chunk.outputs == chunk.len) {
             drafting.cost.record(self.batch.rows(), took);
+            if let Some(drafter) = &mut self.model_drafter {
+                drafter.save(took);
+            }
         }
     }
 

@@ -1,10 +1,11 @@
 //! The step loop: one thread that plans, runs the model, samples and delivers, step after step.
 
 mod active;
-mod compute;
+pub(crate) mod compute;
 mod deliver;
 mod drafts;
 mod grammars;
+mod model_drafts;
 mod sessions;
 mod tier;
 mod waiting;
@@ -20,8 +21,9 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use self::active::{Active, Held};
 use self::sessions::Sessions;
-use crate::draft::Drafting;
-use crate::engine::{DraftMode, EngineConfig, Shared, Stats};
+use crate::draft::{Drafting, ModelDrafter};
+use crate::draft_model::DraftModel;
+use crate::engine::{DraftCounts, DraftMode, EngineConfig, Shared, Stats};
 use crate::mask_workers::{MaskJob, MaskWorkers};
 use crate::reasoning::Reasoning;
 use crate::request::{Event, GenerateRequest};
@@ -60,6 +62,8 @@ pub(crate) struct StepLoop {
     sessions: Sessions,
     /// Absent when drafts are off.
     drafting: Option<Drafting>,
+    /// Absent without a draft model, and when it has failed.
+    model_drafter: Option<Box<ModelDrafter>>,
     stats: Stats,
     pace: Pace,
     /// Of live requests that have one.
@@ -79,6 +83,7 @@ impl StepLoop {
         model: Box<dyn Model>,
         config: &EngineConfig,
         tier: Option<DiskTier>,
+        draft: Option<DraftModel>,
         commands: mpsc::Receiver<Command>,
         shared: Arc<Shared>,
     ) -> Self {
@@ -94,7 +99,11 @@ impl StepLoop {
         if let Some(tier) = &tier {
             sessions.restore(&mut scheduler, tier);
         }
+        let draft = draft.filter(|_| config.draft == DraftMode::Lookup);
+        let stats =
+            Stats { model_drafts: draft.as_ref().map(|_| DraftCounts::default()), ..Stats::default() };
         Self {
+            model_drafter: draft.and_then(|draft| model_drafts::start(draft, &*model, config)),
             model,
             scheduler,
             commands,
@@ -104,7 +113,7 @@ impl StepLoop {
             tier,
             sessions,
             drafting: (config.draft == DraftMode::Lookup).then(|| Drafting::new(config.draft.max_drafted())),
-            stats: Stats::default(),
+            stats,
             pace: Pace::new(config.decode_latency_target),
             deadlines: BTreeSet::new(),
             reported: Instant::now(),
@@ -164,6 +173,10 @@ impl StepLoop {
     fn check_idle(&self) {
         let used = self.scheduler.counts().used;
         debug_assert_eq!(used, 0, "KV blocks leaked");
+        debug_assert!(
+            self.model_drafter.as_ref().is_none_or(|drafter| drafter.is_idle()),
+            "of the draft model"
+        );
         if used != 0 {
             tracing::error!(used, "KV blocks are held although nothing runs; please report this defect");
         }
@@ -194,6 +207,7 @@ impl StepLoop {
             drafter: None,
             drafted: 0,
             accepted: 0,
+            guessed: false,
         };
         self.deadlines.extend(active.submission.request.deadline.map(|deadline| (deadline, id)));
         self.active.insert(id, active);
@@ -242,6 +256,7 @@ impl StepLoop {
 
     fn note_admissions(&mut self, plan: &StepPlan) {
         self.stats.preemptions += plan.preempted.len() as u64;
+        plan.preempted.iter().for_each(|&id| self.release_guesses(id));
         let now = Instant::now();
         for (id, cached) in &plan.admitted {
             let Some(active) = self.active.get_mut(id) else { continue };
