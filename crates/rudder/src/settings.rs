@@ -469,6 +469,7 @@ mod tests {
             tensor_parallel_size = 2
             max_context = 2
             kv_memory = 3
+            kv_cache_dtype = "fp8"
             gpu_memory_utilization = 0.5
             max_sequences = 4
             max_batch_tokens = 5
