@@ -65,3 +65,32 @@ def test_damaged_kv_is_computed_again_and_counted(server, start, tmp_path):
     assert cached(again) < 600 - LOST
     metrics = second.http.get("/metrics").text
     assert 'reason="damaged"} 1' in metrics and 'outcome="gave_up"} 1' in metrics
+
+
+def test_sessions_on_disk_are_known_after_a_kill_go_on_and_can_be_deleted(server, start, tmp_path):
+    flags = ("--kv-disk", "1GiB", "--kv-dir", str(tmp_path / "kv"))
+    text = code(600, server)
+
+    def say(to, session):
+        body = {"model": to.model, "prompt": text, "max_tokens": 4, "prompt_cache_key": session}
+        return to.http.post("/v1/completions", json=body).json()
+
+    first = start(*flags)
+    for session in ("kept", "kept", "other"):
+        say(first, session)
+    first.wait_idle()
+    first.stop(signal.SIGKILL)
+
+    second = start(*flags)
+    known = {one["id"]: one for one in second.http.get("/v1/sessions").json()["data"]}
+    assert known.keys() == {"kept", "other"}
+    kept = known["kept"]
+    assert (kept["state"], kept["turns"], kept["cached_tokens"]["device"]) == ("disk", 2, 0)
+    assert kept["cached_tokens"]["disk"] >= 512 and kept["tokens"] >= 600
+    assert second.http.delete("/v1/sessions/other").json()["deleted"]
+    assert say(second, "kept")["usage"]["prompt_tokens_details"]["cached_tokens"] >= 600 - LOST
+    assert second.http.get("/v1/sessions/kept").json()["turns"] == 3
+    second.stop()
+
+    third = start(*flags)
+    assert [one["id"] for one in third.http.get("/v1/sessions").json()["data"]] == ["kept"]
