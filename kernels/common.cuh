@@ -75,6 +75,12 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(products) : "r"(a), "r"(b));
     return products;
 }
+// Differences of two pairs of bf16, rounded.
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+    uint32_t differences;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(differences) : "r"(a), "r"(b));
+    return differences;
+}
 #endif
 
 #define WARP 32

@@ -4,7 +4,7 @@
 // could not keep up with memory. A fragment's columns may be any permutation of k as long as both factors agree,
 // so every lane reads 16 neighbouring bytes straight from global memory into its fragments, without shared memory.
 // matmul_tiles: any number of rows, through shared memory in a pipeline of copies; also the grouped product of MoE.
-// .._fp8, .._mxfp4: weights that are narrower (formats.cuh), widened on the way into fragments or shared memory.
+// .._fp8, .._int4, .._mxfp4, .._nvfp4: weights that are narrower (formats.cuh), widened on the way into fragments or shared memory.
 // widen_*: the same to bf16 in memory, for cuBLASLt.
 //
 // Each column of a fragment is computed by itself: a row's result does not depend on the rows beside it.
@@ -157,6 +157,7 @@ __device__ void matmul_few_packed(const bf16* x, const uint4* codes, const unsig
         if (feature + f >= n) continue;
         float sum = 0.0f;
         for (int v = 0; v < FEW_WARPS; v++) sum += parts[v][row][f];
+        if constexpr (F::ROW_SCALED) sum *= F::row_factor(scales + static_cast<size_t>(feature + f) * stride);
         out[static_cast<size_t>(row) * n + feature + f] = bias ? sum + bias[feature + f] : sum;
     }
 }
@@ -171,6 +172,7 @@ __device__ void widen_rows(const uint4* codes, const unsigned char* scales, int 
     for (int p = 0; p < 32 / F::COLUMNS; p++) {
         uint32_t to[F::COLUMNS / 2];
         widen_piece<F>(load_once(codes + i * (32 / F::COLUMNS) + p), scale, to);
+        if constexpr (F::ROW_SCALED) scale_pairs(to, F::row_factor(scales + row * stride));
 #pragma unroll
         for (int j = 0; j < F::COLUMNS / 8; j++)
             reinterpret_cast<uint4*>(out + row * k + column + p * F::COLUMNS)[j] = make_uint4(to[4 * j], to[4 * j + 1], to[4 * j + 2], to[4 * j + 3]);
@@ -198,6 +200,8 @@ __device__ void widen_rows(const uint4* codes, const unsigned char* scales, int 
 
 FEW_OF(mxfp4, Mxfp4)
 FEW_OF(fp8, Fp8)
+FEW_OF(int4, Int4)
+FEW_OF(nvfp4, Nvfp4)
 
 #define TILE 128
 #define TILE_K 64
@@ -322,8 +326,10 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int row = warp_row + m * 16 + group + i / 2 * 8, column = feature + warp_feature + f * 8 + quad * 2 + i % 2;
-                if (row < count && column < n)
-                    out[static_cast<size_t>(first + row) * n + column] = bias ? sums[m][f][i] + bias[column] : sums[m][f][i];
+                if (row >= count || column >= n) continue;
+                float sum = sums[m][f][i];
+                if constexpr (F::ROW_SCALED) sum *= F::row_factor(scales + static_cast<size_t>(column) * stride);
+                out[static_cast<size_t>(first + row) * n + column] = bias ? sum + bias[column] : sum;
             }
 }
 
@@ -339,3 +345,5 @@ KERNEL(matmul_tiles)
     KERNEL(matmul_tiles_##NAME)
 TILES_OF(mxfp4, Mxfp4)
 TILES_OF(fp8, Fp8)
+TILES_OF(int4, Int4)
+TILES_OF(nvfp4, Nvfp4)

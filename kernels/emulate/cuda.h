@@ -213,6 +213,15 @@ inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
     return products;
 }
 
+inline uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+    uint32_t differences = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const float x = to_float(bf16{static_cast<uint16_t>(a >> shift)}), y = to_float(bf16{static_cast<uint16_t>(b >> shift)});
+        differences |= static_cast<uint32_t>(to_bf16(x - y).bits) << shift;
+    }
+    return differences;
+}
+
 inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     struct { uint32_t a[4], b[2]; } mine;
     memcpy(mine.a, a, sizeof mine.a);

@@ -1,13 +1,13 @@
 //! Weight matrices on a device: in which format they lie there, and which kernels read them.
 //!
-//! MXFP4 and FP8 stay as they are, all other formats become bf16.
+//! MXFP4, NVFP4, FP8 and four-bit integers stay as they are, all other formats become bf16.
 
 use crate::device::{Arg, Buffer, Device, Grid};
-use crate::fp8;
 use crate::matmul::padded;
-use crate::mxfp4;
 use crate::upload::Uploader;
-use rudder_ops::{DType, OpError, RawTensor, Result};
+use crate::{mxfp4, nvfp4};
+use rudder_ops::{DType, OpError, RawTensor, Result, fp8, int4};
+use std::thread;
 
 /// The weights of one matrix, or of several one below the other, rows padded to [`padded`] elements.
 pub(crate) enum Weights {
@@ -31,6 +31,8 @@ pub(crate) struct Packed {
 pub(crate) enum Packing {
     Mxfp4,
     Fp8,
+    Int4,
+    Nvfp4,
 }
 
 /// A format's kernels.
@@ -48,6 +50,8 @@ impl Packing {
         match dtype {
             DType::MXFP4 => Some(Self::Mxfp4),
             DType::F8_E4M3 => Some(Self::Fp8),
+            DType::INT4 => Some(Self::Int4),
+            DType::NVFP4 => Some(Self::Nvfp4),
             _ => None,
         }
     }
@@ -55,7 +59,7 @@ impl Packing {
     /// Bytes of a row's codes.
     fn code_bytes(self, padded: usize) -> usize {
         match self {
-            Self::Mxfp4 => padded / 2,
+            Self::Mxfp4 | Self::Int4 | Self::Nvfp4 => padded / 2,
             Self::Fp8 => padded,
         }
     }
@@ -73,6 +77,18 @@ impl Packing {
                 few_experts: "matmul_few_experts_fp8",
                 tiles: "matmul_tiles_fp8",
                 widen: "widen_fp8",
+            },
+            Self::Int4 => Kernels {
+                few: ["matmul_few_8_int4", "matmul_few_16_int4"],
+                few_experts: "matmul_few_experts_int4",
+                tiles: "matmul_tiles_int4",
+                widen: "widen_int4",
+            },
+            Self::Nvfp4 => Kernels {
+                few: ["matmul_few_8_nvfp4", "matmul_few_16_nvfp4"],
+                few_experts: "matmul_few_experts_nvfp4",
+                tiles: "matmul_tiles_nvfp4",
+                widen: "widen_nvfp4",
             },
         }
     }
@@ -125,7 +141,9 @@ impl Weights {
         };
         let (stride, shift) = match packing {
             Packing::Mxfp4 => (mxfp4::scale_bytes(padded(k)), 0),
-            Packing::Fp8 => fp8::scales_of(parts, k),
+            Packing::Fp8 => scales_of::<{ fp8::BLOCK_BYTES }>(parts, k / fp8::BLOCK_LEN),
+            Packing::Int4 => scales_of::<{ int4::BLOCK_BYTES }>(parts, k / int4::BLOCK_LEN),
+            Packing::Nvfp4 => (nvfp4::scale_bytes(padded(k)), 0),
         };
         let codes = device.buffer(rows * packing.code_bytes(padded(k)))?;
         let packed = Packed { packing, codes, scales: device.buffer(rows * stride)?, stride, shift };
@@ -136,9 +154,73 @@ impl Weights {
                     uploader.matrix_mxfp4(part, padded(k), [&packed.codes, &packed.scales], before)?;
                 }
                 Packing::Fp8 => uploader.matrix_fp8(part, &packed, before)?,
+                Packing::Int4 => uploader.matrix_int4(part, &packed, before)?,
+                Packing::Nvfp4 => uploader.matrix_nvfp4(part, &packed, before)?,
             }
             before += part.shape[0];
         }
         Ok(Self::Packed(packed))
+    }
+}
+
+/// Bits that leave nothing of a block's number.
+pub(crate) const WHOLE_ROW: u32 = 31;
+
+/// Of matrices whose rows are `blocks` blocks of `BYTES`, each with a scale in its first four: bytes of a row's scales on the device, and the shift of a
+/// block's number to its scale's. One scale for a row where that will do, one for two blocks or one for each.
+pub(crate) fn scales_of<const BYTES: usize>(matrices: &[RawTensor], blocks: usize) -> (usize, u32) {
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let row_agrees = |row: &[[u8; BYTES]], count: usize| {
+        row.chunks(count).all(|some| some.iter().all(|block| block[..4] == some[0][..4]))
+    };
+    let agree = |count: usize| {
+        // Every thread looks at some rows of each matrix.
+        let part = |first: usize| {
+            matrices.iter().all(|matrix| {
+                let rows = matrix.bytes().as_chunks::<BYTES>().0.chunks_exact(blocks.max(1));
+                rows.skip(first).step_by(threads).all(|row| row_agrees(row, count))
+            })
+        };
+        let part = &part;
+        thread::scope(|scope| {
+            let parts: Vec<_> = (0..threads).map(|first| scope.spawn(move || part(first))).collect();
+            parts.into_iter().all(|part| part.join().unwrap_or(false))
+        })
+    };
+    if agree(blocks.max(1)) {
+        (4, WHOLE_ROW)
+    } else if agree(2) {
+        (4 * blocks.div_ceil(2), 1)
+    } else {
+        (4 * blocks, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    /// Two rows of blocks with these scales.
+    fn matrix(scales: [&[f32]; 2]) -> RawTensor {
+        let blocks = scales
+            .concat()
+            .into_iter()
+            .flat_map(|scale| [scale.to_le_bytes().to_vec(), vec![0x38; 64]].concat());
+        let shape = vec![2, 64 * scales[0].len()];
+        RawTensor::new("w", shape, DType::F8_E4M3, Arc::new(blocks.collect::<Vec<u8>>()), 0)
+            .expect("whole blocks")
+    }
+
+    #[test]
+    fn scales_that_agree_are_kept_once() {
+        let of = |scales: [&[f32]; 2]| scales_of::<{ fp8::BLOCK_BYTES }>(&[matrix(scales)], scales[0].len());
+        assert_eq!(of([&[2.0, 2.0, 2.0], &[3.0, 3.0, 3.0]]), (4, WHOLE_ROW));
+        assert_eq!(of([&[2.0, 2.0, 2.0], &[3.0, 3.0, 5.0]]), (8, 1));
+        assert_eq!(of([&[2.0, 2.0, 2.0], &[3.0, 4.0, 4.0]]), (12, 0));
+        assert_eq!(of([&[2.0], &[3.0]]), (4, WHOLE_ROW));
+        // Not of one row alone.
+        let several = [matrix([&[1.0, 1.0], &[1.0, 1.0]]), matrix([&[1.0, 2.0], &[1.0, 1.0]])];
+        assert_eq!(scales_of::<{ fp8::BLOCK_BYTES }>(&several, 2), (8, 0));
     }
 }

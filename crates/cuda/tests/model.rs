@@ -72,19 +72,21 @@ fn every_architecture_says_what_the_reference_says() {
     }
 }
 
-/// A model whose projections stay FP8, of random weights.
+/// A model whose projections stay FP8, of random weights, and one whose bf16 becomes FP8.
 #[test]
-fn a_model_of_fp8_says_what_the_reference_says() {
-    let Some(cuda) = cuda() else { return };
-    let source = ModelSource::dummy(&fixture("dummy-fp8").to_string_lossy()).expect("a configuration");
-    let mut reference = source.load(Reference::new(), OPTIONS, |_, _| ()).expect("it loads").model;
-    let [expected, _] = logits(&mut *reference, [LENGTH; 2]);
-    let largest = expected.iter().fold(0f32, |a, x| a.max(x.abs()));
-    let mut model = source.load(cuda, OPTIONS, |_, _| ()).expect("it loads").model;
-    for chunks in [[LENGTH, LENGTH], [1, 20]] {
-        for found in logits(&mut *model, chunks) {
-            let worst = found.iter().zip(&expected).fold(0f32, |a, (x, y)| a.max((x - y).abs()));
-            assert!(worst < 0.03 * largest, "{chunks:?}: {worst} of {largest}");
+fn models_of_fp8_say_what_the_reference_says() {
+    let dummy = |name| ModelSource::dummy(&fixture(name).to_string_lossy()).expect("a configuration");
+    for source in [dummy("dummy-fp8"), dummy("dummy").with_fp8()] {
+        let Some(cuda) = cuda() else { return };
+        let mut reference = source.load(Reference::new(), OPTIONS, |_, _| ()).expect("it loads").model;
+        let [expected, _] = logits(&mut *reference, [LENGTH; 2]);
+        let largest = expected.iter().fold(0f32, |a, x| a.max(x.abs()));
+        let mut model = source.load(cuda, OPTIONS, |_, _| ()).expect("it loads").model;
+        for chunks in [[LENGTH, LENGTH], [1, 20]] {
+            for found in logits(&mut *model, chunks) {
+                let worst = found.iter().zip(&expected).fold(0f32, |a, (x, y)| a.max((x - y).abs()));
+                assert!(worst < 0.03 * largest, "{chunks:?}: {worst} of {largest}");
+            }
         }
     }
 }

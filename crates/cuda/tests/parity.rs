@@ -14,7 +14,7 @@ use rudder_cuda::{Cuda, KvDType};
 use rudder_ops::reference::Reference;
 use rudder_ops::{
     Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError,
-    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts, fp8,
+    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts, fp8, int4,
     mxfp4,
 };
 use std::sync::Arc;
@@ -290,6 +290,108 @@ fn fp8_that_is_no_number_is_refused_by_name() {
     let bad = RawTensor::new("bad", vec![3, 64], DType::F8_E4M3, Arc::new(bytes), 0).expect("whole blocks");
     let refusal = cuda.load_matrix(&[good, bad]).err().expect("refused").to_string();
     assert!(refusal.contains("tensor bad"), "{refusal}");
+}
+
+/// A matrix of four-bit integers from any zero point on, about `step` apart; `group` inputs have a scale and a zero point.
+fn int4_matrix(random: &mut Random, [n, k]: [usize; 2], group: usize, step: f32) -> RawTensor {
+    let mut bytes = Vec::new();
+    for _ in 0..n {
+        let mut word = [0; 4];
+        for block in 0..k / 128 {
+            if block % (group / 128) == 0 {
+                let scale = bf16::from_f32((0.5 + random.below(7) as f32 / 8.0) * step).to_f32();
+                word = int4::word(scale, random.below(17) as u8);
+            }
+            bytes.extend(word);
+            bytes.extend((0..64).map(|_| random.next() as u8));
+        }
+    }
+    RawTensor::new("w", vec![n, k], DType::INT4, Arc::new(bytes), 0).expect("whole blocks")
+}
+
+/// As of FP8: groups of 128, of 256 and of all inputs.
+#[test]
+fn linear_of_int4_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(21);
+    let mut shapes = vec![
+        (1, 1, 128),
+        (3, 33, 384),
+        (8, 16, 1152),
+        (9, 17, 256),
+        (16, 130, 2176),
+        (17, 40, 384),
+        (131, 150, 256),
+        (513, 200, 256),
+    ];
+    if large(&cuda) {
+        shapes.extend([(1, 28672, 4096), (16, 4096, 14336), (100, 6144, 4096), (1000, 12288, 4096)]);
+    }
+    for (i, (rows, n, k)) in shapes.into_iter().enumerate() {
+        let group = [128, 256, k][i % 3];
+        let (x, parts) = (random.exact(rows * k, 1.0), [int4_matrix(&mut random, [n, k], group, 0.03)]);
+        let ours = run_linear(&mut cuda, (&x, k), &parts, None)?;
+        let theirs = run_linear(&mut Reference::new(), (&x, k), &parts, None)?;
+        let tolerance = if rows <= 16 { 4e-7 * k as f32 } else { 0.03 };
+        assert_close(&ours, &theirs, tolerance, 1.0, &format!("{rows} rows, [{n}, {k}], groups of {group}"));
+    }
+    Ok(())
+}
+
+/// A matrix of NVFP4, numbers up to about 1, scales of all magnitudes.
+fn nvfp4_matrix(random: &mut Random, name: &str, [n, k]: [usize; 2]) -> RawTensor {
+    let mut bytes = Vec::new();
+    let factor = (1.0 + random.below(7) as f32 / 8.0) / 4000.0;
+    for _ in 0..n * k / 64 {
+        bytes.extend(factor.to_le_bytes());
+        bytes.extend((0..4).map(|_| random.below(127) as u8));
+        bytes.extend((0..32).map(|_| random.next() as u8));
+    }
+    RawTensor::new(name, vec![n, k], DType::NVFP4, Arc::new(bytes), 0).expect("whole blocks")
+}
+
+/// As of FP8; two parts have factors of their own.
+#[test]
+fn linear_of_nvfp4_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(22);
+    let mut shapes = vec![
+        (1, 2, 64),
+        (3, 33, 192),
+        (8, 16, 1088),
+        (16, 130, 320),
+        (17, 40, 192),
+        (131, 150, 320),
+        (513, 200, 192),
+    ];
+    if large(&cuda) {
+        shapes.extend([(1, 28672, 4096), (16, 4096, 14336), (100, 6144, 4096), (1000, 12288, 4096)]);
+    }
+    for (rows, n, k) in shapes {
+        let x = random.exact(rows * k, 1.0);
+        let parts = [n / 2, n - n / 2].map(|n| nvfp4_matrix(&mut random, "part", [n, k]));
+        let bias = random.vec(n, 1.0);
+        let ours = run_linear(&mut cuda, (&x, k), &parts, Some(&bias))?;
+        let theirs = run_linear(&mut Reference::new(), (&x, k), &parts, Some(&bias))?;
+        // Numbers are exact up to 512 rows; from there on they are rounded with their factor.
+        let tolerance = if rows < 512 { 4e-7 * k as f32 } else { 0.02 };
+        assert_close(&ours, &theirs, tolerance, 1.0, &format!("{rows} rows, [{n}, {k}]"));
+    }
+    Ok(())
+}
+
+#[test]
+fn scales_of_nvfp4_that_are_no_positive_numbers_are_refused_by_name() {
+    let Some(mut cuda) = cuda() else { return };
+    let good = nvfp4_matrix(&mut Random(23), "good", [3, 128]);
+    for (at, byte) in [(40 + 5, 0x7f), (4, 0x81), (80, good.bytes()[80] ^ 1)] {
+        let mut bytes = good.bytes().to_vec();
+        bytes[at] = byte;
+        let bad =
+            RawTensor::new("bad", vec![3, 128], DType::NVFP4, Arc::new(bytes), 0).expect("whole blocks");
+        let refusal = cuda.load_matrix(&[good.clone(), bad]).err().expect("refused").to_string();
+        assert!(refusal.contains("tensor bad"), "{refusal}");
+    }
 }
 
 /// What an attention case needs; its rows are those of `steps` one after another.
@@ -591,7 +693,7 @@ fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
         cases.extend([(32, 4, 2880, 2880), (32, 300, 2880, 2880)]);
     }
     for (n, rows, hidden, intermediate) in cases {
-        for stored_as in [DType::F32, DType::MXFP4, DType::F8_E4M3] {
+        for stored_as in [DType::F32, DType::MXFP4, DType::F8_E4M3, DType::INT4, DType::NVFP4] {
             let whole = stored_as.block_len().max(32);
             let (hidden, intermediate) =
                 (hidden.next_multiple_of(whole), intermediate.next_multiple_of(whole));
@@ -599,6 +701,8 @@ fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
                 let one = |random: &mut Random| match stored_as {
                     DType::MXFP4 => quantised(random, shape),
                     DType::F8_E4M3 => fp8_matrix(random, "expert", shape, Scales::Blocks(128)),
+                    DType::INT4 => int4_matrix(random, shape, 128, 0.008),
+                    DType::NVFP4 => nvfp4_matrix(random, "expert", shape),
                     _ => matrix("expert", shape[0], &random.exact(shape[0] * shape[1], 0.3)),
                 };
                 (0..n).map(|_| one(&mut random)).collect()

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use rudder_ops::{DType, RawTensor, fp8, mxfp4};
+use rudder_ops::{DType, RawTensor, fp8, int4, mxfp4, nvfp4};
 
 use crate::ModelConfig;
 use crate::arch::Architecture;
@@ -67,7 +67,12 @@ impl Dummy {
         let narrow = quantised.map_or(0, |dtype| narrow / dtype.block_len() * dtype.block_bytes());
         let pool_of = |dtype: DType| {
             let blocks = largest_inner.div_ceil(dtype.block_len()) + SHIFT;
-            Arc::new(if dtype == DType::MXFP4 { random_mxfp4(blocks) } else { random_fp8(blocks) })
+            Arc::new(match dtype {
+                DType::MXFP4 => random_mxfp4(blocks),
+                DType::INT4 => random_int4(blocks),
+                DType::NVFP4 => random_nvfp4(blocks),
+                _ => random_fp8(blocks),
+            })
         };
         Self {
             pool: Arc::new(random(2 * (largest + SHIFT))),
@@ -134,6 +139,29 @@ fn random_fp8(blocks: usize) -> Vec<u8> {
         for _ in 0..fp8::BLOCK_LEN / 8 {
             pool.extend_from_slice(&(next(&mut state) & 0xbfbf_bfbf_bfbf_bfbf).to_le_bytes());
         }
+    }
+    pool
+}
+
+/// So many blocks of random codes around a zero point of 8, all scaled by 2^-11.
+fn random_int4(blocks: usize) -> Vec<u8> {
+    let mut state = 0;
+    let mut pool = Vec::with_capacity(blocks * int4::BLOCK_BYTES);
+    for _ in 0..blocks {
+        pool.extend_from_slice(&int4::word(2f32.powi(-11), 8));
+        (0..int4::BLOCK_LEN / 16).for_each(|_| pool.extend_from_slice(&next(&mut state).to_le_bytes()));
+    }
+    pool
+}
+
+/// So many blocks of random codes, all scaled by 2^-9.
+fn random_nvfp4(blocks: usize) -> Vec<u8> {
+    let mut state = 0;
+    let mut pool = Vec::with_capacity(blocks * nvfp4::BLOCK_BYTES);
+    for _ in 0..blocks {
+        pool.extend_from_slice(&2f32.powi(-9).to_le_bytes());
+        pool.extend_from_slice(&[0x38; nvfp4::BLOCK_LEN / nvfp4::GROUP]); // 1
+        (0..nvfp4::BLOCK_LEN / 16).for_each(|_| pool.extend_from_slice(&next(&mut state).to_le_bytes()));
     }
     pool
 }

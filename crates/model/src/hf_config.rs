@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::arch::{self, Architecture};
 use crate::config::{ModelConfig, MoeConfig, Stated};
+use crate::int4::Packing;
 use crate::rope::{Llama3, Scaling, Yarn};
 
 /// A parsed config.json: the architecture, the configuration, and whether the output matrix is the
@@ -13,10 +14,12 @@ pub(crate) struct HfConfig {
     pub arch: &'static Architecture,
     pub config: ModelConfig,
     pub tied: Option<bool>,
-    /// What matrices are stored as, of gpt-oss the experts' (MXFP4), elsewhere the projections (FP8); `None`: as numbers.
+    /// What matrices are stored as, of gpt-oss the experts' (MXFP4), elsewhere the projections (FP8, INT4, NVFP4); `None`: as numbers.
     pub quantised: Option<DType>,
     /// Rows and columns that share a scale where matrices are stored as FP8 in blocks.
     pub fp8_block: [usize; 2],
+    /// How matrices of four-bit integers are packed.
+    pub int4: Option<Packing>,
 }
 
 /// Reads a config.json.
@@ -49,12 +52,17 @@ pub(crate) fn parse(json: &[u8]) -> Result<HfConfig, String> {
         },
     };
     let config = stated.check(arch, RopePairing::Halves)?;
-    let quantised = quantised_by(&fields).map(|method| match method {
-        "mxfp4" => DType::MXFP4,
-        _ => DType::F8_E4M3,
+    let method = method(&fields, arch)?;
+    let quantised = method.as_ref().map(|method| match method {
+        Method::Mxfp4 => DType::MXFP4,
+        Method::Fp8 => DType::F8_E4M3,
+        Method::Int4(_) => DType::INT4,
+        Method::Nvfp4 => DType::NVFP4,
     });
+    let int4 =
+        method.and_then(|method| if let Method::Int4(packing) = method { Some(packing) } else { None });
     let (tied, fp8_block) = (fields.bool("tie_word_embeddings")?, fp8_block(&fields)?);
-    Ok(HfConfig { arch, config, tied, quantised, fp8_block })
+    Ok(HfConfig { arch, config, tied, quantised, fp8_block, int4 })
 }
 
 /// The sliding window, and which layers have it.
@@ -120,21 +128,71 @@ fn refuse_unsupported(fields: &Fields<'_>, arch: &Architecture) -> Result<(), St
     {
         return Err(format!("\"hidden_act\" {act:?} is not supported (supported: silu)"));
     }
-    match quantised_by(fields) {
-        None => Ok(()),
-        // Of gpt-oss the experts are, as `weights` finds them.
-        Some("mxfp4") if arch.expert_biases => Ok(()),
-        Some("fp8") => Ok(()),
-        Some(method) => Err(format!(
-            "quantised by {method:?}, which is not supported; use the GGUF or the original weights"
-        )),
-    }
+    Ok(())
+}
+
+/// How matrices are stored that are not stored as numbers.
+enum Method {
+    /// The experts of gpt-oss, as `weights` finds them.
+    Mxfp4,
+    /// As `fp8` finds them.
+    Fp8,
+    Int4(Packing),
+    /// As `nvfp4` finds them.
+    Nvfp4,
 }
 
 /// The method of quantisation, if there is one.
-fn quantised_by<'a>(fields: &Fields<'a>) -> Option<&'a str> {
-    let Some(Value::Object(quantization)) = fields.0.get("quantization_config") else { return None };
-    Some(quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown"))
+fn method(fields: &Fields<'_>, arch: &Architecture) -> Result<Option<Method>, String> {
+    let Some(Value::Object(section)) = fields.0.get("quantization_config") else { return Ok(None) };
+    let section = Fields(section);
+    let method = section.str("quant_method")?.unwrap_or("unknown");
+    let refused = |what: &str| {
+        format!("quantised by {method:?}{what}, which is not supported; use the GGUF or the original weights")
+    };
+    let four_bits = |bits: Option<usize>| match bits {
+        Some(4) => Ok(()),
+        Some(bits) => Err(refused(&format!(" to {bits} bits"))),
+        None => Err(refused(" to an unknown number of bits")),
+    };
+    Ok(Some(match method {
+        "mxfp4" if arch.expert_biases => Method::Mxfp4,
+        "fp8" => Method::Fp8,
+        "gptq" => {
+            four_bits(section.usize("bits")?)?;
+            match section.str("checkpoint_format")? {
+                None | Some("gptq") => Method::Int4(Packing::Gptq { offset: 1 }),
+                Some("gptq_v2") => Method::Int4(Packing::Gptq { offset: 0 }),
+                Some(other) => return Err(refused(&format!(" in format {other:?}"))),
+            }
+        }
+        "awq" => {
+            four_bits(section.usize("bits")?)?;
+            match section.str("version")? {
+                None | Some("gemm" | "GEMM") => Method::Int4(Packing::Awq),
+                Some(other) => return Err(refused(&format!(" in version {other:?}"))),
+            }
+        }
+        "compressed-tensors" => match section.str("format")? {
+            Some("float-quantized") => Method::Fp8,
+            Some("nvfp4-pack-quantized") => Method::Nvfp4,
+            Some("pack-quantized") => {
+                let groups = section.0.get("config_groups").and_then(Value::as_object);
+                for group in groups.into_iter().flat_map(Map::values) {
+                    let bits = group.get("weights").and_then(|weights| weights.get("num_bits")?.as_u64());
+                    four_bits(bits.and_then(|bits| usize::try_from(bits).ok()))?;
+                }
+                Method::Int4(Packing::Compressed)
+            }
+            other => return Err(refused(&format!(" in format {:?}", other.unwrap_or("unknown")))),
+        },
+        "modelopt" => match section.str("quant_algo")? {
+            Some("FP8") => Method::Fp8,
+            Some("NVFP4") => Method::Nvfp4,
+            other => return Err(refused(&format!(" with {:?}", other.unwrap_or("unknown")))),
+        },
+        _ => return Err(refused("")),
+    }))
 }
 
 /// `weight_block_size` of FP8 checkpoints.
@@ -365,6 +423,43 @@ mod tests {
             let refusal = block(&format!(r#", "weight_block_size": {wrong}"#)).unwrap_err();
             assert!(refusal.contains("weight_block_size"), "{refusal}");
         }
+    }
+
+    #[test]
+    fn packings_of_four_bits_are_those_that_the_file_names() {
+        let packing = |section: &str| {
+            with(&format!(r#"{{"quantization_config": {{{section}}}}}"#)).map(|hf| (hf.quantised, hf.int4))
+        };
+        let int4 = |packing| Ok((Some(DType::INT4), Some(packing)));
+        let gptq = r#""quant_method": "gptq", "bits": 4"#;
+        assert_eq!(packing(gptq), int4(Packing::Gptq { offset: 1 }));
+        assert_eq!(
+            packing(&format!(r#"{gptq}, "checkpoint_format": "gptq_v2""#)),
+            int4(Packing::Gptq { offset: 0 })
+        );
+        assert!(
+            packing(&format!(r#"{gptq}, "checkpoint_format": "marlin""#)).unwrap_err().contains("marlin")
+        );
+        assert!(packing(r#""quant_method": "gptq", "bits": 8"#).unwrap_err().contains("8 bits"));
+        assert_eq!(packing(r#""quant_method": "awq", "bits": 4, "version": "gemm""#), int4(Packing::Awq));
+        assert!(
+            packing(r#""quant_method": "awq", "bits": 4, "version": "gemv""#).unwrap_err().contains("gemv")
+        );
+        let compressed = |format: &str, bits: usize| {
+            packing(&format!(
+                r#""quant_method": "compressed-tensors", "format": "{format}", "config_groups": {{"group_0": {{"weights": {{"num_bits": {bits}}}}}}}"#
+            ))
+        };
+        assert_eq!(compressed("pack-quantized", 4), int4(Packing::Compressed));
+        assert!(compressed("pack-quantized", 8).unwrap_err().contains("8 bits"));
+        assert_eq!(compressed("float-quantized", 8), Ok((Some(DType::F8_E4M3), None)));
+        assert_eq!(compressed("nvfp4-pack-quantized", 4), Ok((Some(DType::NVFP4), None)));
+        let modelopt =
+            |algo: &str| packing(&format!(r#""quant_method": "modelopt", "quant_algo": "{algo}""#));
+        assert_eq!(modelopt("NVFP4"), Ok((Some(DType::NVFP4), None)));
+        assert_eq!(modelopt("FP8"), Ok((Some(DType::F8_E4M3), None)));
+        assert!(modelopt("W4A8_AWQ").unwrap_err().contains("W4A8_AWQ"));
+        assert!(compressed("int-quantized", 8).unwrap_err().contains("int-quantized"));
     }
 
     #[test]

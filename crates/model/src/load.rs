@@ -132,9 +132,15 @@ impl ModelSource {
         let file = path.join("config.json");
         let json = std::fs::read(&file).map_err(|e| LoadError::io(&file, e))?;
         let hf = hf_config::parse(&json).map_err(|reason| LoadError::invalid(&file, reason))?;
-        let weights = Weights::from_checkpoint(path, Checkpoint::open(path)?, hf.fp8_block);
+        let weights = Weights::from_checkpoint(path, Checkpoint::open(path)?, hf.fp8_block, hf.int4);
         let tied = hf.tied.unwrap_or(!weights.has_output());
         Ok(Self { path: path.to_owned(), arch: hf.arch, config: hf.config, weights, tied })
+    }
+
+    /// The same with the layers' matrices that are stored as plain numbers as FP8 (E4M3), each row with a scale: for backends that multiply those as
+    /// they are. Others would only lose by it.
+    pub fn with_fp8(self) -> Self {
+        Self { weights: self.weights.with_fp8(), ..self }
     }
 
     /// What the model is.
@@ -150,6 +156,11 @@ impl ModelSource {
     /// Bytes of the weights as they lie in the files.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.bytes()
+    }
+
+    /// Bytes that the weights take where FP8 and four-bit matrices are widened to BF16, as on the CPU.
+    pub fn widened_bytes(&self) -> u64 {
+        self.weights.widened_bytes()
     }
 
     /// Whether BF16 is the format the model computes in: its embedding table is stored so, whatever its matrices are.

@@ -99,6 +99,18 @@ impl Checkpoint {
         self.tensors.values().map(|entry| entry.bytes as u64).sum()
     }
 
+    /// Bytes of all tensors together where matrices that only GPUs keep as they are (FP8, four bits) have become BF16.
+    pub fn widened_bytes(&self) -> u64 {
+        let times = |name: &str, dtype: Dtype| match dtype {
+            Dtype::F8_E4M3 => 2,
+            Dtype::I32 => 4,
+            // NVFP4, but not gpt-oss's MXFP4.
+            Dtype::U8 if name.ends_with(".weight") || name.ends_with(".weight_packed") => 4,
+            _ => 1,
+        };
+        self.tensors.iter().map(|(name, entry)| times(name, entry.dtype) * entry.bytes as u64).sum()
+    }
+
     /// A tensor, mapped.
     ///
     /// # Errors

@@ -9,6 +9,8 @@ use crate::dummy::Dummy;
 use crate::fp8;
 use crate::fused_experts::FusedExperts;
 use crate::gguf::Gguf;
+use crate::int4::{self, Packing};
+use crate::nvfp4;
 use crate::safetensors::Checkpoint;
 
 /// Canonical names of a layer's tensors, and Hugging Face's.
@@ -38,27 +40,71 @@ const OTHER_NAMES: [(&str, &str, &str); 2] = [
 pub struct Weights {
     path: PathBuf,
     format: Format,
+    /// Whether layers' matrices that are stored as numbers are handed out as FP8.
+    fp8: bool,
 }
 
 enum Format {
     Gguf(Gguf),
-    /// With the size of the blocks that FP8 matrices have scales for.
-    HuggingFace(Checkpoint, [usize; 2]),
+    HuggingFace(Checkpoint, Stored),
     /// Random, under Hugging Face's names.
     Dummy(Dummy),
 }
 
+/// How a checkpoint stores matrices that it does not store as numbers.
+struct Stored {
+    /// Rows and columns that FP8 matrices have a scale for.
+    fp8_block: [usize; 2],
+    /// How matrices of four-bit integers are packed.
+    int4: Option<Packing>,
+}
+
+impl Stored {
+    fn tensor(&self, checkpoint: &Checkpoint, name: &str, shape: &[usize]) -> Result<RawTensor, LoadError> {
+        if checkpoint.is_fp8(name) {
+            return fp8::matrix(checkpoint, name, self.fp8_block);
+        }
+        if let (Some(packing), &[n, k]) = (self.int4, shape)
+            && let Some(matrix) = int4::matrix(checkpoint, name, packing, [n, k])?
+        {
+            return Ok(matrix);
+        }
+        if let &[n, k] = shape
+            && let Some(matrix) = nvfp4::matrix(checkpoint, name, [n, k])?
+        {
+            return Ok(matrix);
+        }
+        checkpoint.tensor(name)
+    }
+}
+
 impl Weights {
     pub(crate) fn from_gguf(gguf: Gguf) -> Self {
-        Self { path: gguf.path().to_owned(), format: Format::Gguf(gguf) }
+        Self { path: gguf.path().to_owned(), format: Format::Gguf(gguf), fp8: false }
     }
 
-    pub(crate) fn from_checkpoint(folder: &Path, checkpoint: Checkpoint, fp8_block: [usize; 2]) -> Self {
-        Self { path: folder.to_owned(), format: Format::HuggingFace(checkpoint, fp8_block) }
+    /// `fp8_block`: rows and columns that FP8 matrices have a scale for; `int4`: how matrices of four-bit integers are packed.
+    pub(crate) fn from_checkpoint(
+        folder: &Path,
+        checkpoint: Checkpoint,
+        fp8_block: [usize; 2],
+        int4: Option<Packing>,
+    ) -> Self {
+        Self {
+            path: folder.to_owned(),
+            format: Format::HuggingFace(checkpoint, Stored { fp8_block, int4 }),
+            fp8: false,
+        }
     }
 
     pub(crate) fn dummy(dummy: Dummy) -> Self {
-        Self { path: PathBuf::new(), format: Format::Dummy(dummy) }
+        Self { path: PathBuf::new(), format: Format::Dummy(dummy), fp8: false }
+    }
+
+    /// The same with layers' matrices that are stored as plain numbers as FP8, each row with a scale; the router's, the embedding table and the output
+    /// matrix stay.
+    pub(crate) fn with_fp8(self) -> Self {
+        Self { fp8: true, ..self }
     }
 
     /// The GGUF file, if it is one.
@@ -75,6 +121,14 @@ impl Weights {
             Format::Gguf(gguf) => gguf.tensor_bytes(),
             Format::HuggingFace(checkpoint, _) => checkpoint.tensor_bytes(),
             Format::Dummy(dummy) => dummy.bytes(),
+        }
+    }
+
+    /// The same where matrices that only GPUs keep as they are have become BF16.
+    pub fn widened_bytes(&self) -> u64 {
+        match &self.format {
+            Format::HuggingFace(checkpoint, _) => checkpoint.widened_bytes(),
+            Format::Gguf(_) | Format::Dummy(_) => self.bytes(),
         }
     }
 
@@ -100,7 +154,19 @@ impl Weights {
 
     /// A layer's matrix, `[out, in]`.
     pub fn matrix(&self, layer: usize, name: &str, shape: [usize; 2]) -> Result<RawTensor, LoadError> {
-        self.tensor(&self.layer_name(layer, name, "weight"), &shape)
+        let tensor = self.tensor(&self.layer_name(layer, name, "weight"), &shape)?;
+        Ok(if name == "ffn_gate_inp" { tensor } else { self.narrowed(tensor) })
+    }
+
+    /// As FP8, if that was asked for and can be.
+    fn narrowed(&self, tensor: RawTensor) -> RawTensor {
+        match self.fp8.then(|| tensor.to_fp8()).flatten() {
+            Some(narrow) => {
+                self.release(&tensor);
+                narrow
+            }
+            None => tensor,
+        }
     }
 
     /// The weight of a layer's norm.
@@ -130,17 +196,18 @@ impl Weights {
         count: usize,
         shape: [usize; 2],
     ) -> Result<Vec<RawTensor>, LoadError> {
-        match &self.format {
+        let experts: Vec<RawTensor> = match &self.format {
             Format::Gguf(_) => {
                 let name = format!("blk.{layer}.ffn_{name}_exps.weight");
                 let stacked = self.tensor(&name, &[count, shape[0], shape[1]])?;
-                Ok((0..count).map(|expert| stacked.index(expert)).collect())
+                (0..count).map(|expert| stacked.index(expert)).collect()
             }
             Format::HuggingFace(..) | Format::Dummy(_) => match self.fused_experts(layer) {
-                Some(fused) => fused.matrices(name, count, shape),
-                None => self.each_expert(layer, count, &format!("{name}_proj.weight"), &shape),
+                Some(fused) => fused.matrices(name, count, shape)?,
+                None => self.each_expert(layer, count, &format!("{name}_proj.weight"), &shape)?,
             },
-        }
+        };
+        Ok(experts.into_iter().map(|expert| self.narrowed(expert)).collect())
     }
 
     /// The biases of [`Weights::experts`], `[len]` each.
@@ -224,10 +291,7 @@ impl Weights {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<RawTensor, LoadError> {
         let tensor = match &self.format {
             Format::Gguf(gguf) => gguf.tensor(name)?,
-            Format::HuggingFace(checkpoint, block) if checkpoint.is_fp8(name) => {
-                fp8::matrix(checkpoint, name, *block)?
-            }
-            Format::HuggingFace(checkpoint, _) => checkpoint.tensor(name)?,
+            Format::HuggingFace(checkpoint, stored) => stored.tensor(checkpoint, name, shape)?,
             Format::Dummy(dummy) => dummy.tensor(name, shape).ok_or_else(|| {
                 LoadError::invalid(&self.path, format!("tensor {name} is larger than any was expected to be"))
             })?,

@@ -1,7 +1,7 @@
 //! From stored weights to f32, exactly as the formats define it.
 
 use crate::ggml::{Block, offset};
-use crate::{DType, fp8, mxfp4};
+use crate::{DType, fp8, int4, mxfp4, nvfp4};
 use half::{bf16, f16};
 
 /// Widens `bytes`, whole blocks of `dtype`, to `out`, as many elements.
@@ -28,6 +28,8 @@ pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) {
         }
         DType::MXFP4 => mxfp4::dequantize(bytes, out),
         DType::F8_E4M3 => fp8::dequantize(bytes, out),
+        DType::INT4 => int4::dequantize(bytes, out),
+        DType::NVFP4 => nvfp4::dequantize(bytes, out),
         _ => {
             let mut block = Block::zero();
             let blocks = bytes.chunks_exact(dtype.block_bytes()).zip(out.chunks_exact_mut(dtype.block_len()));

@@ -35,7 +35,7 @@ impl Block {
     #[inline(always)]
     pub fn read(&mut self, dtype: DType, bytes: &[u8]) {
         match dtype {
-            DType::F32 | DType::F16 | DType::BF16 | DType::F8_E4M3 => {
+            DType::F32 | DType::F16 | DType::BF16 | DType::F8_E4M3 | DType::INT4 | DType::NVFP4 => {
                 unreachable!("{dtype:?} is none of GGML's quantised formats")
             }
             DType::Q4_0 => {

@@ -9,7 +9,7 @@ pub const BLOCK_LEN: usize = 32;
 pub const BLOCK_BYTES: usize = 17;
 
 /// Twice the number that each code stands for: sign, two bits of exponent, one of mantissa.
-const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+pub(crate) const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// What is added to [`DOUBLED`] so that no number is negative.
 pub(crate) const OFFSET: i32 = 12;

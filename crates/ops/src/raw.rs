@@ -1,6 +1,6 @@
 //! A tensor as it lies in its file: a name, a shape, a storage format and mapped bytes.
 
-use crate::fp8;
+use crate::{fp8, int4, nvfp4};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -26,6 +26,10 @@ pub enum DType {
     MXFP4,
     /// FP8 with scales, as [`crate::fp8`] says; no type of GGML's.
     F8_E4M3,
+    /// Four-bit integers with scales and zero points, as [`crate::int4`] says; no type of GGML's.
+    INT4,
+    /// NVIDIA's, with scales, as [`crate::nvfp4`] says; not GGML's type of that name.
+    NVFP4,
 }
 
 /// A GGML type number that Rudder does not read.
@@ -66,6 +70,8 @@ impl DType {
             DType::F32 | DType::F16 | DType::BF16 => 1,
             DType::Q4_0 | DType::Q4_1 | DType::Q5_0 | DType::Q5_1 | DType::Q8_0 | DType::MXFP4 => 32,
             DType::F8_E4M3 => fp8::BLOCK_LEN,
+            DType::INT4 => int4::BLOCK_LEN,
+            DType::NVFP4 => nvfp4::BLOCK_LEN,
             DType::Q2_K | DType::Q3_K | DType::Q4_K | DType::Q5_K | DType::Q6_K => 256,
         }
     }
@@ -87,6 +93,8 @@ impl DType {
             DType::Q6_K => 210,
             DType::MXFP4 => 17,
             DType::F8_E4M3 => fp8::BLOCK_BYTES,
+            DType::INT4 => int4::BLOCK_BYTES,
+            DType::NVFP4 => nvfp4::BLOCK_BYTES,
         }
     }
 
@@ -242,6 +250,8 @@ mod tests {
             (DType::Q8_0, 96, 32..96),
             (DType::Q6_K, 768, 256..512),
             (DType::F8_E4M3, 192, 64..192),
+            (DType::INT4, 384, 128..384),
+            (DType::NVFP4, 192, 64..128),
         ] {
             let whole = matrix(dtype, 5, width);
             let expected = widened(&whole);

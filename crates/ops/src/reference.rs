@@ -98,6 +98,8 @@ fn widen(raw: &RawTensor) -> Result<Candle> {
         DType::Q6_K => GgmlDType::Q6K,
         DType::MXFP4 => return widen_mxfp4(raw),
         DType::F8_E4M3 => return widen_fp8(raw),
+        DType::INT4 => return widen_int4(raw),
+        DType::NVFP4 => return widen_nvfp4(raw),
     };
     // candle insists on aligned bytes, which a file does not promise.
     let mut copy = vec![0; raw.bytes().len() + 4];
@@ -142,6 +144,42 @@ fn widen_fp8(raw: &RawTensor) -> Result<Candle> {
             };
             (if byte >> 7 == 1 { -magnitude } else { magnitude } * f64::from(scale)) as f32
         }));
+    }
+    Ok(Candle::from_vec(values, raw.shape.as_slice(), &CPU)?)
+}
+
+/// A number of `bits` bits by its definition: a sign, an exponent with this bias, `mantissa` bits of mantissa.
+fn float(byte: u8, bits: u32, mantissa: u32, bias: i32) -> f64 {
+    let exponent = i32::from(byte >> mantissa & ((1 << (bits - 1 - mantissa)) - 1));
+    let fraction = f64::from(byte & ((1 << mantissa) - 1)) / f64::from(1 << mantissa);
+    let magnitude = match exponent {
+        0 => fraction * 2f64.powi(1 - bias),
+        _ => (1.0 + fraction) * 2f64.powi(exponent - bias),
+    };
+    if byte >> (bits - 1) & 1 == 1 { -magnitude } else { magnitude }
+}
+
+/// NVFP4 by its definition: each code times the scale of its sixteen and the factor of all.
+fn widen_nvfp4(raw: &RawTensor) -> Result<Candle> {
+    let mut values = Vec::with_capacity(raw.elements());
+    for block in raw.bytes().chunks_exact(40) {
+        let factor = f64::from(f32::from_le_bytes([block[0], block[1], block[2], block[3]]));
+        let codes = block[8..].iter().flat_map(|byte| [byte % 16, byte / 16]).enumerate();
+        values.extend(
+            codes.map(|(i, code)| (float(code, 4, 1, 1) * float(block[4 + i / 16], 8, 3, 7) * factor) as f32),
+        );
+    }
+    Ok(Candle::from_vec(values, raw.shape.as_slice(), &CPU)?)
+}
+
+/// Four-bit integers by their definition: a code less its block's zero point, times the block's scale.
+fn widen_int4(raw: &RawTensor) -> Result<Candle> {
+    let mut values = Vec::with_capacity(raw.elements());
+    for block in raw.bytes().chunks_exact(68) {
+        let zero = i32::from(block[0] % 32);
+        let scale = f32::from_le_bytes([block[0] - block[0] % 32, block[1], block[2], block[3]]);
+        let codes = block[4..].iter().flat_map(|byte| [byte % 16, byte / 16]);
+        values.extend(codes.map(|code| (f64::from(i32::from(code) - zero) * f64::from(scale)) as f32));
     }
     Ok(Candle::from_vec(values, raw.shape.as_slice(), &CPU)?)
 }

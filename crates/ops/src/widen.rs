@@ -9,7 +9,7 @@ use std::thread;
 impl RawTensor {
     /// The same tensor, widened to BF16 if it is of a format that only GPUs multiply with. Each number is rounded once.
     pub fn widened(&self) -> RawTensor {
-        if self.dtype != DType::F8_E4M3 {
+        if !matches!(self.dtype, DType::F8_E4M3 | DType::INT4 | DType::NVFP4) {
             return self.clone();
         }
         let mut out = vec![0u8; 2 * self.elements()];

@@ -7,7 +7,7 @@ use rudder_ops::cpu::{Cpu, KvDType};
 use rudder_ops::reference::Reference;
 use rudder_ops::{
     Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError,
-    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, mxfp4,
+    QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, int4, mxfp4,
 };
 use std::sync::Arc;
 use support::{Random, Rows, matrix, plain_batch, run_experts, run_moe, upload, vector};
@@ -162,29 +162,43 @@ fn linear_agrees_for_stacked_parts_of_several_formats() -> Result<()> {
     Ok(())
 }
 
-/// FP8 is widened when it is loaded.
+/// They are widened when they are loaded.
 #[test]
 fn formats_that_only_gpus_keep_are_multiplied_as_bf16() -> Result<()> {
     let mut random = Random(40);
-    let block = |random: &mut Random| {
-        let codes = (0..64).map(|_| random.next() as u8 & 0xbf).collect::<Vec<u8>>();
-        [(0.3 + random.below(3) as f32 / 7.0).to_le_bytes().to_vec(), codes].concat()
-    };
-    let bytes: Vec<u8> = (0..19 * 3).flat_map(|_| block(&mut random)).collect();
-    let stored = RawTensor::new("stored", vec![19, 192], DType::F8_E4M3, Arc::new(bytes), 0);
-    let stored = stored.expect("whole blocks");
-    let x = random.exact(3 * 192, 1.0);
-    fn run<B: Backend>(b: &mut B, x: Rows, w: RawTensor) -> Result<Vec<f32>> {
-        let (x, w) = (upload(b, x)?, b.load_matrix(&[w])?);
-        let mut out = b.tensor(3, 19)?;
-        b.linear(&x, &w, None, &mut out)?;
-        b.to_host(&out)
+    for dtype in [DType::F8_E4M3, DType::INT4, DType::NVFP4] {
+        // Numbers up to about 2, whatever else the bytes are.
+        let block = |random: &mut Random| {
+            let scale =
+                (0.3 + random.below(3) as f32 / 7.0) / if dtype == DType::F8_E4M3 { 1.0 } else { 8.0 };
+            let head = match dtype {
+                DType::INT4 => int4::word(scale, random.below(17) as u8),
+                _ => scale.to_le_bytes(),
+            };
+            let codes = (4..dtype.block_bytes()).map(|_| random.next() as u8 & 0xbf);
+            let codes = codes.enumerate().map(|(i, code)| match dtype {
+                DType::NVFP4 if i < 4 => code & 0x3f,
+                _ => code,
+            });
+            head.into_iter().chain(codes.collect::<Vec<u8>>())
+        };
+        let width = 3 * dtype.block_len();
+        let bytes: Vec<u8> = (0..19 * 3).flat_map(|_| block(&mut random)).collect();
+        let stored = RawTensor::new("stored", vec![19, width], dtype, Arc::new(bytes), 0);
+        let stored = stored.expect("whole blocks");
+        let x = random.exact(3 * width, 1.0);
+        fn run<B: Backend>(b: &mut B, x: Rows, w: RawTensor) -> Result<Vec<f32>> {
+            let (x, w) = (upload(b, x)?, b.load_matrix(&[w])?);
+            let mut out = b.tensor(3, 19)?;
+            b.linear(&x, &w, None, &mut out)?;
+            b.to_host(&out)
+        }
+        let found = run(&mut cpu(2), (&x, width), stored.clone())?;
+        assert_eq!(found, run(&mut cpu(2), (&x, width), stored.widened())?);
+        let expected = run(&mut Reference::new(), (&x, width), stored)?;
+        // A few hundred products of numbers that are rounded once.
+        assert_close(&found, &expected, 0.1, &format!("{dtype:?}"));
     }
-    let found = run(&mut cpu(2), (&x, 192), stored.clone())?;
-    assert_eq!(found, run(&mut cpu(2), (&x, 192), stored.widened())?);
-    let expected = run(&mut Reference::new(), (&x, 192), stored)?;
-    // 192 products of numbers that are rounded once.
-    assert_close(&found, &expected, 0.1, "fp8");
     Ok(())
 }
 

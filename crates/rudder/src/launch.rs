@@ -14,7 +14,7 @@ use rudder_text::Text;
 use crate::device::Choice;
 use crate::draft_model::{DraftSource, DraftSummary};
 use crate::place::{Place, fit};
-use crate::settings::{Draft, LoadFormat, ModelSettings};
+use crate::settings::{Draft, LoadFormat, ModelSettings, Quantization};
 use crate::{device, machine, models, text_source};
 
 /// A model that runs.
@@ -121,6 +121,15 @@ fn bring_up<T: Send>(
 ) -> Result<Launched<T>> {
     let began = Instant::now();
     let Opened { source, name, licence, formats } = opened;
+    let source = match settings.quantization {
+        Some(Quantization::Fp8) if device.gpu.is_none() => {
+            bail!(
+                "quantization = fp8 is for GPUs (device = cuda); on the CPU a GGUF with Q4_K or Q8_0 does as much"
+            );
+        }
+        Some(Quantization::Fp8) => source.with_fp8(),
+        None => source,
+    };
     let threads = settings.threads.unwrap_or_else(machine::default_threads);
     let config = source.config().clone();
     let limits = Limits::of(settings, device.gpu.is_some())?;

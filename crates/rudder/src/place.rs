@@ -65,7 +65,7 @@ impl Place {
                 Backend::Cpus(group, cpus)
             }
         };
-        let weight_bytes = source.weight_bytes();
+        let weight_bytes = source.widened_bytes();
         let available = machine::memory().available.saturating_sub(beside);
         if weight_bytes > available {
             bail!(

@@ -31,6 +31,9 @@ pub struct ModelSettings {
     /// a folder with a config.json [default: auto]
     #[arg(long, env = "RUDDER_LOAD_FORMAT", value_name = "FORMAT", value_enum)]
     pub load_format: Option<LoadFormat>,
+    /// Turn 16- and 32-bit weights into fp8 (E4M3, a scale for each row) as they are loaded, on a GPU [default: leave them]
+    #[arg(long, env = "RUDDER_QUANTIZATION", value_name = "FORMAT", value_enum)]
+    pub quantization: Option<Quantization>,
     /// What to run on: auto, cpu, cuda or cuda:1 (the second GPU) [default: auto]
     #[arg(long, env = "RUDDER_DEVICE", value_name = "DEVICE")]
     pub device: Option<Device>,
@@ -145,6 +148,14 @@ pub enum LoadFormat {
     Auto,
     /// Random numbers.
     Dummy,
+}
+
+/// What weights are turned into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// E4M3, on a GPU.
+    Fp8,
 }
 
 /// What keys and values are kept as.
@@ -307,6 +318,7 @@ impl ModelSettings {
             model: self.model.or(file.model),
             cache: self.cache.or(file.cache),
             load_format: self.load_format.or(file.load_format),
+            quantization: self.quantization.or(file.quantization),
             device: self.device.or(file.device),
             threads: self.threads.or(file.threads),
             tensor_parallel_size: self.tensor_parallel_size.or(file.tensor_parallel_size),
@@ -464,6 +476,7 @@ mod tests {
             model = "m"
             cache = "/c"
             load_format = "auto"
+            quantization = "fp8"
             device = "cpu"
             threads = 1
             tensor_parallel_size = 2

@@ -163,6 +163,19 @@ fn a_model_is_cut_into_ranks_or_refused_with_what_would_do() {
 }
 
 #[test]
+fn what_only_gpus_do_is_refused_on_the_cpu() {
+    let cache = tempfile::tempdir().unwrap();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/qwen2");
+    let load =
+        ["bench", "throughput", "--load-format=dummy", "--device=cpu", "--model", model.to_str().unwrap()];
+    for setting in ["kv_cache_dtype", "quantization"] {
+        let flag = format!("--{}=fp8", setting.replace('_', "-"));
+        let error = fail(cache.path(), &[&load[..], &[flag.as_str()]].concat());
+        assert!(error.contains(&format!("{setting} = fp8 is for GPUs")), "{error}");
+    }
+}
+
+#[test]
 fn doctor_says_what_will_be_used() {
     let cache = tempfile::tempdir().unwrap();
     let report = succeed(cache.path(), &["doctor"]);

@@ -119,8 +119,8 @@ macro_rules! unit {
                 match dtype {
                     DType::F32 => run_plain::<F32>,
                     DType::F16 => run_plain::<F16>,
-                    // FP8 is widened before it is packed.
-                    DType::BF16 | DType::F8_E4M3 => run_bf16,
+                    // The others are widened before they are packed.
+                    DType::BF16 | DType::F8_E4M3 | DType::INT4 | DType::NVFP4 => run_bf16,
                     DType::Q4_0 => run_quantized::<Q4_0>,
                     DType::Q4_1 => run_quantized::<Q4_1>,
                     DType::Q5_0 => run_quantized::<Q5_0>,

@@ -102,8 +102,9 @@ impl Layout {
     /// The packed form of `dtype`; `None` for formats that are not quantised.
     pub const fn of(dtype: DType) -> Option<Self> {
         let (quants, scales) = match dtype {
-            // FP8 is widened before it is packed.
-            DType::F32 | DType::F16 | DType::BF16 | DType::F8_E4M3 => return None,
+            DType::F32 | DType::F16 | DType::BF16 => return None,
+            // Widened before they are packed.
+            DType::F8_E4M3 | DType::INT4 | DType::NVFP4 => return None,
             DType::Q4_0 => (Quants::Four, Scales::Block),
             DType::Q4_1 => (Quants::Four, Scales::BlockMin),
             DType::Q5_0 => (Quants::Five, Scales::Block),
