@@ -349,7 +349,10 @@ fn a_real_models_answer_is_the_same_with_a_real_draft_model() {
         };
         slow(real(&file, |_| options).0.model, 400)
     };
-    let asked = request((1000..1040).collect::<Vec<_>>(), 40);
+    // A question that was asked of the default model.
+    let recorded = include_str!("recorded/free-new-code.tokens").lines().next().expect("a prompt");
+    let prompt: Vec<u32> = recorded.split(' ').map(|id| id.parse().expect("a token")).collect();
+    let asked = request(prompt, 40);
     let plain = Engine::start(large(), EngineConfig { draft: DraftMode::Off, ..config.clone() });
     let expected = ask(&plain, asked.clone());
     let (draft, options) =
