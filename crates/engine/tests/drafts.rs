@@ -7,28 +7,11 @@ use std::time::Duration;
 
 use common::{
     CONFIG, ask, ask_at_once, assert_drafted, assert_whole, check_drafts as check, collect, drafting, model,
-    prompt, request, start,
+    penalised, prompt, request, sampled, start,
 };
-use rudder_engine::{
-    DraftMode, Engine, EngineConfig, Event, FinishReason, GenerateRequest, LogitBias, SamplingParams,
-};
+use rudder_engine::{DraftMode, Engine, EngineConfig, Event, FinishReason, GenerateRequest, SamplingParams};
 use rudder_model::{Model, ModelConfig};
 use rudder_ops::{Batch, OpError, SampleRow, Sampled, SamplerScratch, sample_row};
-
-fn sampled(seed: u64) -> SamplingParams {
-    SamplingParams { seed, temperature: 0.8, top_p: 0.95, ..Default::default() }
-}
-
-fn penalised(seed: u64) -> SamplingParams {
-    SamplingParams {
-        repetition_penalty: 1.2,
-        presence_penalty: 0.3,
-        frequency_penalty: 0.1,
-        logit_bias: vec![LogitBias { token: 5, bias: 2.0 }],
-        logprobs: Some(3),
-        ..sampled(seed)
-    }
-}
 
 #[test]
 fn greedy_answers_are_the_same() {

@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::{
-    Answer, CONFIG, VOCAB, ask, ask_at_once, assert_whole, checkpoint, model, prompt, request, start,
+    Answer, CONFIG, VOCAB, ask, ask_at_once, assert_whole, checkpoint, model, penalised, prompt, request,
+    sampled, start,
 };
 use rudder_engine::{
     Constraint, DraftCounts, DraftMode, DraftModel, Engine, EngineConfig, Event, GenerateRequest, Grammar,
-    LogitBias, Next, SamplingParams,
+    Next, SamplingParams,
 };
 use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelConfig, ModelSource};
 use rudder_ops::cpu::{Cpu, KvDType};
@@ -124,20 +125,6 @@ fn check(config: &EngineConfig, draft: DraftModel, requests: &[GenerateRequest])
     assert!(counts.drafts > 0 && counts.tokens >= counts.drafts, "{counts:?}");
     assert!(accepted(&counts) <= counts.tokens);
     counts
-}
-
-fn sampled(seed: u64) -> SamplingParams {
-    SamplingParams { seed, temperature: 0.8, top_p: 0.95, ..Default::default() }
-}
-
-fn penalised(seed: u64) -> SamplingParams {
-    SamplingParams {
-        repetition_penalty: 1.2,
-        presence_penalty: 0.3,
-        logit_bias: vec![LogitBias { token: 5, bias: 2.0 }],
-        logprobs: Some(3),
-        ..sampled(seed)
-    }
 }
 
 fn requests(sampling: impl Fn(u32) -> SamplingParams) -> Vec<GenerateRequest> {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rudder_engine::{
-    DraftMode, Engine, EngineConfig, Event, FinishReason, GenerateRequest, Generation, SamplingParams, Token,
-    Usage,
+    DraftMode, Engine, EngineConfig, Event, FinishReason, GenerateRequest, Generation, LogitBias,
+    SamplingParams, Token, Usage,
 };
 use rudder_model::{KvSize, LoadOptions, Model, ModelConfig};
 use rudder_ops::cpu::{Cpu, KvDType};
@@ -74,6 +74,23 @@ pub fn request(prompt: impl Into<Vec<u32>>, max_tokens: usize) -> GenerateReques
 
 pub fn prompt(seed: u32, len: usize) -> Vec<u32> {
     (0..len as u32).map(|i| (i * i + seed * 31 + i * seed) % 128).collect()
+}
+
+/// A way to draw.
+pub fn sampled(seed: u64) -> SamplingParams {
+    SamplingParams { seed, temperature: 0.8, top_p: 0.95, ..Default::default() }
+}
+
+/// The same with everything that changes logits, and log-probabilities.
+pub fn penalised(seed: u64) -> SamplingParams {
+    SamplingParams {
+        repetition_penalty: 1.2,
+        presence_penalty: 0.3,
+        frequency_penalty: 0.1,
+        logit_bias: vec![LogitBias { token: 5, bias: 2.0 }],
+        logprobs: Some(3),
+        ..sampled(seed)
+    }
 }
 
 /// Everything a generation said.

@@ -129,10 +129,11 @@ impl<'t> Writer<'t> {
     /// A value that all of these expressions match, up to and with a mark. It shows no tags.
     pub(super) fn matched_until(&mut self, value: &[String], mark: &str, tags: &ValueTags) -> String {
         let [opening, closing] = [tags.opening, tags.closing].map(regex_syntax::escape);
-        let end = if self.control(mark).is_some() { String::new() } else { regex_syntax::escape(mark) };
+        let token = self.control(mark);
+        let end = if token.is_none() { regex_syntax::escape(mark) } else { String::new() };
         let all: Vec<String> = value.iter().map(|regex| format!("(?:{regex}){end}")).collect();
         let none = [format!("(?s:.*){closing}(?s:.+)"), format!("(?s:.*){opening}(?s:.*)")];
-        match self.control(mark) {
+        match token {
             // What ends it is no part of the text, so it goes as far as it may.
             Some(token) => format!("{} <[{token}]>", self.text_but(&all, &none)),
             None => self.lazy_but(&all, &none),
