@@ -42,6 +42,8 @@ pub struct Summary {
     pub weight_bytes: u64,
     /// Bytes of the KV cache.
     pub kv_bytes: u64,
+    /// What its elements are, as `f16`.
+    pub kv_format: &'static str,
     /// Tokens that the KV cache holds.
     pub kv_tokens: usize,
     /// Most bytes of KV on disk, and tokens found there, if there is such a tier.
@@ -143,7 +145,7 @@ fn bring_up<T: Send>(
     // First, so that on a GPU the model's KV cache gets what is then left.
     let drafting = planned.map(|plan| plan.load(place.max_context)).transpose()?;
     let (drafting, draft_summary) = drafting.unzip();
-    let weight_bytes = source.weight_bytes();
+    let (weight_bytes, kv_format) = (source.weight_bytes(), place.kv_format);
     let draft = settings.draft.unwrap_or(Draft::Lookup).mode();
     let options = LoadOptions {
         max_batch_tokens: limits.batch_tokens,
@@ -186,6 +188,7 @@ fn bring_up<T: Send>(
         licence,
         weight_bytes: loaded.weight_bytes,
         kv_bytes: loaded.kv_bytes,
+        kv_format,
         kv_tokens: loaded.kv_blocks * BLOCK_SIZE,
         kv_disk,
         draft: draft_summary,

@@ -20,6 +20,8 @@ pub struct Place {
     backend: Backend,
     /// Size of the KV cache.
     pub kv: KvSize,
+    /// What its elements are.
+    pub kv_format: &'static str,
     /// Longest sequence in tokens, if the KV cache holds so many.
     pub max_context: usize,
 }
@@ -84,7 +86,7 @@ impl Place {
         };
         let plan = needs.plan()?;
         let kv = KvSize::Blocks(plan.blocks);
-        Ok(Self { backend, kv, max_context: plan.max_context })
+        Ok(Self { backend, kv, kv_format: named(kv_dtype), max_context: plan.max_context })
     }
 
     /// A GPU, or as many as there are ranks, from this one on: the KV cache gets what a largest step leaves of the memory.
@@ -92,9 +94,9 @@ impl Place {
     /// # Errors
     /// If a GPU cannot be used, or the model cannot be cut for so many.
     pub fn gpu(source: &ModelSource, settings: &ModelSettings, index: usize) -> Result<Self> {
-        let kv_dtype = match settings.kv_cache_dtype {
-            Some(KvCacheDtype::Fp8) => rudder_cuda::KvDType::Fp8,
-            Some(KvCacheDtype::Auto) | None => rudder_cuda::KvDType::Bf16,
+        let (kv_dtype, kv_format) = match settings.kv_cache_dtype {
+            Some(KvCacheDtype::Fp8) => (rudder_cuda::KvDType::Fp8, "fp8"),
+            Some(KvCacheDtype::Auto) | None => (rudder_cuda::KvDType::Bf16, "bf16"),
         };
         let backend = match settings.tensor_parallel_size.unwrap_or(1) {
             1 => Backend::Cuda(Box::new(Cuda::new(index)?.with_kv_dtype(kv_dtype))),
@@ -112,7 +114,7 @@ impl Place {
             None => KvSize::DeviceShare(settings.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION)),
         };
         let max_context = settings.max_context.unwrap_or(source.config().context_length);
-        Ok(Self { backend, kv, max_context })
+        Ok(Self { backend, kv, kv_format, max_context })
     }
 
     /// Where a draft model runs, whole: on the CPU, or the first GPU of the model that it drafts for. Ranks of that model
@@ -126,11 +128,14 @@ impl Place {
         threads: usize,
         options: LoadOptions,
     ) -> Result<Self> {
-        let backend = match gpu {
-            Some(index) => Backend::Cuda(Box::new(Cuda::new(index)?)),
-            None => Backend::Cpu(Box::new(Cpu::new(threads, KvDType::of_model(source.is_bf16())))),
+        let (backend, kv_format) = match gpu {
+            Some(index) => (Backend::Cuda(Box::new(Cuda::new(index)?)), "bf16"),
+            None => {
+                let kv_dtype = KvDType::of_model(source.is_bf16());
+                (Backend::Cpu(Box::new(Cpu::new(threads, kv_dtype))), named(kv_dtype))
+            }
         };
-        Ok(Self { backend, kv: options.kv, max_context: options.max_context })
+        Ok(Self { backend, kv: options.kv, kv_format, max_context: options.max_context })
     }
 
     /// Bytes of a KV block of this model, on all ranks together.
@@ -161,6 +166,15 @@ impl Place {
 fn gpus(group: &Group, first: usize, kv_dtype: rudder_cuda::KvDType) -> Result<Vec<Cuda>> {
     let members = group.members().into_iter().zip(first..);
     members.map(|(member, index)| Ok(Cuda::new(index)?.with_kv_dtype(kv_dtype).in_group(member))).collect()
+}
+
+/// What people call the elements of a KV cache on the CPU.
+fn named(kv_dtype: KvDType) -> &'static str {
+    match kv_dtype {
+        KvDType::F16 => "f16",
+        KvDType::BF16 => "bf16",
+        KvDType::F32 => "f32",
+    }
 }
 
 /// The ranks of a group, which share `threads` threads.

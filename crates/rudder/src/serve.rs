@@ -131,7 +131,7 @@ fn print_summary(config: &ServerConfig, s: &Summary, address: SocketAddr) {
     let url = format!("http://{}", reachable(address));
     println!("model     {} ({}: {}){licence}", config.model, s.architecture, s.formats);
     println!("weights   {}", bytes(s.weight_bytes));
-    println!("kv cache  {} of f16, {} tokens", bytes(s.kv_bytes), s.kv_tokens);
+    println!("kv cache  {} of {}, {} tokens", bytes(s.kv_bytes), s.kv_format, s.kv_tokens);
     if let Some((capacity, tokens)) = s.kv_disk {
         println!("kv disk   up to {}, {tokens} tokens found", bytes(capacity));
     }
@@ -150,6 +150,7 @@ fn print_summary(config: &ServerConfig, s: &Summary, address: SocketAddr) {
     }
     println!("threads   {}", s.threads);
     println!("address   {url}, ready {:.1} s after loading began", s.took.as_secs_f64());
+    println!("watch     {url}/dashboard");
     println!(
         "try       curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \
          -d '{{\"model\": \"{}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Reverse a string in Go.\"}}]}}'",

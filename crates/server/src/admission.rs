@@ -13,8 +13,8 @@ use crate::openai::ApiError;
 use crate::{Server, ServerConfig, body};
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Asked by probes and scrapers, which hold no key and want an answer during a drain.
-const OPEN: [&str; 5] = ["/health", "/ready", "/version", "/metrics", "/api/hello"];
+/// Asked by probes, scrapers and browsers, which hold no key and want an answer during a drain.
+const OPEN: [&str; 6] = ["/health", "/ready", "/version", "/metrics", "/dashboard", "/api/hello"];
 
 /// Who asks, told by the key: what one stores, nobody else gets to see. Handlers find it among a
 /// request's extensions.

@@ -13,6 +13,7 @@ mod anthropic;
 mod body;
 mod choice;
 mod conversation;
+mod dashboard;
 mod forced;
 mod generate;
 mod grammar;
@@ -236,6 +237,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/ready", get(health::ready))
         .route("/version", get(health::version))
         .route("/metrics", get(health::metrics))
+        .route("/dashboard", get(dashboard::page))
         .fallback(async |method: Method, uri: Uri, body: Body| {
             body::discard(body).await;
             ApiError::unknown_route(method.as_str(), uri.path())

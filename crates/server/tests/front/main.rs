@@ -2,6 +2,7 @@
 
 mod common;
 mod connections;
+mod dashboard;
 mod generation;
 mod legal;
 mod messages;
