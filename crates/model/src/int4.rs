@@ -11,7 +11,7 @@
 //! - compressed-tensors (`PackedQuantizationCompressor`): `X.weight_packed` `[n, k / 8]`; `X.weight_scale` `[n, k / group]`; where zero points differ,
 //!   `X.weight_zero_point` `[n / 8, k / group]`, packed along the outputs.
 //!
-//! Inputs that are grouped in another order than their own (act-order) are refused.
+//! Where inputs are grouped in an order of their own (act-order: `g_idx`, compressed-tensors' `weight_g_idx`), matrices are widened to BF16.
 
 use std::sync::Arc;
 use std::thread;
@@ -48,6 +48,8 @@ struct Source<'a> {
     /// Zero points; without them all are 8.
     zeros: Option<&'a [[u8; 4]]>,
     scales: Vec<f32>,
+    /// Each input's group, where they are not as many inputs each, one group after another.
+    order: Option<Vec<u32>>,
     n: usize,
     k: usize,
     groups: usize,
@@ -98,13 +100,17 @@ impl Source<'_> {
         }
     }
 
-    /// Output `row` in blocks, each with its word.
+    fn group(&self, input: usize) -> usize {
+        let in_turn = || input / (self.k / self.groups);
+        self.order.as_ref().map_or_else(in_turn, |order| order[input] as usize)
+    }
+
+    /// Output `row` in blocks, each with its word, of inputs that are grouped in turn.
     fn keep(&self, row: usize, codes: &mut [u8], out: &mut [u8]) {
         self.codes(row, codes);
-        let group = self.k / self.groups;
         let blocks = codes.chunks_exact(BLOCK_LEN / 2).zip(out.chunks_exact_mut(BLOCK_BYTES));
         for (i, (codes, out)) in blocks.enumerate() {
-            let of = i * BLOCK_LEN / group;
+            let of = self.group(i * BLOCK_LEN);
             out[..4].copy_from_slice(&word(self.scale(row, of), self.zero(row, of)));
             out[4..].copy_from_slice(codes);
         }
@@ -113,11 +119,10 @@ impl Source<'_> {
     /// Output `row` as bf16.
     fn widen(&self, row: usize, codes: &mut [u8], out: &mut [u8]) {
         self.codes(row, codes);
-        let group = self.k / self.groups;
         for (input, out) in out.chunks_exact_mut(2).enumerate() {
-            let code = codes[input / 2] >> (4 * (input % 2)) & 15;
-            let from_zero = f32::from(code) - f32::from(self.zero(row, input / group));
-            out.copy_from_slice(&bf16::from_f32(self.scale(row, input / group) * from_zero).to_le_bytes());
+            let (code, group) = (codes[input / 2] >> (4 * (input % 2)) & 15, self.group(input));
+            let from_zero = f32::from(code) - f32::from(self.zero(row, group));
+            out.copy_from_slice(&bf16::from_f32(self.scale(row, group) * from_zero).to_le_bytes());
         }
     }
 }
@@ -125,7 +130,7 @@ impl Source<'_> {
 /// The matrix `name`, `[n, k]`, if the checkpoint holds it in this packing.
 ///
 /// # Errors
-/// If it is not whole, of another shape, or its inputs are not grouped in order.
+/// If it is not whole, of another shape, or an input is in no group.
 pub(crate) fn matrix(
     checkpoint: &Checkpoint,
     name: &str,
@@ -162,19 +167,6 @@ pub(crate) fn matrix(
         Packing::Awq => ([k, n / PACK], [groups, n / PACK]),
         Packing::Compressed => ([n, k / PACK], [n.div_ceil(PACK), groups]),
     };
-    if checkpoint.contains(&order) {
-        let (_, inputs) = checkpoint.bytes(&order, Dtype::I32)?;
-        let inputs = inputs.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word) as usize);
-        // compressed-tensors writes -1 where there is no order.
-        if inputs
-            .enumerate()
-            .any(|(input, group)| group != input / (k / groups) && group != u32::MAX as usize)
-        {
-            return Err(invalid(format!(
-                "tensor {order} groups inputs in an order of their own (act-order), which is not supported"
-            )));
-        }
-    }
     let mut values = vec![0.0; scale.elements()];
     dequantize(scale.dtype, scale.bytes(), &mut values);
     let source = Source {
@@ -182,11 +174,38 @@ pub(crate) fn matrix(
         words: words(checkpoint, &codes, codes_shape)?,
         zeros: checkpoint.contains(&zeros).then(|| words(checkpoint, &zeros, zeros_shape)).transpose()?,
         scales: values,
+        order: own_order(checkpoint, &order, k, groups)?,
         n,
         k,
         groups,
     };
     Ok(Some(convert(&source, name)))
+}
+
+/// Each input's group, where the tensor `name` is there and says other than what goes without saying.
+fn own_order(
+    checkpoint: &Checkpoint,
+    name: &str,
+    k: usize,
+    groups: usize,
+) -> Result<Option<Vec<u32>>, LoadError> {
+    if !checkpoint.contains(name) {
+        return Ok(None);
+    }
+    let (_, bytes) = checkpoint.bytes(name, Dtype::I32)?;
+    let order: Vec<u32> = bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect();
+    let in_turn = |(input, &group): (usize, &u32)| group as usize == input / (k / groups);
+    // compressed-tensors writes -1 where there is no order.
+    if order.iter().all(|&group| group == u32::MAX)
+        || (order.len() == k && order.iter().enumerate().all(in_turn))
+    {
+        return Ok(None);
+    }
+    if order.len() != k || order.iter().any(|&group| group as usize >= groups) {
+        let reason = format!("tensor {name} does not give each of {k} inputs one of {groups} groups");
+        return Err(LoadError::invalid(checkpoint.folder(), reason));
+    }
+    Ok(Some(order))
 }
 
 /// A tensor of packed words, of this shape.
@@ -205,9 +224,10 @@ fn words<'a>(
 
 /// As blocks of ours, or as bf16.
 fn convert(source: &Source<'_>, name: &str) -> RawTensor {
-    let Source { n, k, groups, .. } = *source;
+    let &Source { n, k, groups, .. } = source;
     // A block of ours has one scale.
-    let kept = k.is_multiple_of(BLOCK_LEN) && (k / groups).is_multiple_of(BLOCK_LEN);
+    let kept =
+        source.order.is_none() && k.is_multiple_of(BLOCK_LEN) && (k / groups).is_multiple_of(BLOCK_LEN);
     let dtype = if kept { DType::INT4 } else { DType::BF16 };
     let row_bytes = k / dtype.block_len() * dtype.block_bytes();
     let mut out = vec![0u8; n * row_bytes];
@@ -351,6 +371,32 @@ mod tests {
     }
 
     #[test]
+    fn inputs_that_are_grouped_in_an_order_of_their_own_are_what_their_groups_make_of_them() {
+        let (k, group) = (256, 128);
+        // As many inputs in each group, and unevenly.
+        for of in [|input: usize| input * 7 / 3 % 2, |input: usize| (input % 5).min(1)] {
+            for packing in [Packing::Gptq { offset: 1 }, Packing::Gptq { offset: 0 }, Packing::Compressed] {
+                let name = if packing == Packing::Compressed { "x.weight_g_idx" } else { "x.g_idx" };
+                let order = (0..k).flat_map(|input| (of(input) as u32).to_le_bytes()).collect();
+                let mut tensors = tensors(packing, k, group);
+                tensors.push((name.into(), Dtype::I32, vec![k], order));
+                let found = read(packing, &tensors, k).unwrap().expect("it is there");
+                assert_eq!((found.dtype, &found.shape[..]), (DType::BF16, &[N, k][..]));
+                let mut numbers = vec![0.0; N * k];
+                dequantize(found.dtype, found.bytes(), &mut numbers);
+                for (i, number) in numbers.into_iter().enumerate() {
+                    let (row, input) = (i / k, i % k);
+                    let from_zero = code(row, input) as f32 - zero(row, of(input)) as f32;
+                    assert_eq!(number, scale(row, of(input)) * from_zero, "{packing:?}, {row}, {input}");
+                }
+            }
+        }
+        let mut without = tensors(Packing::Compressed, k, group);
+        without.push(("x.weight_g_idx".into(), Dtype::I32, vec![k], vec![0xff; 4 * k]));
+        assert_eq!(read(Packing::Compressed, &without, k).unwrap().expect("it is there").dtype, DType::INT4);
+    }
+
+    #[test]
     fn a_checkpoint_knows_how_large_it_is_widened() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("model.safetensors");
@@ -384,7 +430,9 @@ mod tests {
         let order = |of: fn(u32) -> u32| (0..256u32).flat_map(|i| of(i).to_le_bytes()).collect::<Vec<u8>>();
         ordered.push(("x.g_idx".into(), Dtype::I32, vec![256], order(|i| i / 128)));
         assert!(read(packing, &ordered, 256).unwrap().is_some());
-        ordered[3].3 = order(|i| i % 2);
+        ordered[3].3 = order(|i| i % 3);
+        assert!(read(packing, &ordered, 256).unwrap_err().to_string().contains("x.g_idx"));
+        ordered[3] = ("x.g_idx".into(), Dtype::I32, vec![255], ordered[3].3[..4 * 255].to_vec());
         assert!(read(packing, &ordered, 256).unwrap_err().to_string().contains("x.g_idx"));
         let refusal = read(packing, &tensors(packing, 128, 128), 256).unwrap_err().to_string();
         assert!(refusal.contains("x.qweight"), "{refusal}");
