@@ -81,6 +81,24 @@ __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
     asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(differences) : "r"(a), "r"(b));
     return differences;
 }
+
+// A word that other GPUs and the host write: what its writer did before is to be seen after.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
+    uint32_t v;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+// A word that other GPUs and the host read: what was done before is to be seen by who sees it.
+__device__ __forceinline__ void store_release(uint32_t* to, uint32_t v) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+__device__ __forceinline__ unsigned long long nanoseconds() {
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+// Emulated ranks share a processor: who waits lets others run.
+__device__ __forceinline__ void yield_host() {}
 #endif
 
 #define WARP 32

@@ -3,6 +3,8 @@
 // A block's threads are fibers (emulate.cpp): they run one at a time until they wait for their warp or block, so
 // that a barrier that not all reach shows as a deadlock, and a kernel's result is that of its source. What this cannot
 // show: races between barriers, memory ordering, the compiler and the hardware.
+//
+// Every thread of the host has a device of its own, so that kernels of several ranks run at the same time and can wait for each other.
 #pragma once
 
 #include <cmath>
@@ -10,6 +12,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
+#include <sched.h>
 #include <tuple>
 #include <utility>
 
@@ -17,7 +21,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __restrict__
-#define __shared__ static
+#define __shared__ static __thread
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
@@ -75,7 +79,7 @@ inline e4m3 to_e4m3(float f) {
 
 // ---- the scheduler's side (emulate.cpp) ----
 
-extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+extern __thread dim3 threadIdx, blockIdx, blockDim, gridDim;
 // Waits until all of the block's threads, or all of the warp's, are here.
 void __syncthreads();
 void wait_for_warp();
@@ -173,6 +177,17 @@ inline uint4 load_once(const void* from) {
     memcpy(&v, from, 16);
     return v;
 }
+
+// ---- other devices and the host: threads of this process ----
+
+inline uint32_t load_acquire(const uint32_t* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
+inline void store_release(uint32_t* to, uint32_t v) { __atomic_store_n(to, v, __ATOMIC_RELEASE); }
+inline unsigned long long nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return static_cast<unsigned long long>(now.tv_sec) * 1000000000u + static_cast<unsigned long long>(now.tv_nsec);
+}
+inline void yield_host() { sched_yield(); }
 
 // ---- copies that arrive late: as late as the kernel allows ----
 

@@ -1,7 +1,8 @@
-// Runs kernels on the CPU: a block after another, its threads as fibers that take turns at barriers.
+// Runs kernels on the CPU: a block after another, its threads as fibers that take turns at barriers. All state is the calling thread's.
 #include "emulate/cuda.h"
 
 #include <csetjmp>
+#include <memory>
 #include <ucontext.h>
 #include <vector>
 
@@ -10,8 +11,9 @@
 #include "../attention.cu"
 #include "../moe.cu"
 #include "../sample.cu"
+#include "../collectives.cu"
 
-dim3 threadIdx, blockIdx, blockDim, gridDim;
+__thread dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
@@ -28,18 +30,18 @@ struct Fiber {
     bool begun;
     jmp_buf at;
     ucontext_t context;
-    std::vector<unsigned char> stack;
+    std::unique_ptr<unsigned char[]> stack;
     std::vector<std::vector<Copy>> groups;  // copies under way, the last group still open
 };
 
-std::vector<Fiber> fibers;
-std::vector<unsigned char> shared_memory;
-unsigned char slots[32][32][64];
-jmp_buf scheduler;
-unsigned running;
-void (*kernel)(void**);
-void** kernel_arguments;
-const char* kernel_name = "";
+thread_local std::vector<Fiber> fibers;
+thread_local std::vector<unsigned char> shared_memory;
+__thread unsigned char slots[32][32][64];
+__thread jmp_buf scheduler;
+__thread unsigned running;
+__thread void (*kernel)(void**);
+__thread void** kernel_arguments;
+__thread const char* kernel_name = "";
 
 void place(unsigned thread) {
     running = thread;
@@ -65,8 +67,8 @@ void resume(unsigned thread) {
     if (fiber.begun) _longjmp(fiber.at, 1);
     fiber.begun = true;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, body, 0);
     setcontext(&fiber.context);
@@ -134,7 +136,7 @@ void copy_wait_for(int pending) {
     }
 }
 
-// Runs a kernel; 0 if there is one of that name. Callers take turns.
+// Runs a kernel; 0 if there is one of that name.
 extern "C" int rudder_emulate(const char* name, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments,
                               unsigned count) {
     Kernel* found = Kernel::first();
@@ -153,7 +155,7 @@ extern "C" int rudder_emulate(const char* name, const unsigned* grid, const unsi
     if (shared > 227 * 1024) fail("more shared memory than a multiprocessor has");
     while (fibers.size() < threads) {
         fibers.emplace_back();
-        fibers.back().stack.resize(STACK);
+        fibers.back().stack.reset(new unsigned char[STACK]);
     }
     for (unsigned z = 0; z < grid[2]; z++)
         for (unsigned y = 0; y < grid[1]; y++)

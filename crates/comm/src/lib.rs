@@ -114,6 +114,24 @@ impl Member {
         Ok(())
     }
 
+    /// Tells every rank each rank's `mine`, in `all`, which is as long as there are ranks. Nobody goes on before all have come.
+    ///
+    /// # Errors
+    /// If a rank failed, or is at another collective.
+    pub fn share(&self, mine: u64, all: &mut [u64]) -> Result<(), Failed> {
+        // Sixteen bits at a time, which f32 holds exactly.
+        let pieces: [f32; 4] = std::array::from_fn(|i| f32::from((mine >> (16 * i)) as u16));
+        let side = self.show(&pieces)?;
+        for (index, (shown, all)) in self.shared.shown.iter().zip(all).enumerate() {
+            let shown = shown[side].read().unwrap_or_else(PoisonError::into_inner);
+            if shown.len() != pieces.len() {
+                return Err(self.differs(index, shown.len(), pieces.len()));
+            }
+            *all = shown.iter().rev().fold(0, |word, &piece| word << 16 | piece as u64);
+        }
+        Ok(())
+    }
+
     /// Puts the ranks' `part`s, each `rows` rows of its own width, side by side in the order of the ranks, into `whole`,
     /// `[rows, sum of the widths]`. Rank 0 gives `whole`; the others give `None` and get nothing.
     ///
@@ -204,6 +222,20 @@ mod tests {
             }
             assert!(found.iter().all(|bits| *bits == expected), "{world} ranks");
         }
+    }
+
+    #[test]
+    fn words_are_shared_bit_for_bit() {
+        let words = [u64::MAX, 0, 0x8000_7fff_0001_fffe];
+        let found = on_all(&Group::new(3), |member| {
+            let mut all = [7; 3];
+            for round in 0..5 {
+                member.share(words[member.rank().index].rotate_left(round), &mut all)?;
+                assert_eq!(all, words.map(|word| word.rotate_left(round)));
+            }
+            Ok::<_, Failed>(all)
+        });
+        assert!(found.iter().all(Result::is_ok), "{found:?}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::device::{Buffer, Device, Grid};
 use crate::kv::{self, KvCache, KvDType, Parts, Rotations, half_block};
 use crate::matmul::{Matrix, Multiplier, Vector};
 use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack};
-use crate::peers::Peers;
+use crate::peers::{PeerAccess, Peers};
 use crate::sample::Sampler;
 use crate::step::{List, Step, is_decode};
 use crate::tensor::{Format, Tensor, check};
@@ -103,7 +103,12 @@ impl Cuda {
 
     /// The same as a rank of a model that is cut.
     pub fn in_group(self, member: Member) -> Self {
-        Self { peers: Some(Peers::new(member)), ..self }
+        self.in_group_by(member, PeerAccess::default())
+    }
+
+    /// The same, and whether ranks may add up in each other's memory. All of them must be told the same.
+    pub fn in_group_by(self, member: Member, access: PeerAccess) -> Self {
+        Self { peers: Some(Peers::new(member, &self.device, access)), ..self }
     }
 
     /// The same with KV caches of this dtype, which are bf16 otherwise.
@@ -288,6 +293,9 @@ impl Backend for Cuda {
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
         self.step.set(batch, &self.device)?;
+        if let Some(peers) = &mut self.peers {
+            peers.begin()?;
+        }
         self.gathers = is_decode(batch);
         self.gather_on()
     }
@@ -317,8 +325,7 @@ impl Backend for Cuda {
         out: &mut Tensor,
     ) -> Result<()> {
         let (rows, width) = (x.rows, x.width);
-        check(weight.len == width, || format!("a norm of {} for rows of {width}", weight.len))?;
-        expect_residual(x, delta)?;
+        expect_normed(x, delta, weight)?;
         out.set(rows, width, Format::Bf16)?;
         let args =
             [(&*x).into(), delta.into(), (&weight.buffer).into(), eps.into(), (&*out).into(), width.into()];
@@ -408,8 +415,30 @@ impl Backend for Cuda {
 
     fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
         let Some(peers) = &mut self.peers else { return Ok(()) };
-        peers.all_reduce(x)?;
+        x.expect_f32("what ranks add up")?;
+        if let Some(memory) = peers.memory() {
+            return memory.all_reduce(x);
+        }
+        peers.all_reduce_on_host(x)?;
         self.gather_on()
+    }
+
+    fn reduce_norm(
+        &mut self,
+        x: &mut Tensor,
+        delta: &mut Tensor,
+        weight: &Vector,
+        eps: f32,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let memory = self.peers.as_ref().and_then(Peers::memory);
+        if let Some(memory) = memory.filter(|memory| memory.can_norm(x.rows, x.width)) {
+            expect_normed(x, Some(delta), weight)?;
+            out.set(x.rows, x.width, Format::Bf16)?;
+            return memory.reduce_norm(x, delta, weight, eps, out);
+        }
+        self.all_reduce(delta)?;
+        self.rms_norm(x, Some(delta), weight, eps, out)
     }
 
     fn gather_columns(&mut self, part: &Tensor, whole: Option<&mut Tensor>) -> Result<()> {
@@ -456,6 +485,12 @@ fn expect_residual(x: &Tensor, delta: Option<&Tensor>) -> Result<()> {
     let Some(delta) = delta else { return Ok(()) };
     delta.expect_f32("a residual")?;
     check((delta.rows, delta.width) == (x.rows, x.width), || "a residual of another shape".to_owned())
+}
+
+/// Refuses a norm that does not fit its rows.
+fn expect_normed(x: &Tensor, delta: Option<&Tensor>, weight: &Vector) -> Result<()> {
+    check(weight.len == x.width, || format!("a norm of {} for rows of {}", weight.len, x.width))?;
+    expect_residual(x, delta)
 }
 
 fn expect_cache(shape: &AttentionShape, cache: &KvCache) -> Result<()> {

@@ -67,6 +67,10 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("moe_sort", 0),
     ("moe_combine", 0),
     ("sample", 0),
+    ("all_reduce_once", 0),
+    ("all_reduce_twice", 0),
+    ("all_reduce_norm", 0),
+    ("gather_parts", 0),
 ];
 
 /// Three stages of two tiles of 128 x 64 bf16.
@@ -250,6 +254,24 @@ impl Device {
         }
     }
 
+    /// What tells this device from the others of the process.
+    pub fn id(&self) -> u64 {
+        match self.kind() {
+            Kind::Gpu(gpu) => gpu.id(),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => Arc::as_ptr(&self.0).addr() as u64,
+        }
+    }
+
+    /// Lets kernels here use the memory of the device of this id; false if the machine does not connect the two so.
+    pub fn reach(&self, id: u64) -> Result<bool> {
+        match self.kind() {
+            Kind::Gpu(gpu) => gpu.reach(id),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => Ok(true),
+        }
+    }
+
     /// Waits until all that was queued is done.
     pub fn synchronize(&self) -> Result<()> {
         self.flush()?;
@@ -344,6 +366,11 @@ impl Staging {
             Kind::Emulated => (Box::into_raw(vec![0u8; bytes].into_boxed_slice()).cast(), Sent::Emulated),
         };
         Ok(Self { device: device.clone(), at, bytes, sent })
+    }
+
+    /// Where it lies, for the host and for every device.
+    pub fn address(&self) -> u64 {
+        self.at.expose_provenance() as u64
     }
 
     /// Its memory, once what was sent last has left it.

@@ -5,7 +5,6 @@ use crate::queue::{Product, ProductShape};
 use half::bf16;
 use rudder_ops::{OpError, Result};
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::sync::{Mutex, PoisonError};
 
 unsafe extern "C" {
     fn rudder_emulate(
@@ -18,14 +17,10 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// The emulator's blocks and threads are globals: one kernel at a time.
-static TURN: Mutex<()> = Mutex::new(());
-
 /// Whether there is a kernel of this name.
 #[cfg(test)]
 pub fn exists(name: &str) -> bool {
     let name = CString::new(name).expect("a kernel's name");
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: without a grid nothing is run.
     unsafe {
         rudder_emulate(name.as_ptr(), std::ptr::null(), std::ptr::null(), 0, std::ptr::null_mut(), 0) == 0
@@ -41,7 +36,6 @@ pub fn launch(kernel: &str, grid: Grid, shared: u32, args: &[Arg]) -> Result<()>
     let name = CString::new(kernel).expect("a kernel's name");
     let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::bits).collect();
     let block = [grid.threads, 1, 1];
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: the arguments are the kernel's own (the parity tests' concern); reads outside of buffers fault.
     let status = unsafe {
         let (blocks, count) = (grid.blocks.as_ptr(), pointers.len() as u32);

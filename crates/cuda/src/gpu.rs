@@ -68,6 +68,26 @@ impl Gpu {
         self.stream
     }
 
+    /// The context's address: what tells this GPU from others.
+    pub fn id(&self) -> u64 {
+        self.context.expose_provenance() as u64
+    }
+
+    /// Lets kernels here use the memory of the GPU of this id; false if the machine does not connect the two.
+    pub fn reach(&self, id: u64) -> Result<bool> {
+        self.bind()?;
+        let context: sys::CUcontext = std::ptr::with_exposed_provenance_mut(id as usize);
+        // SAFETY: another rank's context, which lives as long as the process.
+        Ok(match unsafe { sys::cuCtxEnablePeerAccess(context, 0) } {
+            sys::cudaError_enum::CUDA_SUCCESS
+            | sys::cudaError_enum::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => true,
+            refusal => {
+                tracing::info!("GPUs do not reach each other's memory: {refusal:?}");
+                false
+            }
+        })
+    }
+
     /// Makes the context this thread's.
     pub fn bind(&self) -> Result<()> {
         // SAFETY: the context lives as long as the process.

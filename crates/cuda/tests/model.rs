@@ -5,6 +5,7 @@ mod common;
 
 use common::{cuda, on_gpu};
 use rudder_comm::Group;
+use rudder_cuda::PeerAccess;
 use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelSource, load};
 use rudder_ops::reference::Reference;
 use rudder_ops::{Backend, Batch, SampleRow, SamplingParams};
@@ -92,10 +93,10 @@ fn models_of_fp8_say_what_the_reference_says() {
 }
 
 /// A model in two ranks, both on one device where there is one: what several devices do, but for the way between them.
-fn in_ranks(name: &str, kv: KvSize) -> Option<Loaded> {
+fn in_ranks(name: &str, kv: KvSize, access: PeerAccess) -> Option<Loaded> {
     let group = Group::new(2);
     let members = group.members().into_iter();
-    let backends = members.map(|member| Some(cuda()?.in_group(member))).collect::<Option<Vec<_>>>()?;
+    let backends = members.map(|member| Some(cuda()?.in_group_by(member, access))).collect::<Option<_>>()?;
     let source = ModelSource::open(&fixture(name)).expect("the fixture is there");
     let options = LoadOptions { kv, ..OPTIONS };
     Some(source.load_ranks(group, backends, options, |_, _| ()).expect("the fixture loads"))
@@ -107,16 +108,19 @@ fn ranks_say_what_one_device_says() {
         let Some(one) = cuda() else { return };
         let expected = logits(&mut *model(name, one, OPTIONS.kv), [LENGTH; 2]);
         let largest = expected.iter().flatten().fold(0f32, |a, x| a.max(x.abs()));
-        let Some(mut ranks) = in_ranks(name, OPTIONS.kv) else { return };
-        for chunks in [[LENGTH, LENGTH], [16, 7], [1, 1]] {
-            let found = logits(&mut *ranks.model, chunks);
-            let pairs = found.iter().flatten().zip(expected.iter().flatten());
-            let worst = pairs.fold(0f32, |a, (x, y)| a.max((x - y).abs()));
-            assert!(found.iter().flatten().all(|x| x.is_finite()));
-            assert!(worst < 0.03 * largest, "{name} {chunks:?}: {worst} of {largest}");
+        // Through the host, which ranks on one GPU always go through, and after the first step in each other's memory.
+        for access in [PeerAccess::Never, PeerAccess::Auto] {
+            let Some(mut ranks) = in_ranks(name, OPTIONS.kv, access) else { return };
+            for chunks in [[LENGTH, LENGTH], [16, 7], [1, 1]] {
+                let found = logits(&mut *ranks.model, chunks);
+                let pairs = found.iter().flatten().zip(expected.iter().flatten());
+                let worst = pairs.fold(0f32, |a, (x, y)| a.max((x - y).abs()));
+                assert!(found.iter().flatten().all(|x| x.is_finite()));
+                assert!(worst < 0.03 * largest, "{name} {chunks:?}: {worst} of {largest}");
+            }
         }
     }
-    let Some(shared) = in_ranks("qwen2", KvSize::DeviceShare(0.75)) else { return };
+    let Some(shared) = in_ranks("qwen2", KvSize::DeviceShare(0.75), PeerAccess::Auto) else { return };
     assert!(shared.kv_blocks > 8);
 }
 

@@ -10,14 +10,15 @@ mod support;
 
 use common::{cuda, large};
 use half::{bf16, f16};
-use rudder_cuda::{Cuda, KvDType};
+use rudder_comm::Group;
+use rudder_cuda::{Cuda, KvDType, PeerAccess};
 use rudder_ops::reference::Reference;
 use rudder_ops::{
     Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError,
     QkNorm, RawTensor, Result, Rope, RopePairing, SampleRow, Sampled, SamplingParams, TokenCounts, fp8, int4,
     mxfp4,
 };
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use support::{Random, Rows, assert_close, matrix, plain_batch, run_experts, run_moe, upload, vector};
 
 /// Largest relative error of one rounding to bf16.
@@ -1005,5 +1006,162 @@ fn steps_that_do_not_fit_are_errors() -> Result<()> {
     assert!(b.begin(&batch).is_err());
     assert!(b.kv_cache(usize::MAX / 2, &shape, 64).is_err());
     assert!(b.kv_cache(1 << 20, &shape, 1 << 40).is_err());
+    Ok(())
+}
+
+/// Runs `work` on a thread for each of several ranks that add up in each other's memory, on one GPU where there is one. Between the two
+/// meetings of the barrier nothing may be allocated or given back there, which could wait for kernels that wait.
+fn on_ranks<T: Send>(
+    world: usize,
+    work: impl Fn(&mut Cuda, usize, &Barrier) -> Result<T> + Sync,
+) -> Result<Option<Vec<T>>> {
+    let (group, barrier, work) = (Group::new(world), &Barrier::new(world), &work);
+    let cudas: Option<Vec<_>> = (0..world).map(|_| cuda()).collect();
+    let Some(cudas) = cudas else { return Ok(None) };
+    std::thread::scope(|scope| {
+        let ranks = group.members().into_iter().zip(cudas).enumerate().map(|(rank, (member, cuda))| {
+            let mut cuda = cuda.in_group_by(member, PeerAccess::Always);
+            scope.spawn(move || work(&mut cuda, rank, barrier))
+        });
+        let ranks = ranks.collect::<Vec<_>>().into_iter();
+        ranks.map(|rank| rank.join().expect("no rank panics")).collect::<Result<_>>().map(Some)
+    })
+}
+
+/// What a rank adds: large and small numbers, whose sum depends on the order, and numbers that are none.
+fn part(rank: usize, seed: u64, n: usize) -> Vec<f32> {
+    let mut random = Random(100 * seed + rank as u64);
+    let mut x = random.vec(n, 1.0);
+    x.iter_mut().for_each(|x| *x *= 10f32.powi(random.below(60) as i32 - 30));
+    for (i, value) in [f32::INFINITY, f32::MAX, f32::MIN_POSITIVE / 8.0, -0.0].into_iter().enumerate() {
+        if rank == 1 && n > 50 {
+            x[10 * i] = value;
+        }
+    }
+    x
+}
+
+fn added(parts: &[Vec<f32>]) -> Vec<f32> {
+    let mut sum = parts[0].clone();
+    parts[1..].iter().for_each(|part| sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x));
+    sum
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+/// One shot and two, messages that take several launches, all in one step: bit for bit what the host would add up.
+#[test]
+fn sums_over_ranks_are_those_of_the_host_on_every_rank() -> Result<()> {
+    for world in [2, 3, 4, 8] {
+        let mut shapes = vec![(1, 1), (3, 33), (1, 4096), (5, 896), (64, 8201)];
+        shapes.extend((world == 2).then_some((2, 1_100_001)));
+        let ranks = on_ranks(world, |cuda, rank, barrier| {
+            let parts = shapes
+                .iter()
+                .zip(0..)
+                .map(|(&(rows, width), seed)| upload(cuda, (&part(rank, seed, rows * width), width)));
+            let mut parts = parts.collect::<Result<Vec<_>>>()?;
+            barrier.wait();
+            for part in &mut parts {
+                cuda.all_reduce(part)?;
+            }
+            cuda.synchronize()?;
+            barrier.wait();
+            parts.iter().map(|part| cuda.to_host(part)).collect::<Result<Vec<_>>>()
+        })?;
+        let Some(ranks) = ranks else { return Ok(()) };
+        for (i, (rows, width)) in shapes.into_iter().enumerate() {
+            let parts: Vec<_> = (0..world).map(|rank| part(rank, i as u64, rows * width)).collect();
+            let expected = bits(&added(&parts));
+            for (rank, found) in ranks.iter().enumerate() {
+                assert!(bits(&found[i]) == expected, "{world} ranks, [{rows}, {width}] on rank {rank}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sums_over_ranks_are_normed_as_by_two_ops() -> Result<()> {
+    // Blocks without a row and with several; rows that a thread holds whole, and such as are left to two ops.
+    let shapes =
+        [(1, 4), (1, 64), (7, 896), (70, 132), (2, 4096), (1, 16384), (1, 16388), (3, 2050), (300, 8)];
+    for (world, scale) in [(2, 1.0), (3, 1e-18), (4, 1e15), (8, 1.0)] {
+        let random = |seed: usize, n: usize| Random(seed as u64).vec(n, scale);
+        let ranks = on_ranks(world, |cuda, rank, barrier| {
+            let mut all = Vec::new();
+            for (i, (rows, width)) in shapes.into_iter().enumerate() {
+                let x = upload(cuda, (&random(i, rows * width), width))?;
+                let delta = upload(cuda, (&random(1000 + 10 * i + rank, rows * width), width))?;
+                all.push((x, delta, vector(cuda, &random(500 + i, width))?, cuda.tensor(rows, width)?));
+            }
+            barrier.wait();
+            for (x, delta, weight, out) in &mut all {
+                cuda.reduce_norm(x, delta, weight, 1e-6, out)?;
+            }
+            cuda.synchronize()?;
+            barrier.wait();
+            all.iter()
+                .map(|(x, _, _, out)| Ok([cuda.to_host(x)?, cuda.to_host(out)?]))
+                .collect::<Result<Vec<_>>>()
+        })?;
+        let Some(ranks) = ranks else { return Ok(()) };
+        for (i, (rows, width)) in shapes.into_iter().enumerate() {
+            let deltas: Vec<_> = (0..world).map(|rank| random(1000 + 10 * i + rank, rows * width)).collect();
+            let mut reference = Reference::new();
+            let mut x = upload(&mut reference, (&random(i, rows * width), width))?;
+            let delta = upload(&mut reference, (&added(&deltas), width))?;
+            let weight = vector(&mut reference, &random(500 + i, width))?;
+            let mut out = reference.tensor(rows, width)?;
+            reference.rms_norm(&mut x, Some(&delta), &weight, 1e-6, &mut out)?;
+            let expected = [reference.to_host(&x)?, reference.to_host(&out)?];
+            for found in &ranks {
+                let what = format!("{world} ranks, [{rows}, {width}]");
+                assert_eq!(found[i][0], expected[0], "{what}: the residual stream");
+                assert_close(&found[i][1], &expected[1], BF16, 1e-30, &what);
+                assert_eq!(bits(&found[i][1]), bits(&ranks[0][i][1]), "{what}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Parts of uneven widths, in one launch and in several.
+#[test]
+fn parts_of_ranks_are_gathered_side_by_side_on_the_first() -> Result<()> {
+    for (world, rows, width) in [(2, 1, 3), (3, 70, 1), (4, 9, 257), (8, 2, 1000), (2, 5, 900_000)] {
+        let width = |rank: usize| width + rank % 3;
+        let total = (0..world).map(width).sum::<usize>();
+        let values =
+            |rank: usize, round: usize| Random((10 * round + rank) as u64).vec(rows * width(rank), 1.0);
+        let ranks = on_ranks(world, |cuda, rank, barrier| {
+            let parts = (0..2).map(|round| upload(cuda, (&values(rank, round), width(rank))));
+            let parts = parts.collect::<Result<Vec<_>>>()?;
+            let mut wholes = (0..2)
+                .map(|_| (rank == 0).then(|| cuda.tensor(rows, total)).transpose())
+                .collect::<Result<Vec<_>>>()?;
+            barrier.wait();
+            for (part, whole) in parts.iter().zip(&mut wholes) {
+                cuda.gather_columns(part, whole.as_mut())?;
+            }
+            barrier.wait();
+            wholes.iter().flatten().map(|whole| cuda.to_host(whole)).collect::<Result<Vec<_>>>()
+        })?;
+        let Some(ranks) = ranks else { return Ok(()) };
+        assert!(ranks[0].len() == 2 && ranks[1..].iter().all(Vec::is_empty));
+        for (round, found) in ranks[0].iter().enumerate() {
+            let parts: Vec<_> = (0..world).map(|rank| values(rank, round)).collect();
+            let row =
+                |row: usize| (0..world).flat_map(move |rank| row * width(rank)..(row + 1) * width(rank));
+            let of = (0..world).flat_map(|rank| std::iter::repeat_n(rank, width(rank)));
+            for r in 0..rows {
+                for ((rank, i), found) in of.clone().zip(row(r)).zip(&found[r * total..]) {
+                    assert_eq!(*found, parts[rank][i], "{world} ranks, row {r}, rank {rank}");
+                }
+            }
+        }
+    }
     Ok(())
 }

@@ -126,10 +126,12 @@ impl<B: Backend> Layer<B> {
         cache: &mut B::KvCache,
         w: &mut Workspace<B>,
     ) -> Result<(), OpError> {
-        let eps = config.rms_eps;
-        // The embedding is the whole residual stream as the first layer finds it.
-        let delta = (index > 0).then_some(&w.delta);
-        backend.rms_norm(&mut w.residual, delta, &self.attn_norm, eps, &mut w.normed)?;
+        let (eps, weight) = (config.rms_eps, &self.attn_norm);
+        match index {
+            // The embedding is the whole residual stream as the first layer finds it.
+            0 => backend.rms_norm(&mut w.residual, None, weight, eps, &mut w.normed)?,
+            _ => backend.reduce_norm(&mut w.residual, &mut w.delta, weight, eps, &mut w.normed)?,
+        }
         backend.linear(&w.normed, &self.qkv, self.qkv_bias.as_ref(), &mut w.qkv)?;
         let norm = self.qk_norm.as_ref().map(|(q, k)| QkNorm { q, k, eps });
         backend.rope_and_cache(&mut w.qkv, &config.attention, norm, index, cache)
@@ -149,7 +151,8 @@ impl<B: Backend> Layer<B> {
     }
 
     /// From attention's `heads` and the residual stream to what this layer's MLP adds to it:
-    /// `residual += heads * o; delta = mlp(norm(residual))`. Ranks each hold a part of what the two matrices read.
+    /// `residual += heads * o; delta = mlp(norm(residual))`. Ranks each hold a part of what the two matrices read: their deltas are yet to be
+    /// added up.
     fn finish(
         &self,
         backend: &mut B,
@@ -159,8 +162,7 @@ impl<B: Backend> Layer<B> {
         (normed, delta, mlp): (&mut B::Tensor, &mut B::Tensor, &mut MlpWorkspace<B>),
     ) -> Result<(), OpError> {
         backend.linear(heads, &self.attn_output, self.attn_output_bias.as_ref(), delta)?;
-        backend.all_reduce(delta)?;
-        backend.rms_norm(residual, Some(delta), &self.ffn_norm, config.rms_eps, normed)?;
+        backend.reduce_norm(residual, delta, &self.ffn_norm, config.rms_eps, normed)?;
         match (&self.mlp, mlp, &config.moe) {
             (Mlp::Dense { gate_up, down }, MlpWorkspace::Dense { gate_up: both, activated }, _) => {
                 backend.linear(normed, gate_up, None, both)?;
@@ -173,7 +175,7 @@ impl<B: Backend> Layer<B> {
             }
             _ => unreachable!("layers and workspace are made from one configuration"),
         }
-        backend.all_reduce(delta)
+        Ok(())
     }
 }
 
@@ -254,8 +256,11 @@ impl<B: Backend> Model for Decoder<B> {
             let buffers = (&mut w.output_normed, &mut w.delta, &mut w.mlp);
             last.finish(backend, config, &w.output_heads, &mut w.output, buffers)?;
         }
-        let delta = wanted.then_some(&w.delta);
-        backend.rms_norm(&mut w.output, delta, &self.output_norm, config.rms_eps, &mut w.output_normed)?;
+        let (eps, norm) = (config.rms_eps, &self.output_norm);
+        match wanted {
+            true => backend.reduce_norm(&mut w.output, &mut w.delta, norm, eps, &mut w.output_normed)?,
+            false => backend.rms_norm(&mut w.output, None, norm, eps, &mut w.output_normed)?,
+        }
         backend.linear(&w.output_normed, &self.output, None, &mut w.logits)?;
         match backend.rank().world {
             1 => Ok(()),

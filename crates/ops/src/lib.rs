@@ -325,6 +325,18 @@ pub trait Backend: Send + Sized + 'static {
     fn all_reduce(&mut self, _x: &mut Self::Tensor) -> Result<()> {
         Ok(())
     }
+    /// [`Backend::all_reduce`] of `delta`, then [`Backend::rms_norm`] of it and `x`. What `delta` holds afterwards is not to be read.
+    fn reduce_norm(
+        &mut self,
+        x: &mut Self::Tensor,
+        delta: &mut Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.all_reduce(delta)?;
+        self.rms_norm(x, Some(delta), weight, eps, out)
+    }
     /// Puts the ranks' `part`s side by side, in the order of the ranks, into `whole`, which rank 0 gives; the others give `None`
     /// and get nothing. Called where there are several ranks, at the same places of a step.
     fn gather_columns(&mut self, _part: &Self::Tensor, _whole: Option<&mut Self::Tensor>) -> Result<()> {
