@@ -6,7 +6,7 @@
 //! are widened to memory that stays in the cache and serve a whole block of rows.
 
 use super::compact::{self, HEADER_BYTES, Patches, RECORD_BYTES, TABLE_BYTES};
-use super::kernel::{AHEAD, Input, Job, MANY_ROWS, ROW_BLOCK, part_of, passes, prefetch, store};
+use super::kernel::{AHEAD, Input, Job, MANY_ROWS, ROW_BLOCK, part_of, passes, prefetch, store, with_rows};
 use super::layout::LANES;
 use super::unit::{Unit, VECTOR};
 
@@ -40,7 +40,7 @@ pub(super) unsafe fn bf16<U: Unit>(job: &Job<'_>) {
         if job.rows >= MANY_ROWS && (U::MANY || job.compact.is_some()) {
             return many::<U>(job, x);
         }
-        for (tile, row, count) in passes(job) {
+        for (tile, row, count) in passes::<U>(job) {
             let ahead = if row % ROW_BLOCK == 0 { AHEAD } else { 0 };
             let bytes = job.tiles[tile * job.tile_bytes..][..job.tile_bytes].as_ptr();
             match job.compact {
@@ -69,13 +69,7 @@ unsafe fn pass<U: Unit>(
     let x = x[row * pairs..][..count * pairs].as_ptr();
     // SAFETY: `weights` and `x` hold a tile and `count` rows of `pairs` pairs; the rest as promised.
     unsafe {
-        match count {
-            8 => store::<U, 8>(job, tile, row, rows::<U, 8>(weights, x, pairs, ahead)),
-            4 => store::<U, 4>(job, tile, row, rows::<U, 4>(weights, x, pairs, ahead)),
-            3 => store::<U, 3>(job, tile, row, rows::<U, 3>(weights, x, pairs, ahead)),
-            2 => store::<U, 2>(job, tile, row, rows::<U, 2>(weights, x, pairs, ahead)),
-            _ => store::<U, 1>(job, tile, row, rows::<U, 1>(weights, x, pairs, ahead)),
-        }
+        with_rows!(U, count, R => store::<U, R>(job, tile, row, rows::<U, R>(weights, x, pairs, ahead)))
     }
 }
 
@@ -99,13 +93,9 @@ unsafe fn compact_pass<U: Unit>(
     let x = x[row * pairs..][..count * pairs].as_ptr();
     // SAFETY: `bytes` and `x` hold a compact tile and `count` rows of `pairs` pairs; the rest as promised.
     unsafe {
-        match count {
-            8 => store::<U, 8>(job, tile, row, compact_rows::<U, 8>(bytes, patches, x, pairs, ahead)),
-            4 => store::<U, 4>(job, tile, row, compact_rows::<U, 4>(bytes, patches, x, pairs, ahead)),
-            3 => store::<U, 3>(job, tile, row, compact_rows::<U, 3>(bytes, patches, x, pairs, ahead)),
-            2 => store::<U, 2>(job, tile, row, compact_rows::<U, 2>(bytes, patches, x, pairs, ahead)),
-            _ => store::<U, 1>(job, tile, row, compact_rows::<U, 1>(bytes, patches, x, pairs, ahead)),
-        }
+        with_rows!(U, count, R => {
+            store::<U, R>(job, tile, row, compact_rows::<U, R>(bytes, patches, x, pairs, ahead))
+        })
     }
 }
 
@@ -150,7 +140,7 @@ unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
             }
             // What is left: fewer rows, or one tile.
             while row < last {
-                let rows = part_of(last - row);
+                let rows = part_of::<U>(last - row);
                 for i in 0..count {
                     // SAFETY: the tile and the rows are of the job; the rest as promised.
                     unsafe {

@@ -66,14 +66,14 @@ pub(super) trait Format {
 }
 
 /// The passes over a job, (tile, first row, number of rows): 8, 4, 3, 2 or 1 rows at a time.
-pub(super) fn passes(job: &Job<'_>) -> impl Iterator<Item = (usize, usize, usize)> {
+pub(super) fn passes<U: Unit>(job: &Job<'_>) -> impl Iterator<Item = (usize, usize, usize)> {
     let (rows, tiles) = (job.rows, job.outputs.div_ceil(LANES));
     (0..rows).step_by(ROW_BLOCK).flat_map(move |first| {
         let last = rows.min(first + ROW_BLOCK);
         (0..tiles).flat_map(move |tile| {
             let mut row = first;
             std::iter::from_fn(move || {
-                let count = part_of(last - row);
+                let count = part_of::<U>(last - row);
                 row += count;
                 (count > 0).then_some((tile, row - count, count))
             })
@@ -82,13 +82,32 @@ pub(super) fn passes(job: &Job<'_>) -> impl Iterator<Item = (usize, usize, usize
 }
 
 /// How many of `rows` rows are computed in one pass.
-pub(super) fn part_of(rows: usize) -> usize {
+pub(super) fn part_of<U: Unit>(rows: usize) -> usize {
     match rows {
-        8.. => 8,
-        4..8 => 4,
-        few => few,
+        8.. if U::ALL_PASSES => 8,
+        4.. => 4,
+        few if U::ALL_PASSES => few,
+        few => few.min(1),
     }
 }
+
+/// `$pass` with the number of its rows, one that [`part_of`] gives, as the constant `$rows`.
+macro_rules! with_rows {
+    ($unit:ty, $count:expr, $rows:ident => $pass:expr) => {
+        match $count {
+            8 if <$unit>::ALL_PASSES => with_rows!($rows = 8, $pass),
+            3 if <$unit>::ALL_PASSES => with_rows!($rows = 3, $pass),
+            2 if <$unit>::ALL_PASSES => with_rows!($rows = 2, $pass),
+            4 => with_rows!($rows = 4, $pass),
+            _ => with_rows!($rows = 1, $pass),
+        }
+    };
+    ($rows:ident = $count:literal, $pass:expr) => {{
+        const $rows: usize = $count;
+        $pass
+    }};
+}
+pub(super) use with_rows;
 
 /// Starts loading the cache lines of `bytes` bytes at `from`, which need not be mapped.
 #[inline(always)]
@@ -113,20 +132,16 @@ pub(super) fn prefetch(from: *const u8, bytes: usize) {
 #[inline(always)]
 pub(super) unsafe fn quantized<U: Unit, F: Format>(job: &Job<'_>) {
     let Input::Quantized(x) = job.input else { unreachable!("quantised weights take quantised rows") };
-    for (tile, row, count) in passes(job) {
+    for (tile, row, count) in passes::<U>(job) {
         let weights = job.tiles[tile * job.tile_bytes..][..job.tile_bytes].as_ptr();
         let ahead = if row % ROW_BLOCK == 0 { AHEAD } else { 0 };
         let blocks = job.width / BLOCK;
         let x = x[row * blocks..][..count * blocks].as_ptr();
         // SAFETY: `weights` and `x` hold a tile and `count` rows of `blocks` blocks; the rest as promised.
         unsafe {
-            match count {
-                8 => store::<U, 8>(job, tile, row, tile_rows::<U, F, 8>(weights, x, blocks, ahead)),
-                4 => store::<U, 4>(job, tile, row, tile_rows::<U, F, 4>(weights, x, blocks, ahead)),
-                3 => store::<U, 3>(job, tile, row, tile_rows::<U, F, 3>(weights, x, blocks, ahead)),
-                2 => store::<U, 2>(job, tile, row, tile_rows::<U, F, 2>(weights, x, blocks, ahead)),
-                _ => store::<U, 1>(job, tile, row, tile_rows::<U, F, 1>(weights, x, blocks, ahead)),
-            }
+            with_rows!(U, count, R => {
+                store::<U, R>(job, tile, row, tile_rows::<U, F, R>(weights, x, blocks, ahead))
+            })
         }
     }
 }
@@ -400,19 +415,15 @@ unsafe fn nibbles<U: Unit>(from: *const u8) -> [U::Bytes; 8] {
 #[inline(always)]
 pub(super) unsafe fn plain<U: Unit, F: Format>(job: &Job<'_>) {
     let Input::Plain(x) = job.input else { unreachable!("plain weights take plain rows") };
-    for (tile, row, count) in passes(job) {
+    for (tile, row, count) in passes::<U>(job) {
         let weights = job.tiles[tile * job.tile_bytes..][..job.tile_bytes].as_ptr();
         let ahead = if row % ROW_BLOCK == 0 { AHEAD } else { 0 };
         let x = x[row * job.width..][..count * job.width].as_ptr();
         // SAFETY: `weights` and `x` hold a tile and `count` rows of `width` inputs; the rest as promised.
         unsafe {
-            match count {
-                8 => store::<U, 8>(job, tile, row, plain_rows::<U, F, 8>(weights, x, job.width, ahead)),
-                4 => store::<U, 4>(job, tile, row, plain_rows::<U, F, 4>(weights, x, job.width, ahead)),
-                3 => store::<U, 3>(job, tile, row, plain_rows::<U, F, 3>(weights, x, job.width, ahead)),
-                2 => store::<U, 2>(job, tile, row, plain_rows::<U, F, 2>(weights, x, job.width, ahead)),
-                _ => store::<U, 1>(job, tile, row, plain_rows::<U, F, 1>(weights, x, job.width, ahead)),
-            }
+            with_rows!(U, count, R => {
+                store::<U, R>(job, tile, row, plain_rows::<U, F, R>(weights, x, job.width, ahead))
+            })
         }
     }
 }

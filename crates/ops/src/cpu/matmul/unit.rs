@@ -23,6 +23,8 @@ pub(super) trait Unit {
     type Bytes: Copy;
     /// Whether 24 vectors of sums fit the registers, and so [`super::bf16`] has a loop for many rows.
     const MANY: bool = false;
+    /// Whether loops over 8, 3 and 2 rows are compiled beside those over 4 and 1 rows, for every format.
+    const ALL_PASSES: bool = true;
 
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
     unsafe fn store_bytes(bytes: Self::Bytes, to: *mut u8);
@@ -70,6 +72,8 @@ impl Unit for Portable {
     type Bytes = [u8; VECTOR];
     /// They lie in memory either way; so a checker of memory that knows no AVX-512 sees that loop too.
     const MANY: bool = true;
+    /// Without vector registers to speak of, more rows gain little, and took most of the time this crate took to build.
+    const ALL_PASSES: bool = false;
 
     #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> [u8; VECTOR] {
