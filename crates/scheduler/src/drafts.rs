@@ -17,6 +17,14 @@ impl Scheduler {
         self.sequences.get(&id).is_some_and(|s| s.is_decoding() && s.pending() == 1)
     }
 
+    /// Whether the next step is to hold prefill, as far as that is known before it is planned: drafts then take
+    /// time from it.
+    pub fn expects_prefill(&self) -> bool {
+        let next = || self.waiting_in_line().next().or_else(|| self.waiting.first().copied());
+        self.running.iter().any(|id| self.sequences[id].is_prefilling())
+            || next().is_some_and(|id| self.has_room(id))
+    }
+
     /// Proposes what may follow a sequence's known tokens. It replaces an earlier proposal and holds
     /// until a token is appended. Unknown ids are fine.
     pub fn propose(&mut self, id: SequenceId, draft: &[u32]) {

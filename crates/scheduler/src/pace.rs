@@ -1,10 +1,11 @@
 //! How much of prompts a step may hold beside decodes, so that these keep their pace.
 //!
-//! Step times are measured as they come: of steps that only decode, and what prompt tokens add to the
-//! others, by how many tokens come before them, as attention to long contexts may cost much more than all
-//! else. From them follows the prefill that fits into the target between two tokens. Prefill may
+//! Step times are measured as they come: of steps that only decode, with what each drafted token adds to
+//! them, and what prompt tokens add to the others, by how many tokens come before them, as attention to long
+//! contexts may cost much more than all else. From them follows the prefill that fits into the target between two tokens. Prefill may
 //! always take as long as the decodes themselves, so that it gets half of the machine even where these
-//! alone miss the target. Where prompts never end, a step without them now and then tells what the decodes
+//! alone miss the target. Drafts leave prefill its share of the time: a step that they lengthen gives it as
+//! many times longer, since it gives several tokens too. Where prompts never end, a step without them now and then tells what the decodes
 //! take: else their slowing down would be put down to the prompts, and these held back for it.
 
 use std::time::Duration;
@@ -19,16 +20,19 @@ const MOST_GAIN: f64 = 0.75;
 const MEASURE_EVERY: u32 = 16;
 /// What is left of earlier steps' weight with each one that holds prompts.
 const MEMORY: f64 = 0.85;
-/// Of their square, how much contexts must vary for half of the weight in what a context costs.
+/// Of their square, how much contexts must vary for half of the weight in what a context costs, and drafts'
+/// lengths in what a drafted token costs.
 const VARIED: f64 = 0.01;
 
 /// What a step that decodes may hold of prompts, in the seconds that they take.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PrefillLimit {
-    /// Most time. With 0, prompts wait for the next step.
+    /// Most time beside decodes without drafts. With 0, prompts wait for the next step.
     pub time: f64,
-    /// Time of the decodes; absent while it is not known.
+    /// Time of the decodes without drafts; absent while it is not known.
     pub decodes: Option<f64>,
+    /// Time that each drafted token adds to theirs.
+    pub drafted: f64,
     /// Time of a prompt token that has none before it.
     pub token: f64,
     /// Time that each token before it adds.
@@ -37,7 +41,15 @@ pub struct PrefillLimit {
 
 impl PrefillLimit {
     /// As much as fits into a step.
-    pub const NONE: Self = Self { time: f64::INFINITY, decodes: None, token: 0.0, context: 0.0 };
+    pub const NONE: Self =
+        Self { time: f64::INFINITY, decodes: None, drafted: 0.0, token: 0.0, context: 0.0 };
+
+    /// How many times as long `decodes` sequences take with `drafted` tokens as without: no more than the tokens
+    /// that each gets if all of them are accepted.
+    pub(crate) fn stretch(&self, drafted: usize, decodes: usize) -> f64 {
+        let per_decode = drafted as f64 / decodes.max(1) as f64;
+        self.decodes.map_or(1.0, |time| 1.0 + (drafted as f64 * self.drafted / time).min(per_decode))
+    }
 
     /// What `len` prompt tokens take after `start` others.
     pub fn time_of(&self, start: usize, len: usize) -> f64 {
@@ -61,9 +73,8 @@ impl PrefillLimit {
 pub struct Pace {
     /// Seconds between two tokens of a decode beside prefill.
     target: f64,
-    /// Seconds of a step without prefill; 0 while unknown.
-    decode_step: f64,
-    /// Steps that decoded since it was measured.
+    decodes: DecodeTimes,
+    /// Steps that decoded since one without prefill.
     age: u32,
     prefill: PrefillTimes,
 }
@@ -71,14 +82,15 @@ pub struct Pace {
 impl Pace {
     /// For steps that may take `target` where they decode.
     pub fn new(target: Duration) -> Self {
-        let prefill = PrefillTimes::default();
-        Self { target: target.as_secs_f64(), decode_step: 0.0, age: 0, prefill }
+        let (decodes, prefill) = (DecodeTimes::default(), PrefillTimes::default());
+        Self { target: target.as_secs_f64(), decodes, age: 0, prefill }
     }
 
     /// A step took this long.
     pub fn record(&mut self, plan: &StepPlan, took: Duration) {
         let took = took.as_secs_f64();
         let (decodes, prefills) = plan.chunks.split_at(plan.decodes);
+        let drafted = decodes.iter().map(|chunk| chunk.drafted).sum::<usize>() as f64;
         let (mut tokens, mut contexts) = (0.0, 0.0);
         for chunk in prefills {
             tokens += chunk.len as f64;
@@ -86,21 +98,21 @@ impl Pace {
         }
         match (decodes.is_empty(), prefills.is_empty()) {
             (true, true) => {}
-            (false, true) => self.record_decodes(took),
+            (false, true) => self.record_decodes(drafted, took),
             (true, false) => self.prefill.record(tokens, contexts, took),
             (false, false) => {
                 self.age += 1;
-                self.prefill.record(tokens, contexts, (took - self.decode_step).max(0.0));
+                self.prefill.record(tokens, contexts, (took - self.decodes.of(drafted)).max(0.0));
             }
         }
     }
 
-    fn record_decodes(&mut self, took: f64) {
-        let gain = match self.decode_step {
+    fn record_decodes(&mut self, drafted: f64, took: f64) {
+        let gain = match self.decodes.seconds {
             0.0 => 1.0,
             _ => (1.0 - (1.0 - GAIN).powf(f64::from(self.age + 1))).min(MOST_GAIN),
         };
-        self.decode_step += gain * (took - self.decode_step);
+        self.decodes.record(drafted, took, gain);
         self.age = 0;
     }
 
@@ -110,15 +122,50 @@ impl Pace {
             return PrefillLimit::NONE;
         }
         let (token, context) = self.prefill.costs();
+        let decodes = self.decodes.of(0.0);
         PrefillLimit {
             time: match self.age < MEASURE_EVERY {
-                true => (self.target - self.decode_step).max(self.decode_step),
+                true => (self.target - decodes).max(decodes),
                 false => 0.0,
             },
-            decodes: (self.decode_step > 0.0).then_some(self.decode_step),
+            decodes: (decodes > 0.0).then_some(decodes),
+            drafted: self.decodes.slope,
             token,
             context,
         }
+    }
+}
+
+/// What steps without prefill take: a line over their drafted tokens, by least squares, later steps weighing
+/// more. While drafts do not vary in length, the slope stays what it was.
+#[derive(Debug, Default)]
+struct DecodeTimes {
+    /// Means over the steps: seconds, 0 while unknown, and drafted tokens.
+    seconds: f64,
+    drafted: f64,
+    /// Of the drafted tokens, and with the seconds.
+    variance: f64,
+    covariance: f64,
+    /// Seconds that a drafted token adds.
+    slope: f64,
+}
+
+impl DecodeTimes {
+    fn record(&mut self, drafted: f64, seconds: f64, gain: f64) {
+        let (more, longer) = (drafted - self.drafted, seconds - self.seconds);
+        self.drafted += gain * more;
+        self.seconds += gain * longer;
+        self.variance = (1.0 - gain) * (self.variance + gain * more * more);
+        self.covariance = (1.0 - gain) * (self.covariance + gain * more * longer);
+        let inertia = VARIED * (1.0 + self.drafted * self.drafted);
+        let slope = (self.covariance + inertia * self.slope) / (self.variance + inertia);
+        // Neither a drafted token nor the others take less than no time.
+        self.slope = slope.max(0.0).min(self.seconds / self.drafted);
+    }
+
+    /// Seconds of a step with so many drafted tokens.
+    fn of(&self, drafted: f64) -> f64 {
+        (self.seconds + self.slope * (drafted - self.drafted)).max(0.0)
     }
 }
 
@@ -173,12 +220,13 @@ mod tests {
     #[derive(Clone, Copy)]
     struct Machine {
         base: f64,
+        drafted: f64,
         token: f64,
         context: f64,
     }
 
     fn machine(base: f64, token: f64) -> Machine {
-        Machine { base, token, context: 0.0 }
+        Machine { base, drafted: 0.0, token, context: 0.0 }
     }
 
     /// A step of so many decodes, and prompt tokens after others.
@@ -187,6 +235,12 @@ mod tests {
         let mut chunks = vec![chunk(0, 1); decodes];
         chunks.extend((len > 0).then(|| chunk(start, len)));
         StepPlan { chunks, decodes, ..StepPlan::default() }
+    }
+
+    /// A decode with so many drafted tokens.
+    fn drafted(tokens: usize) -> StepPlan {
+        let chunk = Chunk { id: 0, start: 0, len: 1 + tokens, outputs: 1 + tokens, drafted: tokens };
+        StepPlan { chunks: vec![chunk], decodes: 1, ..StepPlan::default() }
     }
 
     /// What a step of at most 512 tokens holds after `start` others.
@@ -204,6 +258,11 @@ mod tests {
             let took = self.base * decodes as f64 + len as f64 * (self.token + self.context * after);
             pace.record(&plan(decodes, start, len), Duration::from_secs_f64(took / 1e3));
             took
+        }
+
+        fn draft(&self, pace: &mut Pace, tokens: usize) {
+            let took = self.base + self.drafted * tokens as f64;
+            pace.record(&drafted(tokens), Duration::from_secs_f64(took / 1e3));
         }
 
         /// Runs steps with as much prefill as may be, beside one decode; returns how much that was.
@@ -285,7 +344,7 @@ mod tests {
     #[test]
     fn tokens_after_long_contexts_are_known_to_take_longer() {
         // As on a GPU: a token after 140,000 others takes fifteen times as long as the first.
-        let machine = Machine { base: 20.0, token: 0.05, context: 5e-6 };
+        let machine = Machine { context: 5e-6, ..machine(20.0, 0.05) };
         let mut pace = pace();
         machine.step(&mut pace, 1, 0, 0);
         for turn in 0..10 {
@@ -305,7 +364,7 @@ mod tests {
 
     #[test]
     fn what_a_context_costs_is_remembered_while_contexts_are_alike() {
-        let machine = Machine { base: 20.0, token: 0.05, context: 5e-6 };
+        let machine = Machine { context: 5e-6, ..machine(20.0, 0.05) };
         let mut pace = pace();
         machine.step(&mut pace, 1, 0, 0);
         for start in [1000, 140_000, 1000, 140_000] {
@@ -318,6 +377,31 @@ mod tests {
         let limit = pace.prefill_limit();
         let took = machine.step(&mut pace, 1, 140_000, limit.tokens_in(limit.time, 140_000));
         assert!((90.0..110.0).contains(&took), "{took} ms");
+    }
+
+    #[test]
+    fn what_drafts_take_is_told_from_what_decodes_take() {
+        let machine = Machine { drafted: 2.5, ..machine(20.0, 2.0) };
+        let mut pace = pace();
+        machine.step(&mut pace, 0, 0, 300);
+        machine.draft(&mut pace, 0);
+        assert_eq!(pace.prefill_limit().stretch(8, 1), 1.0, "nothing was drafted yet");
+        [16, 16, 9, 32, 0, 16].into_iter().cycle().take(100).for_each(|n| machine.draft(&mut pace, n));
+        for n in [0, 7, 20] {
+            let limit = pace.prefill_limit();
+            assert!((limit.decodes.unwrap() - 0.02).abs() < 1e-3, "{limit:?}");
+            assert!((limit.drafted - 0.0025).abs() < 1e-4, "{limit:?}");
+            assert!((limit.time - 0.08).abs() < 1e-3, "{limit:?}");
+            assert!((limit.stretch(16, 1) - 3.0).abs() < 0.1, "{limit:?}");
+            (0..500).for_each(|_| machine.draft(&mut pace, n)); // now they are alike
+        }
+    }
+
+    #[test]
+    fn a_step_with_drafts_takes_no_longer_a_token_than_one_without() {
+        let limit = PrefillLimit { decodes: Some(1e-6), drafted: 0.1, ..PrefillLimit::NONE };
+        assert_eq!((limit.stretch(8, 1), limit.stretch(8, 4), limit.stretch(0, 1)), (9.0, 3.0, 1.0));
+        assert_eq!(PrefillLimit::NONE.stretch(8, 1), 1.0);
     }
 
     #[test]

@@ -14,7 +14,8 @@
 //! - A decode is one token, or several where some were appended without a draw. Each sequence gets
 //!   one; for the others decodes may take half of what is then left, so prefill never stands still.
 //! - Drafted tokens take what the other decodes leave; see `drafts`.
-//! - Beside decodes, prefill keeps to a limit, so that these keep a pace. To the prompts of an owner that
+//! - Beside decodes, prefill keeps to a limit, so that these keep a pace; where drafts lengthen the decodes,
+//!   it keeps its share of the time. To the prompts of an owner that
 //!   floods a step gives no more time than a sixth of what it takes for others: so they slow others'
 //!   answers by a sixth at most, and where these end the sooner, the flood has the machine to itself.
 //! - A waiting sequence whose next block another computes in this very step (forks of one prompt), or
@@ -234,11 +235,14 @@ impl Scheduler {
     /// How much time prefill may take beside the step's decodes, and of it that of owners that flood.
     fn prefill_times(&self, plan: &StepPlan) -> PrefillTimes {
         let PrefillLimit { time, decodes, .. } = self.prefill_limit;
+        let drafted = plan.chunks.iter().map(|chunk| chunk.drafted).sum();
+        let stretch = self.prefill_limit.stretch(drafted, plan.decodes);
+        let time = time * stretch;
         let floods = |chunk: &Chunk| self.fair.floods(self.sequences[&chunk.id].origin.owner);
         match decodes {
             _ if plan.decodes == 0 => PrefillTimes { all: f64::INFINITY, floods: f64::INFINITY },
             Some(decodes) if !plan.chunks.iter().all(floods) => {
-                PrefillTimes { all: time, floods: decodes / OTHERS_TO_FLOOD }
+                PrefillTimes { all: time, floods: decodes * stretch / OTHERS_TO_FLOOD }
             }
             _ => PrefillTimes { all: time, floods: time },
         }

@@ -323,7 +323,7 @@ fn limit() -> impl Strategy<Value = PrefillLimit> {
 /// A limit of so many tokens where the decodes take as long as so many.
 fn limit_to(tokens: usize, decodes: Option<usize>) -> PrefillLimit {
     let decodes = decodes.map(|tokens| tokens as f64);
-    PrefillLimit { time: tokens as f64, decodes, token: 1.0, context: 0.0 }
+    PrefillLimit { time: tokens as f64, decodes, drafted: 1.0, token: 1.0, context: 0.0 }
 }
 
 proptest! {
@@ -708,7 +708,7 @@ fn tokens_after_a_long_context_take_more_of_the_limit() {
     world.forcing = false;
     world.arrive(vec![1; 10], 90, false);
     world.step(false);
-    let limit = PrefillLimit { time: 60.0, decodes: None, token: 1.0, context: 0.001 };
+    let limit = PrefillLimit { time: 60.0, token: 1.0, context: 0.001, ..PrefillLimit::NONE };
     world.scheduler.limit_prefill(limit);
     world.arrive(vec![2; 4000], 1, false);
     let mut chunk = || {

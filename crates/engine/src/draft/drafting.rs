@@ -52,10 +52,10 @@ impl Drafting {
     }
 
     /// Tells how many tokens each of `sequences` drafts, in `chosen`; see [`Lengths::choose`].
-    pub(crate) fn choose(&mut self, decodes: usize, beside_prefill: bool) {
+    pub(crate) fn choose(&mut self, decodes: usize, prompt_token: Option<f32>) {
         self.chosen.clear();
         self.chosen.resize(self.sequences.len(), 0);
-        self.outlook = self.lengths.choose(decodes, self.room, beside_prefill, &self.cost, &mut self.chosen);
+        self.outlook = self.lengths.choose(decodes, self.room, prompt_token, &self.cost, &mut self.chosen);
     }
 
     /// Most drafted tokens of a step.

@@ -3,14 +3,17 @@
 //! A drafted token's gain is the probability that it and all before it are accepted; its cost is a row
 //! more in the step. Taken in order of gain over all sequences, the step's best length is where (tokens
 //! expected) / (time estimated) is highest. Loaded steps so draft less, and their best guesses first.
+//!
+//! Beside a prefill a drafted token takes what a prompt token does, and the step is lengthened for the prefill as
+//! much as drafts lengthen its decodes. Whoever decodes without a draft then waits for the others' drafts; so these
+//! are cut until each decode gains what the step becomes longer.
 
 use super::step_cost::StepCost;
 
 /// A draft must promise this much more, or noise would choose.
 const LEAST_GAIN: f32 = 1.02;
-/// Beside a prefill, which fills the step's rows anyway, a drafted token takes a prompt token's place:
-/// it must be this likely.
-const LEAST_BESIDE_PREFILL: f32 = 0.3;
+/// Beside a prefill, drafts may lengthen the decodes this much, whoever gains by it.
+const LITTLE_LONGER: f32 = 0.1;
 
 /// What a step is expected to give and to take.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -64,34 +67,35 @@ impl Lengths {
     }
 
     /// Tells how many tokens each sequence drafts, by adding to `lengths`. The step holds
-    /// `decodes` rows without them, at most `room` drafted ones, and a prefill or none. Returns what is then
-    /// expected, as far as is known.
+    /// `decodes` rows without them, at most `room` drafted ones, and where `prompt_token` says how many seconds a
+    /// token of it takes, a prefill. Returns what is then expected, as far as is known.
     pub(crate) fn choose(
         &mut self,
         decodes: usize,
         room: usize,
-        beside_prefill: bool,
+        prompt_token: Option<f32>,
         cost: &StepCost,
         lengths: &mut [usize],
     ) -> Option<Outlook> {
         self.gains.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
         self.gains.truncate(room);
-        let outlook = match beside_prefill {
-            true => {
-                self.chosen = self.gains.partition_point(|gain| gain.0 >= LEAST_BESIDE_PREFILL);
-                None
-            }
-            false => self.best(decodes, cost),
-        };
+        cost.estimate(decodes + self.gains.len(), &mut self.seconds);
+        for row in decodes.max(1)..self.seconds.len() {
+            let least = self.seconds[row - 1] + prompt_token.unwrap_or(0.0);
+            self.seconds[row] = self.seconds[row].max(least);
+        }
+        let outlook = self.best(decodes);
+        if prompt_token.is_some() {
+            self.spare_others(decodes);
+        }
         for (_, index) in &self.gains[..self.chosen] {
             lengths[*index as usize] += 1;
         }
-        outlook
+        outlook.filter(|_| prompt_token.is_none())
     }
 
-    fn best(&mut self, decodes: usize, cost: &StepCost) -> Option<Outlook> {
+    fn best(&mut self, decodes: usize) -> Option<Outlook> {
         self.chosen = 0;
-        cost.estimate(decodes + self.gains.len(), &mut self.seconds);
         if decodes == 0 || self.seconds.is_empty() {
             return None; // nothing is known before the first step without drafts
         }
@@ -107,6 +111,26 @@ impl Lengths {
         }
         self.chosen = chosen.rows - decodes;
         Some(chosen)
+    }
+
+    /// Takes back the least of what was chosen, until each of the decodes gains as many times more tokens as the
+    /// step takes longer.
+    fn spare_others(&mut self, decodes: usize) {
+        while self.chosen > 0 {
+            let longer = self.seconds[decodes + self.chosen - 1] / self.seconds[decodes - 1] - 1.0;
+            if longer <= LITTLE_LONGER.max(self.least_promised(decodes)) {
+                return;
+            }
+            self.chosen -= 1;
+        }
+    }
+
+    /// Tokens expected of those last chosen for the one of the decodes that has the least of them.
+    fn least_promised(&self, decodes: usize) -> f32 {
+        match decodes > self.chosen {
+            true => 0.0, // some decode has no draft
+            false => (0..decodes).map(|index| self.promised(index)).fold(f32::INFINITY, f32::min),
+        }
     }
 }
 
@@ -128,7 +152,7 @@ mod tests {
             lengths.offer(index, (1..=16).map(|k| rate.powi(k)));
         }
         let mut out = vec![0; rates.len()];
-        lengths.choose(decodes, 64, false, cost, &mut out);
+        lengths.choose(decodes, 64, None, cost, &mut out);
         out
     }
 
@@ -155,16 +179,47 @@ mod tests {
         let (mut lengths, mut out) = (Lengths::default(), [0, 0]);
         lengths.offer(0, [0.5, 0.25].into_iter());
         lengths.offer(1, [0.8].into_iter());
-        let outlook = lengths.choose(2, 64, false, &cost, &mut out).unwrap();
+        let outlook = lengths.choose(2, 64, None, &cost, &mut out).unwrap();
         assert_eq!((out, outlook.rows), ([2, 1], 5));
         assert!((outlook.tokens - 3.55).abs() < 1e-5 && (outlook.seconds - 0.1).abs() < 1e-3, "{outlook:?}");
         assert_eq!(lengths.promised(0), 0.75);
         lengths.withdraw(0);
-        let (outlook, mut out) = (lengths.choose(2, 64, false, &cost, &mut [0, 0]).unwrap(), [0, 0]);
+        let (outlook, mut out) = (lengths.choose(2, 64, None, &cost, &mut [0, 0]).unwrap(), [0, 0]);
         assert!((outlook.tokens - 2.8).abs() < 1e-5 && lengths.promised(0) == 0.0, "{outlook:?}");
         lengths.clear();
-        assert_eq!(lengths.choose(2, 64, false, &cost, &mut out).unwrap().rows, 2);
-        assert_eq!(lengths.choose(0, 64, false, &cost, &mut out), None);
+        assert_eq!(lengths.choose(2, 64, None, &cost, &mut out).unwrap().rows, 2);
+        assert_eq!(lengths.choose(0, 64, None, &cost, &mut out), None);
+    }
+
+    /// Lengths beside a prefill whose tokens take so many seconds, for sequences whose tokens have these rates.
+    fn beside_prefill(rates: &[f32], prompt_token: f32, cost: &StepCost) -> Vec<usize> {
+        let mut lengths = Lengths::default();
+        for (index, rate) in rates.iter().enumerate().filter(|(_, rate)| **rate > 0.0) {
+            lengths.offer(index, (1..=16).map(|k| rate.powi(k)));
+        }
+        let mut out = vec![0; rates.len()];
+        assert_eq!(lengths.choose(rates.len(), 64, Some(prompt_token), cost, &mut out), None);
+        out
+    }
+
+    #[test]
+    fn beside_a_prefill_a_drafted_token_takes_what_a_prompt_token_does() {
+        let (flat, steep) = (cost(|_| 100), cost(|rows| 90 + 10 * rows as u64));
+        assert_eq!(beside_prefill(&[0.8], 0.0, &flat), chosen(&[0.8], 1, &flat));
+        assert_eq!(beside_prefill(&[0.8], 0.01, &flat), chosen(&[0.8], 1, &steep));
+        assert_eq!(beside_prefill(&[0.8], 0.001, &steep), chosen(&[0.8], 1, &steep));
+        assert_eq!(beside_prefill(&[0.95], 0.1, &flat), [0]);
+    }
+
+    #[test]
+    fn beside_a_prefill_nobody_waits_for_others_drafts() {
+        let cost = cost(|rows| 90 + 10 * rows as u64);
+        assert!(chosen(&[0.9], 2, &cost)[0] > 4);
+        // 100 ms and 10 ms more for the second one, which gains nothing: one token is 9 % more.
+        assert_eq!(beside_prefill(&[0.9, 0.0], 0.001, &cost), [1, 0]);
+        let both = beside_prefill(&[0.9, 0.85], 0.001, &cost);
+        assert!(both[0] > 3 && both[1] > 3, "{both:?}");
+        assert!(beside_prefill(&[0.9, 0.3], 0.001, &cost)[0] < both[0]);
     }
 
     #[test]

@@ -247,7 +247,7 @@ impl ModelDrafter {
             drafting.lengths.withdraw(candidate.index);
             drafting.lengths.offer(candidate.index, candidate.gains.into_iter().take(candidate.guesses));
         }
-        drafting.choose(decodes, false);
+        drafting.choose(decodes, None);
         Ok(())
     }
 

@@ -53,7 +53,7 @@ fn replay(drafting: &mut Drafting, turn: &Turn<'_>) -> Took {
         let gains = drafter.gains(&own, MAX_DRAFT.min(rest.len() - 1), &drafting.acceptance);
         drafting.lengths.offer(0, gains);
         drafting.sequences.push(0);
-        drafting.choose(1, false);
+        drafting.choose(1, None);
         drafting.draft.clear();
         drafter.draft(&own, drafting.chosen[0], &mut drafting.draft, |_| false);
         let accepted = drafting.draft.iter().zip(rest).take_while(|(draft, token)| draft == token).count();

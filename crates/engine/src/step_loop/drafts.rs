@@ -53,7 +53,8 @@ impl StepLoop {
                 drafting.sequences.push(id);
             }
         }
-        drafting.choose(decodes, self.scheduler.running() > decodes);
+        let prompt_token = self.scheduler.expects_prefill().then(|| self.pace.prefill_limit().token as f32);
+        drafting.choose(decodes, prompt_token);
         self.guess(decodes);
         self.propose_chosen();
     }
