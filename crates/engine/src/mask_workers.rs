@@ -2,7 +2,9 @@
 //!
 //! A [`MaskJob`] holds one sequence's [`Constraint`] with its buffers. It travels to a worker when
 //! a token was drawn, and back with the mask for the next one; nothing is allocated on the way. It
-//! travels once more with a draft, and back with the masks after each drafted token.
+//! travels once more with a draft, and back with the masks after each drafted token; where the mask is late, the
+//! draft is sent after it ([`LateDraft`]). What was drafted stays taken until it is known what was drawn, so
+//! that accepted tokens are parsed once.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -31,10 +33,13 @@ pub(crate) struct MaskJob {
     pub(crate) followed: usize,
     /// Those masks, one after the other.
     ahead: Vec<u32>,
-    /// All tokens that the constraint took.
+    /// All tokens of the sequence that the constraint took.
     taken: Vec<u32>,
+    /// What it took beyond them: a draft, and what that forces.
+    tried: Vec<u32>,
     /// Whether the grammar can go back over a draft.
     follows: bool,
+    late: Arc<LateDraft>,
     /// Whether tokens that the grammar forces are appended without a draw.
     jump: bool,
     /// Forced tokens, to be appended before the mask holds.
@@ -57,7 +62,9 @@ impl MaskJob {
             followed: 0,
             ahead: Vec::new(),
             taken: Vec::new(),
+            tried: Vec::new(),
             follows: true,
+            late: Arc::default(),
             jump,
             forced: Vec::new(),
             mask: vec![0; vocab.div_ceil(32)],
@@ -79,12 +86,68 @@ impl MaskJob {
         self.follows && self.forced.is_empty() && self.next == Ok(Next::Draw)
     }
 
+    /// Whether a token may be drawn next.
+    pub(crate) fn allows(&self, token: u32) -> bool {
+        allows(&self.mask, token)
+    }
+
+    /// Takes the draft that was sent after it; returns whether it is still to be followed.
+    pub(crate) fn take_late_draft(&mut self) -> bool {
+        self.late.take(&mut self.draft);
+        if !self.follows() {
+            self.draft.clear();
+        }
+        !self.draft.is_empty()
+    }
+
     fn run(&mut self) {
         if self.draft.is_empty() {
             let outcome = catch_unwind(AssertUnwindSafe(|| self.try_run()));
             self.next = outcome.unwrap_or_else(|_| Err("the grammar failed unexpectedly".into()));
-            return;
+            self.take_late_draft();
         }
+        if !self.draft.is_empty() {
+            self.follow();
+        }
+        if !self.follows {
+            self.late.close();
+        }
+    }
+
+    fn try_run(&mut self) -> Result<Next, String> {
+        if self.constraint.is_none() {
+            self.constraint = Some(self.grammar.start()?);
+        }
+        let taken = self.give_back()?;
+        let Some(constraint) = &mut self.constraint else { return Ok(Next::Draw) };
+        for &token in &self.tokens[taken..] {
+            constraint.accept(token)?;
+        }
+        self.taken.append(&mut self.tokens);
+        self.followed = 0;
+        self.mask.fill(0);
+        let next = constraint.next(&mut self.mask, self.jump.then_some(&mut self.forced))?;
+        self.taken.extend_from_slice(&self.forced);
+        Ok(next)
+    }
+
+    /// Gives back what was tried, but for what was then drawn; returns how many of the drawn tokens are taken.
+    fn give_back(&mut self) -> Result<usize, String> {
+        let kept = self.tried.iter().zip(&self.tokens).take_while(|(tried, drawn)| tried == drawn).count();
+        let rest = self.tried.len() - kept;
+        self.tried.clear();
+        let Some(constraint) = self.constraint.as_mut().filter(|_| rest > 0) else { return Ok(kept) };
+        let outcome = catch_unwind(AssertUnwindSafe(|| constraint.roll_back(rest)));
+        if matches!(outcome, Ok(Ok(()))) {
+            return Ok(kept);
+        }
+        self.follows = false;
+        self.start_again()?;
+        Ok(0)
+    }
+
+    /// Finds the masks after each drafted token, as far as the grammar goes.
+    fn follow(&mut self) {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.try_follow()));
         if !matches!(outcome, Ok(Ok(()))) {
             // The answer may never come this way, so it must not fail for it.
@@ -98,54 +161,79 @@ impl MaskJob {
         self.draft.clear();
     }
 
-    fn try_run(&mut self) -> Result<Next, String> {
-        let constraint = match &mut self.constraint {
-            Some(constraint) => constraint,
-            none => none.insert(self.grammar.start()?),
-        };
-        for &token in &self.tokens {
-            constraint.accept(token)?;
-        }
-        self.taken.append(&mut self.tokens);
-        self.followed = 0;
-        self.mask.fill(0);
-        let next = constraint.next(&mut self.mask, self.jump.then_some(&mut self.forced))?;
-        self.taken.extend_from_slice(&self.forced);
-        Ok(next)
-    }
-
-    /// Finds the masks after each drafted token, up to one that is not allowed or after which a token
-    /// is not drawn.
+    /// Up to a token that is not allowed or after which a token is not drawn.
     fn try_follow(&mut self) -> Result<(), String> {
-        let Some(constraint) = &mut self.constraint else { return Ok(()) };
+        self.followed = 0;
+        self.give_back()?;
+        let Some(constraint) = self.constraint.as_mut().filter(|_| self.follows) else { return Ok(()) };
         let words = self.mask.len();
         self.ahead.clear();
-        self.followed = 0;
-        let mut taken = 0;
         for &token in &self.draft {
-            let mask = self.ahead.rchunks_exact(words).next().unwrap_or(&self.mask);
-            if mask.get(token as usize / 32).is_none_or(|word| word >> (token % 32) & 1 == 0) {
+            if !allows(self.ahead.rchunks_exact(words).next().unwrap_or(&self.mask), token) {
                 break;
             }
             constraint.accept(token)?;
+            self.tried.push(token);
             let begin = self.ahead.len();
             self.ahead.resize(begin + words, 0);
             let next = constraint.next(&mut self.ahead[begin..], self.jump.then_some(&mut self.forced))?;
-            taken += 1 + self.forced.len();
             if next == Next::End || !self.forced.is_empty() {
-                self.forced.clear();
+                self.tried.append(&mut self.forced);
                 break;
             }
             self.followed += 1;
         }
-        constraint.roll_back(taken)
+        Ok(())
     }
 
     /// A new state that has taken the same tokens.
     fn start_again(&mut self) -> Result<(), String> {
         self.forced.clear();
+        self.tried.clear();
         let constraint = self.constraint.insert(self.grammar.start()?);
         self.taken.iter().try_for_each(|&token| constraint.accept(token))
+    }
+}
+
+fn allows(mask: &[u32], token: u32) -> bool {
+    mask.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
+}
+
+/// A draft for a job that is with a worker. It is followed when the job is done with what it was sent for.
+#[derive(Debug, Default)]
+pub(crate) struct LateDraft(Mutex<Late>);
+
+#[derive(Debug, Default)]
+struct Late {
+    tokens: Vec<u32>,
+    /// Whether the grammar cannot go back over drafts.
+    closed: bool,
+}
+
+impl LateDraft {
+    /// Sends a draft; it takes the place of an earlier one.
+    pub(crate) fn send(&self, draft: &[u32]) {
+        let mut late = self.lock();
+        late.tokens.clear();
+        late.tokens.extend_from_slice(draft);
+    }
+
+    /// Whether a draft is of use.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.lock().closed
+    }
+
+    /// Takes the draft, if one was sent.
+    fn take(&self, into: &mut Vec<u32>) {
+        into.append(&mut self.lock().tokens);
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Late> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -185,11 +273,13 @@ impl MaskWorkers {
         Self { queue, done, out: 0 }
     }
 
-    /// Hands a job over.
-    pub(crate) fn send(&mut self, job: Box<MaskJob>) {
+    /// Hands a job over. What comes back takes a draft for it until it is done.
+    pub(crate) fn send(&mut self, job: Box<MaskJob>) -> Arc<LateDraft> {
+        let late = job.late.clone();
         self.out += 1;
         self.queue.lock().jobs.push_back(job);
         self.queue.changed.notify_one();
+        late
     }
 
     /// A job that is done, waited for until `deadline`, or for as long as it takes.

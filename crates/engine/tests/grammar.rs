@@ -31,6 +31,8 @@ struct Toy {
     /// How long each answer takes.
     delay: Duration,
     started: AtomicUsize,
+    /// Tokens that its states took.
+    accepted: Arc<AtomicUsize>,
     /// Whether it can go back over tokens.
     rolls_back: bool,
 }
@@ -48,6 +50,7 @@ impl Grammar for Toy {
             then: self.then,
             delay: self.delay,
             history: Vec::new(),
+            accepted: self.accepted.clone(),
             rolls_back: self.rolls_back,
         }))
     }
@@ -57,6 +60,7 @@ struct State {
     then: fn(&[u32]) -> Then,
     delay: Duration,
     history: Vec<u32>,
+    accepted: Arc<AtomicUsize>,
     rolls_back: bool,
 }
 
@@ -68,6 +72,7 @@ impl Constraint for State {
             _ => false,
         };
         self.history.push(token);
+        self.accepted.fetch_add(1, Ordering::SeqCst);
         allowed.then_some(()).ok_or_else(|| format!("{token} was drawn against the mask"))
     }
 
@@ -107,7 +112,7 @@ fn toy(then: fn(&[u32]) -> Then) -> Arc<Toy> {
 }
 
 fn slow_toy(then: fn(&[u32]) -> Then, delay: Duration) -> Arc<Toy> {
-    Arc::new(Toy { then, delay, started: AtomicUsize::new(0), rolls_back: true })
+    Arc::new(Toy { then, delay, started: AtomicUsize::new(0), accepted: Arc::default(), rolls_back: true })
 }
 
 fn held(grammar: &Arc<Toy>, request: GenerateRequest) -> GenerateRequest {
@@ -181,16 +186,17 @@ fn answers_are_the_same_whether_tokens_are_forced_early_late_or_drawn() {
     assert_eq!(answers(tight, Duration::from_millis(1), |asked| asked), expected, "late under preemption");
 }
 
+/// Any token, but every seventh is an even one, and the end comes after 80.
+fn loose(history: &[u32]) -> Then {
+    match history.len() {
+        80.. => Then::End,
+        n if n % 7 == 3 => Then::Any((0..VOCAB).step_by(2).collect()),
+        _ => Then::Any((0..VOCAB).collect()),
+    }
+}
+
 #[test]
 fn answers_are_the_same_with_drafts() {
-    /// Any token, but every seventh is an even one, and the end comes after 80.
-    fn loose(history: &[u32]) -> Then {
-        match history.len() {
-            80.. => Then::End,
-            n if n % 7 == 3 => Then::Any((0..VOCAB).step_by(2).collect()),
-            _ => Then::Any((0..VOCAB).collect()),
-        }
-    }
     let asked = |grammar: &Arc<Toy>, change: fn(GenerateRequest) -> GenerateRequest| {
         (0..6).map(|i| change(held(grammar, request(prompt(i, 70), 120)))).collect::<Vec<_>>()
     };
@@ -202,11 +208,34 @@ fn answers_are_the_same_with_drafts() {
         assert_drafted(&check_drafts(CONFIG, asked(&toy(loose), change)), 0.01);
         check_drafts(CONFIG, asked(&toy(runs), change));
     }
-    check_drafts(CONFIG, asked(&slow_toy(loose, Duration::from_millis(1)), |asked| asked));
+    let late = asked(&slow_toy(loose, Duration::from_millis(1)), |asked| asked);
+    assert_drafted(&check_drafts(CONFIG, late), 0.01);
     check_drafts(EngineConfig { kv_blocks: 16, ..CONFIG }, asked(&toy(loose), |asked| asked));
     let one_way = Arc::new(Toy { rolls_back: false, ..Arc::into_inner(toy(loose)).unwrap() });
-    let answers = check_drafts(CONFIG, asked(&one_way, |asked| asked));
-    assert!(answers.iter().all(|answer| answer.usage.accepted_tokens == 0));
+    for Answer { usage, .. } in check_drafts(CONFIG, asked(&one_way, |asked| asked)) {
+        let rejected = usage.drafted_tokens - usage.accepted_tokens;
+        assert!(rejected <= 64, "{rejected} tokens rejected although it cannot go back");
+    }
+}
+
+#[test]
+fn accepted_drafts_are_parsed_once_and_rejected_ones_no_more_than_that() {
+    let config = EngineConfig { max_batch_tokens: 256, ..CONFIG };
+    let expected = ask(&start(config.clone()), held(&toy(loose), request(prompt(1, 70), 120))).ids();
+    for (wrong_every, delay) in [(1000, 0), (9, 0), (9, 1)] {
+        let grammar = slow_toy(loose, Duration::from_millis(delay));
+        let predicted =
+            expected.iter().enumerate().map(|(i, id)| if i % wrong_every == 8 { id ^ 1 } else { *id });
+        let prediction = predicted.collect::<Vec<_>>().into();
+        let engine = common::drafting(config.clone());
+        let asked = GenerateRequest { prediction, ..request(prompt(1, 70), 120) };
+        let Answer { usage, tokens, .. } = ask(&engine, held(&grammar, asked));
+        assert_eq!(tokens.iter().map(|token| token.id).collect::<Vec<_>>(), expected);
+        assert!(usage.accepted_tokens > 0, "{usage:?}");
+        let parsed = grammar.accepted.load(Ordering::SeqCst);
+        let most = usage.completion_tokens + usage.drafted_tokens - usage.accepted_tokens;
+        assert!(parsed <= most, "{parsed} parsed, {usage:?}");
+    }
 }
 
 #[test]

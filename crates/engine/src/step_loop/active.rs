@@ -1,5 +1,6 @@
 //! A live sequence, beside what the scheduler knows of it.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use rudder_ops::TokenCounts;
@@ -7,7 +8,7 @@ use rudder_ops::TokenCounts;
 use super::Submission;
 use crate::draft::Drafter;
 use crate::grammar::Next;
-use crate::mask_workers::MaskJob;
+use crate::mask_workers::{LateDraft, MaskJob};
 use crate::reasoning::Reasoning;
 use crate::request::{Token, Usage};
 
@@ -35,8 +36,8 @@ pub(super) struct Active {
 pub(super) enum Held {
     /// Here, its answer about the next token ready.
     Here(Box<MaskJob>),
-    /// With a worker.
-    Away,
+    /// With a worker, who may be sent a draft for it.
+    Away(Arc<LateDraft>),
 }
 
 impl Active {
@@ -58,14 +59,17 @@ impl Active {
     pub(super) fn followed(&self, drafted: usize) -> usize {
         match &self.grammar {
             Some(Held::Here(job)) => drafted.min(job.followed),
-            Some(Held::Away) => 0,
+            Some(Held::Away(_)) => 0,
             None => drafted,
         }
     }
 
     /// Whether its grammar, if it has one, could follow a draft now.
     pub(super) fn follows_drafts(&self) -> bool {
-        self.grammar.as_ref().is_none_or(|held| matches!(held, Held::Here(job) if job.follows()))
+        self.grammar.as_ref().is_none_or(|held| match held {
+            Held::Here(job) => job.follows(),
+            Held::Away(late) => late.is_open(),
+        })
     }
 
     /// Whether this token ends it.

@@ -5,8 +5,9 @@ use std::time::Duration;
 use rudder_scheduler::{SequenceId, StepPlan};
 
 use super::StepLoop;
-use super::active::Held;
+use super::active::{Active, Held};
 use crate::draft::{Drafter, MAX_DRAFT, Party};
+use crate::mask_workers::MaskWorkers;
 
 /// Prompts whose answers are shorter are not indexed for them.
 const LEAST_ANSWER: usize = 3;
@@ -61,6 +62,7 @@ impl StepLoop {
 
     /// Proposes drafts of the lengths chosen.
     fn propose_chosen(&mut self) {
+        self.take_late_grammars();
         let Some(drafting) = &mut self.drafting else { return };
         for (index, (&id, &len)) in drafting.sequences.iter().zip(&drafting.chosen).enumerate() {
             let (Some(active), Some(sequence)) = (self.active.get_mut(&id), self.scheduler.sequence(id))
@@ -76,14 +78,7 @@ impl StepLoop {
                 let ends = |token| active.stops_at(token);
                 drafter.draft(&sequence.tokens, len, &mut drafting.draft, ends);
             }
-            if !drafting.draft.is_empty()
-                && let Some(Held::Here(mut job)) =
-                    active.grammar.take_if(|held| matches!(held, Held::Here(_)))
-            {
-                job.draft.extend_from_slice(&drafting.draft);
-                active.grammar = Some(Held::Away);
-                self.masks.send(job);
-            }
+            send_draft(active, &mut drafting.draft, &mut self.masks);
             self.scheduler.propose(id, &drafting.draft);
         }
     }
@@ -121,5 +116,26 @@ impl StepLoop {
             drafter.show(&sequence.tokens, sequence.prompt_len, session, true, &mut drafting.siblings);
             Party::of(&active.submission.request).iter().for_each(|party| drafting.siblings.end(party));
         }
+    }
+}
+
+/// Sends a draft to the sequence's grammar, if there is one. Nothing is left of it where the grammar cannot follow.
+fn send_draft(active: &mut Active, draft: &mut Vec<u32>, masks: &mut MaskWorkers) {
+    match active.grammar.take() {
+        Some(Held::Here(mut job)) => {
+            let follows = draft.first().is_some_and(|&first| job.follows() && job.allows(first));
+            if follows {
+                job.draft.extend_from_slice(draft);
+                active.grammar = Some(Held::Away(masks.send(job)));
+            } else {
+                draft.clear();
+                active.grammar = Some(Held::Here(job));
+            }
+        }
+        Some(Held::Away(late)) => {
+            late.send(draft);
+            active.grammar = Some(Held::Away(late));
+        }
+        None => {}
     }
 }

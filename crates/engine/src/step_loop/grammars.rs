@@ -29,19 +29,35 @@ impl StepLoop {
         }
     }
 
+    /// Before drafts are proposed: takes what else is done by now, so that a draft is sent with the job. Forced tokens
+    /// and ends are left for after the step, as those that come later.
+    pub(super) fn take_late_grammars(&mut self) {
+        while let Some(job) = self.masks.take(Some(Instant::now())) {
+            self.put_back(job);
+        }
+    }
+
     /// Before the sampler: waits for the masks of all rows.
     pub(super) fn await_masks(&mut self, plan: &StepPlan) {
         for chunk in plan.chunks.iter().filter(|c| c.outputs > 0) {
-            while matches!(self.active.get(&chunk.id), Some(Active { grammar: Some(Held::Away), .. })) {
-                let Some(job) = self.masks.take(None) else { break };
-                self.put_back(job);
+            while matches!(self.active.get(&chunk.id), Some(Active { grammar: Some(Held::Away(_)), .. })) {
+                let Some(mut job) = self.masks.take(None) else { break };
+                // A draft may have been sent when the worker had just finished.
+                if job.take_late_draft() {
+                    self.masks.send(job);
+                } else {
+                    self.put_back(job);
+                }
             }
         }
     }
 
     /// Takes a job back to its sequence, if that is still there. Returns whether the sequence has
     /// begun to generate.
-    pub(super) fn put_back(&mut self, job: Box<MaskJob>) -> bool {
+    pub(super) fn put_back(&mut self, mut job: Box<MaskJob>) -> bool {
+        // A draft that it was sent in vain was for a step that did not hold the sequence.
+        job.take_late_draft();
+        job.draft.clear();
         let Some(active) = self.active.get_mut(&job.id) else { return false };
         active.grammar = Some(Held::Here(job));
         active.first_token.is_some()
@@ -79,8 +95,7 @@ impl StepLoop {
         let Some(active) = self.active.get_mut(&id) else { return };
         let drawn = |held: &mut Held| matches!(held, Held::Here(job) if !job.tokens.is_empty());
         if let Some(Held::Here(job)) = active.grammar.take_if(drawn) {
-            active.grammar = Some(Held::Away);
-            self.masks.send(job);
+            active.grammar = Some(Held::Away(self.masks.send(job)));
         }
     }
 }

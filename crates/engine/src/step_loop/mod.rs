@@ -191,8 +191,8 @@ impl StepLoop {
         let id = submission.id;
         let grammar = request.grammar.clone().filter(|_| submission.max_tokens > 0).map(|grammar| {
             let jump = request.sampling.logprobs.is_none();
-            self.masks.send(Box::new(MaskJob::new(id, grammar, jump, self.model.config().vocab)));
-            Held::Away
+            let job = MaskJob::new(id, grammar, jump, self.model.config().vocab);
+            Held::Away(self.masks.send(Box::new(job)))
         });
         let active = Active {
             reasoning: request.reasoning.clone().map(Reasoning::new),
