@@ -12,6 +12,7 @@
 mod acceptance;
 mod drafting;
 mod lengths;
+mod lost_time;
 mod model_drafter;
 mod promise;
 #[cfg(test)]

@@ -4,9 +4,9 @@
 //! ones, the likeliest each time; all sequences' guesses of one depth are one batch. They are verified as copies are.
 //!
 //! What it may cost is decided as for copies, from measured acceptance and step times ([`super::promise`]), its own among
-//! them. It reads a sequence only once that has said as many tokens as reading needs to pay for itself, so that short
-//! answers pay for none of it, and in pieces that leave the decodes beside them their pace. Where it does not pay it
-//! rests, but for a trial now and then, for which a small share of the decodes' time is saved up.
+//! them. It reads a sequence, and catches up with what was copied, only when that is worth it ([`super::lost_time`]), and
+//! in pieces that leave the decodes beside them their pace. Where copies promise more, it is asked nothing. Where it
+//! does not pay it rests, but for a trial now and then, for which a small share of the decodes' time is saved up.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use rudder_ops::{BLOCK_SIZE, Batch, SampleRow, Sampled, SamplingParams};
 use super::acceptance::{Acceptance, Evidence, sureness};
 use super::drafting::Drafting;
 use super::lengths::Outlook;
+use super::lost_time::LostTime;
 use super::promise::{Prospect, StepTimes, best_depth};
 use super::step_cost::StepCost;
 use super::window::{MOST_GUESSES, Window};
@@ -72,6 +73,7 @@ pub(crate) struct ModelDrafter {
     /// Seconds that a token takes to read.
     reading: f32,
     latency_target: f32,
+    lost: LostTime,
     /// When this step's drafts were begun.
     began: Instant,
     /// Seconds saved up for trials.
@@ -91,8 +93,7 @@ pub(crate) struct ModelDrafter {
 #[derive(Clone, Copy)]
 pub(crate) struct Subject<'a> {
     pub(crate) tokens: &'a [u32],
-    /// Tokens generated, and most that can be drafted now.
-    pub(crate) generated: usize,
+    /// Most tokens that can be drafted now.
     pub(crate) rest: usize,
     /// What its grammar allows next.
     pub(crate) mask: Option<&'a [u32]>,
@@ -109,7 +110,6 @@ struct Candidate {
     /// Its index among the sequences of the step.
     index: usize,
     prospect: Prospect,
-    generated: usize,
     rest: usize,
     /// Tokens to be read before it can be guessed for.
     unread: usize,
@@ -155,6 +155,7 @@ impl ModelDrafter {
             cost: StepCost::new(),
             reading: 0.0,
             latency_target: latency_target.as_secs_f32(),
+            lost: LostTime::default(),
             began: Instant::now(),
             saved: 0.0,
             trial: None,
@@ -206,12 +207,13 @@ impl ModelDrafter {
         if let Some(window) = self.windows.remove(&id) {
             window.release(&mut self.free);
         }
+        self.lost.forget(id);
         self.trial.take_if(|trial| trial.id == id);
     }
 
     /// Whether all its blocks are free.
     pub(crate) fn is_idle(&self) -> bool {
-        self.windows.is_empty() && self.free.len() == self.kv_blocks
+        self.windows.is_empty() && self.free.len() == self.kv_blocks && self.lost.is_empty()
     }
 
     /// Drafts for the sequences of the step that it pays for, in the place of what copies offered, and chooses
@@ -239,6 +241,7 @@ impl ModelDrafter {
         }
         drafting.cost.estimate(outlook.rows + drafting.room(), &mut self.times.large);
         self.cost.estimate(self.outputs, &mut self.times.small);
+        self.times.reading = self.reading;
         self.draft_for_candidates(find, outlook)?;
         if self.candidates.iter().all(|candidate| candidate.guesses == 0) {
             return Ok(());
@@ -284,15 +287,15 @@ impl ModelDrafter {
                 most: subject.rest.min(MOST_GUESSES),
                 copied: drafting.lengths.promised(index),
                 copied_rows,
+                behind: window.filter(|_| unread == 0).map_or(0, |window| self.behind(id, window, len)),
             };
             if prospect.expected(MOST_GUESSES / 2) > prospect.copied {
-                let (generated, rest) = (subject.generated, subject.rest);
+                let rest = subject.rest;
                 let gains = [0.0; MOST_GUESSES];
                 self.candidates.push(Candidate {
                     id,
                     index,
                     prospect,
-                    generated,
                     rest,
                     unread,
                     goes_on: false,
@@ -301,6 +304,12 @@ impl ModelDrafter {
                 });
             }
         }
+    }
+
+    /// How many of a sequence's `len` tokens a first guess has to read beside the last one, and is to pay for.
+    fn behind(&self, id: u64, window: &Window, len: usize) -> usize {
+        let behind = (len - window.read()).saturating_sub(1);
+        if self.lost.is_worth(id, behind as f32 * self.reading) { 0 } else { behind }
     }
 
     /// How many of a sequence's `len` tokens to begin with. Who is drafted for has two at least.
@@ -314,31 +323,46 @@ impl ModelDrafter {
     /// Guesses, reads and tries as it pays.
     fn draft_for_candidates(&mut self, find: Find<'_, '_>, outlook: Outlook) -> Result<(), String> {
         let least = outlook.rate() * LEAST_GAIN;
-        let promised = |candidates: &[Candidate], times: &StepTimes, read: bool| {
-            let counted = candidates.iter().filter(|candidate| candidate.unread == 0 || !read);
-            best_depth(outlook, counted.map(|candidate| &candidate.prospect), times)
-        };
-        let ready = promised(&self.candidates, &self.times, true);
-        let all = promised(&self.candidates, &self.times, false);
+        let ready = self.candidates.iter().filter(|candidate| candidate.unread == 0);
+        let ready = best_depth(outlook, ready.map(|candidate| candidate.prospect), &self.times);
+        // If everything were read.
+        let all = self.candidates.iter().map(|candidate| Prospect { behind: 0, ..candidate.prospect });
+        let all = best_depth(outlook, all, &self.times);
         let (pays, would_pay) = (ready.1 > least, all.1 > least);
         if pays {
             self.trial = None;
             self.guess(find, outlook, ready.1, MOST_GUESSES, |candidate| candidate.unread == 0)?;
         }
         match (pays, would_pay) {
-            (_, true) => self.read_what_pays(find, outlook, all.1),
+            (_, true) => {
+                self.count_lost_time(outlook, all.1);
+                self.read_what_pays(find, outlook, all.1)
+            }
             (true, false) => Ok(()),
             (false, false) => self.try_out(find, outlook),
         }
     }
 
-    /// Reads a piece of a sequence that guesses are expected to pay for, if there is one: `rate` is that of a step
-    /// with guesses for all.
+    /// Counts what the step takes longer for want of guesses for those that are not read to the end. `rate` is that of
+    /// a step with guesses for all.
+    fn count_lost_time(&mut self, outlook: Outlook, rate: f32) {
+        let longer = outlook.seconds * (1.0 - outlook.rate() / rate) / self.candidates.len() as f32;
+        for Candidate { id, unread, prospect, .. } in self.candidates.iter().filter(|c| c.guesses == 0) {
+            if *unread > 0 || prospect.behind > 0 {
+                self.lost.add(*id, longer);
+            }
+        }
+    }
+
+    /// Reads a piece of a sequence for which that is worth it, if there is one and its answer may go on for long
+    /// enough. `rate` is that of a step with guesses for all.
     fn read_what_pays(&mut self, find: Find<'_, '_>, outlook: Outlook, rate: f32) -> Result<(), String> {
         let tokens_per_second_read = outlook.rate() / (rate / outlook.rate() - 1.0);
         let pays = |candidate: &&Candidate| {
-            let back = candidate.unread as f32 * self.reading * tokens_per_second_read;
-            candidate.unread > 0 && back <= candidate.generated.min(candidate.rest) as f32
+            let reading = candidate.unread as f32 * self.reading;
+            candidate.unread > 0
+                && self.lost.is_worth(candidate.id, reading)
+                && reading * tokens_per_second_read <= candidate.rest as f32
         };
         let Some(id) = self.candidates.iter().filter(pays).map(|candidate| candidate.id).min() else {
             return Ok(());
@@ -365,8 +389,8 @@ impl ModelDrafter {
             self.saved -= began.elapsed().as_secs_f32();
             return Ok(());
         }
-        let hope = Prospect { chance: HOPE, most: MOST_GUESSES, copied: 0.0, copied_rows: 0 };
-        let (_, rate) = best_depth(outlook, std::iter::once(&hope), &self.times);
+        let hope = Prospect { chance: HOPE, most: MOST_GUESSES, copied: 0.0, copied_rows: 0, behind: 0 };
+        let (_, rate) = best_depth(outlook, std::iter::once(hope), &self.times);
         if rate <= outlook.rate() * LEAST_GAIN {
             if self.saved > STEPS_TO_MEASURE * one && !self.free.is_empty() {
                 let took = self.measure_step(1)?;
@@ -405,6 +429,9 @@ impl ModelDrafter {
         fill(&mut self.chunk, &subject.tokens[from..to], self.model.config().vocab);
         window.push(&mut self.batch, &self.chunk, from, 0);
         window.set_read(to);
+        if to == end {
+            self.lost.forget(id);
+        }
         let took = self.forward()?.as_secs_f32() / piece as f32;
         self.reading += LEARN * (took.min(4.0 * self.reading) - self.reading);
         Ok(())
@@ -462,6 +489,7 @@ impl ModelDrafter {
             window.push(&mut self.batch, &self.chunk, from, 1);
             window.set_read(len);
             window.begin_guesses(len);
+            self.lost.forget(candidate.id);
             candidate.goes_on = true;
         }
     }

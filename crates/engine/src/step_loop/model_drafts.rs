@@ -43,7 +43,6 @@ impl StepLoop {
             let request = &active.submission.request;
             Some(Subject {
                 tokens: &sequence.tokens,
-                generated: active.generated,
                 rest: active.submission.max_tokens.saturating_sub(active.generated + 1),
                 mask: active.mask(0),
                 stops: if request.ignore_eos { &[] } else { &request.stop_tokens },
