@@ -94,3 +94,23 @@ def test_sessions_on_disk_are_known_after_a_kill_go_on_and_can_be_deleted(server
 
     third = start(*flags)
     assert [one["id"] for one in third.http.get("/v1/sessions").json()["data"]] == ["kept"]
+
+
+def test_a_session_killed_in_its_first_turn_is_known_and_goes_on(server, start, tmp_path):
+    flags = ("--kv-disk", "1GiB", "--kv-dir", str(tmp_path / "kv"))
+    text = code(1200, server)
+    session = {"prompt_cache_key": "first", "ignore_eos": True}
+    killed = start(*flags)
+    stream = killed.complete(text, max_tokens=500, stream=True, extra_body=session)
+    for _ in range(3):
+        next(stream)
+    killed.stop(signal.SIGKILL)
+
+    again = start(*flags)
+    (known,) = again.http.get("/v1/sessions").json()["data"]
+    assert (known["id"], known["state"], known["turns"]) == ("first", "disk", 1)
+    assert known["cached_tokens"]["disk"] >= 1024 and known["tokens"] >= 1200
+    answer = again.complete(text, extra_body={"prompt_cache_key": "first"})
+    assert answer.choices[0].text == server.complete(text).choices[0].text
+    assert cached(answer) >= answer.usage.prompt_tokens - LOST
+    assert again.http.get("/v1/sessions/first").json()["turns"] == 2

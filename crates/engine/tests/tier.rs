@@ -208,6 +208,34 @@ fn sessions_of_which_nothing_is_left_on_disk_are_not_known() {
 }
 
 #[test]
+fn a_session_is_known_although_its_first_turn_never_ended() {
+    let (folder, left) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let engine = start(folder.path());
+    let (session, grammar) = (Some(Arc::from("first")), Some(Arc::new(Slow) as Arc<dyn Grammar>));
+    let turn = GenerateRequest { session, grammar, ..request(prompt(1, TURN), 100) };
+    let generation = engine.submit(turn).unwrap();
+    let files = || std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
+    eventually("a record", || files().any(|path| path.extension().is_some_and(|e| e == "record")));
+    eventually("more blocks", || engine.stats().tier.store.written > 20);
+    // What a process leaves that is killed now.
+    for file in files() {
+        std::fs::copy(&file, left.path().join(file.file_name().unwrap())).unwrap();
+    }
+    assert_eq!(engine.stats().running, 1, "the turn ended before it could be cut short");
+    drop(generation);
+    stop(engine);
+
+    let engine = start(left.path());
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let known = runtime.block_on(engine.sessions(None)).unwrap();
+    let [session] = &known[..] else { panic!("{known:?}") };
+    assert_eq!((&*session.info.key, session.info.turns), ("first", 1));
+    assert!(session.is_on_disk_alone() && session.disk_tokens >= Some(256), "{session:?}");
+    assert!(session.info.tokens >= TURN, "{session:?}");
+    stop(engine);
+}
+
+#[test]
 fn flipped_bytes_are_never_used() {
     let folder = tempfile::tempdir().unwrap();
     let wanted = expected(1);

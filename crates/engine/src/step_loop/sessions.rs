@@ -1,7 +1,7 @@
 //! Where the loop meets the table of sessions, and tells it the time: milliseconds since well before the start.
 //!
 //! With a tier on disk, what is known of a session with a key is recorded there when a turn of it ends, and
-//! read again at the start.
+//! before that as soon as the turn has put as much there as nothing named so far; it is read again at the start.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -78,8 +78,9 @@ impl Sessions {
         }
     }
 
-    /// Records on disk what is known of a session that has a key and something there.
-    fn record(&self, scheduler: &Scheduler, tier: &DiskTier, key: &str) {
+    /// Records on disk what is known of a session that has a key and something there. `tokens` are those of a
+    /// turn that goes on.
+    fn record(&self, scheduler: &Scheduler, tier: &DiskTier, key: &str, tokens: Option<usize>) {
         let now = self.now();
         let known = self.table.get(scheduler, key, now).filter(|_| !self.table.is_found(key));
         let (Some(info), Some(marks)) = (known, self.marks.get(key)) else { return };
@@ -89,7 +90,7 @@ impl Sessions {
             owner: info.owner.as_deref().map(str::to_owned),
             pinned: info.pinned,
             turns: info.turns,
-            tokens: info.tokens as u64,
+            tokens: tokens.unwrap_or(info.tokens) as u64,
             opened: today.saturating_sub(info.age / 1000),
             used: today.saturating_sub(info.idle / 1000),
             marks: marks.clone(),
@@ -144,10 +145,28 @@ impl StepLoop {
         let marks = tier.marks(id);
         if !marks.is_empty() {
             sessions.marks.insert(key.clone(), marks);
-            sessions.record(&self.scheduler, tier, &key);
+            sessions.record(&self.scheduler, tier, &key, None);
             if sessions.marks.len() > 2 * rudder_scheduler::MAX_SESSIONS {
                 sessions.marks.retain(|key, _| sessions.table.contains(key));
             }
+        }
+    }
+
+    /// After a step's blocks were handed to the disk: records sessions with turns of which twice as much is
+    /// there as their records name, or anything if they have none. So a session is known even if this process
+    /// is killed in its first turn.
+    pub(super) fn record_turns(&mut self, plan: &StepPlan) {
+        let (Some(tier), sessions) = (&self.tier, &mut self.sessions) else { return };
+        for chunk in &plan.chunks {
+            let Some(key) = sessions.table.key_of(chunk.id) else { continue };
+            let named = sessions.marks.get(key).map_or(0, Vec::len);
+            if tier.marks_on_disk(chunk.id) < (2 * named).max(1) || sessions.table.is_found(key) {
+                continue;
+            }
+            let key = key.clone();
+            sessions.marks.insert(key.clone(), tier.marks(chunk.id));
+            let tokens = self.scheduler.sequence(chunk.id).map(|sequence| sequence.tokens.len());
+            sessions.record(&self.scheduler, tier, &key, tokens);
         }
     }
 
@@ -181,7 +200,7 @@ impl StepLoop {
         let outcome = self.sessions.table.pin(&mut self.scheduler, key, pinned, now);
         if let Some(tier) = self.tier.as_ref().filter(|_| outcome.is_ok()) {
             tier.pin(self.sessions.label(key), pinned);
-            self.sessions.record(&self.scheduler, tier, key);
+            self.sessions.record(&self.scheduler, tier, key, None);
         }
         outcome
     }

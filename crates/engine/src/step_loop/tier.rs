@@ -39,6 +39,7 @@ impl StepLoop {
     pub(super) fn keep_blocks(&mut self, plan: &StepPlan, took: Duration) {
         if let Some(tier) = &mut self.tier {
             tier.keep(&self.scheduler, &mut *self.model, plan, took);
+            self.record_turns(plan);
         }
     }
 

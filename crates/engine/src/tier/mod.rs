@@ -454,6 +454,11 @@ impl DiskTier {
         keys.chunks_exact(LEAST_BLOCKS).map(|keys| keys[LEAST_BLOCKS - 1]).collect()
     }
 
+    /// How many of a live sequence's [marks](Self::marks) are on disk or on their way.
+    pub(crate) fn marks_on_disk(&self, id: SequenceId) -> usize {
+        self.chains.get(&id).map_or(0, |chain| chain.offered / LEAST_BLOCKS)
+    }
+
     /// Tokens on disk of what had these marks; may be short by one mark's.
     pub(crate) fn tokens_at(&self, marks: &[BlockKey]) -> usize {
         self.store.readable(marks) * LEAST_BLOCKS * BLOCK_SIZE
