@@ -278,9 +278,13 @@ impl Engine {
         if request.prompt.len() >= self.max_context {
             return Err(SubmitError::TooLong { tokens: request.prompt.len(), maximum: self.max_context });
         }
-        match request.prompt.iter().chain(&*request.prediction).find(|&&token| token as usize >= self.vocab) {
-            Some(&token) => Err(SubmitError::BadToken { token, vocab: self.vocab }),
-            None => Ok(()),
+        // The greatest is found faster in a long prompt than the first that is too great.
+        let greatest = request.prompt.iter().copied().max().max(request.prediction.iter().copied().max());
+        match greatest {
+            Some(token) if token as usize >= self.vocab => {
+                Err(SubmitError::BadToken { token, vocab: self.vocab })
+            }
+            _ => Ok(()),
         }
     }
 

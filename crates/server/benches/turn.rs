@@ -1,7 +1,9 @@
 //! What a follow-up turn costs before any model runs: JSON, template, tokens, submission, prefix lookup.
 //!
 //! A conversation is grown turn by turn to some length, with the answers that the server gave. What is
-//! timed is one more request with a new last message, to its first token, from a model that costs nothing.
+//! timed is one more request with a new last message, to its first token, from a model that costs nothing:
+//! once with the whole conversation in it (Chat), once with a response's id in its stead (Responses). Then the
+//! parts of that time are printed, as the server's metrics tell them.
 //! `RUDDER_TEST_MODEL` is the GGUF file whose vocabulary and chat template are used.
 
 use std::path::Path;
@@ -25,6 +27,8 @@ const LENGTHS: [usize; 3] = [10_000, 50_000, 140_000];
 const TURN_BYTES: usize = 12_000;
 /// Bytes that the timed turn brings in: some 300 tokens.
 const NEW_BYTES: usize = 1_200;
+/// Turns over which the parts are averaged.
+const PARTED: u64 = 100;
 
 fn start() -> Fixture {
     let path = std::env::var("RUDDER_TEST_MODEL").expect("RUDDER_TEST_MODEL is the path of a GGUF file");
@@ -85,55 +89,143 @@ impl Code {
     }
 }
 
-fn ask(messages: &[Value], max_tokens: usize) -> String {
-    json!({"model": MODEL, "messages": messages, "max_tokens": max_tokens, "temperature": 0}).to_string()
+/// A conversation in one of the dialects.
+trait Dialect {
+    const PATH: &str;
+
+    /// The request that says one thing more. Of one with an answer of a token nobody asks again.
+    fn body(&self, text: String, max_tokens: usize) -> Value;
+
+    /// Takes in what was said and answered; returns the prompt's tokens.
+    fn heard(&mut self, said: Value, answer: Value) -> usize;
 }
 
-async fn post(server: &Fixture, body: String) -> (String, usize) {
-    let answer = server.post_bytes("/v1/chat/completions", body.into_bytes()).await;
+/// Chat: every request carries the conversation.
+#[derive(Default)]
+struct Chat {
+    messages: Vec<Value>,
+}
+
+impl Dialect for Chat {
+    const PATH: &str = "/v1/chat/completions";
+
+    fn body(&self, text: String, max_tokens: usize) -> Value {
+        let said = json!({"role": "user", "content": text});
+        let messages: Vec<&Value> = self.messages.iter().chain([&said]).collect();
+        json!({"model": MODEL, "messages": messages, "max_tokens": max_tokens, "temperature": 0})
+    }
+
+    fn heard(&mut self, mut said: Value, mut answer: Value) -> usize {
+        self.messages.extend(said["messages"].as_array_mut().unwrap().pop());
+        let answered = answer["choices"][0]["message"]["content"].take();
+        self.messages.push(json!({"role": "assistant", "content": answered}));
+        answer["usage"]["prompt_tokens"].as_u64().unwrap() as usize
+    }
+}
+
+/// Responses: every request names the response before it.
+#[derive(Default)]
+struct Chain {
+    last: Option<String>,
+}
+
+impl Dialect for Chain {
+    const PATH: &str = "/v1/responses";
+
+    fn body(&self, text: String, max_tokens: usize) -> Value {
+        json!({"model": MODEL, "input": text, "previous_response_id": self.last, "max_output_tokens": max_tokens,
+            "temperature": 0, "store": max_tokens > 1})
+    }
+
+    fn heard(&mut self, _: Value, answer: Value) -> usize {
+        self.last = Some(answer["id"].as_str().unwrap().to_owned());
+        answer["usage"]["input_tokens"].as_u64().unwrap() as usize
+    }
+}
+
+async fn post(server: &Fixture, path: &str, body: Vec<u8>) -> Value {
+    let answer = server.post_bytes(path, body).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
-    let answer = answer.json();
-    let text = answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
-    (text, answer["usage"]["prompt_tokens"].as_u64().unwrap() as usize)
+    answer.json()
 }
 
 /// Adds turns to a conversation until it has so many tokens.
-async fn grow(server: &Fixture, messages: &mut Vec<Value>, code: &mut Code, length: usize) {
+async fn grow<D: Dialect>(server: &Fixture, conversation: &mut D, code: &mut Code, length: usize) {
     loop {
-        messages.push(json!({"role": "user", "content": code.take(TURN_BYTES)}));
-        let (answer, tokens) = post(server, ask(messages, 16)).await;
-        messages.push(json!({"role": "assistant", "content": answer}));
-        if tokens >= length {
+        let said = conversation.body(code.take(TURN_BYTES), 16);
+        let answer = post(server, D::PATH, said.to_string().into_bytes()).await;
+        if conversation.heard(said, answer) >= length {
             return;
         }
     }
 }
 
-fn follow_up(criterion: &mut Criterion) {
+/// Asks so many times for a next turn, which the conversation then forgets; returns the time it took.
+async fn ask<D: Dialect>(server: &Fixture, conversation: &D, code: &mut Code, times: u64) -> Duration {
+    let mut spent = Duration::ZERO;
+    for _ in 0..times {
+        let body = conversation.body(code.take(NEW_BYTES), 1).to_string().into_bytes();
+        let begun = Instant::now();
+        post(server, D::PATH, body).await;
+        spent += begun.elapsed();
+    }
+    spent
+}
+
+/// Sum in seconds of a histogram of the server's metrics.
+async fn seconds(server: &Fixture, histogram: &str, label: &str) -> f64 {
+    let metrics = server.get("/metrics").await.text();
+    let name = format!("{histogram}_sum{{");
+    let line = metrics.lines().find(|line| line.starts_with(&name) && line.contains(label)).unwrap();
+    line.rsplit_once(' ').unwrap().1.parse().unwrap()
+}
+
+/// Prints where the time of a next turn goes.
+async fn print_parts<D: Dialect>(server: &Fixture, conversation: &D, code: &mut Code, length: usize) {
+    const STAGE: &str = "rudder_request_preparation_seconds";
+    let parts = [
+        ("read the request", STAGE, "stage=\"read\""),
+        ("render the template", STAGE, "stage=\"render\""),
+        ("tokenize", STAGE, "stage=\"tokenize\""),
+        ("submit, find the prefix", "rudder_request_queue_time_seconds", ""),
+    ];
+    let mut before = Vec::new();
+    for (_, histogram, label) in parts {
+        before.push(seconds(server, histogram, label).await);
+    }
+    let mut rest = ask(server, conversation, code, PARTED).await.as_secs_f64();
+    print!("{} at {length}, microseconds:", D::PATH);
+    for ((part, histogram, label), before) in parts.into_iter().zip(before) {
+        let took = seconds(server, histogram, label).await - before;
+        rest -= took;
+        print!(" {part} {:.0};", took / PARTED as f64 * 1e6);
+    }
+    println!(" the rest {:.0}", rest / PARTED as f64 * 1e6);
+}
+
+fn follow_ups<D: Dialect + Default>(criterion: &mut Criterion, name: &str) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let server = runtime.block_on(async { start() });
-    let mut group = criterion.benchmark_group("follow-up turn");
+    let mut group = criterion.benchmark_group(name);
     group.sample_size(20).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
-    let (mut messages, mut code) = (Vec::new(), Code::new());
+    let (mut conversation, mut code) = (D::default(), Code::new());
     for length in LENGTHS {
-        runtime.block_on(grow(&server, &mut messages, &mut code, length));
+        runtime.block_on(grow(&server, &mut conversation, &mut code, length));
         group.bench_function(BenchmarkId::from_parameter(length), |bencher| {
-            bencher.iter_custom(|iterations| {
-                let mut spent = Duration::ZERO;
-                for _ in 0..iterations {
-                    messages.push(json!({"role": "user", "content": code.take(NEW_BYTES)}));
-                    let body = ask(&messages, 1);
-                    messages.pop();
-                    let begun = Instant::now();
-                    runtime.block_on(post(&server, body));
-                    spent += begun.elapsed();
-                }
-                spent
-            });
+            bencher.iter_custom(|times| runtime.block_on(ask(&server, &conversation, &mut code, times)));
         });
+        runtime.block_on(print_parts(&server, &conversation, &mut code, length));
     }
     group.finish();
 }
 
-criterion_group!(benches, follow_up);
+fn chat(criterion: &mut Criterion) {
+    follow_ups::<Chat>(criterion, "follow-up turn, Chat");
+}
+
+fn chain(criterion: &mut Criterion) {
+    follow_ups::<Chain>(criterion, "follow-up turn, previous_response_id");
+}
+
+criterion_group!(benches, chat, chain);
 criterion_main!(benches);

@@ -26,7 +26,7 @@ impl Reading {
     /// Keeps an answer's tokens for the turns to come.
     pub fn remember(&self, answer: &Message, tokens: Vec<u32>) {
         if !tokens.is_empty() {
-            self.memory.keep(self.memory.after(self.conversation, answer), tokens.into());
+            self.memory.keep(self.memory.after(self.conversation, answer.digest()), tokens.into());
         }
     }
 }

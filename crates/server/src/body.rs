@@ -48,6 +48,15 @@ pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     Ok(value)
 }
 
+/// Parses a body of which a part was read already, from the `rest` if there is one. What is wrong with that is
+/// said of the whole body.
+pub(crate) fn parse_rest<T: DeserializeOwned>(body: &[u8], rest: Option<&[u8]>) -> Result<T, ApiError> {
+    match rest.map(parse) {
+        Some(Ok(fields)) => Ok(fields),
+        Some(Err(_)) | None => parse(body),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,10 +1,13 @@
 //! A conversation and what is wanted of its next turn, in no dialect's terms.
 
-use std::sync::Arc;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hash, Hasher};
+use std::ops::Deref;
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::Instant;
 
 use rudder_engine::SamplingParams;
-use rudder_text::{Tool, ToolChoice};
+use rudder_text::{TemplateValue, Tool, ToolChoice};
 use serde_json::{Map, Value};
 
 use crate::session::Origin;
@@ -57,6 +60,73 @@ impl Message {
     pub fn new(role: Role, text: impl Into<String>) -> Self {
         Self { role, text: text.into(), reasoning: None, calls: Vec::new(), call_id: None, name: None }
     }
+
+    /// A hash with a key of this process, the same however a client spells the message back. Reasoning does
+    /// not count: many clients drop it.
+    pub(crate) fn digest(&self) -> u64 {
+        static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+        let mut hasher = KEY.build_hasher();
+        (self.role, self.text.trim(), &self.call_id).hash(&mut hasher);
+        for ToolCall { id, name, input, .. } in &self.calls {
+            (id, name, canonical(input)).hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+}
+
+/// A message with what was worked out of it: in each turn of its conversation it comes again. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct KnownMessage(Arc<Known>);
+
+#[derive(Debug, Clone)]
+struct Known {
+    message: Message,
+    digest: OnceLock<u64>,
+    shown: OnceLock<TemplateValue>,
+}
+
+impl From<Message> for KnownMessage {
+    fn from(message: Message) -> Self {
+        Self(Arc::new(Known { message, digest: OnceLock::new(), shown: OnceLock::new() }))
+    }
+}
+
+impl Deref for KnownMessage {
+    type Target = Message;
+
+    fn deref(&self) -> &Message {
+        &self.0.message
+    }
+}
+
+impl KnownMessage {
+    /// The message, to be changed: what was worked out of it is forgotten. Other holders keep theirs.
+    pub(crate) fn to_mut(&mut self) -> &mut Message {
+        let known = Arc::make_mut(&mut self.0);
+        (known.digest, known.shown) = (OnceLock::new(), OnceLock::new());
+        &mut known.message
+    }
+
+    /// Whether both are the same one, not only equal.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// See [`Message::digest`].
+    pub(crate) fn digest(&self) -> u64 {
+        *self.0.digest.get_or_init(|| self.0.message.digest())
+    }
+
+    /// The message as templates see it, if that was kept. A process has one model, and so one way to show it.
+    pub(crate) fn shown(&self) -> Option<TemplateValue> {
+        self.0.shown.get().cloned()
+    }
+
+    /// Keeps the message as templates see it.
+    pub(crate) fn keep_shown(&self, shown: TemplateValue) {
+        // Two turns that show it at once make the same of it.
+        let _ = self.0.shown.set(shown);
+    }
 }
 
 /// A tool call that a model made.
@@ -72,11 +142,22 @@ pub struct ToolCall {
     pub custom: bool,
 }
 
+/// A call's input in one spelling: clients parse JSON and write it anew.
+fn canonical(input: &str) -> String {
+    match serde_json::from_str::<Value>(input) {
+        Ok(mut value) => {
+            value.sort_all_objects();
+            value.to_string()
+        }
+        Err(_) => input.to_owned(),
+    }
+}
+
 /// What is wanted: the next turn of a conversation.
 #[derive(Debug, Clone)]
 pub struct Turn {
     /// What was said so far.
-    pub messages: Vec<Message>,
+    pub messages: Vec<KnownMessage>,
     /// Tools that the model is told of.
     pub tools: Vec<Tool>,
     /// Whether it may, must or must not call them.
@@ -119,9 +200,9 @@ pub struct Turn {
 
 impl Turn {
     /// The next turn of a conversation, without tools, with default sampling.
-    pub fn new(messages: Vec<Message>) -> Self {
+    pub fn new(messages: impl IntoIterator<Item = impl Into<KnownMessage>>) -> Self {
         Self {
-            messages,
+            messages: messages.into_iter().map(Into::into).collect(),
             tools: Vec::new(),
             tool_choice: ToolChoice::Auto,
             allowed_tools: None,

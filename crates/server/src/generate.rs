@@ -237,6 +237,11 @@ impl Generator {
         self.metrics.render(&self.engine.stats(), store)
     }
 
+    /// Counts the time that a stage of a conversation's preparation took.
+    pub(crate) fn prepared(&self, stage: &str, took: Duration) {
+        self.metrics.prepared(stage, took);
+    }
+
     /// Queues every choice.
     ///
     /// # Errors

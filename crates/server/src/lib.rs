@@ -19,10 +19,12 @@ mod generate;
 mod grammar;
 mod health;
 mod infill;
+mod message_cache;
 mod metrics;
 mod openai;
 mod progress;
 mod prompt;
+mod prompt_cache;
 mod responses;
 mod serve;
 mod session;
@@ -50,7 +52,7 @@ use rudder_engine::Engine;
 use rudder_text::{OutputFormat, ReasoningFormat, Text, ToolFormat};
 use tower_http::cors::CorsLayer;
 
-pub use conversation::{AnswerFormat, Message, Piece, Role, ToolCall, Turn};
+pub use conversation::{AnswerFormat, KnownMessage, Message, Piece, Role, ToolCall, Turn};
 pub use forced::ForcedCall;
 pub use generate::{Completion, Delta, End, EndReason, Failed, Generator, Running, Totals};
 pub use openai::ApiError;
@@ -134,6 +136,10 @@ pub struct Server {
     pub(crate) format: OutputFormat,
     /// What the model said, for the turns to come.
     pub(crate) verbatim: Arc<verbatim::Verbatim>,
+    /// What clients said, as it was read.
+    pub(crate) messages: message_cache::MessageCache,
+    /// Their conversations in tokens.
+    pub(crate) prompts: prompt_cache::PromptCache,
     pub(crate) responses: responses::Responses,
     draining: AtomicBool,
     /// Unix time of the start.
@@ -154,6 +160,8 @@ impl Server {
             markup,
             format,
             verbatim: Arc::new(verbatim::Verbatim::new()),
+            messages: message_cache::MessageCache::new(),
+            prompts: prompt_cache::PromptCache::new(),
             responses: responses::Responses::new(&config.store),
             config,
             draining: AtomicBool::new(false),

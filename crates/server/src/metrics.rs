@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 use rudder_engine::{DraftCounts, Stats, Usage};
 
@@ -39,11 +39,14 @@ const VLLM: [&str; 16] = [
 ];
 const VLLM_SUCCESS: &str = "request_success_total";
 
-/// Bucket bounds in seconds: of waits before a first token or a whole answer, and of one step.
+/// Bucket bounds in seconds: of waits before a first token or a whole answer, of what is done before a request is
+/// submitted, and of one step.
 const WAITS: [f64; 20] = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0,
     320.0, 640.0, 2560.0,
 ];
+const PREPARATIONS: [f64; 12] =
+    [1e-5, 2.5e-5, 1e-4, 2.5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0];
 const STEPS: [f64; 16] =
     [0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0, 40.0];
 
@@ -69,6 +72,7 @@ pub(crate) struct Metrics {
     inter_token: Histogram,
     whole: Histogram,
     queue: Histogram,
+    preparation: HistogramVec,
     store_bytes: IntGauge,
     store_failures: IntCounter,
     store_evictions: IntCounter,
@@ -120,6 +124,15 @@ impl Metrics {
             inter_token: builder.histogram("inter_token_latency_seconds", "One token to the next.", &STEPS),
             whole: builder.histogram("e2e_request_latency_seconds", "Arrival to the end.", &WAITS),
             queue: builder.histogram("request_queue_time_seconds", "Submission to the first step.", &WAITS),
+            preparation: builder.add(HistogramVec::new(
+                builder
+                    .histogram_opts(
+                        "request_preparation_seconds",
+                        "Before a conversation's submission: reading the request, rendering the template, tokenizing.",
+                        &PREPARATIONS,
+                    ),
+                &["stage"],
+            )),
             store_bytes: builder.gauge("response_store_bytes", "Bytes of stored responses."),
             store_failures: builder
                 .counter("response_store_failures_total", "Responses that could not be stored or read."),
@@ -137,6 +150,11 @@ impl Metrics {
     /// A sequence's first token came.
     pub fn time_to_first_token(&self, since_arrival: Duration) {
         self.first_token.observe(since_arrival.as_secs_f64());
+    }
+
+    /// A stage of a conversation's preparation is done.
+    pub fn prepared(&self, stage: &str, took: Duration) {
+        self.preparation.with_label_values(&[stage]).observe(took.as_secs_f64());
     }
 
     /// A further token came.
@@ -261,9 +279,12 @@ impl Builder {
         self.add(IntCounter::with_opts(self.opts(name, help)))
     }
 
+    fn histogram_opts(&self, name: &str, help: &str, buckets: &[f64]) -> HistogramOpts {
+        HistogramOpts::from(self.opts(name, help)).buckets(buckets.to_vec())
+    }
+
     fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
-        let opts = HistogramOpts::from(self.opts(name, help)).buckets(buckets.to_vec());
-        self.add(Histogram::with_opts(opts))
+        self.add(Histogram::with_opts(self.histogram_opts(name, help, buckets)))
     }
 }
 

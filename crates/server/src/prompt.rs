@@ -5,17 +5,21 @@
 //! is rendered, and stretches that hold one are encoded as plain text afterwards.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use aho_corasick::{AhoCorasick, MatchKind};
-use rudder_text::{Text, TextError, Tool, ToolInput};
+use rudder_text::{TemplateValue, Text, TextError, Tool, ToolInput};
 use serde_json::{Map, Value, json};
 
-use crate::conversation::{Message, Role, ToolCall};
+use crate::conversation::{KnownMessage, Message, Role, ToolCall};
 use crate::openai::ApiError;
+use crate::prompt_cache::{KnownPrompt, Literal, PromptCache};
 use crate::verbatim::{Prefix, Verbatim};
 
 /// Texts longer than this are tokenized off the async threads.
 const INLINE_BYTES: usize = 8 * 1024;
+/// From so many bytes on, a prompt is encoded up to the next markup, so that its next turn goes on from there.
+const RUN_BYTES: usize = 2 * 1024;
 /// How much of a rendered prompt's end is kept for the reader of its answer.
 const TAIL_CHARS: usize = 128;
 /// Opens and closes a placeholder's number. Noncharacters: Unicode keeps them for such use.
@@ -39,6 +43,10 @@ pub(crate) async fn off_thread_if_large<T: Send + 'static>(
 pub(crate) struct Markup {
     /// `None` if the model has none.
     finder: Option<AhoCorasick>,
+    /// Bytes of the longest.
+    longest: usize,
+    /// Whether a text may be encoded apart before and behind any.
+    cuts: bool,
 }
 
 impl Markup {
@@ -52,7 +60,11 @@ impl Markup {
         let spellings: Vec<String> = spellings.collect();
         // An automaton this small is always built; without one, nothing is taken for markup here.
         let build = || AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(&spellings).ok();
-        Self { finder: (!spellings.is_empty()).then(build).flatten() }
+        Self {
+            finder: (!spellings.is_empty()).then(build).flatten(),
+            longest: spellings.iter().map(String::len).max().unwrap_or(0),
+            cuts: text.cuts_at_markup(),
+        }
     }
 
     fn spans<'t>(&'t self, text: &'t str) -> impl Iterator<Item = std::ops::Range<usize>> + 't {
@@ -62,7 +74,7 @@ impl Markup {
 
 /// A conversation to be rendered by the model's template.
 pub(crate) struct ChatPrompt<'a> {
-    pub messages: &'a [Message],
+    pub messages: &'a [KnownMessage],
     pub tools: &'a [Tool],
     /// Further variables of the template.
     pub extra: &'a Map<String, Value>,
@@ -70,13 +82,17 @@ pub(crate) struct ChatPrompt<'a> {
 
 /// A rendered and tokenized conversation, up to where the assistant begins to speak.
 pub(crate) struct EncodedPrompt {
-    pub tokens: Vec<u32>,
+    pub tokens: Arc<[u32]>,
     /// The end of the rendered text: what the assistant's answer continues.
     pub tail: String,
+    /// How long it took to render the template, and to tokenize what it gave.
+    pub rendering: Duration,
+    pub tokenizing: Duration,
 }
 
 impl ChatPrompt<'_> {
-    /// Renders and encodes; answers that `memory` holds go in as the tokens they were.
+    /// Renders and encodes; answers that `memory` holds go in as the tokens they were, and what `prompts`
+    /// holds of the conversation is not encoded again.
     ///
     /// # Errors
     /// If the model has no template or its template refuses the messages.
@@ -85,28 +101,39 @@ impl ChatPrompt<'_> {
         text: &Text,
         markup: &Markup,
         memory: &Verbatim,
+        prompts: &PromptCache,
     ) -> Result<EncodedPrompt, TextError> {
-        let answers = self.remembered(memory);
-        if answers.iter().any(Option::is_some) {
-            match self.encode_with(&answers, text, markup) {
-                // A template may want to see the calls that a result answers.
-                Ok(None) | Err(TextError::Template(_)) => {}
-                Ok(Some(encoded)) => return Ok(encoded),
-                Err(error) => return Err(error),
+        let conversations = self.conversations(memory);
+        let answers = self.remembered(&conversations, memory);
+        prompts.with(&conversations, |known| {
+            if answers.iter().any(Option::is_some) {
+                match self.encode_with(&answers, text, markup, known) {
+                    // A template may want to see the calls that a result answers.
+                    Ok(None) | Err(TextError::Template(_)) => {}
+                    Ok(Some(encoded)) => return Ok(encoded),
+                    Err(error) => return Err(error),
+                }
             }
-        }
-        let plain = self.encode_with(&[], text, markup)?;
-        plain.ok_or_else(|| TextError::Model("a prompt without answers could not be encoded".into()))
+            let plain = self.encode_with(&[], text, markup, known)?;
+            plain.ok_or_else(|| TextError::Model("a prompt without answers could not be encoded".into()))
+        })
+    }
+
+    /// The conversation up to and with each message.
+    fn conversations(&self, memory: &Verbatim) -> Vec<Prefix> {
+        let mut prefix = Prefix::default();
+        let conversations = self.messages.iter().map(|message| {
+            prefix = memory.after(prefix, message.digest());
+            prefix
+        });
+        conversations.collect()
     }
 
     /// For each message, the tokens that it was generated as.
-    fn remembered(&self, memory: &Verbatim) -> Vec<Option<Arc<[u32]>>> {
-        let mut prefix = Prefix::default();
-        let answers = self.messages.iter().map(|message| {
-            prefix = memory.after(prefix, message);
-            (message.role == Role::Assistant).then(|| memory.find(prefix)).flatten()
-        });
-        answers.collect()
+    fn remembered(&self, conversations: &[Prefix], memory: &Verbatim) -> Vec<Option<Arc<[u32]>>> {
+        let said = |message: &KnownMessage| message.role == Role::Assistant;
+        let answers = self.messages.iter().zip(conversations);
+        answers.map(|(message, &prefix)| said(message).then(|| memory.find(prefix)).flatten()).collect()
     }
 
     /// `None` if the template does not place an answer where a generated one stands.
@@ -115,21 +142,24 @@ impl ChatPrompt<'_> {
         answers: &[Option<Arc<[u32]>>],
         text: &Text,
         markup: &Markup,
+        known: &mut KnownPrompt,
     ) -> Result<Option<EncodedPrompt>, TextError> {
+        let begun = Instant::now();
         let mut literals = Literals::default();
-        let messages = self.messages.iter().enumerate().map(|(index, message)| {
-            match answers.get(index).and_then(Option::as_ref) {
-                Some(tokens) => literals.verbatim(tokens.clone()),
-                None => literals.message(message, markup),
-            }
-        });
-        let messages = Value::Array(messages.collect());
+        // Before the messages: so their placeholders have the same numbers in every turn.
         let tools = (!self.tools.is_empty()).then(|| {
             let mut tools = self.tools.iter().map(template_tool).collect();
             literals.hide(&mut tools, markup);
-            tools
+            TemplateValue::from(&tools)
         });
-        let mut rendered = text.render_chat(&messages, tools.as_ref(), true, self.extra)?;
+        let messages = self.messages.iter().enumerate().map(|(index, message)| {
+            match answers.get(index).and_then(Option::as_ref) {
+                Some(tokens) => literals.verbatim(tokens.clone()),
+                None => literals.shown(message, markup),
+            }
+        });
+        let messages: Vec<_> = messages.collect();
+        let mut rendered = text.render_messages(&messages, tools.as_ref(), true, self.extra)?;
         if answers.iter().any(Option::is_some) {
             let opening = self.opening(text)?;
             match literals.open_answers(&rendered, &opening) {
@@ -137,9 +167,15 @@ impl ChatPrompt<'_> {
                 None => return Ok(None),
             }
         }
-        let tokens = literals.encode(&rendered, text, markup)?;
+        let rendering = begun.elapsed();
+        literals.encode(&rendered, text, markup, known)?;
         let tail = rendered.char_indices().rev().nth(TAIL_CHARS).map_or(0, |(at, _)| at);
-        Ok(Some(EncodedPrompt { tokens, tail: rendered.split_off(tail) }))
+        Ok(Some(EncodedPrompt {
+            tokens: Arc::from(&known.tokens[..]),
+            tail: rendered.split_off(tail),
+            rendering,
+            tokenizing: begun.elapsed() - rendering,
+        }))
     }
 
     /// What the template writes before an answer that is to be generated.
@@ -172,14 +208,6 @@ fn custom_description(tool: &Tool, grammar: &str) -> String {
          <custom_tool_call name=\"{}\">\nTEXT\n</custom_tool_call>{grammar}",
         tool.description, tool.name
     )
-}
-
-/// What a placeholder stands for.
-enum Literal {
-    /// Markup that a client wrote, which is text.
-    Text(String),
-    /// A whole answer, as it was generated.
-    Answer(Arc<[u32]>),
 }
 
 /// What placeholders stand for, each by its number.
@@ -221,10 +249,24 @@ impl Literals {
         message_value
     }
 
+    /// The same, ready for the template; kept with the message unless it holds placeholders, whose numbers
+    /// go by what came before.
+    fn shown(&mut self, message: &KnownMessage, markup: &Markup) -> TemplateValue {
+        if let Some(shown) = message.shown() {
+            return shown;
+        }
+        let before = self.hidden.len();
+        let shown = TemplateValue::from(&self.message(message, markup));
+        if self.hidden.len() == before {
+            message.keep_shown(shown.clone());
+        }
+        shown
+    }
+
     /// An answer as it was generated: the template sees a placeholder where the text would be.
-    fn verbatim(&mut self, tokens: Arc<[u32]>) -> Value {
+    fn verbatim(&mut self, tokens: Arc<[u32]>) -> TemplateValue {
         let content = self.placeholder(Literal::Answer(tokens));
-        json!({"role": "assistant", "content": content})
+        TemplateValue::from(&json!({"role": "assistant", "content": content}))
     }
 
     fn placeholder(&mut self, literal: Literal) -> String {
@@ -297,46 +339,62 @@ impl Literals {
         (found == wanted && !begin.is_empty()).then_some(out)
     }
 
-    /// Encodes rendered text: its markup is the template's own, that behind placeholders is text.
-    fn encode(&self, rendered: &str, text: &Text, markup: &Markup) -> Result<Vec<u32>, TextError> {
-        if self.hidden.is_empty() {
-            return text.encode(rendered, true, false);
-        }
+    /// Encodes rendered text: its markup is the template's own, that behind placeholders is text. What
+    /// `known` has of it already stays; in the end `known` has it all.
+    fn encode(
+        &self,
+        rendered: &str,
+        text: &Text,
+        markup: &Markup,
+        known: &mut KnownPrompt,
+    ) -> Result<(), TextError> {
         // Markup cuts the text into stretches that are tokenized each by itself, so a stretch with
         // a placeholder can be encoded apart from its neighbours without changing them.
-        let mut tokens = Vec::new();
-        let (mut done, mut begin) = (0, 0);
-        let cuts = markup.spans(rendered).chain(std::iter::once(rendered.len()..rendered.len()));
-        for cut in cuts {
+        let (start, mut numbers) = known.go_on(rendered, &self.hidden, markup.longest);
+        let (mut done, mut begin) = (start, start);
+        let cuts = markup.spans(&rendered[start..]).map(|cut| start + cut.start..start + cut.end);
+        for cut in cuts.chain(std::iter::once(rendered.len()..rendered.len())) {
             let stretch = &rendered[begin..cut.start];
             if stretch.contains(OPEN) {
                 if done < begin {
-                    tokens.extend(text.encode(&rendered[done..begin], true, false)?);
+                    known.tokens.extend(text.encode(&rendered[done..begin], true, false)?);
                 }
-                self.encode_stretch(stretch, &mut tokens, |plain| text.encode(plain, false, false))?;
+                if markup.cuts && begin > 0 {
+                    known.cut(begin, numbers);
+                }
+                let encode = |plain: &str| text.encode(plain, false, false);
+                numbers = numbers.max(self.encode_stretch(stretch, &mut known.tokens, encode)?);
                 done = cut.start;
+            } else if markup.cuts && !cut.is_empty() && cut.end - done >= RUN_BYTES {
+                known.tokens.extend(text.encode(&rendered[done..cut.end], true, false)?);
+                known.cut(cut.end, numbers);
+                done = cut.end;
             }
             begin = cut.end;
         }
         if done < rendered.len() {
-            tokens.extend(text.encode(&rendered[done..], true, false)?);
+            known.tokens.extend(text.encode(&rendered[done..], true, false)?);
         }
-        Ok(tokens)
+        Ok(())
     }
 
-    /// Encodes a stretch without markup, with what its placeholders stand for.
+    /// Encodes a stretch without markup, with what its placeholders stand for. Returns a number that is
+    /// greater than theirs.
     fn encode_stretch(
         &self,
         stretch: &str,
         tokens: &mut Vec<u32>,
         mut encode: impl FnMut(&str) -> Result<Vec<u32>, TextError>,
-    ) -> Result<(), TextError> {
+    ) -> Result<usize, TextError> {
+        let mut numbers = 0;
         let mut plain = String::with_capacity(stretch.len());
         let mut parts = stretch.split(OPEN);
         plain.push_str(parts.next().unwrap_or_default());
         for part in parts {
             let literal = part.split_once(CLOSE).and_then(|(number, rest)| {
-                let literal = number.parse::<usize>().ok().and_then(|number| self.hidden.get(number))?;
+                let number = number.parse::<usize>().ok()?;
+                let literal = self.hidden.get(number)?;
+                numbers = numbers.max(number + 1);
                 Some((literal, rest))
             });
             match literal {
@@ -359,7 +417,7 @@ impl Literals {
         if !plain.is_empty() {
             tokens.extend(encode(&plain)?);
         }
-        Ok(())
+        Ok(numbers)
     }
 }
 
@@ -381,7 +439,7 @@ mod tests {
             .match_kind(MatchKind::LeftmostLongest)
             .build(["<|a|>", "<|a|>b", "<s>"])
             .unwrap();
-        Markup { finder: Some(finder) }
+        Markup { finder: Some(finder), longest: 6, cuts: true }
     }
 
     #[test]
@@ -440,8 +498,7 @@ mod tests {
     #[test]
     fn an_answer_follows_what_opened_it_when_it_was_generated() {
         let mut literals = Literals::default();
-        let answer = literals.verbatim(Arc::from([ANSWER]));
-        let answer = answer["content"].as_str().unwrap();
+        let answer = literals.placeholder(Literal::Answer(Arc::from([ANSWER])));
         let opening = "<s>assistant\n<think>\n";
         for between in ["", "<think>\n\n</think>\n\n", "<think>\n"] {
             let rendered = format!("<s>user\nhi\n<s>assistant\n{between}{answer}\n");

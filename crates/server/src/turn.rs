@@ -9,7 +9,7 @@ use rudder_text::{
 };
 
 use crate::answer::Reading;
-use crate::conversation::{AnswerFormat, Turn};
+use crate::conversation::{AnswerFormat, KnownMessage, Turn};
 use crate::generate::{Completion, Running};
 use crate::openai::ApiError;
 use crate::prompt::{ChatPrompt, EncodedPrompt, off_thread_if_large};
@@ -37,6 +37,8 @@ impl Server {
         }
         let turn = Arc::new(turn);
         let prompt = self.encode_turn(turn.clone()).await?;
+        self.generator.prepared("render", prompt.rendering);
+        self.generator.prepared("tokenize", prompt.tokenizing);
         let grammar = self.compile_grammar(&turn, &prompt.tail).await?;
         let prediction = self.encode_prediction(turn.clone()).await?;
         let reasoning = self.reasoning_budget(&turn, &prompt.tail)?;
@@ -78,7 +80,7 @@ impl Server {
     pub(crate) fn encode_prompt(&self, turn: &Turn) -> Result<EncodedPrompt, TextError> {
         let tools = if turn.tool_choice == ToolChoice::None { &[] } else { &turn.tools[..] };
         let prompt = ChatPrompt { messages: &turn.messages, tools, extra: &turn.template_args };
-        prompt.encode(self.generator.text(), &self.markup, &self.verbatim)
+        prompt.encode(self.generator.text(), &self.markup, &self.verbatim, &self.prompts)
     }
 
     /// What the answer is held to, if to anything.
@@ -113,7 +115,7 @@ impl Server {
         let text = self.generator.text();
         let mut completion = Completion::new(text);
         completion.reading = Some(Arc::new(self.reading(turn, prompt.tail)));
-        completion.prompts = vec![prompt.tokens.into()];
+        completion.prompts = vec![prompt.tokens];
         completion.n = turn.n;
         completion.sampling = turn.sampling.clone();
         completion.max_tokens = turn.max_tokens;
@@ -130,7 +132,7 @@ impl Server {
     }
 
     fn reading(&self, turn: &Turn, prompt_tail: String) -> Reading {
-        let after = |prefix, message| self.verbatim.after(prefix, message);
+        let after = |prefix, message: &KnownMessage| self.verbatim.after(prefix, message.digest());
         Reading {
             format: self.format,
             tools: turn.callable_tools().cloned().collect(),

@@ -6,13 +6,10 @@
 //! it, and put into the next prompt as they are.
 
 use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hash, Hasher};
+use std::hash::BuildHasher;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use lru::LruCache;
-use serde_json::Value;
-
-use crate::conversation::{Message, ToolCall};
 
 /// Most tokens remembered, over all conversations: 64 MiB.
 const MAX_TOKENS: usize = 16 << 20;
@@ -38,14 +35,9 @@ impl Verbatim {
         Self { hasher: RandomState::new(), kept: Mutex::new(kept) }
     }
 
-    /// The conversation after one more message. Reasoning does not count: many clients drop it.
-    pub fn after(&self, prefix: Prefix, message: &Message) -> Prefix {
-        let mut hasher = self.hasher.build_hasher();
-        (prefix, message.role, message.text.trim(), &message.call_id).hash(&mut hasher);
-        for ToolCall { id, name, input, .. } in &message.calls {
-            (id, name, canonical(input)).hash(&mut hasher);
-        }
-        Prefix(hasher.finish())
+    /// The conversation after one more message, given by its digest.
+    pub fn after(&self, prefix: Prefix, digest: u64) -> Prefix {
+        Prefix(self.hasher.hash_one((prefix, digest)))
     }
 
     /// Keeps the tokens of the answer that ends a conversation.
@@ -67,21 +59,14 @@ impl Verbatim {
     }
 }
 
-/// A call's input in one spelling: clients parse JSON and write it anew.
-fn canonical(input: &str) -> String {
-    match serde_json::from_str::<Value>(input) {
-        Ok(mut value) => {
-            value.sort_all_objects();
-            value.to_string()
-        }
-        Err(_) => input.to_owned(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conversation::Role;
+    use crate::conversation::{Message, Role, ToolCall};
+
+    fn after(memory: &Verbatim, prefix: Prefix, message: &Message) -> Prefix {
+        memory.after(prefix, message.digest())
+    }
 
     fn answer(input: &str) -> Message {
         let call = ToolCall { id: "c".into(), name: "f".into(), input: input.into(), custom: false };
@@ -91,20 +76,20 @@ mod tests {
     #[test]
     fn an_answer_is_found_however_its_client_spells_it() {
         let memory = Verbatim::new();
-        let asked = memory.after(Prefix::default(), &Message::new(Role::User, "hi"));
-        memory.keep(memory.after(asked, &answer(r#"{"a":1, "b": "x"}"#)), Arc::from([1, 2]));
+        let asked = after(&memory, Prefix::default(), &Message::new(Role::User, "hi"));
+        memory.keep(after(&memory, asked, &answer(r#"{"a":1, "b": "x"}"#)), Arc::from([1, 2]));
         let mut again = answer(r#"{ "b":"x","a":1 }"#);
         again.text = "said".into();
-        assert_eq!(memory.find(memory.after(asked, &again)).as_deref(), Some(&[1, 2][..]));
+        assert_eq!(memory.find(after(&memory, asked, &again)).as_deref(), Some(&[1, 2][..]));
     }
 
     #[test]
     fn the_same_words_in_another_conversation_are_another_answer() {
         let memory = Verbatim::new();
-        let asked = |text: &str| memory.after(Prefix::default(), &Message::new(Role::User, text));
-        memory.keep(memory.after(asked("hi"), &answer("{}")), Arc::from([1]));
-        assert!(memory.find(memory.after(asked("ho"), &answer("{}"))).is_none());
-        assert!(memory.find(memory.after(asked("hi"), &answer("[]"))).is_none());
+        let asked = |text: &str| after(&memory, Prefix::default(), &Message::new(Role::User, text));
+        memory.keep(after(&memory, asked("hi"), &answer("{}")), Arc::from([1]));
+        assert!(memory.find(after(&memory, asked("ho"), &answer("{}"))).is_none());
+        assert!(memory.find(after(&memory, asked("hi"), &answer("[]"))).is_none());
     }
 
     #[test]

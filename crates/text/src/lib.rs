@@ -26,6 +26,7 @@ pub use grammar::{
 pub use infill::{FimTokens, Infill};
 pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ReasoningMarks, ToolFormat};
 pub use stop::StopMatcher;
+pub use template::TemplateValue;
 pub use tool::{Tool, ToolChoice, ToolInput};
 
 /// What text handling can fail with. Every message is fit for a client.
@@ -82,6 +83,12 @@ impl Text {
         Ok(tokens)
     }
 
+    /// Whether a text may be cut before and behind any markup, and its parts encoded apart: no markup takes
+    /// whitespace with it, and the first stretch is like the others.
+    pub fn cuts_at_markup(&self) -> bool {
+        self.parts.tokenizer.cuts_at_markup()
+    }
+
     /// Decodes a whole sequence; invalid UTF-8 becomes U+FFFD. `skip_special` leaves out control
     /// tokens. Where encoding puts a space before a text (SentencePiece), that one is taken away.
     pub fn decode(&self, tokens: &[u32], skip_special: bool) -> String {
@@ -132,6 +139,22 @@ impl Text {
         &self,
         messages: &serde_json::Value,
         tools: Option<&serde_json::Value>,
+        add_generation_prompt: bool,
+        extra: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<String, TextError> {
+        let messages = messages.as_array().into_iter().flatten().map(TemplateValue::from);
+        let tools = tools.map(TemplateValue::from);
+        self.render_messages(&messages.collect::<Vec<_>>(), tools.as_ref(), add_generation_prompt, extra)
+    }
+
+    /// The same with messages and tools that were made ready for the template before.
+    ///
+    /// # Errors
+    /// As [`Self::render_chat`].
+    pub fn render_messages(
+        &self,
+        messages: &[TemplateValue],
+        tools: Option<&TemplateValue>,
         add_generation_prompt: bool,
         extra: &serde_json::Map<String, serde_json::Value>,
     ) -> Result<String, TextError> {

@@ -17,6 +17,16 @@ const FUEL: u64 = 20_000_000;
 const CHAT: &str = "chat template";
 const TOOL_USE: &str = "tool-use chat template";
 
+/// A message or a list of tools as chat templates see it: made once, rendered often. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct TemplateValue(Value);
+
+impl From<&serde_json::Value> for TemplateValue {
+    fn from(value: &serde_json::Value) -> Self {
+        Self(Serde(value).into())
+    }
+}
+
 /// The templates of a model, compiled.
 pub(crate) struct Template {
     env: Environment<'static>,
@@ -67,8 +77,8 @@ impl Template {
 
     pub(crate) fn render(
         &self,
-        messages: &serde_json::Value,
-        tools: Option<&serde_json::Value>,
+        messages: &[TemplateValue],
+        tools: Option<&TemplateValue>,
         add_generation_prompt: bool,
         extra: &Map<String, serde_json::Value>,
     ) -> Result<String, TextError> {
@@ -76,8 +86,8 @@ impl Template {
         let mut variables = self.tokens.clone();
         variables.insert("documents".into(), Value::from(()));
         variables.extend(extra.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value)))));
-        variables.insert("messages".into(), Serde(messages).into());
-        variables.insert("tools".into(), tools.map_or_else(|| Value::from(()), |tools| Serde(tools).into()));
+        variables.insert("messages".into(), messages.iter().map(|message| message.0.clone()).collect());
+        variables.insert("tools".into(), tools.map_or_else(|| Value::from(()), |tools| tools.0.clone()));
         variables.insert("add_generation_prompt".into(), add_generation_prompt.into());
         let name = if tools.is_some() && self.has_tool_use { TOOL_USE } else { CHAT };
         let template = self.env.get_template(name).map_err(|error| refused(&error))?;
@@ -162,8 +172,8 @@ mod tests {
     }
 
     fn render(chat: &str) -> Result<String, TextError> {
-        let messages = json!([{"role": "user", "content": "  hi <b> "}]);
-        template(chat).render(&messages, None, true, &Map::new())
+        let message = TemplateValue::from(&json!({"role": "user", "content": "  hi <b> "}));
+        template(chat).render(&[message], None, true, &Map::new())
     }
 
     #[test]
@@ -220,8 +230,9 @@ mod tests {
                 .unwrap();
         let extra = json!({"x": "y", "messages": "fake"});
         let extra = extra.as_object().unwrap();
-        assert_eq!(template.render(&json!([]), None, false, extra).unwrap(), "y[]");
-        assert_eq!(template.render(&json!([]), Some(&json!([])), false, extra).unwrap(), "tools");
+        assert_eq!(template.render(&[], None, false, extra).unwrap(), "y[]");
+        let none = TemplateValue::from(&json!([]));
+        assert_eq!(template.render(&[], Some(&none), false, extra).unwrap(), "tools");
     }
 
     #[test]

@@ -85,6 +85,13 @@ impl Tokenizer {
         Ok(())
     }
 
+    /// Whether markup, found wherever it stands, parts a text into texts that are encoded each by itself.
+    pub(crate) fn cuts_at_markup(&self) -> bool {
+        let sees_the_start = matches!(&self.pipeline, Pipeline::Listed(listed) if listed.sees_the_start());
+        !sees_the_start
+            && self.markup.all.markers.iter().all(|marker| !marker.strip_left && !marker.strip_right)
+    }
+
     /// Appends the tokens of a text between markup, of which much may have been encoded before.
     fn encode_remembered(&self, mut text: &str, out: &mut Vec<u32>) -> Result<(), TextError> {
         while !text.is_empty() {

@@ -16,6 +16,7 @@ use super::{error, request};
 use crate::admission::random_id;
 use crate::conversation::{Piece, Turn};
 use crate::generate::{Delta, EndReason, Running, Totals};
+use crate::message_cache::ReadBody;
 use crate::openai::ApiError;
 use crate::openai::params::CommonFields;
 use crate::session::Caller;
@@ -31,8 +32,9 @@ pub(crate) async fn create(
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let body = body::bytes(body, &server.config)?;
-    let common: CommonFields = body::parse(&body)?;
-    let fields: MessagesFields = body::parse(&body)?;
+    let (known, rest) = ReadBody::parts(request::known(&server, &body));
+    let common: CommonFields = body::parse_rest(&body, rest.as_deref())?;
+    let fields: MessagesFields = body::parse_rest(&body, rest.as_deref())?;
     let head = Head { id: random_id("msg_"), model: model(&server, &common)? };
     if common.max_tokens.is_none() {
         return Err(ApiError::param("max_tokens", "max_tokens is missing: say how long the answer may be."));
@@ -42,7 +44,7 @@ pub(crate) async fn create(
         fields.thinking.as_ref().is_some_and(|thinking| thinking.display.as_deref() == Some("omitted"));
     let session = fields.metadata.as_ref().and_then(session::in_metadata);
     let (_, urgency) = common.urgency(&caller)?;
-    let mut turn = request::turn(&server, common, fields, arrived)?;
+    let mut turn = request::turn(&server, common, fields, known, arrived)?;
     turn.origin = caller.origin(session.as_deref());
     turn.urgency = urgency;
     let answer = Answer {
@@ -53,6 +55,7 @@ pub(crate) async fn create(
         max_tokens: turn.max_tokens,
         stop: Stop::default(),
     };
+    server.generator.prepared("read", arrived.elapsed());
     let running = server.start_turn(turn).await?;
     if stream {
         let keep_alive = server.config.keep_alive;
@@ -78,10 +81,11 @@ pub(crate) async fn count_tokens(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<TokenCount>, ApiError> {
     let body = body::bytes(body, &server.config)?;
-    let common: CommonFields = body::parse(&body)?;
-    let fields: MessagesFields = body::parse(&body)?;
+    let (known, rest) = ReadBody::parts(request::known(&server, &body));
+    let common: CommonFields = body::parse_rest(&body, rest.as_deref())?;
+    let fields: MessagesFields = body::parse_rest(&body, rest.as_deref())?;
     model(&server, &common)?;
-    let turn: Turn = request::turn(&server, common, fields, Instant::now())?;
+    let turn: Turn = request::turn(&server, common, fields, known, Instant::now())?;
     Ok(Json(TokenCount { input_tokens: server.count_tokens(turn).await? }))
 }
 

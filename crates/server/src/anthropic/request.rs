@@ -7,7 +7,8 @@ use serde_json::{Map, Value};
 use super::tools::{self, ToolChange};
 use super::types::{Block, Content, InputMessage, MessagesFields, OutputFormatField, nested};
 use crate::Server;
-use crate::conversation::{AnswerFormat, Message, Role, ToolCall, Turn};
+use crate::conversation::{AnswerFormat, KnownMessage, Message, Role, ToolCall, Turn};
+use crate::message_cache::{Dialect, ReadBody};
 use crate::openai::ApiError;
 use crate::openai::params::{self, CommonFields, Stop};
 use crate::responses::seal::Seal;
@@ -21,6 +22,7 @@ pub(super) fn turn(
     server: &Server,
     mut common: CommonFields,
     fields: MessagesFields,
+    known: Option<Vec<KnownMessage>>,
     arrived: Instant,
 ) -> Result<Turn, ApiError> {
     let text = server.generator.text();
@@ -28,8 +30,13 @@ pub(super) fn turn(
     if let Some(system) = fields.system {
         conversation.system(system)?;
     }
-    for (index, message) in fields.messages.unwrap_or_default().into_iter().enumerate() {
-        conversation.message(index, message)?;
+    match known {
+        Some(known) => conversation.messages.extend(known),
+        None => {
+            for (index, message) in fields.messages.unwrap_or_default().into_iter().enumerate() {
+                conversation.message(index, message)?;
+            }
+        }
     }
     let (messages, changes) = conversation.finish()?;
     let offered = tools::offered(fields.tools.unwrap_or_default(), changes)?;
@@ -54,6 +61,19 @@ pub(super) fn turn(
         ignore_eos: common.ignore_eos.unwrap_or(false),
         arrived,
         ..Turn::new(messages)
+    })
+}
+
+/// Reads a body's messages, but for its system prompt, where none of them has a fault or changes the tools or
+/// would go on with the system prompt.
+pub(super) fn known(server: &Server, body: &[u8]) -> Option<ReadBody> {
+    server.messages.read(Dialect::Messages, body, |messages, message: InputMessage| {
+        let mut conversation = Conversation::new(&server.responses.seal);
+        conversation.messages = std::mem::take(messages);
+        conversation.message(0, message).ok()?;
+        *messages = conversation.messages;
+        let goes_on = messages.first().is_some_and(|first| first.role == Role::System);
+        (conversation.changes.is_empty() && !goes_on).then_some(())
     })
 }
 
@@ -98,7 +118,7 @@ fn answer_format(format: Option<OutputFormatField>) -> Result<AnswerFormat, ApiE
 /// A conversation as it is put together, message by message.
 struct Conversation<'a> {
     seal: &'a Seal,
-    messages: Vec<Message>,
+    messages: Vec<KnownMessage>,
     changes: Vec<ToolChange>,
 }
 
@@ -107,7 +127,7 @@ impl<'a> Conversation<'a> {
         Self { seal, messages: Vec::new(), changes: Vec::new() }
     }
 
-    fn finish(self) -> Result<(Vec<Message>, Vec<ToolChange>), ApiError> {
+    fn finish(self) -> Result<(Vec<KnownMessage>, Vec<ToolChange>), ApiError> {
         match self.messages.last().map(|message| message.role) {
             Some(Role::User | Role::Tool) => Ok((self.messages, self.changes)),
             // Claude Code puts its system messages after the user's.
@@ -174,7 +194,7 @@ impl<'a> Conversation<'a> {
             }
             self.say(Role::User, joined(std::mem::take(&mut texts)));
             let result = self.tool_result(block, &at)?;
-            self.messages.push(result);
+            self.messages.push(result.into());
         }
         self.say(Role::User, joined(texts));
         Ok(())
@@ -212,10 +232,12 @@ impl<'a> Conversation<'a> {
     /// What the model said. Blocks of tools that Anthropic's servers ran are passed over.
     fn assistant<'b>(&mut self, blocks: impl Iterator<Item = (String, &'b Block)>) -> Result<(), ApiError> {
         let follows = self.messages.last().is_some_and(|last| last.role == Role::Assistant);
-        let mut message = match follows {
-            true => self.messages.pop().unwrap_or_else(|| Message::new(Role::Assistant, "")),
-            false => Message::new(Role::Assistant, ""),
+        let known = match follows {
+            true => self.messages.pop(),
+            false => None,
         };
+        let mut known = known.unwrap_or_else(|| Message::new(Role::Assistant, "").into());
+        let message = known.to_mut();
         for (at, block) in blocks {
             match block.kind() {
                 "text" => message.text.push_str(block.required("text", &at)?),
@@ -233,7 +255,7 @@ impl<'a> Conversation<'a> {
                 _ => {}
             }
         }
-        self.messages.push(message);
+        self.messages.push(known);
         Ok(())
     }
 
@@ -248,8 +270,11 @@ impl<'a> Conversation<'a> {
     fn say(&mut self, role: Role, text: String) {
         match self.messages.last_mut() {
             _ if text.is_empty() => {}
-            Some(last) if last.role == role => last.text = joined(vec![std::mem::take(&mut last.text), text]),
-            _ => self.messages.push(Message::new(role, text)),
+            Some(last) if last.role == role => {
+                let last = last.to_mut();
+                last.text = joined(vec![std::mem::take(&mut last.text), text]);
+            }
+            _ => self.messages.push(Message::new(role, text).into()),
         }
     }
 }
@@ -319,14 +344,14 @@ mod tests {
         {
             conversation.message(index, message)?;
         }
-        Ok(conversation.finish()?.0)
+        Ok(conversation.finish()?.0.iter().map(|message| Message::clone(message)).collect())
     }
 
     fn system(system: Value) -> Vec<Message> {
         let seal = seal();
         let mut conversation = Conversation::new(&seal);
         conversation.system(serde_json::from_value(system).unwrap()).unwrap();
-        conversation.messages
+        conversation.messages.iter().map(|message| Message::clone(message)).collect()
     }
 
     fn text(text: &str) -> Value {

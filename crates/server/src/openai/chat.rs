@@ -13,12 +13,13 @@ use serde_json::{Map, Value};
 use super::chat_answer::{ChatEvents, Shape, whole};
 use super::error::ApiError;
 use super::format::FormatFields;
-use super::messages::{ChatMessage, conversation};
+use super::messages::{self, ChatMessage, conversation};
 use super::params::{self, CommonFields};
 use super::prediction::Prediction;
 use super::tools::{self, ChatTool};
 use super::types::Head;
-use crate::conversation::Turn;
+use crate::conversation::{KnownMessage, Turn};
+use crate::message_cache::{Dialect, ReadBody};
 use crate::session::Caller;
 use crate::{Server, body, sse};
 
@@ -49,14 +50,16 @@ pub(crate) async fn create(
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let body = body::bytes(body, &server.config)?;
-    let common: CommonFields = body::parse(&body)?;
-    let chat: ChatFields = body::parse(&body)?;
+    let read = server.messages.read(Dialect::Chat, &body, messages::add);
+    let (known, rest) = ReadBody::parts(read);
+    let common: CommonFields = body::parse_rest(&body, rest.as_deref())?;
+    let chat: ChatFields = body::parse_rest(&body, rest.as_deref())?;
     let model = common.model.as_deref().ok_or_else(|| ApiError::missing_model(&server.config.model))?;
     let mut head = Head::new("chatcmpl-", server.model_name(Some(model))?);
     let (tier, urgency) = common.urgency(&caller)?;
     head.service_tier = common.service_tier.is_some().then_some(tier.as_str());
-    let format: FormatFields = body::parse(&body)?;
-    let mut turn = Turn { answer: format.answer()?, ..turn(&server, &common, chat, arrived)? };
+    let format: FormatFields = body::parse_rest(&body, rest.as_deref())?;
+    let mut turn = Turn { answer: format.answer()?, ..turn(&server, &common, chat, known, arrived)? };
     turn.origin = caller.origin(common.prompt_cache_key.as_deref());
     turn.urgency = urgency;
     let shape = Shape {
@@ -66,6 +69,7 @@ pub(crate) async fn create(
         token_ids: turn.token_ids,
         include_usage: common.include_usage(),
     };
+    server.generator.prepared("read", arrived.elapsed());
     let running = server.start_turn(turn).await?;
     if common.stream() {
         return Ok(sse::respond(running, ChatEvents::new(shape), server.config.keep_alive));
@@ -77,12 +81,16 @@ fn turn(
     server: &Server,
     common: &CommonFields,
     chat: ChatFields,
+    known: Option<Vec<KnownMessage>>,
     arrived: Instant,
 ) -> Result<Turn, ApiError> {
     let vocab = server.generator.engine().vocab_size();
     let logprobs = logprobs(&chat)?;
-    let messages = chat.messages.ok_or_else(|| ApiError::param("messages", "messages is missing."))?;
-    let mut turn = Turn::new(conversation(messages)?);
+    let mut turn = match (known, chat.messages) {
+        (Some(known), _) => Turn::new(known),
+        (None, Some(messages)) => Turn::new(conversation(messages)?),
+        (None, None) => return Err(ApiError::param("messages", "messages is missing.")),
+    };
     turn.tools = tools::tools(chat.tools.unwrap_or_default())?;
     (turn.tool_choice, turn.allowed_tools) = tools::tool_choice(chat.tool_choice, &turn.tools)?;
     turn.parallel_tool_calls = chat.parallel_tool_calls.unwrap_or(true);

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::error::ApiError;
-use crate::conversation::{Message, Role, ToolCall};
+use crate::conversation::{KnownMessage, Message, Role, ToolCall};
 
 /// A message as clients write it.
 #[derive(Debug, Deserialize)]
@@ -60,6 +60,12 @@ pub(crate) fn conversation(messages: Vec<ChatMessage>) -> Result<Vec<Message>, A
         return Err(ApiError::param("messages", "messages is empty; send at least one."));
     }
     messages.into_iter().enumerate().map(|(index, message)| neutral(index, message)).collect()
+}
+
+/// Adds a message to a conversation, if it has no fault.
+pub(crate) fn add(conversation: &mut Vec<KnownMessage>, message: ChatMessage) -> Option<()> {
+    conversation.push(neutral(0, message).ok()?.into());
+    Some(())
 }
 
 fn neutral(index: usize, message: ChatMessage) -> Result<Message, ApiError> {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::seal::Seal;
 use super::tools::CallNames;
 use crate::admission::random_id;
-use crate::conversation::{Message, Role, ToolCall};
+use crate::conversation::{KnownMessage, Message, Role, ToolCall};
 use crate::openai::ApiError;
 
 /// What items are read with.
@@ -79,12 +79,21 @@ pub(crate) fn instructions(text: &str) -> Message {
 
 impl Reading<'_> {
     /// The messages that the items make.
-    pub fn messages(&self, items: &[&Value]) -> Result<Vec<Message>, ApiError> {
+    pub fn messages(&self, items: &[&Value]) -> Result<Vec<KnownMessage>, ApiError> {
         let mut conversation = Conversation::default();
-        for (index, item) in items.iter().enumerate() {
-            self.item(item, &path(index, self.own), &mut conversation)?;
-        }
+        self.go_on(&mut conversation, 0, items.iter().copied())?;
         Ok(conversation.messages)
+    }
+
+    /// Adds what further items say, of which this is the first one's number.
+    pub fn go_on<'v>(
+        &self,
+        conversation: &mut Conversation,
+        first: usize,
+        items: impl IntoIterator<Item = &'v Value>,
+    ) -> Result<(), ApiError> {
+        let mut items = items.into_iter().enumerate();
+        items.try_for_each(|(index, item)| self.item(item, &path(first + index, self.own), conversation))
     }
 
     fn item(&self, item: &Value, path: &str, conversation: &mut Conversation) -> Result<(), ApiError> {
@@ -142,7 +151,7 @@ impl Reading<'_> {
                 let Some(summary) = self.seal.open(sealed) else {
                     return Err(ApiError::param(path, format!("{path} was not compacted by this server.")));
                 };
-                conversation.messages.push(Message::new(Role::User, summary));
+                conversation.messages.push(Message::new(Role::User, summary).into());
                 conversation.joint = Joint::Closed;
                 conversation.compacted = true;
                 Ok(())
@@ -171,17 +180,17 @@ impl Reading<'_> {
     }
 }
 
-/// The messages so far.
-#[derive(Default)]
-struct Conversation {
-    messages: Vec<Message>,
+/// The messages so far. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Conversation {
+    pub messages: Vec<KnownMessage>,
     joint: Joint,
     /// Calls may have been folded into a summary, so that their results stand alone.
     compacted: bool,
 }
 
 /// How the next item of the assistant's joins the last message.
-#[derive(Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 enum Joint {
     /// It begins a message of its own.
     #[default]
@@ -196,10 +205,10 @@ impl Conversation {
     /// The assistant's message that goes on, or a new one.
     fn assistant(&mut self) -> &mut Message {
         if self.joint == Joint::Closed {
-            self.messages.push(Message::new(Role::Assistant, ""));
+            self.messages.push(Message::new(Role::Assistant, "").into());
         }
         let last = self.messages.len() - 1;
-        &mut self.messages[last]
+        self.messages[last].to_mut()
     }
 
     fn say(&mut self, text: &str) {
@@ -238,7 +247,7 @@ impl Conversation {
             self.joint = Joint::Closed;
         }
         let result = Message { call_id: Some(call_id.to_owned()), name, ..Message::new(Role::Tool, output) };
-        self.messages.insert(at, result);
+        self.messages.insert(at, result.into());
         Ok(())
     }
 }
@@ -259,7 +268,7 @@ fn message(item: &Value, path: &str, conversation: &mut Conversation) -> Result<
     if role == Role::Assistant {
         conversation.say(&text);
     } else {
-        conversation.messages.push(Message::new(role, text));
+        conversation.messages.push(Message::new(role, text).into());
         conversation.joint = Joint::Closed;
     }
     Ok(())
@@ -314,7 +323,8 @@ mod tests {
         let seal = Seal::new([1; 32]);
         let names = CallNames::default();
         let items: Vec<&Value> = items.as_array().unwrap().iter().collect();
-        Reading { names: &names, seal: &seal, own: 0 }.messages(&items)
+        let messages = Reading { names: &names, seal: &seal, own: 0 }.messages(&items)?;
+        Ok(messages.into_iter().map(|message| Message::clone(&message)).collect())
     }
 
     fn call(id: &str) -> Value {

@@ -360,9 +360,10 @@ impl Settings {
         self.echo.conversation.as_ref().map(|conversation| conversation.id.as_str())
     }
 
-    /// The turn that answers these items, of which those from `own` on are the request's own.
-    pub fn turn(
+    /// The turn that answers these items, of which those before `own` are those of `previous`.
+    fn turn(
         &self,
+        previous: Option<&Arc<Link>>,
         items: &[&Value],
         own: usize,
         seal: &Seal,
@@ -377,9 +378,14 @@ impl Settings {
         }
         let (tool_choice, allowed_tools) = toolbox.choose(self.tool_choice.as_ref())?;
         let reading = Reading { names: &toolbox.names, seal, own };
-        let mut messages = reading.messages(items)?;
+        let mut conversation = match previous {
+            Some(previous) => previous.conversation(&reading)?,
+            None => items::Conversation::default(),
+        };
+        reading.go_on(&mut conversation, own, items[own..].iter().copied())?;
+        let mut messages = conversation.messages;
         if let Some(instructions) = &self.echo.instructions {
-            messages.insert(0, items::instructions(instructions));
+            messages.insert(0, items::instructions(instructions).into());
         }
         if messages.is_empty() && self.generate {
             return Err(ApiError::param("input", "input is empty; send at least one message."));
@@ -406,7 +412,7 @@ impl Ask {
     pub fn prepare(&self, seal: &Seal) -> Result<Prepared, ApiError> {
         let items = self.items();
         let own = items.len() - self.input.len();
-        let mut prepared = self.settings.turn(&items, own, seal, self.arrived)?;
+        let mut prepared = self.settings.turn(self.previous.as_ref(), &items, own, seal, self.arrived)?;
         prepared.turn.origin = self.owner.origin(self.session.as_deref());
         prepared.turn.urgency = Urgency { priority: self.settings.priority, deadline: self.deadline };
         Ok(prepared)

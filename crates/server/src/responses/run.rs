@@ -18,7 +18,7 @@ use super::request::{Ask, Prepared, response_id};
 use super::steer::{self, Code, Steer};
 use super::types::{Failure, Link, Reason, Response, Status, Usage};
 use crate::Server;
-use crate::conversation::{Message, Piece, Role, Turn};
+use crate::conversation::{KnownMessage, Piece, Role, Turn};
 use crate::generate::{Delta, EndReason, Running, Totals};
 use crate::openai::ApiError;
 use crate::openai::logprobs::ChatLogprobs;
@@ -55,6 +55,7 @@ pub(crate) async fn start(server: &Arc<Server>, mut ask: Ask, how: Start) -> Res
         ask.session = Some(id.as_str().into());
     }
     let Prepared { turn, names } = ask.prepare(&server.responses.seal)?;
+    server.generator.prepared("read", ask.arrived.elapsed());
     let seal = ask.settings.sealed.then(|| server.responses.seal.clone());
     let dressing = Dressing { stream_id: ask.stream_id.clone(), names, seal };
     let response = response(id, &ask);
@@ -152,8 +153,9 @@ async fn truncate(server: &Arc<Server>, turn: Turn) -> Result<Option<Turn>, ApiE
     let maximum = server.generator.engine().max_context();
     let room = turn.max_tokens.unwrap_or(ROOM).clamp(1, maximum / 2);
     let begin = turn.messages.iter().take_while(|message| message.role == Role::System).count();
-    let is_cut =
-        |(index, message): (usize, &Message)| (index > begin && message.role == Role::User).then_some(index);
+    let is_cut = |(index, message): (usize, &KnownMessage)| {
+        (index > begin && message.role == Role::User).then_some(index)
+    };
     let cuts: Vec<usize> = turn.messages.iter().enumerate().filter_map(is_cut).collect();
     let without = |cut: usize| {
         let mut shorter = turn.clone();

@@ -25,7 +25,7 @@ pub(crate) struct Toolbox {
 }
 
 /// Names and namespaces of tools by the name that the model calls them by.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct CallNames {
     outward: HashMap<String, (String, Option<String>)>,
 }

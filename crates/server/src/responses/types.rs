@@ -1,10 +1,12 @@
 //! The response object, its parts, and what of it outlives its run.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
+use super::items::{self, Reading};
+use super::tools::CallNames;
 use crate::generate::{Failed, Totals};
 use crate::openai::ApiError;
 use crate::timing::Timing;
@@ -179,9 +181,20 @@ pub(crate) struct Link {
     pub output: Vec<Value>,
     /// The name of the session that it is part of.
     pub session: Option<Arc<str>>,
-    /// About the bytes of `input` and `output`.
+    /// About the bytes of `input` and `output`, and of the messages that are made of them.
     pub bytes: usize,
+    read: OnceLock<ReadLink>,
 }
+
+/// A conversation as it was read up to some link, and the names of tools that it was read with.
+#[derive(Debug)]
+struct ReadLink {
+    names: CallNames,
+    conversation: items::Conversation,
+}
+
+/// Texts are kept in items, in messages, and as templates see them.
+const COPIES: usize = 3;
 
 impl Link {
     pub fn new(
@@ -191,8 +204,36 @@ impl Link {
         session: Option<Arc<str>>,
     ) -> Self {
         let input = input.into();
-        let bytes = input.iter().chain(&output).map(weight).sum();
-        Self { previous, input, output, session, bytes }
+        let bytes = COPIES * input.iter().chain(&output).map(weight).sum::<usize>();
+        Self { previous, input, output, session, bytes, read: OnceLock::new() }
+    }
+
+    /// The conversation up to and with this response's output. What was read of it before is not read again.
+    pub fn conversation(self: &Arc<Self>, reading: &Reading<'_>) -> Result<items::Conversation, ApiError> {
+        let known = |link: &Self| {
+            let read = link.read.get().filter(|read| read.names == *reading.names)?;
+            Some(read.conversation.clone())
+        };
+        let (mut links, mut next) = (Vec::new(), Some(self));
+        let mut conversation = items::Conversation::default();
+        while let Some(link) = next {
+            if let Some(read) = known(link) {
+                conversation = read;
+                break;
+            }
+            links.push(link);
+            next = link.previous.as_ref();
+        }
+        for link in links.iter().rev() {
+            // Whatever their numbers, these items are not the request's own.
+            reading.go_on(&mut conversation, 0, link.input.iter().chain(&link.output))?;
+        }
+        if !links.is_empty() {
+            let read = ReadLink { names: reading.names.clone(), conversation: conversation.clone() };
+            // Read with other names before, it is read anew each time.
+            let _ = self.read.set(read);
+        }
+        Ok(conversation)
     }
 
     /// All items up to and with this response's output, oldest first.

@@ -8,6 +8,7 @@ mod legal;
 mod messages;
 mod models;
 mod prediction;
+mod prompts;
 mod refusals;
 mod responses;
 mod sessions;
