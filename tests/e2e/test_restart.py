@@ -109,7 +109,7 @@ def test_a_session_killed_in_its_first_turn_is_known_and_goes_on(server, start, 
     again = start(*flags)
     (known,) = again.http.get("/v1/sessions").json()["data"]
     assert (known["id"], known["state"], known["turns"]) == ("first", "disk", 1)
-    assert known["cached_tokens"]["disk"] >= 1024 and known["tokens"] >= 1200
+    assert known["cached_tokens"]["disk"] >= 1024 and known["tokens"] >= 1190
     answer = again.complete(text, extra_body={"prompt_cache_key": "first"})
     assert answer.choices[0].text == server.complete(text).choices[0].text
     assert cached(answer) >= answer.usage.prompt_tokens - LOST
