@@ -3,7 +3,8 @@
 //! Every block is in exactly one state: *used* (held by sequences), *cached* (held by none, kept
 //! in the prefix tree, evictable) or *free*. A sequence that holds a block holds the whole path to it,
 //! so what comes after an unheld block is unheld too, and all cached blocks can be evicted, leaves
-//! first. `retention` chooses which.
+//! first. `retention` chooses which. A path is held and let go of as a whole: its blocks' counts change in one
+//! pass, and what else must change does so once for all that were a session's.
 
 use crate::BLOCK_SIZE;
 use crate::prefix_tree::PrefixTree;
@@ -84,7 +85,7 @@ impl BlockPool {
     fn leave_tree(&mut self, block: BlockId) {
         debug_assert!(!self.is_used(block), "a held block is evicted");
         self.changes += 1;
-        self.retention.take(block);
+        self.retention.take_path(&[block]);
         if let Some(parent) = self.tree.remove(block)
             && !self.is_used(parent)
             && self.tree.is_leaf(parent)
@@ -101,6 +102,17 @@ impl BlockPool {
         self.tree.child(parent, tokens)
     }
 
+    /// The blocks after `block`, the last of a path of `len` of the tree, on the path that its session is remembered
+    /// by, each with its generation. They are in the tree; what they hold is for the caller to compare.
+    pub(crate) fn remembered_after(&self, block: BlockId, len: usize) -> &[(BlockId, u32)] {
+        self.retention.remembered_after(block, len)
+    }
+
+    /// Whether a block of the tree holds these tokens.
+    pub(crate) fn holds(&self, block: BlockId, tokens: &[u32; BLOCK_SIZE]) -> bool {
+        self.tree.holds(block, tokens)
+    }
+
     /// How often a block came into the tree or left it: while this stands still, a lookup finds what it found.
     pub(crate) fn changes(&self) -> u64 {
         self.changes
@@ -109,6 +121,22 @@ impl BlockPool {
     /// How often the block has left the tree.
     pub(crate) fn generation(&self, block: BlockId) -> u32 {
         self.retention.generation(block)
+    }
+
+    /// Every block is in one state, held by those who say so, and counted as what it is.
+    #[cfg(test)]
+    pub(crate) fn check<'a>(&self, held: impl Iterator<Item = &'a [BlockId]>) {
+        let mut references = vec![0; self.references.len()];
+        held.flatten().for_each(|&block| references[block as usize] += 1);
+        assert_eq!(self.references, references);
+        let free: std::collections::HashSet<_> = self.free.iter().copied().collect();
+        assert_eq!(free.len(), self.free.len());
+        for block in 0..references.len() as BlockId {
+            let somewhere = self.is_used(block) || self.tree.contains(block);
+            assert_ne!(somewhere, free.contains(&block), "block {block} is free, or in use");
+        }
+        let is_unheld = |block| !self.is_used(block) && self.tree.contains(block);
+        self.retention.check(is_unheld, |block| self.tree.is_leaf(block));
     }
 
     #[cfg(test)]
@@ -121,42 +149,47 @@ impl BlockPool {
         self.references[block as usize] > 0
     }
 
-    /// Holds a block once more.
-    pub(crate) fn retain(&mut self, block: BlockId) {
-        let references = &mut self.references[block as usize];
-        *references += 1;
-        if *references == 1 {
-            self.retention.take(block);
-        }
+    /// Holds the end of a path in the tree once more, before which all is held already.
+    pub(crate) fn retain_path(&mut self, path: &[BlockId]) {
+        let held = path.partition_point(|&block| self.is_used(block));
+        path.iter().for_each(|&block| self.references[block as usize] += 1);
+        self.retention.take_path(&path[held..]);
     }
 
     /// Lets go of a sequence's blocks, of which the first `indexed` are in the tree.
+    ///
+    /// # Panics
+    /// If it does not hold them.
     pub(crate) fn release_path(
         &mut self,
         blocks: &mut Vec<BlockId>,
         indexed: usize,
         session: Option<SessionHandle>,
     ) {
+        blocks.drain(indexed..).rev().for_each(|block| self.release(block));
         if let Some(session) = session {
-            self.retention.remember(session, &blocks[..indexed]);
+            self.retention.remember(session, blocks);
+        }
+        for &block in &*blocks {
+            let references = &mut self.references[block as usize];
+            *references = references.checked_sub(1).expect("only a held block is released");
         }
         self.retention.begin_use();
-        for block in blocks.drain(..).rev() {
-            self.release(block, session);
-        }
+        let held = blocks.partition_point(|&block| self.is_used(block));
+        let is_leaf = blocks.last().is_some_and(|&last| self.tree.is_leaf(last));
+        self.retention.add_path(&blocks[held..], is_leaf, session);
+        blocks.clear();
     }
 
-    /// Lets go of a block, as a sequence's last one.
-    pub(crate) fn release(&mut self, block: BlockId, session: Option<SessionHandle>) {
-        let references = &mut self.references[block as usize];
-        *references = references.checked_sub(1).expect("only a held block is released");
-        if *references == 0 {
-            if self.tree.contains(block) {
-                self.retention.add(block, self.tree.is_leaf(block), session);
-            } else {
-                self.free.push(block);
-            }
-        }
+    /// Frees a block that is not in the tree, and so held once.
+    ///
+    /// # Panics
+    /// If it is not.
+    pub(crate) fn release(&mut self, block: BlockId) {
+        debug_assert!(!self.tree.contains(block), "a block of the tree is freed");
+        let references = std::mem::take(&mut self.references[block as usize]);
+        assert_eq!(references, 1, "only a held block is released");
+        self.free.push(block);
     }
 
     /// Makes a full, held block findable. If the same content is in the tree already, the caller's
@@ -169,8 +202,8 @@ impl BlockPool {
     ) -> BlockId {
         match self.tree.insert(parent, tokens, block) {
             Some(present) => {
-                self.retain(present);
-                self.release(block, None);
+                self.retain_path(&[present]);
+                self.release(block);
                 present
             }
             None => {

@@ -5,9 +5,12 @@
 //! what it was; else what has left the tree is taken off the path's end, and what has come is added there.
 //! Blocks leave the tree leaves first, so what is left of a path is a prefix of it, and sequences hold whole
 //! paths, so what is held of it is one too.
+//!
+//! Nor is it looked up block by block: whose block a path has come to remembers what came after it last time.
+//! That only says where to look. What has left the tree since is passed over, by its generation, and of the
+//! rest all tokens are compared; where they part, one block is looked up, and whoever's that is asked.
 
 use crate::block_pool::BlockPool;
-use crate::sequence::block_at;
 use crate::{BLOCK_SIZE, BlockId, Scheduler, SequenceId};
 
 /// See the module.
@@ -44,11 +47,24 @@ impl CachedPath {
         }
         self.seen = now;
         while self.blocks.pop_if(|(block, generation)| pool.generation(*block) != *generation).is_some() {}
-        for index in self.blocks.len()..(tokens.len() - 1) / BLOCK_SIZE {
-            let parent = self.blocks.last().map(|&(block, _)| block);
-            let Some(block) = pool.lookup(parent, block_at(tokens, index)) else { break };
-            self.blocks.push((block, pool.generation(block)));
+        let (wanted, _) = tokens[..tokens.len() - 1].as_chunks();
+        while let Some(next) = wanted.get(self.blocks.len()) {
+            if self.follow(&wanted[self.blocks.len()..], pool) == 0 {
+                let last = self.blocks.last().map(|&(block, _)| block);
+                let Some(block) = pool.lookup(last, next) else { break };
+                self.blocks.push((block, pool.generation(block)));
+            }
         }
+    }
+
+    /// Adds the blocks that are remembered after the last one, while they hold what is wanted; returns how many.
+    fn follow(&mut self, wanted: &[[u32; BLOCK_SIZE]], pool: &BlockPool) -> usize {
+        let Some(&(last, _)) = self.blocks.last() else { return 0 };
+        let remembered = pool.remembered_after(last, self.blocks.len());
+        let pairs = remembered.iter().zip(wanted);
+        let same = pairs.take_while(|&(&(block, _), tokens)| pool.holds(block, tokens)).count();
+        self.blocks.extend_from_slice(&remembered[..same]);
+        same
     }
 }
 
@@ -97,34 +113,100 @@ mod tests {
         }
     }
 
+    /// The path found block by block.
+    fn looked_up(tokens: &[u32], pool: &BlockPool) -> Vec<(BlockId, u32)> {
+        let mut path: Vec<(BlockId, u32)> = Vec::new();
+        for wanted in tokens[..tokens.len() - 1].as_chunks().0 {
+            let Some(block) = pool.lookup(path.last().map(|&(block, _)| block), wanted) else { break };
+            path.push((block, pool.generation(block)));
+        }
+        path
+    }
+
     proptest! {
         #[test]
         fn a_kept_path_is_what_a_fresh_look_finds(
             blocks in 6usize..20,
-            acts in prop::collection::vec((0u32..3, 1usize..90, 0usize..8, 1u64..9), 1..40),
+            acts in prop::collection::vec((0u32..3, 1usize..90, 0usize..8, 1u64..9, 0usize..6), 1..40),
         ) {
             let mut scheduler = Scheduler::new(SchedulerConfig { blocks, max_batch_tokens: 24, ..CONFIG });
             let mut plan = StepPlan::default();
-            for (id, (stream, len, steps, life)) in acts.into_iter().enumerate() {
+            let mut sessions = [None; 4];
+            for (id, (stream, len, steps, life, session)) in acts.into_iter().enumerate() {
                 let prompt = (0..len as u32).map(|at| if at < 40 { stream } else { at % (stream + 1) });
                 let origin = Origin { owner: u64::from(stream), ..Origin::default() };
                 scheduler.add(id as SequenceId, prompt.collect(), false, origin);
+                // Of several turns of a session some fork, some are nobody's, and now and then one is closed.
+                if let Some(of) = sessions.get_mut(session) {
+                    let session = *of.get_or_insert_with(|| scheduler.open_session().unwrap());
+                    scheduler.protect(session, u64::from(stream), life);
+                    scheduler.join_session(id as SequenceId, session);
+                    if steps == 0 {
+                        scheduler.close_session(session);
+                        *of = None;
+                    }
+                }
                 for turn in 0..steps {
                     step(&mut scheduler, &mut plan, |other| (other + turn as u64).is_multiple_of(life));
+                    scheduler.pool.check(scheduler.sequences.values().map(|sequence| &sequence.blocks[..]));
                     // Not all in every step, so that some miss changes.
                     let waiting = scheduler.waiting.iter().copied().filter(|id| !(id + turn as u64).is_multiple_of(3));
                     for id in waiting.collect::<Vec<_>>() {
                         scheduler.update_cached(id);
                         let sequence = &scheduler.sequences[&id];
-                        let mut fresh = CachedPath::default();
-                        fresh.update(&sequence.tokens, &scheduler.pool);
-                        prop_assert_eq!(&sequence.cached.blocks, &fresh.blocks);
-                        let held = fresh.blocks().filter(|&block| scheduler.pool.is_used(block)).count();
-                        prop_assert_eq!(fresh.held(&scheduler.pool), held);
+                        let fresh = looked_up(&sequence.tokens, &scheduler.pool);
+                        prop_assert_eq!(&sequence.cached.blocks, &fresh);
+                        let held = fresh.iter().filter(|&&(block, _)| scheduler.pool.is_used(block)).count();
+                        prop_assert_eq!(sequence.cached.held(&scheduler.pool), held);
                     }
                 }
             }
         }
+    }
+
+    /// A scheduler of many blocks in which a session had a turn of 1,601 tokens.
+    fn after_a_turn() -> (Scheduler, Vec<u32>) {
+        let mut scheduler = Scheduler::new(SchedulerConfig { blocks: 256, max_batch_tokens: 4096, ..CONFIG });
+        let prompt: Vec<u32> = (0..1601).collect();
+        turn(&mut scheduler, 0, &prompt);
+        (scheduler, prompt)
+    }
+
+    /// A turn of a session of its own, which ends with its first token; returns how many blocks of it were
+    /// cached, and how many lookups told.
+    fn turn(scheduler: &mut Scheduler, id: SequenceId, prompt: &[u32]) -> (usize, usize) {
+        let lookups = scheduler.pool.lookups();
+        scheduler.add(id, prompt.to_vec(), false, Origin::default());
+        let found = (scheduler.cached_blocks(id), scheduler.pool.lookups() - lookups);
+        let fresh = looked_up(prompt, &scheduler.pool);
+        assert_eq!(scheduler.sequences[&id].cached.blocks, fresh);
+        let session = scheduler.open_session().unwrap();
+        scheduler.join_session(id, session);
+        step(scheduler, &mut StepPlan::default(), |_| true);
+        assert!(scheduler.sequence(id).is_none());
+        scheduler.pool.check(std::iter::empty());
+        found
+    }
+
+    #[test]
+    fn a_remembered_path_is_found_in_a_lookup_or_two_and_so_is_a_fork() {
+        let (mut scheduler, mut prompt) = after_a_turn();
+        prompt.extend([7; 40]);
+        assert_eq!(turn(&mut scheduler, 1, &prompt), (100, 2), "its head, and what is new");
+        let fork: Vec<u32> = prompt[..800].iter().copied().chain(9000..9900).collect();
+        assert_eq!(turn(&mut scheduler, 2, &fork), (50, 2));
+        let of_fork = [&fork[..], &[8; 40]].concat();
+        assert_eq!(turn(&mut scheduler, 3, &of_fork), (106, 3), "its head, where they part, and what is new");
+        assert_eq!(turn(&mut scheduler, 4, &prompt), (102, 2));
+    }
+
+    #[test]
+    fn of_a_remembered_path_that_has_lost_its_end_only_the_rest_is_found() {
+        let (mut scheduler, prompt) = after_a_turn();
+        turn(&mut scheduler, 1, &vec![9; 16 * 206]);
+        assert_eq!(scheduler.counts().cached, 256);
+        assert_eq!(turn(&mut scheduler, 2, &prompt).0, 50, "half of it went");
+        assert_eq!(turn(&mut scheduler, 3, &prompt).0, 100);
     }
 
     #[test]

@@ -84,7 +84,7 @@ impl Scheduler {
             let sequence = self.sequences.get_mut(id).expect("running sequences are known");
             let needed = sequence.tokens.len().div_ceil(BLOCK_SIZE);
             for block in sequence.blocks.drain(needed.min(sequence.blocks.len())..).rev() {
-                self.pool.release(block, None);
+                self.pool.release(block);
             }
         }
     }

@@ -3,7 +3,8 @@
 //! A node is a full block; an edge is the block's sixteen tokens. A node's identity is its block,
 //! so a path from the root spells a token prefix and lists the blocks that hold its keys and
 //! values. A conversation is a chain, so the child that came last is looked at first: a comparison of
-//! sixteen tokens a block, and a hash of them only where a path branches.
+//! sixteen tokens a block, and a hash of them only where a path branches. The tokens lie by block, apart from the
+//! nodes: a path's mostly follow each other there, and a known path is compared at about the speed of memory.
 
 use std::collections::HashMap;
 
@@ -18,11 +19,14 @@ pub(crate) struct PrefixTree {
     by_edge: HashMap<Edge, BlockId>,
     /// Indexed by block; `None` for blocks outside the tree.
     nodes: Vec<Option<Node>>,
+    /// Indexed by block: of those in the tree, what they hold.
+    tokens: Vec<[u32; BLOCK_SIZE]>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Node {
-    edge: Edge,
+    /// `None` under the root.
+    parent: Option<BlockId>,
     children: u32,
     /// The child that came last. It may have left the tree, and may even have come back elsewhere.
     newest: Option<BlockId>,
@@ -31,15 +35,21 @@ struct Node {
 impl PrefixTree {
     /// An empty tree over blocks `0 .. blocks`.
     pub(crate) fn new(blocks: usize) -> Self {
-        Self { by_edge: HashMap::new(), nodes: vec![None; blocks] }
+        Self { by_edge: HashMap::new(), nodes: vec![None; blocks], tokens: vec![[0; BLOCK_SIZE]; blocks] }
     }
 
     /// The block that continues `parent` with these tokens.
     pub(crate) fn child(&self, parent: Option<BlockId>, tokens: &[u32; BLOCK_SIZE]) -> Option<BlockId> {
-        let edge = (parent, *tokens);
         let newest = parent.and_then(|parent| self.nodes[parent as usize]?.newest);
-        let is_child = |&block: &BlockId| self.nodes[block as usize].is_some_and(|node| node.edge == edge);
-        newest.filter(is_child).or_else(|| self.by_edge.get(&edge).copied())
+        let is_below = |block: BlockId| self.nodes[block as usize].is_some_and(|node| node.parent == parent);
+        newest
+            .filter(|&block| is_below(block) && self.holds(block, tokens))
+            .or_else(|| self.by_edge.get(&(parent, *tokens)).copied())
+    }
+
+    /// Whether a block of the tree holds these tokens.
+    pub(crate) fn holds(&self, block: BlockId, tokens: &[u32; BLOCK_SIZE]) -> bool {
+        self.tokens[block as usize] == *tokens
     }
 
     /// Puts `block` below `parent`, unless a block with the same tokens is there: that one is
@@ -55,8 +65,9 @@ impl PrefixTree {
             return Some(present);
         }
         self.by_edge.insert(edge, block);
-        self.nodes[block as usize] = Some(Node { edge, children: 0, newest: None });
-        if let Some(parent) = self.parent_of(edge) {
+        self.nodes[block as usize] = Some(Node { parent, children: 0, newest: None });
+        self.tokens[block as usize] = *tokens;
+        if let Some(parent) = parent.and_then(|parent| self.nodes[parent as usize].as_mut()) {
             parent.children += 1;
             parent.newest = Some(block);
         }
@@ -80,15 +91,11 @@ impl PrefixTree {
     pub(crate) fn remove(&mut self, block: BlockId) -> Option<BlockId> {
         let node = self.nodes[block as usize].take().expect("the block is in the tree");
         assert_eq!(node.children, 0, "block {block} is evicted before its children");
-        self.by_edge.remove(&node.edge);
-        if let Some(parent) = self.parent_of(node.edge) {
+        self.by_edge.remove(&(node.parent, self.tokens[block as usize]));
+        if let Some(parent) = node.parent.and_then(|parent| self.nodes[parent as usize].as_mut()) {
             parent.children -= 1;
         }
-        node.edge.0
-    }
-
-    fn parent_of(&mut self, (parent, _): Edge) -> Option<&mut Node> {
-        self.nodes[parent? as usize].as_mut()
+        node.parent
     }
 }
 

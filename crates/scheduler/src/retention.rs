@@ -18,8 +18,8 @@
 //! So protection decides who goes first and never whether somebody goes. What is protected keeps the
 //! prefix that it needs, whoever that belongs to: a block goes after all that continue it.
 //!
-//! A choice costs O(log sessions), all else O(log owners) a block; nothing is allocated in the long run but
-//! the path that a session is remembered by. Order of use is exact for all but a prefix whose last
+//! A choice costs O(log sessions), all else O(log owners) a path and stretch of it that is one session's, besides
+//! a few nanoseconds a block; nothing is allocated in the long run but the path that a session is remembered by. Order of use is exact for all but a prefix whose last
 //! continuation was evicted before its time: it counts as just used.
 
 use crate::BlockId;
@@ -253,11 +253,9 @@ impl Retention {
     /// What is kept of a session.
     pub fn session(&self, session: SessionHandle) -> Option<SessionBlocks> {
         let slot = &self.slots[self.slot_of(session)? as usize];
-        let there = |&(block, generation): &(BlockId, u32)| self.generation(block) == generation;
         Some(SessionBlocks {
             path: slot.path.len(),
-            // Tails go before prefixes, so what is left is a prefix.
-            cached: slot.path.partition_point(there),
+            cached: self.left_of(&slot.path),
             own: slot.blocks,
             protected: slot.until > 0,
         })
@@ -284,9 +282,24 @@ impl Retention {
         let Some(kept) = self.session(session).filter(|kept| kept.cached <= path.len()) else { return };
         let slot = &mut self.slots[session.slot as usize];
         // What both have in common need not be written again.
-        let common = slot.path[..kept.cached].iter().zip(path).take_while(|((a, _), b)| a == *b).count();
-        slot.path.truncate(common);
-        slot.path.extend(path[common..].iter().map(|&block| (block, self.blocks[block as usize].generation)));
+        slot.path.truncate(common_blocks(&slot.path[..kept.cached], path));
+        let new = path[slot.path.len()..].iter();
+        slot.path.extend(new.map(|&block| (block, self.blocks[block as usize].generation)));
+    }
+
+    /// What follows `block`, the last of a path of `len` blocks in the tree, on the path that the block's session is
+    /// remembered by, as far as that is still there.
+    pub fn remembered_after(&self, block: BlockId, len: usize) -> &[(BlockId, u32)] {
+        let path = &self.slots[self.slot_of_block(block) as usize].path;
+        match path.get(len - 1) {
+            Some(&found) if found == (block, self.generation(block)) => &path[len..self.left_of(path)],
+            _ => &[],
+        }
+    }
+
+    /// How many blocks of a path, once in the tree, are still there: tails go before prefixes.
+    fn left_of(&self, path: &[(BlockId, u32)]) -> usize {
+        path.partition_point(|&(block, generation)| self.generation(block) == generation)
     }
 
     /// How often a block has held something else.
@@ -299,16 +312,19 @@ impl Retention {
         self.uses += 1;
     }
 
-    /// Nobody holds a block of the tree any more; a sequence of this session was the last.
-    pub fn add(&mut self, block: BlockId, is_leaf: bool, session: Option<SessionHandle>) {
-        self.blocks[block as usize].used = self.uses;
-        if let Some(session) = session {
-            self.assign(block, session);
+    /// Nobody holds these blocks any more, the end of a path in the tree; a sequence of this session was the last.
+    /// `is_leaf` says whether the path's last block is one.
+    pub fn add_path(&mut self, path: &[BlockId], is_leaf: bool, session: Option<SessionHandle>) {
+        for &block in path {
+            self.blocks[block as usize].used = self.uses;
+            if let Some(session) = session {
+                self.assign(block, session);
+            }
         }
-        self.cached += 1;
-        let slot = self.count(block, 1);
-        if is_leaf {
-            self.lists.push_newest(slot, block);
+        self.count(path, 1);
+        if let Some(&leaf) = path.last().filter(|_| is_leaf) {
+            let slot = self.slot_of_block(leaf);
+            self.lists.push_newest(slot, leaf);
             self.file(slot);
         }
     }
@@ -327,12 +343,14 @@ impl Retention {
         }
     }
 
-    /// A block is held again, or leaves the tree.
-    pub fn take(&mut self, block: BlockId) {
-        self.cached -= 1;
-        let slot = self.count(block, -1);
-        if self.lists.unlink(block) {
-            self.file(slot);
+    /// These blocks, the end of a path in the tree, are held again; or its last leaves the tree. Only that one can be a
+    /// leaf.
+    pub fn take_path(&mut self, path: &[BlockId]) {
+        self.count(path, -1);
+        if let Some(&last) = path.last()
+            && self.lists.unlink(last)
+        {
+            self.file(self.slot_of_block(last));
         }
     }
 
@@ -379,9 +397,9 @@ impl Retention {
             if !self.blocks[leaf as usize].shared {
                 return Some(leaf);
             }
-            self.take(leaf);
+            self.take_path(&[leaf]);
             self.blocks[leaf as usize].session = NOBODY;
-            self.add(leaf, true, None);
+            self.add_path(&[leaf], true, None);
         }
         None
     }
@@ -395,11 +413,16 @@ impl Retention {
         self.slot_of(self.blocks[block as usize].session).unwrap_or(NOBODY.slot)
     }
 
-    /// Counts an unheld block in or out of its slot, which is returned.
-    fn count(&mut self, block: BlockId, change: isize) -> u32 {
-        let slot = self.slot_of_block(block);
-        self.tally(slot, change);
-        slot
+    /// Counts unheld blocks of a path in or out of their slots: at once as far as they are one session's.
+    fn count(&mut self, mut path: &[BlockId], sign: isize) {
+        self.cached = self.cached.strict_add_signed(sign * path.len() as isize);
+        while let Some(&first) = path.first() {
+            let session = self.blocks[first as usize].session;
+            let its =
+                path.iter().take_while(|&&block| self.blocks[block as usize].session == session).count();
+            self.tally(self.slot_of_block(first), sign * its as isize);
+            path = &path[its..];
+        }
     }
 
     /// A slot has so many unheld blocks more, or less.
@@ -407,6 +430,24 @@ impl Retention {
         let entry = &mut self.slots[slot as usize];
         entry.blocks = entry.blocks.strict_add_signed(change);
         self.shares.count(entry.owner, entry.class(), change);
+    }
+
+    /// Counts anew what is counted along the way. `is_unheld` and `is_leaf` are asked of every block: whether it is in the
+    /// tree and nobody's, and whether nothing comes after it there.
+    #[cfg(test)]
+    pub fn check(&self, is_unheld: impl Fn(BlockId) -> bool, is_leaf: impl Fn(BlockId) -> bool) {
+        let mut counts = vec![0; self.slots.len()];
+        for block in 0..self.blocks.len() as BlockId {
+            counts[self.slot_of_block(block) as usize] += usize::from(is_unheld(block));
+            let listed = self.lists.links[block as usize] != UNLINKED;
+            assert_eq!(listed, is_unheld(block) && is_leaf(block), "block {block} waits to be evicted");
+        }
+        assert_eq!(self.cached, counts.iter().sum());
+        assert_eq!(self.slots.iter().map(|slot| slot.blocks).collect::<Vec<_>>(), counts);
+        for class in Class::ALL {
+            let of_class = self.slots.iter().filter(|slot| slot.class() == class);
+            assert_eq!(self.shares.total(class), of_class.map(|slot| slot.blocks).sum());
+        }
     }
 
     /// Puts a slot where it belongs after a change.
@@ -435,6 +476,19 @@ impl Slot {
             _ => Class::Kept,
         }
     }
+}
+
+/// How many blocks two paths in the tree have in common. Where they have the same block, they have all before it.
+fn common_blocks(one: &[(BlockId, u32)], other: &[BlockId]) -> usize {
+    let (mut common, mut end) = (0, one.len().min(other.len()));
+    while common < end {
+        let middle = usize::midpoint(common, end);
+        match one[middle].0 == other[middle] {
+            true => common = middle + 1,
+            false => end = middle,
+        }
+    }
+    common
 }
 
 /// Where an owner's slots of a class wait, in [`Retention::leaves`].

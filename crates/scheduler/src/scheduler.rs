@@ -440,8 +440,8 @@ impl Scheduler {
         self.running.insert(at, id);
         let sequence = self.sequences.get_mut(&id).expect("waiting sequences are known");
         let path = std::mem::take(&mut sequence.cached);
-        path.blocks().for_each(|block| self.pool.retain(block));
         sequence.blocks.extend(path.blocks());
+        self.pool.retain_path(&sequence.blocks);
         sequence.indexed = path.len();
         sequence.computed = path.len() * BLOCK_SIZE;
         if !std::mem::replace(&mut sequence.started, true) {

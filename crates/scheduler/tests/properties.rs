@@ -248,6 +248,9 @@ impl World {
         if !self.config.prefix_cache {
             assert_eq!(counts.cached, 0);
         }
+        let sequences = || self.remaining.keys().filter_map(|&id| self.scheduler.sequence(id));
+        let held: HashSet<_> = sequences().flat_map(|sequence| &sequence.blocks).collect();
+        assert_eq!(counts.used, held.len(), "a block is held by nobody, or lost");
         let running = |id: &SequenceId| !self.scheduler.sequence(*id).unwrap().blocks.is_empty();
         let past_prompt = |id: &SequenceId| {
             let sequence = self.scheduler.sequence(*id).unwrap();
