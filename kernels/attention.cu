@@ -6,6 +6,7 @@
 //
 // attention_decode_D: one query row at a time; the query heads that share a KV head are the rows of one fragment, so that keys
 // and values are read once for all of them; contexts are split into parts of 256 tokens, combined by attention_combine.
+// attention_shared_D: the parts that several rows have in common, for all of them at once.
 // attention_prefill_D: tiles of 64 (token, head) rows over tiles of 64 keys that arrive while others are computed.
 // attention_any: any head size, plain f32 arithmetic; slow.
 // Softmax is kept as in Milakov and Gimelshein 2018 (arXiv:1805.02867), tiles as in Dao 2023 (arXiv:2307.08691),
@@ -13,26 +14,9 @@
 //
 // A row sees the latest `window` tokens, its own included; 0: all. Blocks before a window are not read. `sinks`, where given, has a
 // logit for each head that enters the softmax's sum and brings no value (arXiv:2309.17453).
-#include "common.cuh"
+#include "attention.cuh"
 
-#define BLOCK_TOKENS 16
 #define SPLIT 256
-#define LOG2E 1.4426950408889634f
-
-// How eight elements of the cache become four words of bf16, and four become two.
-__device__ __forceinline__ uint4 load_eight(const bf16* from) { return load_once(from); }
-__device__ __forceinline__ uint2 load_four(const bf16* from) { return *reinterpret_cast<const uint2*>(from); }
-__device__ __forceinline__ uint2 load_four(const e4m3* from) {
-    uint32_t to[2];
-    widen_e4m3(*reinterpret_cast<const uint32_t*>(from), to);
-    return {to[0], to[1]};
-}
-__device__ __forceinline__ uint4 load_eight(const e4m3* from) {
-    const uint2 codes = *reinterpret_cast<const uint2*>(from);
-    uint32_t to[4];
-    widen_e4m3(codes.x, to), widen_e4m3(codes.y, to + 2);
-    return make_uint4(to[0], to[1], to[2], to[3]);
-}
 
 __device__ __forceinline__ void put(bf16* to, float x) { *to = to_bf16(x); }
 __device__ __forceinline__ void put(e4m3* to, float x) { *to = to_e4m3(x); }
@@ -86,51 +70,6 @@ __device__ void rope_and_cache_of(float* qkv, const uint32_t* positions, const u
 ROPE_OF(, bf16)
 ROPE_OF(_fp8, e4m3)
 
-// The first token that a row sees which has `context` tokens behind it, its own included.
-__device__ __forceinline__ int first_seen(int context, int window) { return window > 0 ? max(context - window, 0) : 0; }
-
-// What a sink adds to a sum of exponentials whose maximum, to base 2, is `most`.
-__device__ __forceinline__ float sink_share(const float* sinks, size_t head, float most) {
-    return sinks ? exp2f(sinks[head] * LOG2E - most) : 0.0f;
-}
-
-// Folds 8 or 16 columns of new scores into the running maximum and sum of the two rows that a lane has: rescales `o`, turns
-// scores into weights. The four lanes of a quad hold a row.
-template <int COLUMNS, int OUTPUTS>
-__device__ __forceinline__ void softmax_step(float (&s)[COLUMNS][4], float (&o)[OUTPUTS][4], float (&most)[2], float (&total)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float best = most[r];
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) best = fmaxf(best, fmaxf(s[c][2 * r], s[c][2 * r + 1]));
-        best = fmaxf(best, __shfl_xor_sync(FULL, best, 1));
-        best = fmaxf(best, __shfl_xor_sync(FULL, best, 2));
-        // Within a window a tile may hold nothing that a row sees.
-        const float base = best == NEG_INFINITY ? 0.0f : best;
-        const float old = exp2f(most[r] - base);
-        most[r] = best;
-        total[r] *= old;
-#pragma unroll
-        for (int c = 0; c < OUTPUTS; c++) o[c][2 * r] *= old, o[c][2 * r + 1] *= old;
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++)
-#pragma unroll
-            for (int i = 2 * r; i < 2 * r + 2; i++) {
-                s[c][i] = exp2f(s[c][i] - base);
-                total[r] += s[c][i];
-            }
-    }
-}
-
-// Sums the quad's shares of the rows' totals.
-__device__ __forceinline__ void sum_quads(float (&total)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        total[r] += __shfl_xor_sync(FULL, total[r], 1);
-        total[r] += __shfl_xor_sync(FULL, total[r], 2);
-    }
-}
-
 // o += weights * values for 16 tokens, of which a lane holds `WORDS` words of the values of four: tokens 2 * quad, + 1, + 8, + 9.
 // Output fragment `at + j` holds element j of every lane group's words.
 template <int WORDS, int OUTPUTS>
@@ -142,31 +81,39 @@ __device__ __forceinline__ void add_values(float (&o)[OUTPUTS][4], int at, const
     }
 }
 
-// Grid: (splits, kv_heads * heads of a group / 16, rows); block: 128. rows[] names the batch's rows to do.
-template <int DIM, class KV>
-__device__ void attention_decode(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window) {
-    __shared__ float merged[16][DIM];
-    __shared__ float all_most[4][16], all_total[4][16];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
-    const int row = rows[blockIdx.z], context = row_contexts[row], first_token = first_seen(context, window);
-    const int base = first_token / BLOCK_TOKENS * BLOCK_TOKENS, begin = base + blockIdx.x * SPLIT;
-    if (begin >= context) return;
-    const int end = min(begin + SPLIT, context);
-    const int shared_by = heads / kv_heads, parts = (shared_by + 15) / 16;
-    const int kv_head = blockIdx.y / parts, first = blockIdx.y % parts * 16, count = min(16, shared_by - first);
-    const size_t head = static_cast<size_t>(kv_head) * shared_by + first;
-    const float* q = qkv + static_cast<size_t>(row) * (heads + 2 * kv_heads) * DIM + head * DIM;
-    const uint32_t* table = tables + row_tables[row];
+// What the four warps of a fragment find over some tokens, for 16 (row, head) pairs: values weighted by exponentials and added, and of
+// each warp the largest score and the sum of exponentials. most + log2(total) is the logarithm of the softmax's denominator over these tokens:
+// what results over other tokens of the same row are combined by.
+template <int DIM>
+struct Found {
+    float outputs[16][DIM];
+    float most[4][16], total[4][16];
+};
 
-    // Queries: of every 32 elements a lane has 8 neighbouring ones of two heads, as it has of keys.
+// A pair's largest score and sum of exponentials over the four warps.
+template <int DIM>
+__device__ __forceinline__ void add_warps(const Found<DIM>& found, int pair, float& most, float& total) {
+    most = NEG_INFINITY, total = 0.0f;
+    for (int w = 0; w < 4; w++) most = fmaxf(most, found.most[w][pair]);
+    for (int w = 0; w < 4; w++)
+        if (found.total[w][pair] != 0.0f) total += found.total[w][pair] * exp2f(found.most[w][pair] - most);
+}
+
+// Attention of a fragment's pairs over the tokens from `begin` to `end` of a block table, those before `first_token` left out. `q`: the queries of
+// this lane's two pairs, null for none; `warp`: which of the fragment's four, which take the blocks in turn. All threads of the block must be
+// here. A pair's result does not depend on the others: a fragment of one row and one of several sequences come to the same bits.
+template <int DIM, bool AGAIN, class KV>
+__device__ __forceinline__ void attend(Found<DIM>& found, int warp, const float* const (&q)[2], const KV* keys, const KV* values, const uint32_t* table, int kv_heads, int kv_head, int begin, int end, int first_token, float scale) {
+    const int lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
+    // Queries: of every 32 elements a lane has 8 neighbouring ones of two pairs, as it has of keys.
     uint32_t qs[DIM / 16][4];
 #pragma unroll
     for (int c = 0; c < DIM / 32; c++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float e[8] = {};
-            if (group + 8 * r < count) {
-                const float* from = q + (group + 8 * r) * DIM + c * 32 + quad * 8;
+            if (q[r]) {
+                const float* from = q[r] + c * 32 + quad * 8;
                 for (int i = 0; i < 8; i++) e[i] = from[i];
             }
             qs[2 * c][r] = pack(e[0], e[1]), qs[2 * c][r + 2] = pack(e[2], e[3]);
@@ -184,7 +131,7 @@ __device__ void attention_decode(const float* qkv, const KV* keys, const KV* val
 #pragma unroll
             for (int c = 0; c < DIM / 32; c++) {
                 int token = t * 8 + group;
-                k[t][c] = token >= unseen && token < left ? load_eight(keys + at + token * DIM + c * 32 + quad * 8) : make_uint4(0, 0, 0, 0);
+                k[t][c] = token >= unseen && token < left ? load_keys<AGAIN>(keys + at + token * DIM + c * 32 + quad * 8) : make_uint4(0, 0, 0, 0);
             }
         // Weights of zero do not undo values that are not finite: what is not there is read as zeros.
         uint32_t v[DIM / 64][4][4], tail[4][2];
@@ -195,7 +142,7 @@ __device__ void attention_decode(const float* qkv, const KV* keys, const KV* val
             const bool seen = token >= unseen && token < left;
 #pragma unroll
             for (int h = 0; h < DIM / 64; h++) {
-                uint4 x = seen ? load_eight(from + h * 64 + group * 8) : make_uint4(0, 0, 0, 0);
+                uint4 x = seen ? load_keys<AGAIN>(from + h * 64 + group * 8) : make_uint4(0, 0, 0, 0);
                 v[h][t][0] = x.x, v[h][t][1] = x.y, v[h][t][2] = x.z, v[h][t][3] = x.w;
             }
             if (DIM % 64) {
@@ -229,12 +176,12 @@ __device__ void attention_decode(const float* qkv, const KV* keys, const KV* val
 
     // The four warps' results, added in order.
     if (quad == 0)
-        for (int r = 0; r < 2; r++) all_most[warp][group + 8 * r] = most[r], all_total[warp][group + 8 * r] = total[r];
+        for (int r = 0; r < 2; r++) found.most[warp][group + 8 * r] = most[r], found.total[warp][group + 8 * r] = total[r];
     __syncthreads();
     float share[2];
     for (int r = 0; r < 2; r++) {
         float best = NEG_INFINITY;
-        for (int w = 0; w < 4; w++) best = fmaxf(best, all_most[w][group + 8 * r]);
+        for (int w = 0; w < 4; w++) best = fmaxf(best, found.most[w][group + 8 * r]);
         // A warp that had no tokens has nothing to add, whatever the others found.
         share[r] = most[r] == NEG_INFINITY && total[r] == 0.0f ? 0.0f : exp2f(most[r] - best);
     }
@@ -247,28 +194,79 @@ __device__ void attention_decode(const float* qkv, const KV* keys, const KV* val
                     // The place that element j % 8 (or % 4) of a lane group's words has in the head.
                     const int column = quad * 2 + i % 2, whole = DIM / 64 * 8;
                     const int at = j < whole ? j / 8 * 64 + column * 8 + j % 8 : DIM / 64 * 64 + column * 4 + (j - whole);
-                    float* to = &merged[group + i / 2 * 8][at];
+                    float* to = &found.outputs[group + i / 2 * 8][at];
                     *to = (w ? *to : 0.0f) + o[j][i] * share[i / 2];
                 }
         }
         __syncthreads();
     }
+}
+
+// Grid: (splits, kv_heads * heads of a group / 16, rows); block: 128. rows[] names the batch's rows to do; `shared`, where given, how many of
+// a row's first splits attention_shared does.
+template <int DIM, class KV>
+__device__ void attention_decode(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window, const uint32_t* shared) {
+    __shared__ Found<DIM> found;
+    if (shared && blockIdx.x < shared[blockIdx.z]) return;
+    const int row = rows[blockIdx.z], context = row_contexts[row], first_token = first_seen(context, window);
+    const int base = first_token / BLOCK_TOKENS * BLOCK_TOKENS, begin = base + blockIdx.x * SPLIT;
+    if (begin >= context) return;
+    const int shared_by = heads / kv_heads, parts = (shared_by + 15) / 16;
+    const int kv_head = blockIdx.y / parts, first = blockIdx.y % parts * 16, count = min(16, shared_by - first);
+    const size_t head = static_cast<size_t>(kv_head) * shared_by + first;
+    const float* first_query = qkv + static_cast<size_t>(row) * (heads + 2 * kv_heads) * DIM + head * DIM;
+    const float* q[2];
+    for (int r = 0; r < 2; r++) {
+        const int pair = threadIdx.x % WARP / 4 + 8 * r;
+        q[r] = pair < count ? first_query + pair * DIM : nullptr;
+    }
+    attend<DIM, false>(found, threadIdx.x / WARP, q, keys, values, tables + row_tables[row], kv_heads, kv_head, begin, min(begin + SPLIT, context), first_token, scale);
+
     const bool alone = context - base <= SPLIT;
     const size_t splits = gridDim.x;
     for (int i = threadIdx.x; i < count * DIM; i += blockDim.x) {
         const int h = i / DIM, d = i % DIM;
-        float best = NEG_INFINITY, sum = 0.0f;
-        for (int w = 0; w < 4; w++) best = fmaxf(best, all_most[w][h]);
-        for (int w = 0; w < 4; w++)
-            if (all_total[w][h] != 0.0f) sum += all_total[w][h] * exp2f(all_most[w][h] - best);
+        float best, sum;
+        add_warps(found, h, best, sum);
         if (alone) {
             sum += sink_share(sinks, head + h, best);
-            out[(static_cast<size_t>(row) * heads + head + h) * DIM + d] = to_bf16(merged[h][d] / sum);
+            out[(static_cast<size_t>(row) * heads + head + h) * DIM + d] = to_bf16(found.outputs[h][d] / sum);
         } else {
             const size_t part = (blockIdx.z * static_cast<size_t>(heads) + head + h) * splits + blockIdx.x;
-            partial[part * DIM + d] = merged[h][d];
+            partial[part * DIM + d] = found.outputs[h][d];
             if (d == 0) partial_sums[2 * part] = best, partial_sums[2 * part + 1] = sum;
         }
+    }
+}
+
+// Splits of 256 tokens that several rows have in common, as sequences that begin alike have, and a sequence's drafted tokens: a part for each
+// of the rows, the same as attention_decode's, of keys and values that are read once for all. A tile: {first of its rows in rows[], their number, where
+// a block table of theirs begins, first split, and above 16 bits the one after the last}; its (row, head) pairs are 32 at most, of which four warps
+// take 16. Of rows[], those from `first` on, `count` of them, are done. Grid: (tiles, splits of the longest tile, kv_heads); block: 256.
+template <int DIM, class KV>
+__device__ void attention_shared(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint4* tiles, float* partial, float* partial_sums, int first, int count, int splits, int heads, int kv_heads, float scale) {
+    __shared__ Found<DIM> found[2];
+    const uint4 tile = tiles[blockIdx.x];
+    const int from = max(static_cast<int>(tile.x), first), to = min(static_cast<int>(tile.x + tile.y), first + count);
+    const int split = (tile.w & 0xffff) + blockIdx.y, kv_head = blockIdx.z;
+    if (from >= to || split >= static_cast<int>(tile.w >> 16)) return;
+    const int shared_by = heads / kv_heads, pairs = (to - from) * shared_by;
+    const int fragment = threadIdx.x / (4 * WARP), warp = threadIdx.x / WARP % 4;
+    const float* q[2];
+    for (int r = 0; r < 2; r++) {
+        const int pair = fragment * 16 + threadIdx.x % WARP / 4 + 8 * r;
+        const size_t head = static_cast<size_t>(kv_head) * shared_by + pair % shared_by;
+        q[r] = pair < pairs ? qkv + rows[from + pair / shared_by] * static_cast<size_t>(heads + 2 * kv_heads) * DIM + head * DIM : nullptr;
+    }
+    // Warps without pairs have no tokens either.
+    const int begin = split * SPLIT, end = begin + (fragment * 16 < pairs ? SPLIT : 0);
+    attend<DIM, true>(found[fragment], warp, q, keys, values, tables + tile.z, kv_heads, kv_head, begin, end, 0, scale);
+    for (int i = threadIdx.x; i < pairs * DIM; i += blockDim.x) {
+        const int pair = i / DIM, d = i % DIM;
+        const size_t head = static_cast<size_t>(kv_head) * shared_by + pair % shared_by;
+        const size_t part = ((from - first + pair / shared_by) * static_cast<size_t>(heads) + head) * splits + split;
+        partial[part * DIM + d] = found[pair / 16].outputs[pair % 16][d];
+        if (d == 0) add_warps(found[pair / 16], pair % 16, partial_sums[2 * part], partial_sums[2 * part + 1]);
     }
 }
 
@@ -411,14 +409,18 @@ __device__ void attention_prefill(const float* qkv, const KV* keys, const KV* va
     }
 }
 
-#define FOR_DIM(D, NAME, KV)                                                                                                                                                                                                                                                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(128) attention_decode_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window) { \
-        attention_decode<D, KV>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, partial, partial_sums, heads, kv_heads, scale, sinks, window);                                                                                                                                                                                                   \
-    }                                                                                                                                                                                                                                                                                                                                                              \
-    KERNEL(attention_decode_##D##NAME)                                                                                                                                                                                                                                                                                                                             \
-    extern "C" __global__ void __launch_bounds__(128) attention_prefill_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) {                                                                                              \
-        attention_prefill<D, KV>(qkv, keys, values, tiles, tables, out, heads, kv_heads, scale, sinks, window);                                                                                                                                                                                                                                                  \
-    }                                                                                                                                                                                                                                                                                                                                                              \
+#define FOR_DIM(D, NAME, KV)                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(128) attention_decode_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window, const uint32_t* shared) { \
+        attention_decode<D, KV>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, partial, partial_sums, heads, kv_heads, scale, sinks, window, shared); \
+    }                                                                                                                                     \
+    KERNEL(attention_decode_##D##NAME)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_shared_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint4* tiles, float* partial, float* partial_sums, int first, int count, int splits, int heads, int kv_heads, float scale) { \
+        attention_shared<D, KV>(qkv, keys, values, rows, tables, tiles, partial, partial_sums, first, count, splits, heads, kv_heads, scale); \
+    }                                                                                                                                     \
+    KERNEL(attention_shared_##D##NAME)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(128) attention_prefill_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) { \
+        attention_prefill<D, KV>(qkv, keys, values, tiles, tables, out, heads, kv_heads, scale, sinks, window);                           \
+    }                                                                                                                                     \
     KERNEL(attention_prefill_##D##NAME)
 FOR_DIM(64, , bf16)
 FOR_DIM(96, , bf16)

@@ -32,6 +32,12 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
                  : "l"(from));
     return v;
 }
+// The same where other warps of the block read them soon.
+__device__ __forceinline__ uint4 load_again(const void* from) {
+    uint4 v;
+    asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
 
 // Copies 16 bytes from global to shared memory without waiting; writes zeros where `valid` is false.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
@@ -68,6 +74,12 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// 2^x to two units of the last place; what is subnormal becomes zero.
+__device__ __forceinline__ float fast_exp2(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
 }
 // Products of two pairs of bf16, rounded; subnormal numbers count.
 __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {

@@ -155,6 +155,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __int_as_float(int x) { float f; memcpy(&f, &x, 4); return f; }
 inline float __uint_as_float(uint32_t x) { float f; memcpy(&f, &x, 4); return f; }
 inline uint32_t __float_as_uint(float f) { uint32_t x; memcpy(&x, &f, 4); return x; }
+inline float fast_exp2(float x) { return exp2f(x); }
 inline int __float2int_rn(float f) { return static_cast<int>(nearbyintf(f)); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
@@ -177,6 +178,7 @@ inline uint4 load_once(const void* from) {
     memcpy(&v, from, 16);
     return v;
 }
+inline uint4 load_again(const void* from) { return load_once(from); }
 
 // ---- other devices and the host: threads of this process ----
 

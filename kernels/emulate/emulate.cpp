@@ -9,6 +9,7 @@
 #include "../rows.cu"
 #include "../matmul.cu"
 #include "../attention.cu"
+#include "../attention_wgmma.cu"
 #include "../moe.cu"
 #include "../sample.cu"
 #include "../collectives.cu"
@@ -32,6 +33,7 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<unsigned char[]> stack;
     std::vector<std::vector<Copy>> groups;  // copies under way, the last group still open
+    std::vector<std::vector<std::function<void()>>> products;  // products under way, the same
 };
 
 thread_local std::vector<Fiber> fibers;
@@ -91,6 +93,7 @@ void run_block(unsigned threads) {
         fibers[t].state = READY;
         fibers[t].begun = false;
         fibers[t].groups.assign(1, {});
+        fibers[t].products.assign(1, {});
     }
     for (;;) {
         bool moved = false;
@@ -120,6 +123,17 @@ void __syncthreads() { leave(AT_BLOCK); }
 void wait_for_warp() { leave(AT_WARP); }
 unsigned char (*lane_slots())[64] { return slots[running / 32]; }
 unsigned char* dynamic_shared() { return shared_memory.data() + (16 - reinterpret_cast<uintptr_t>(shared_memory.data()) % 16) % 16; }
+
+void products_push(std::function<void()> product) { fibers[running].products.back().push_back(std::move(product)); }
+void products_commit() { fibers[running].products.emplace_back(); }
+void products_wait_for(int pending) {
+    auto& groups = fibers[running].products;
+    while (static_cast<int>(groups.size()) - 1 > pending) {
+        for (const auto& product : groups.front()) product();
+        groups.erase(groups.begin());
+    }
+    wait_for_warp();
+}
 
 void copy_async(void* shared, const void* global, bool valid) {
     if (reinterpret_cast<uintptr_t>(shared) % 16 || (valid && reinterpret_cast<uintptr_t>(global) % 16))

@@ -5,7 +5,7 @@
 //!
 //!     cargo bench -p rudder-cuda [-- --json FILE] [--bandwidth TB/S --arithmetic TFLOP/S]
 
-use rudder_cuda::{Cuda, Matrix, Tensor};
+use rudder_cuda::{Cuda, Matrix, PrefillKernel, SharedPrefixes, Tensor};
 use rudder_ops::{
     AttentionShape, Backend, Batch, DType, ExpertWeights, RawTensor, Result, Rope, RopePairing, SampleRow,
     SamplingParams,
@@ -210,15 +210,59 @@ impl Bench {
             self.cuda.begin(&batch)?;
             let pairs = (new * context - new * (new - 1) / 2) as f64;
             let operations = 4.0 * pairs * LLAMA.out_width() as f64;
-            let name = format!("prefill attention, {new} of {context}");
-            self.time(name, context as f64 * token, operations, |cuda, _| {
-                cuda.attention(&qkv, &LLAMA, Default::default(), 0, &cache, &mut out)
-            })?;
+            for kernel in [PrefillKernel::Mma, PrefillKernel::Wgmma] {
+                if self.cuda.set_prefill_kernel(kernel).is_err() {
+                    continue;
+                }
+                self.cuda.begin(&batch)?;
+                let name = format!("prefill attention, {new} of {context}, {kernel:?}");
+                self.time(name, context as f64 * token, operations, |cuda, _| {
+                    cuda.attention(&qkv, &LLAMA, Default::default(), 0, &cache, &mut out)
+                })?;
+            }
+            self.cuda.set_prefill_kernel(PrefillKernel::Auto)?;
+            self.cuda.begin(&batch)?;
             let bytes = (new * (width * 8 + 2 * LLAMA.kv_heads * LLAMA.head_dim * 2)) as f64;
             self.time(format!("rope and cache, {new} rows"), bytes, 0.0, |cuda, _| {
                 cuda.rope_and_cache(&mut qkv, &LLAMA, None, 0, &mut cache)
             })?;
         }
+        Ok(())
+    }
+
+    /// Sequences that begin alike, and one with drafted tokens: each row by itself, and what they share once.
+    fn shared_prefixes(&mut self) -> Result<()> {
+        let token = (LLAMA.kv_heads * LLAMA.head_dim * 4) as f64;
+        for (sequences, rows, context, shared) in [
+            (16usize, 1usize, 16_000usize, 8000usize),
+            (64, 1, 8000, 6144),
+            (64, 1, 40_000, 8000),
+            (1, 8, 32_000, 0),
+        ] {
+            let (own, shared) = ((context - shared).div_ceil(16) as u32, shared as u32 / 16);
+            let cache = self.cuda.kv_cache(1, &LLAMA, shared as usize + sequences * own as usize)?;
+            let [_, qkv] = self.rows(sequences * rows, LLAMA.qkv_width())?;
+            let mut out = self.cuda.tensor(sequences * rows, LLAMA.out_width())?;
+            let mut batch = Batch::default();
+            for s in 0..sequences as u32 {
+                let table: Vec<u32> = (0..shared).chain(shared + s * own..shared + (s + 1) * own).collect();
+                batch.push(&vec![0; rows], 16 * table.len() - rows, &table, rows);
+            }
+            let read = 16.0 * f64::from(shared + sequences as u32 * own);
+            let operations = 4.0 * (sequences * rows * context * LLAMA.out_width()) as f64;
+            for when in [SharedPrefixes::Never, SharedPrefixes::Always] {
+                self.cuda.set_shared_prefixes(when);
+                self.cuda.begin(&batch)?;
+                let name = format!(
+                    "shared {shared}, {sequences} x {rows} of {context}, {when:?}",
+                    shared = 16 * shared
+                );
+                self.time(name, read * token, operations, |cuda, _| {
+                    cuda.attention(&qkv, &LLAMA, Default::default(), 0, &cache, &mut out)
+                })?;
+            }
+        }
+        self.cuda.set_shared_prefixes(SharedPrefixes::Auto);
         Ok(())
     }
 
@@ -312,6 +356,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     bench.linear()?;
     bench.linear_fp8()?;
     bench.attention()?;
+    bench.shared_prefixes()?;
     bench.moe()?;
     bench.sample()?;
     if let Some(path) = option("--json") {

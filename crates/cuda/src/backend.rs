@@ -4,19 +4,20 @@
 //! residual stream, what matrices put out and logits are f32.
 
 use crate::device::{Buffer, Device, Grid};
-use crate::kv::{self, KvCache, KvDType, Parts, Rotations, half_block};
+use crate::kv::{self, KvCache, KvDType, Parts, PrefillKernel, Rotations, half_block};
 use crate::matmul::{Matrix, Multiplier, Vector};
 use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack};
 use crate::peers::{PeerAccess, Peers};
 use crate::sample::Sampler;
+use crate::shared_prefix::SharedPrefixes;
 use crate::step::{List, Step, is_decode};
 use crate::tensor::{Format, Tensor, check};
 use crate::upload::Uploader;
 use crate::weights::Weights;
 use rudder_comm::Member;
 use rudder_ops::{
-    Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, OpError, QkNorm,
-    Rank, RawTensor, Result, Rope, SampleRow, Sampled, SamplerScratch, sample_row,
+    Activation, AttentionOptions, AttentionShape, BLOCK_SIZE, Backend, Batch, DType, ExpertWeights, OpError,
+    QkNorm, Rank, RawTensor, Result, Rope, SampleRow, Sampled, SamplerScratch, sample_row,
 };
 
 /// A GPU as a [`Backend`].
@@ -84,6 +85,8 @@ impl Cuda {
     }
 
     fn on(name: String, device: Device) -> Result<Self> {
+        let mut step = Step::new();
+        step.wgmma = device.has_wgmma();
         Ok(Self {
             name,
             uploader: Uploader::new(&device)?,
@@ -91,7 +94,7 @@ impl Cuda {
             moe: moe::Buffers::default(),
             sampler: Sampler::default(),
             scratch: SamplerScratch::default(),
-            step: Step::new(),
+            step,
             rope: None,
             parts: None,
             kv_dtype: KvDType::default(),
@@ -135,6 +138,24 @@ impl Cuda {
     /// If what was queued before cannot be run.
     pub fn set_graphs(&mut self, on: bool) -> Result<()> {
         self.device.set_graphs(on)
+    }
+
+    /// When keys that several rows of a step see are read once for all of them.
+    pub fn set_shared_prefixes(&mut self, when: SharedPrefixes) {
+        self.step.prefix.when = when;
+    }
+
+    /// Chooses the kernel for the attention of prompts, from the next step on.
+    ///
+    /// # Errors
+    /// If the device does not have it.
+    pub fn set_prefill_kernel(&mut self, kernel: PrefillKernel) -> Result<()> {
+        let has = self.device.has_wgmma();
+        check(has || kernel != PrefillKernel::Wgmma, || {
+            format!("{} has no products of warpgroups; Hopper alone has", self.name)
+        })?;
+        self.step.wgmma = has && kernel != PrefillKernel::Mma;
+        Ok(())
     }
 
     /// Kinds of decode steps that run as CUDA graphs by now.
@@ -267,6 +288,7 @@ impl Backend for Cuda {
         self.parts = None; // first give back, then take
         self.parts = Some(Parts::new(&self.device, shape, context)?);
         self.step.shape = Some(*shape);
+        self.step.prefix.token_bytes = self.kv_block_bytes(shape) / BLOCK_SIZE;
         Ok(cache)
     }
 

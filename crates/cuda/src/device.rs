@@ -47,6 +47,10 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("attention_decode_96", 0),
     ("attention_decode_128", 0),
     ("attention_decode_256", 0),
+    ("attention_shared_64", 0),
+    ("attention_shared_96", 0),
+    ("attention_shared_128", 0),
+    ("attention_shared_256", 0),
     ("attention_prefill_64", attention_prefill_shared(64)),
     ("attention_prefill_96", attention_prefill_shared(96)),
     ("attention_prefill_128", attention_prefill_shared(128)),
@@ -57,10 +61,22 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("attention_decode_96_fp8", 0),
     ("attention_decode_128_fp8", 0),
     ("attention_decode_256_fp8", 0),
+    ("attention_shared_64_fp8", 0),
+    ("attention_shared_96_fp8", 0),
+    ("attention_shared_128_fp8", 0),
+    ("attention_shared_256_fp8", 0),
     ("attention_prefill_64_fp8", attention_prefill_shared(64)),
     ("attention_prefill_96_fp8", attention_prefill_shared(96)),
     ("attention_prefill_128_fp8", attention_prefill_shared(128)),
     ("attention_prefill_256_fp8", attention_prefill_shared(256)),
+    ("attention_wgmma_64", attention_wgmma_shared(64)),
+    ("attention_wgmma_96", attention_wgmma_shared(96)),
+    ("attention_wgmma_128", attention_wgmma_shared(128)),
+    ("attention_wgmma_256", attention_wgmma_shared(256)),
+    ("attention_wgmma_64_fp8", attention_wgmma_shared(64)),
+    ("attention_wgmma_96_fp8", attention_wgmma_shared(96)),
+    ("attention_wgmma_128_fp8", attention_wgmma_shared(128)),
+    ("attention_wgmma_256_fp8", attention_wgmma_shared(256)),
     ("moe_route", 0),
     ("moe_count", 0),
     ("moe_offsets", 0),
@@ -80,6 +96,12 @@ pub(crate) const MATMUL_TILES_SHARED: u32 = 3 * 2 * 128 * 64 * 2;
 /// FP8.
 pub(crate) const fn attention_prefill_shared(head_dim: u32) -> u32 {
     2 * 2 * 64 * (head_dim + 8) * 2
+}
+
+/// 128 queries, two tiles of keys and two of values, of 128 tokens or, where heads are large, 64; and room for them to begin on 1 KiB.
+pub(crate) const fn attention_wgmma_shared(head_dim: u32) -> u32 {
+    let tokens = if head_dim > 128 { 64 } else { 128 };
+    (128 + 4 * tokens) * head_dim * 2 + 1024
 }
 
 /// A device; clones are the same one.
@@ -251,6 +273,15 @@ impl Device {
             Kind::Gpu(gpu) => gpu.memory().map(|(free, total)| (free as u64, total as u64)),
             #[cfg(feature = "emulate")]
             Kind::Emulated => Ok((1 << 20, 2 << 20)),
+        }
+    }
+
+    /// Whether it has Hopper's products of warpgroups, which nothing before or after it has.
+    pub fn has_wgmma(&self) -> bool {
+        match self.kind() {
+            Kind::Gpu(gpu) => gpu.compute_capability() == (9, 0),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => true,
         }
     }
 

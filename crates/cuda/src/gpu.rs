@@ -14,6 +14,7 @@ pub(crate) struct Gpu {
     context: sys::CUcontext,
     stream: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
+    compute_capability: (i32, i32),
 }
 
 /// A point in the queue of work.
@@ -60,7 +61,12 @@ impl Gpu {
         if let Some((name, _)) = KERNELS.iter().find(|(name, _)| !functions.contains_key(name)) {
             return Err(OpError::Backend(format!("kernel {name} is in none of the embedded images")));
         }
-        Ok(Self { context, stream, functions })
+        Ok(Self { context, stream, functions, compute_capability: gpu.compute_capability })
+    }
+
+    /// Major and minor number of its architecture.
+    pub fn compute_capability(&self) -> (i32, i32) {
+        self.compute_capability
     }
 
     /// The stream that all work is queued on.

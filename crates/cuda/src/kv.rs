@@ -3,9 +3,9 @@
 //! Keys and values of a layer are arrays `[blocks, kv_heads, BLOCK_SIZE, head_dim]` of bf16 or FP8; the layers of each lie one after
 //! another.
 
-use crate::device::{Arg, Buffer, Device, Grid, attention_prefill_shared};
+use crate::device::{Arg, Buffer, Device, Grid, attention_prefill_shared, attention_wgmma_shared};
 use crate::matmul::Vector;
-use crate::step::{HEAD_DIMS, List, SPLIT, Step};
+use crate::step::{List, SPLIT, Step};
 use crate::tensor::{Format, Tensor, check};
 use rudder_ops::{AttentionOptions, AttentionShape, BLOCK_SIZE, OpError, QkNorm, Result, Rope, RopePairing};
 
@@ -13,6 +13,38 @@ use rudder_ops::{AttentionOptions, AttentionShape, BLOCK_SIZE, OpError, QkNorm, 
 const PARTS: usize = 64 << 20;
 /// The largest head that `attention_any` takes; `MOST_DIM` in attention.cu.
 const MOST_DIM: usize = 512;
+
+/// The kernels for heads of one size and one dtype.
+struct Kernels {
+    decode: &'static str,
+    shared: &'static str,
+    prefill: &'static str,
+    wgmma: &'static str,
+}
+
+/// Their names.
+macro_rules! kernels {
+    ($of:literal) => {
+        Kernels {
+            decode: concat!("attention_decode_", $of),
+            shared: concat!("attention_shared_", $of),
+            prefill: concat!("attention_prefill_", $of),
+            wgmma: concat!("attention_wgmma_", $of),
+        }
+    };
+}
+
+/// Which kernel computes the attention of prompts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PrefillKernel {
+    /// The one of warpgroups where the GPU has them.
+    #[default]
+    Auto,
+    /// That of warps (`mma.sync`), which every GPU runs.
+    Mma,
+    /// That of Hopper's warpgroups (`wgmma`).
+    Wgmma,
+}
 
 /// How keys and values are stored.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -57,38 +89,18 @@ impl KvDType {
         }
     }
 
-    /// The kernels for decode and for prefill of heads of this size.
-    fn kernels(self, head_dim: usize) -> Option<(&'static str, &'static str)> {
-        let at = HEAD_DIMS.iter().position(|&dim| dim == head_dim)?;
-        Some(match self {
-            Self::Bf16 => (
-                [
-                    "attention_decode_64",
-                    "attention_decode_96",
-                    "attention_decode_128",
-                    "attention_decode_256",
-                ][at],
-                [
-                    "attention_prefill_64",
-                    "attention_prefill_96",
-                    "attention_prefill_128",
-                    "attention_prefill_256",
-                ][at],
-            ),
-            Self::Fp8 => (
-                [
-                    "attention_decode_64_fp8",
-                    "attention_decode_96_fp8",
-                    "attention_decode_128_fp8",
-                    "attention_decode_256_fp8",
-                ][at],
-                [
-                    "attention_prefill_64_fp8",
-                    "attention_prefill_96_fp8",
-                    "attention_prefill_128_fp8",
-                    "attention_prefill_256_fp8",
-                ][at],
-            ),
+    /// The kernels for heads of this size, where it has some of its own.
+    fn kernels(self, head_dim: usize) -> Option<Kernels> {
+        Some(match (self, head_dim) {
+            (Self::Bf16, 64) => kernels!("64"),
+            (Self::Bf16, 96) => kernels!("96"),
+            (Self::Bf16, 128) => kernels!("128"),
+            (Self::Bf16, 256) => kernels!("256"),
+            (Self::Fp8, 64) => kernels!("64_fp8"),
+            (Self::Fp8, 96) => kernels!("96_fp8"),
+            (Self::Fp8, 128) => kernels!("128_fp8"),
+            (Self::Fp8, 256) => kernels!("256_fp8"),
+            _ => return None,
         })
     }
 }
@@ -287,9 +299,9 @@ pub(crate) fn attention(
     let (kv, dtype) = (cache.layer(layer), cache.dtype);
     let call = Call { device, step, parts, qkv, kv, dtype, out, shape, window, sinks };
     match dtype.kernels(shape.head_dim) {
-        Some((decode, prefill)) => {
-            call.prefill(prefill)?;
-            call.decode(decode)
+        Some(kernels) => {
+            call.prefill(&kernels)?;
+            call.decode(&kernels)
         }
         None => call.any(),
     }
@@ -321,7 +333,7 @@ impl Call<'_> {
         self.step.splits.min(most)
     }
 
-    fn prefill(&self, kernel: &'static str) -> Result<()> {
+    fn prefill(&self, kernels: &Kernels) -> Result<()> {
         let AttentionShape { heads, kv_heads, head_dim, scale } = self.shape;
         let args = [
             self.qkv.into(),
@@ -336,12 +348,16 @@ impl Call<'_> {
             self.sinks,
             self.window(),
         ];
-        let grid = Grid::of([kv_heads, self.step.len(List::Tiles) / 4, 1], 128);
-        self.device.launch(kernel, grid, attention_prefill_shared(head_dim as u32), &args)
+        let (kernel, threads, shared) = match self.step.wgmma {
+            true => (kernels.wgmma, 256, attention_wgmma_shared(head_dim as u32)),
+            false => (kernels.prefill, 128, attention_prefill_shared(head_dim as u32)),
+        };
+        let grid = Grid::of([kv_heads, self.step.len(List::Tiles) / 4, 1], threads);
+        self.device.launch(kernel, grid, shared, &args)
     }
 
     /// As many rows at a time as there is room for the parts of.
-    fn decode(&self, kernel: &'static str) -> Result<()> {
+    fn decode(&self, kernels: &Kernels) -> Result<()> {
         let AttentionShape { heads, kv_heads, head_dim, scale } = self.shape;
         let (rows, splits) = (self.step.len(List::Alone), self.splits());
         let most = if splits == 1 { rows } else { self.parts.room / (heads * splits) };
@@ -351,6 +367,7 @@ impl Call<'_> {
         let groups = kv_heads * (heads / kv_heads).div_ceil(16);
         for first in (0..rows).step_by(most.max(1)) {
             let rows = most.min(rows - first);
+            let shared = self.shared(kernels.shared, first, rows)?;
             let args = [
                 self.qkv.into(),
                 self.kv[0],
@@ -367,13 +384,43 @@ impl Call<'_> {
                 scale.into(),
                 self.sinks,
                 self.window(),
+                shared,
             ];
-            self.device.launch(kernel, Grid::of([splits, groups, rows], 128), 0, &args)?;
+            self.device.launch(kernels.decode, Grid::of([splits, groups, rows], 128), 0, &args)?;
             if splits > 1 {
                 self.combine(first, rows, head_dim)?;
             }
         }
         Ok(())
+    }
+
+    /// What `rows` rows from `first` on share, if anything; returns how many splits of each that is.
+    fn shared(&self, kernel: &'static str, first: usize, rows: usize) -> Result<Arg> {
+        let AttentionShape { heads, kv_heads, scale, .. } = self.shape;
+        let tiles = self.step.len(List::SharedTiles) / 4;
+        // Within a window rows see different parts of what they share.
+        if tiles == 0 || self.window.is_some() {
+            return Ok(Arg::NULL);
+        }
+        let args = [
+            self.qkv.into(),
+            self.kv[0],
+            self.kv[1],
+            self.step.arg(List::Alone),
+            self.step.arg(List::Tables),
+            self.step.arg(List::SharedTiles),
+            (&self.parts.outputs).into(),
+            (&self.parts.sums).into(),
+            first.into(),
+            rows.into(),
+            self.splits().into(),
+            heads.into(),
+            kv_heads.into(),
+            scale.into(),
+        ];
+        let grid = Grid::of([tiles, self.step.prefix.splits, kv_heads], 256);
+        self.device.launch(kernel, grid, 0, &args)?;
+        Ok(self.step.arg_from(List::Shared, first))
     }
 
     fn combine(&self, first: usize, rows: usize, head_dim: usize) -> Result<()> {

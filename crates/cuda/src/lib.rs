@@ -23,14 +23,16 @@ mod peers;
 pub mod probe;
 mod queue;
 mod sample;
+mod shared_prefix;
 mod step;
 mod tensor;
 mod upload;
 mod weights;
 
 pub use backend::{Cuda, Embedding};
-pub use kv::{KvCache, KvDType};
+pub use kv::{KvCache, KvDType, PrefillKernel};
 pub use matmul::{Matrix, Vector};
 pub use moe::Experts;
 pub use peers::PeerAccess;
+pub use shared_prefix::SharedPrefixes;
 pub use tensor::Tensor;

@@ -1,10 +1,12 @@
 //! A step's batch on the device: what the kernels need to know of it, in one buffer, brought there by one copy.
 
 use crate::device::{Arg, Buffer, Device, Staging};
+use crate::shared_prefix::{Alone, SharedPrefix};
 use rudder_ops::{AttentionShape, BLOCK_SIZE, Batch, OpError, Result};
 
-/// (token, head) rows that a tile of prefill attention holds.
+/// (token, head) rows that a tile of prefill attention holds, and one of the kernel of warpgroups.
 const TILE_ROWS: usize = 64;
+const WGMMA_ROWS: usize = 128;
 /// Tokens in one split of decode attention; `SPLIT` in attention.cu.
 pub(crate) const SPLIT: usize = 256;
 /// The longest context that counts as short.
@@ -35,6 +37,10 @@ pub(crate) enum List {
     Alone,
     /// Tiles of prefill attention, four words each: first row, tokens, first token's position, block table.
     Tiles,
+    /// How many of its first splits each row computed alone shares; none where nothing is shared.
+    Shared,
+    /// What such rows share (see [`SharedPrefix::tiles`]).
+    SharedTiles,
     /// All block tables.
     Tables,
 }
@@ -63,6 +69,10 @@ pub(crate) struct Step {
     pub splits: usize,
     /// For which attention the rows were divided into tiles.
     pub shape: Option<AttentionShape>,
+    /// Whether the kernel of warpgroups computes the tiles.
+    pub wgmma: bool,
+    /// What the rows computed alone have in common.
+    pub prefix: SharedPrefix,
 }
 
 impl Step {
@@ -80,6 +90,8 @@ impl Step {
             blocks: 0,
             splits: 1,
             shape: None,
+            wgmma: false,
+            prefix: SharedPrefix::default(),
         }
     }
 
@@ -141,8 +153,10 @@ impl Step {
             self.lists[list as usize].resize(self.rows, 0);
         }
         self.lists[List::Slots as usize].resize(self.rows, NO_SLOT);
-        let tokens_a_tile = self.shape.as_ref().map_or(0, tile_tokens);
+        let rows_a_tile = if self.wgmma { WGMMA_ROWS } else { TILE_ROWS };
+        let tokens_a_tile = self.shape.as_ref().map_or(0, |shape| tile_tokens(shape, rows_a_tile));
         let mut longest = 0;
+        self.prefix.clear();
         for span in &batch.spans {
             let computed = span.context - span.len;
             for i in 0..span.len {
@@ -159,17 +173,37 @@ impl Step {
                     self.lists[List::Tiles as usize].extend(tile.map(|n| n as u32));
                 }
             } else {
-                let rows = span.start as u32..(span.start + span.len) as u32;
-                self.lists[List::Alone as usize].extend(rows);
+                self.prefix.rows.extend((0..span.len).map(|i| Alone {
+                    row: (span.start + i) as u32,
+                    table: span.table,
+                    context: computed + i + 1,
+                    shared: 0,
+                }));
                 longest = longest.max(span.context);
             }
         }
         self.splits = longest.div_ceil(SPLIT).max(1);
+        self.share(batch);
         if is_decode(batch) {
             self.splits = self.splits.next_power_of_two();
             for list in [List::Outputs, List::Alone] {
                 self.lists[list as usize].extend(self.real as u32..self.rows as u32);
             }
+            let shared = &mut self.lists[List::Shared as usize];
+            shared.resize(if shared.is_empty() { 0 } else { self.rows }, 0);
+        }
+    }
+
+    /// Lists the rows computed alone, and what they share.
+    fn share(&mut self, batch: &Batch) {
+        if let Some(shape) = self.shape.filter(|shape| HEAD_DIMS.contains(&shape.head_dim)) {
+            self.prefix.find(&batch.block_tables, shape.heads / shape.kv_heads);
+        }
+        let rows = &self.prefix.rows;
+        self.lists[List::Alone as usize].extend(rows.iter().map(|row| row.row));
+        if !self.prefix.tiles.is_empty() {
+            self.lists[List::Shared as usize].extend(rows.iter().map(|row| row.shared));
+            self.lists[List::SharedTiles as usize].extend(&self.prefix.tiles);
         }
     }
 
@@ -189,9 +223,9 @@ impl Step {
     }
 }
 
-/// Tokens in a tile of prefill attention; 0 where there is no such kernel.
-fn tile_tokens(shape: &AttentionShape) -> usize {
-    if HEAD_DIMS.contains(&shape.head_dim) { TILE_ROWS / (shape.heads / shape.kv_heads) } else { 0 }
+/// Tokens in a tile of prefill attention of so many (token, head) rows; 0 where there is no such kernel.
+fn tile_tokens(shape: &AttentionShape, rows: usize) -> usize {
+    if HEAD_DIMS.contains(&shape.head_dim) { rows / (shape.heads / shape.kv_heads) } else { 0 }
 }
 
 /// Whether every row is a sequence's next token, and its logits are wanted.

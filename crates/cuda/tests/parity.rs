@@ -11,7 +11,7 @@ mod support;
 use common::{cuda, large};
 use half::{bf16, f16};
 use rudder_comm::Group;
-use rudder_cuda::{Cuda, KvDType, PeerAccess};
+use rudder_cuda::{Cuda, KvDType, PeerAccess, PrefillKernel, SharedPrefixes};
 use rudder_ops::reference::Reference;
 use rudder_ops::{
     Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, LogitBias, OpError,
@@ -590,6 +590,201 @@ fn attention_over_fp8_agrees_with_and_without_roundings() -> Result<()> {
         let ([_, found], [_, expected]) = (case.run(&mut cuda)?, case.run(&mut Reference::new())?);
         assert_close(&found, &expected, 0.02, 1.0, &format!("{shape:?}, exact"));
     }
+    Ok(())
+}
+
+/// Prompts by both kernels, where the GPU has both: tiles of one row and of all, groups of heads that do and do not fill a tile,
+/// windows and sinks, contexts that end on a tile's bound and one before and behind it, bf16 and FP8.
+#[test]
+fn prompts_agree_by_every_kernel() -> Result<()> {
+    let mut random = Random(26);
+    let mut cases = vec![
+        (shape(2, 1, 64), [127, 128, 129], None, KvDType::Bf16),
+        (shape(3, 1, 96), [1, 43, 200], None, KvDType::Bf16),
+        (shape(8, 2, 128), [16, 130, 33], Some(50), KvDType::Bf16),
+        (shape(1, 1, 256), [64, 65, 131], None, KvDType::Bf16),
+        (shape(20, 1, 64), [7, 6, 61], Some(17), KvDType::Fp8),
+        (shape(1, 1, 96), [257, 2, 128], None, KvDType::Fp8),
+        (shape(2, 2, 128), [129, 40, 3], None, KvDType::Fp8),
+        (shape(2, 1, 256), [66, 5, 64], Some(64), KvDType::Fp8),
+    ];
+    if cuda().is_some_and(|cuda| large(&cuda)) {
+        cases.push((shape(32, 8, 128), [3000, 517, 1], None, KvDType::Bf16));
+        cases.push((shape(16, 2, 256), [1500, 700, 64], None, KvDType::Fp8));
+    }
+    for (shape, lengths, window, dtype) in cases {
+        let longest = lengths.iter().max().expect("three") + 30;
+        let mut case = AttentionCase::random(&mut random, shape, false, RopePairing::Halves, 1.0, longest);
+        case.window = window;
+        case.sinks = window.map(|_| random.vec(shape.heads, 4.0));
+        case.rope.inv_freq.fill(0.0);
+        // Whole prompts, then each goes on.
+        let blocks = longest.div_ceil(16) as u32;
+        case.steps = [(lengths, [0; 3]), ([30, 1, 17], lengths)]
+            .map(|(new, computed)| {
+                let mut batch = Batch::default();
+                for (s, (new, computed)) in (0..).zip(new.into_iter().zip(computed)) {
+                    let table: Vec<u32> = (0..blocks).map(|i| 3 * i + s).rev().collect();
+                    batch.push(&vec![0; new], computed, &table, 0);
+                }
+                batch
+            })
+            .to_vec();
+        let rows: usize = case.steps.iter().map(Batch::rows).sum();
+        let numbers = random.vec(rows * shape.qkv_width(), 2.0);
+        case.qkv = numbers.into_iter().map(|x| (x * 7.5).round() / 8.0).collect();
+        let [_, expected] = case.run(&mut Reference::new())?;
+        for kernel in [PrefillKernel::Mma, PrefillKernel::Wgmma] {
+            let Some(cuda) = cuda() else { return Ok(()) };
+            let mut cuda = cuda.with_kv_dtype(dtype);
+            // Only Hopper has both.
+            if cuda.set_prefill_kernel(kernel).is_err() {
+                continue;
+            }
+            let [_, found] = case.run(&mut cuda)?;
+            assert_close(
+                &found,
+                &expected,
+                0.02,
+                1.0,
+                &format!("{kernel:?} {shape:?} {lengths:?} {window:?}"),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A step of sequences of `blocks` blocks, of which each begins with the first `shared` of another: its rows, `new` of each sequence.
+fn family(shared: &[(usize, usize)], contexts: &[usize], new: usize) -> (Batch, usize) {
+    let (mut batch, mut tables, mut next): (_, Vec<Vec<u32>>, _) = (Batch::default(), Vec::new(), 0);
+    for (&(of, count), &context) in shared.iter().zip(contexts) {
+        let own = context.div_ceil(16) - count;
+        let known: Vec<u32> = tables.get(of).map_or(Vec::new(), |table| table[..count].to_vec());
+        // Not in the order of memory.
+        tables.push([known, (next..next + own as u32).rev().collect()].concat());
+        next += own as u32;
+    }
+    for (table, &context) in tables.iter().zip(contexts) {
+        batch.push(&vec![0; new], context - new, table, new);
+    }
+    (batch, next as usize)
+}
+
+/// Rows whose contexts begin with the same blocks, on several levels, and drafted tokens: what is computed once for all is bit for bit what each
+/// would have computed.
+#[test]
+fn shared_prefixes_change_no_bit() -> Result<()> {
+    let mut random = Random(24);
+    // Three share 32 blocks, two of them 48; a fourth goes on from the third's 16; one shares nothing, one less than a split.
+    let shared = [(0, 0), (0, 48), (0, 33), (2, 16), (9, 0), (0, 15)];
+    let contexts = [900, 769, 530, 400, 600, 300];
+    // More rows than a tile has.
+    let many = [(0, 0)].into_iter().chain([(0, 32); 20]).collect::<Vec<_>>();
+    let cases = [
+        (shape(4, 2, 64), &shared[..], &contexts[..], 1, KvDType::Bf16),
+        (shape(3, 1, 96), &shared[..4], &contexts[..4], 1, KvDType::Fp8),
+        (shape(16, 1, 128), &shared[..3], &contexts[..3], 1, KvDType::Bf16),
+        (shape(4, 2, 128), &[(0, 0), (9, 0)], &[1300, 1100], 5, KvDType::Fp8),
+        (shape(2, 1, 256), &shared[..3], &contexts[..3], 1, KvDType::Bf16),
+        (shape(20, 1, 64), &shared[..3], &contexts[..3], 1, KvDType::Bf16),
+        (shape(3, 1, 64), &many[..], &[513; 21], 1, KvDType::Bf16),
+    ];
+    for (shape, shared, contexts, new, dtype) in cases {
+        let Some(cuda) = cuda() else { return Ok(()) };
+        let mut cuda = cuda.with_kv_dtype(dtype);
+        let (batch, blocks) = family(shared, contexts, new);
+        let rope = Rope { inv_freq: vec![0.0; shape.head_dim / 2], pairing: RopePairing::Halves };
+        let mut reference = Reference::new();
+        cuda.load_rope(&rope, 4096)?;
+        reference.load_rope(&rope, 4096)?;
+        let (mut cache, mut expected_cache) =
+            (cuda.kv_cache(1, &shape, blocks)?, reference.kv_cache(1, &shape, blocks)?);
+        let width = shape.qkv_width();
+        // All keys and values, by rows whose attention nobody asks for; such as FP8 holds.
+        let mut fill = Batch::default();
+        fill.push(&vec![0; 16 * blocks], 0, &(0..blocks as u32).collect::<Vec<_>>(), 0);
+        let filling: Vec<f32> =
+            random.vec(16 * blocks * width, 2.0).into_iter().map(|x| (x * 7.5).round() / 8.0).collect();
+        let queries: Vec<f32> = filling[..batch.rows() * width].iter().map(|x| -x).collect();
+        fn write<B: Backend>(
+            b: &mut B,
+            rows: Rows,
+            s: &AttentionShape,
+            batch: &Batch,
+            cache: &mut B::KvCache,
+        ) -> Result<B::Tensor> {
+            let mut qkv = upload(b, rows)?;
+            b.begin(batch)?;
+            b.rope_and_cache(&mut qkv, s, None, 0, cache)?;
+            Ok(qkv)
+        }
+        fn attend<B: Backend>(
+            b: &mut B,
+            qkv: &B::Tensor,
+            options: AttentionOptions<'_, B::Vector>,
+            s: &AttentionShape,
+            cache: &B::KvCache,
+        ) -> Result<Vec<f32>> {
+            let mut out = b.tensor(64, s.out_width())?;
+            b.attention(qkv, s, options, 0, cache, &mut out)?;
+            b.to_host(&out)
+        }
+        write(&mut cuda, (&filling, width), &shape, &fill, &mut cache)?;
+        write(&mut reference, (&filling, width), &shape, &fill, &mut expected_cache)?;
+        let qkv = write(&mut reference, (&queries, width), &shape, &batch, &mut expected_cache)?;
+        let sinks = random.vec(shape.heads, 4.0);
+        let (ours, theirs) = (vector(&mut cuda, &sinks)?, vector(&mut reference, &sinks)?);
+        for window in [None, Some(400)] {
+            let options = AttentionOptions { window, sinks: Some(&theirs) };
+            let expected = attend(&mut reference, &qkv, options, &shape, &expected_cache)?;
+            let found = [SharedPrefixes::Never, SharedPrefixes::Always].map(|when| {
+                cuda.set_shared_prefixes(when);
+                let qkv = write(&mut cuda, (&queries, width), &shape, &batch, &mut cache)?;
+                let options = AttentionOptions { window, sinks: Some(&ours) };
+                attend(&mut cuda, &qkv, options, &shape, &cache)
+            });
+            let [alone, together] = found;
+            let (alone, together) = (alone?, together?);
+            assert_close(&alone, &expected, 0.02, 1.0, &format!("{shape:?}, window {window:?}"));
+            assert_eq!(bits(&alone), bits(&together), "{shape:?}, window {window:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Rows that are done in several turns, as there is not room enough for all parts: tiles reach over the turns' bounds.
+#[test]
+fn shared_prefixes_reach_over_the_turns_of_long_contexts() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let shape = shape(16, 1, 64);
+    cuda.load_rope(&Rope { inv_freq: vec![0.0; 32], pairing: RopePairing::Halves }, 1 << 16)?;
+    let mut cache = cuda.kv_cache(1, &shape, 110)?;
+    let mut random = Random(25);
+    let bytes: Vec<u8> =
+        random.exact(110 * 2 * 16 * 64, 1.0).iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+    let size = cuda.kv_block_bytes(&shape);
+    bytes
+        .chunks(size)
+        .zip(0..)
+        .try_for_each(|(bytes, block)| cuda.write_kv_block(&mut cache, block, bytes))?;
+    // One of 65,000 tokens, which makes 256 splits of each, and so turns of 64 rows.
+    let mut batch = Batch::default();
+    batch.push(&[0], 65_000, &[109; 4063], 1);
+    for s in 0..70 {
+        batch.push(&[0], 268 + s as usize % 3, &[(0..16).collect(), vec![16 + s]].concat(), 1);
+    }
+    let queries = random.exact(71 * shape.qkv_width(), 1.0);
+    let mut outs = Vec::new();
+    for when in [SharedPrefixes::Never, SharedPrefixes::Always] {
+        cuda.set_shared_prefixes(when);
+        let qkv = upload(&mut cuda, (&queries, shape.qkv_width()))?;
+        let mut out = cuda.tensor(71, shape.out_width())?;
+        cuda.begin(&batch)?;
+        cuda.attention(&qkv, &shape, AttentionOptions::default(), 0, &cache, &mut out)?;
+        outs.push(cuda.to_host(&out)?);
+    }
+    assert!(outs[0].iter().all(|x| x.is_finite()) && outs[0].iter().any(|x| *x != 0.0));
+    assert_eq!(bits(&outs[0]), bits(&outs[1]));
     Ok(())
 }
 
