@@ -9,29 +9,29 @@
 // Rows that wgmma reads lie in panels as wide as a swizzle, 128 bytes or 64, a row after another; of each eight rows the 16-byte pieces are
 // exchanged so that reads along a row and down a column find different banks. What is exchanged depends on the address, so that panels must
 // begin where the pattern does, every 1024 bytes.
-template <int DIM, int ROWS>
+template <int DIM, int ROWS, int SIZE = 2>
 struct Panels {
-    static constexpr int WIDTH = DIM % 64 ? 32 : 64;  // elements of bf16
-    static constexpr int ROW = 2 * WIDTH;             // bytes
+    static constexpr int WIDTH = (DIM * SIZE % 128 ? 64 : 128) / SIZE;  // elements, of SIZE bytes
+    static constexpr int ROW = WIDTH * SIZE;                            // bytes
     static constexpr int PANEL = ROWS * ROW;
     static constexpr int BYTES = DIM / WIDTH * PANEL;
     static_assert(DIM % WIDTH == 0 && PANEL % 1024 == 0, "whole panels and patterns");
 
     // The byte where 16 bytes begin, of a row's elements from `element` on.
     static __device__ __forceinline__ int place(int row, int element) {
-        const int linear = element / WIDTH * PANEL + row * ROW + element % WIDTH * 2;
-        return linear ^ ((linear >> 7 & (WIDTH / 8 - 1)) << 4);
+        const int linear = element / WIDTH * PANEL + row * ROW + element % WIDTH * SIZE;
+        return linear ^ ((linear >> 7 & (ROW / 16 - 1)) << 4);
     }
 
     // A descriptor: bits 0 to 13 begin, 16 to 29 the leading dimension's offset, 32 to 45 the stride dimension's, all in units of 16
     // bytes; 62 and 63 the swizzle: 1 of 128 bytes, 2 of 64.
     static __device__ __forceinline__ uint64_t describe(uint32_t begin, int leading) {
-        const uint64_t stride = 8 * ROW, swizzle = WIDTH == 64 ? 1 : 2;
+        const uint64_t stride = 8 * ROW, swizzle = ROW == 128 ? 1 : 2;
         return (begin & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | (stride >> 4) << 32 | swizzle << 62;
     }
-    // 16 columns of rows from `row` on, a multiple of 8, by which rows are multiplied with rows (K-major; the leading offset counts for nothing).
+    // 32 bytes of columns of rows from `row` on, a multiple of 8, by which rows are multiplied with rows (K-major; the leading offset counts for nothing).
     static __device__ __forceinline__ uint64_t columns(uint32_t panels, int row, int first) {
-        return describe(panels + first / WIDTH * PANEL + row * ROW + first % WIDTH * 2, 16);
+        return describe(panels + first / WIDTH * PANEL + row * ROW + first % WIDTH * SIZE, 16);
     }
     // 16 rows, all their columns, which weights are multiplied with (MN-major: panels follow in the leading dimension).
     static __device__ __forceinline__ uint64_t rows(uint32_t panels, int row) { return describe(panels + row * ROW, PANEL); }
@@ -93,6 +93,15 @@ __device__ __forceinline__ void multiply_rows(float (&d)[COLUMNS][4], uint64_t a
                      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
                      : ACCUMULATORS_16(d, 0)
                      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// The same of FP8, 32 wide.
+__device__ __forceinline__ void multiply_rows_fp8(float (&d)[16][4], uint64_t a, uint64_t b, bool added) {
+    const int accumulate = added;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" REGISTERS_64 "}, %64, %65, p, 1, 1;\n}"
+                 : ACCUMULATORS_16(d, 0)
+                 : "l"(a), "l"(b), "r"(accumulate));
 }
 
 // d += a * b: of 64 rows of a, 16 wide, in the registers of the group as mma has them, and 16 rows of b, COLUMNS * 8 wide, MN-major.

@@ -8,6 +8,7 @@
 
 #include "../rows.cu"
 #include "../matmul.cu"
+#include "../matmul_fp8.cu"
 #include "../attention.cu"
 #include "../attention_wgmma.cu"
 #include "../moe.cu"

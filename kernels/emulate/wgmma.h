@@ -30,26 +30,29 @@ struct SharedMatrix {
         if (descriptor >> 49 & 7) fail("a matrix with a base offset, which the emulation does not know");
         const uint32_t bits_of[] = {4, 7, 6, 5};
         bits = bits_of[descriptor >> 62], width = 1u << bits;
-        // The pattern is of eight rows; within its first row a matrix may begin anywhere.
+        // The pattern is of eight rows; a matrix may begin anywhere within its first.
         if (width > 16 && begin % (8 * width) >= width) fail("a matrix that does not begin with the swizzle's pattern");
     }
     // Bits 4 to 6 of an address, as many as pieces of 16 bytes make a row, exchanged by bits 7 to 9.
+    template <class T>
     float at(uint32_t linear) const {
         const uint32_t address = linear ^ ((linear >> 7 & (width / 16 - 1)) << 4);
-        bf16 x;
+        T x;
         memcpy(&x, dynamic_shared() + address, sizeof x);
         return to_float(x);
     }
     // Element k of row (or column) i: elements along k lie side by side.
+    template <class T>
     float k_major(uint32_t i, uint32_t k) const {
-        // ((8, m), (8, 2)) : ((width, stride), (1, 16 bytes)), without a swizzle ((8, m), (8, 2)) : ((16 bytes, stride), (1, leading))
-        return at(begin + i % 8 * width + i / 8 * stride + (width > 16 ? k * 2 : k / 8 * leading + k % 8 * 2));
+        // In pieces of 16 bytes ((8, m), 2) : ((width, stride), 1), without a swizzle ((8, m), 2) : ((1, stride), leading)
+        const uint32_t along = k * sizeof(T);
+        return at<T>(begin + i % 8 * width + i / 8 * stride + (width > 16 ? along : along / 16 * leading + along % 16));
     }
     // The same where elements along i lie side by side.
     float mn_major(uint32_t i, uint32_t k) const {
         // ((width, m), (8, 2)) : ((1, leading), (width, stride)), without a swizzle ((8, m), (8, 2)) : ((1, stride), (16 bytes, leading))
         const uint32_t within = i * 2 & (width - 1), panel = i * 2 >> bits;
-        return at(begin + within + k % 8 * width + (width > 16 ? panel * leading + k / 8 * stride : panel * stride + k / 8 * leading));
+        return at<bf16>(begin + within + k % 8 * width + (width > 16 ? panel * leading + k / 8 * stride : panel * stride + k / 8 * leading));
     }
 };
 
@@ -57,25 +60,30 @@ struct SharedMatrix {
 inline unsigned product_row(int i) { return threadIdx.x % 128 / 32 * 16 + lane() / 4 + i / 2 * 8; }
 inline unsigned product_column(int c, int i) { return c * 8 + lane() % 4 * 2 + i % 2; }
 
-template <int COLUMNS>
-void multiply_rows(float (&d)[COLUMNS][4], uint64_t a, uint64_t b, bool added) {
+// A product of 32 bytes of elements of rows, of both matrices.
+template <class T, int COLUMNS>
+void multiply_k_major(float (&d)[COLUMNS][4], uint64_t a, uint64_t b, bool added) {
+    constexpr int DEPTH = 32 / sizeof(T);
     wait_for_warp();
     products_push([&d, a, b, added] {
         const SharedMatrix left(a), right(b);
-        float rows[2][16];
-        for (int k = 0; k < 16; k++)
-            for (int r = 0; r < 2; r++) rows[r][k] = left.k_major(product_row(2 * r), k);
+        float rows[2][DEPTH];
+        for (int k = 0; k < DEPTH; k++)
+            for (int r = 0; r < 2; r++) rows[r][k] = left.k_major<T>(product_row(2 * r), k);
         for (int c = 0; c < COLUMNS; c++)
             for (int column = 0; column < 2; column++) {
                 float sums[2] = {};
-                for (int k = 0; k < 16; k++) {
-                    const float x = right.k_major(product_column(c, column), k);
+                for (int k = 0; k < DEPTH; k++) {
+                    const float x = right.k_major<T>(product_column(c, column), k);
                     for (int r = 0; r < 2; r++) sums[r] += rows[r][k] * x;
                 }
                 for (int r = 0; r < 2; r++) d[c][2 * r + column] = sums[r] + (added ? d[c][2 * r + column] : 0.0f);
             }
     });
 }
+template <int COLUMNS>
+void multiply_rows(float (&d)[COLUMNS][4], uint64_t a, uint64_t b, bool added) { multiply_k_major<bf16>(d, a, b, added); }
+inline void multiply_rows_fp8(float (&d)[16][4], uint64_t a, uint64_t b, bool added) { multiply_k_major<e4m3>(d, a, b, added); }
 
 template <int COLUMNS>
 void add_weighted(float (&d)[COLUMNS][4], const uint32_t (&a)[4], uint64_t b) {

@@ -107,15 +107,23 @@ impl Bench {
             let weights: Vec<Matrix> = (0..copies)
                 .map(|_| self.cuda.load_matrix(std::slice::from_ref(&raw)))
                 .collect::<Result<_>>()?;
-            for rows in [1, 8, 16, 17, 64, 256, 511, 512, 4096] {
+            for (rows, products) in [1, 8, 16, 17, 64, 256, 511, 512, 4096]
+                .into_iter()
+                .flat_map(|rows| [(rows, false), (rows, true)])
+            {
+                if products && (rows <= 16 || self.cuda.set_fp8_products(true).is_err()) {
+                    continue;
+                }
                 let [x, _] = self.rows(rows, k)?;
                 let mut out = self.cuda.tensor(rows, n)?;
                 let bytes = (n * k + n * k / 32 + 2 * rows * k + 4 * rows * n) as f64;
                 let operations = 2.0 * (rows * n * k) as f64;
-                let name = format!("linear fp8 {name} [{n}, {k}] {rows} rows");
+                let of = if products { "fp8 x fp8" } else { "fp8" };
+                let name = format!("linear {of} {name} [{n}, {k}] {rows} rows");
                 self.time(name, bytes, operations, |cuda, i| {
                     cuda.linear(&x, &weights[i % weights.len()], None, &mut out)
                 })?;
+                self.cuda.set_fp8_products(false)?;
             }
         }
         Ok(())

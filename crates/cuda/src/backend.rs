@@ -158,6 +158,19 @@ impl Cuda {
         Ok(())
     }
 
+    /// Whether more than 16 rows are rounded to FP8 too, each 128 of their elements with a scale, where weights are FP8 with scales for 128
+    /// inputs or more: twice the arithmetic, and answers that differ by that rounding. They are not unless told otherwise.
+    ///
+    /// # Errors
+    /// If the device does not have the kernel, which is for Hopper.
+    pub fn set_fp8_products(&mut self, on: bool) -> Result<()> {
+        check(!on || self.device.has_wgmma(), || {
+            format!("{} has no products of warpgroups; Hopper alone has", self.name)
+        })?;
+        self.multiplier.fp8_products = on;
+        Ok(())
+    }
+
     /// Kinds of decode steps that run as CUDA graphs by now.
     pub fn graphs(&self) -> usize {
         self.device.graphs()

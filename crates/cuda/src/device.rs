@@ -40,6 +40,8 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("matmul_few_experts_nvfp4", 0),
     ("matmul_tiles_nvfp4", MATMUL_TILES_SHARED),
     ("widen_nvfp4", 0),
+    ("quantise_rows", 0),
+    ("matmul_fp8_fp8", MATMUL_FP8_SHARED),
     ("rope_and_cache", 0),
     ("attention_combine", 0),
     ("attention_any", 0),
@@ -91,6 +93,9 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
 
 /// Three stages of two tiles of 128 x 64 bf16.
 pub(crate) const MATMUL_TILES_SHARED: u32 = 3 * 2 * 128 * 64 * 2;
+
+/// Four stages of two tiles of 128 x 128 FP8, and room for them to begin on 1 KiB.
+pub(crate) const MATMUL_FP8_SHARED: u32 = 4 * 2 * 128 * 128 + 1024;
 
 /// Two stages of 64 keys and values, each row of bf16 padded by 16 bytes. Keys and values of FP8 take a little less: one such stage, and two of
 /// FP8.

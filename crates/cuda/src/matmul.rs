@@ -1,10 +1,10 @@
 //! `x * w^T + bias`: which kernel multiplies, and the weights it reads.
 
-use crate::device::{Arg, Buffer, Device, Grid, MATMUL_TILES_SHARED};
+use crate::device::{Arg, Buffer, Device, Grid, MATMUL_FP8_SHARED, MATMUL_TILES_SHARED};
 use crate::queue::{MOST_ARGS, Product, ProductShape};
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
-use crate::weights::{Packed, Weights};
+use crate::weights::{Packed, Packing, Weights};
 use rudder_ops::Result;
 
 /// Rows of weights and activations are padded with zeros to a multiple of this.
@@ -20,6 +20,9 @@ const WIDEN: usize = 512;
 /// Bytes that are widened at a time: they are still in the second cache when they are multiplied. Emulated less, so that tests see
 /// several slices.
 const SLICE: usize = if cfg!(feature = "emulate") { 1 << 16 } else { 32 << 20 };
+
+/// Elements of a row of FP8 that share a scale.
+const FP8_BLOCK: usize = 128;
 
 /// A weight matrix `[n, k]`.
 pub struct Matrix {
@@ -44,6 +47,10 @@ pub(crate) struct Multiplier {
     device: Device,
     packed: Option<Buffer>,
     widened: Option<Buffer>,
+    /// Whether rows of x too become FP8 where weights are.
+    pub fp8_products: bool,
+    /// Such rows, and their scales.
+    quantised: [Option<Buffer>; 2],
 }
 
 /// Rows of bf16, padded: what the matrix kernels read.
@@ -56,7 +63,8 @@ pub(crate) struct Rows {
 
 impl Multiplier {
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), packed: None, widened: None }
+        let (device, quantised) = (device.clone(), [None, None]);
+        Self { device, packed: None, widened: None, fp8_products: false, quantised }
     }
 
     /// A tensor as the matrix kernels read it: itself, or a copy in bf16 with padding.
@@ -79,6 +87,13 @@ impl Multiplier {
         let x = self.pack(x)?;
         if x.rows <= FEW {
             return self.few(x, w, bias, out);
+        }
+        if let Weights::Packed(packed) = &w.weights
+            && self.fp8_products
+            && packed.packing == Packing::Fp8
+            && packed.shift > 0
+        {
+            return self.fp8_product(x, packed, w.n, bias, out);
         }
         let multiplied = match &w.weights {
             Weights::Bf16(buffer) => self.product(x, buffer, w.n, out)?,
@@ -125,6 +140,39 @@ impl Multiplier {
         let (w, out) = (w.address(), out.buffer.address());
         self.device.multiply(Product { shape, x: x.data.value(), w, out })?;
         Ok(true)
+    }
+
+    /// Rows rounded to FP8, times weights of FP8 as they are.
+    fn fp8_product(
+        &mut self,
+        x: Rows,
+        w: &Packed,
+        n: usize,
+        bias: Option<&Vector>,
+        out: &Tensor,
+    ) -> Result<()> {
+        let (blocks, stride) = (x.k.div_ceil(FP8_BLOCK), x.rows.next_multiple_of(TILE));
+        let [codes, scales] = &mut self.quantised;
+        let codes = room(codes, &self.device, x.rows * x.k)?;
+        let scales = room(scales, &self.device, 4 * blocks * stride)?;
+        let args = [x.data, codes.into(), scales.into(), stride.into(), x.k.into()];
+        self.device.launch("quantise_rows", Grid::of([x.rows, blocks.div_ceil(8), 1], 256), 0, &args)?;
+        let args = [
+            codes.into(),
+            scales.into(),
+            stride.into(),
+            (&w.codes).into(),
+            (&w.scales).into(),
+            w.stride.into(),
+            (w.shift as usize).into(),
+            bias.map_or(Arg::NULL, |bias| (&bias.buffer).into()),
+            out.into(),
+            x.rows.into(),
+            n.into(),
+            x.k.into(),
+        ];
+        let grid = Grid::of([x.rows.div_ceil(TILE), n.div_ceil(TILE), 1], 256);
+        self.device.launch("matmul_fp8_fp8", grid, MATMUL_FP8_SHARED, &args)
     }
 
     /// The same of weights that are widened first, some features at a time.

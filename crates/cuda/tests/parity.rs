@@ -264,6 +264,54 @@ fn linear_of_fp8_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
     Ok(())
 }
 
+/// Numbers in blocks of 128 as FP8 holds them with a scale each: the nearest, ties to even.
+fn rounded_to_fp8(x: &[f32], k: usize) -> Vec<f32> {
+    let block = |block: &[f32]| {
+        let most = block.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let (by, scale) = if most > 1e-30 { (448.0 / most, most / 448.0) } else { (0.0, 0.0) };
+        block.iter().map(move |x| nearest_fp8(x * by) * scale).collect::<Vec<_>>()
+    };
+    x.chunks(k).flat_map(|row| row.chunks(128).flat_map(block)).collect()
+}
+
+/// Rows and weights both of FP8: tiles that are whole and not, blocks of 128 that are half there, rows of zeros and of large and small
+/// numbers; and what the rounding of rows does to the result.
+#[test]
+fn products_of_fp8_agree_with_rows_that_are_rounded_before() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    if cuda.set_fp8_products(true).is_err() {
+        return Ok(());
+    }
+    let mut random = Random(27);
+    let mut shapes = vec![(17, 1, 64), (128, 128, 128), (130, 150, 320), (40, 200, 960)];
+    if large(&cuda) {
+        shapes.extend([(1000, 6144, 4096), (4096, 4096, 14336)]);
+    }
+    for (i, (rows, n, k)) in shapes.into_iter().enumerate() {
+        let scales = [Scales::Rows, Scales::Blocks(128)][i % 2];
+        let mut x = random.exact(rows * k, 1.0);
+        for (row, scale) in [0.0, 1e-32, 1e-20, 1e20].into_iter().enumerate() {
+            x[row * k..][..k / 2].iter_mut().for_each(|x| *x = bf16::from_f32(*x * scale).to_f32());
+        }
+        let parts = [fp8_matrix(&mut random, "w", [n, k], scales)];
+        let bias = random.vec(n, 1.0);
+        let bias = (i % 2 == 0).then_some(bias.as_slice());
+        let ours = run_linear(&mut cuda, (&x, k), &parts, bias)?;
+        let rounded = rounded_to_fp8(&x, k);
+        let theirs = run_linear(&mut Reference::new(), (&rounded, k), &parts, bias)?;
+        let what = format!("{rows} rows, [{n}, {k}], {scales:?}");
+        for (row, (ours, theirs)) in ours.chunks(n).zip(theirs.chunks(n)).enumerate() {
+            // The chip adds up products of FP8 with 13 bits behind the largest.
+            let floor = if row == 3 { 1e20 } else { 1.0 };
+            assert_close(ours, theirs, 3e-6 * k as f32, floor, &format!("{what}, row {row}"));
+        }
+        let exact = run_linear(&mut Reference::new(), (&x, k), &parts, bias)?;
+        // Half a unit of four bits, of each of k numbers below 1 times weights below 1.
+        assert_close(&ours[4 * n..], &exact[4 * n..], 0.05 * (k as f32).sqrt(), 1.0, &what);
+    }
+    Ok(())
+}
+
 /// Every number of the format, by itself, through every kernel, times a scale that bf16 holds.
 #[test]
 fn every_number_of_fp8_is_itself() -> Result<()> {
@@ -788,6 +836,17 @@ fn shared_prefixes_reach_over_the_turns_of_long_contexts() -> Result<()> {
     Ok(())
 }
 
+/// The number of FP8 that is nearest, 448 at most.
+fn nearest_fp8(x: f32) -> f32 {
+    let numbers = &fp8::NUMBERS[..127];
+    let magnitude = x.abs().min(448.0);
+    let above = numbers.partition_point(|number| *number < magnitude).max(1);
+    let [low, high] = [above - 1, above].map(|at| (f64::from(numbers[at]) - f64::from(magnitude)).abs());
+    // Of two that are as near, the one whose last bit is zero.
+    let best = if low < high || (low == high && above % 2 == 1) { above - 1 } else { above };
+    numbers[best].copysign(x)
+}
+
 /// A row that sees one token puts out its value.
 #[test]
 fn values_of_fp8_are_the_nearest_and_at_most_448() -> Result<()> {
@@ -801,13 +860,6 @@ fn values_of_fp8_are_the_nearest_and_at_most_448() -> Result<()> {
     values.extend(random.vec(200, 500.0).into_iter().chain(random.vec(200, 0.02)).map(f32::abs));
     values.extend(values.clone().into_iter().map(|x| -x));
     values.resize(values.len().next_multiple_of(64), 0.0);
-    let nearest = |x: f32| {
-        let distance = |number: f32| (f64::from(number) - f64::from(x.abs().min(448.0))).abs();
-        let closer = |a: &usize, b: &usize| distance(numbers[*a]).total_cmp(&distance(numbers[*b]));
-        // Of two that are as near, the one whose last bit is zero.
-        let best = (0..127).min_by(|a, b| closer(a, b).then((a % 2).cmp(&(b % 2)))).expect("some");
-        numbers[best].copysign(x)
-    };
     for dim in [64, 8] {
         let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: dim, scale: 1.0 };
         cuda.load_rope(&Rope { inv_freq: vec![0.0; dim / 2], pairing: RopePairing::Halves }, 16)?;
@@ -822,7 +874,7 @@ fn values_of_fp8_are_the_nearest_and_at_most_448() -> Result<()> {
         cuda.rope_and_cache(&mut qkv, &shape, None, 0, &mut cache)?;
         cuda.attention(&qkv, &shape, AttentionOptions::default(), 0, &cache, &mut out)?;
         for (x, found) in values.iter().zip(cuda.to_host(&out)?) {
-            assert_eq!(found, nearest(*x), "{x}");
+            assert_eq!(found, nearest_fp8(*x), "{x}");
         }
     }
     Ok(())

@@ -1,0 +1,98 @@
+// Products of FP8 (E4M3) on Hopper's wgmma: weights as they are stored, rows of x rounded to FP8 with a scale for each 128 of their elements, as
+// DeepSeek-V3 does it (arXiv:2412.19437, 3.3). For sm_90a; elsewhere the product is there and traps.
+//
+// The tensor cores keep sums of FP8 with fewer bits than f32, so that every 128 elements a sum is scaled and added up outside of them.
+#include "wgmma.cuh"
+
+#define FP8_BLOCK 128
+#define FP8_TILE 128
+#define FP8_STAGES 4
+#define FP8_LARGEST 448.0f
+
+// Rows of bf16 to codes [rows, k] and scales [k / 128, stride]: stride rows are a whole number of tiles. A warp 128 elements of a row, or what is
+// left of it; what is below 1e-30 becomes zero. Grid: (rows, k / 128 / 8); block: 256.
+extern "C" __global__ void __launch_bounds__(256) quantise_rows(const bf16* x, e4m3* codes, float* scales, int stride, int k) {
+    const int block = blockIdx.y * (256 / WARP) + threadIdx.x / WARP, row = blockIdx.x, column = block * FP8_BLOCK + threadIdx.x % WARP * 4;
+    if (block * FP8_BLOCK >= k) return;  // a whole warp
+    const size_t at = static_cast<size_t>(row) * k + column;
+    float values[4] = {}, most = 0.0f;
+    if (column < k)
+        for (int i = 0; i < 4; i++) values[i] = to_float(x[at + i]), most = fmaxf(most, fabsf(values[i]));
+    most = warp_max(most);
+    const bool some = most > 1e-30f;
+    const float by = some ? FP8_LARGEST / most : 0.0f;
+    if (threadIdx.x % WARP == 0) scales[static_cast<size_t>(block) * stride + row] = some ? most / FP8_LARGEST : 0.0f;
+    if (column < k)
+        for (int i = 0; i < 4; i++) codes[at + i] = to_e4m3(values[i] * by);
+}
+KERNEL(quantise_rows)
+
+// out [rows, n] = x * w^T + bias: x as above; w's codes [n, k], its scales `w_stride` bytes a row, an f32 for 64 << shift elements, at least 128. Two
+// warpgroups have 64 rows by 128 features each. Grid: (rows / 128, n / 128); block: 256.
+extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* x, const float* x_scales, int x_stride, const e4m3* w, const unsigned char* w_scales, int w_stride, int shift, const float* bias, float* out, int rows, int n, int k) {
+#ifdef RUDDER_WGMMA
+    using Tile = Panels<FP8_BLOCK, FP8_TILE, 1>;
+    DYNAMIC_SHARED(memory);
+    __shared__ float w_scale[2][FP8_TILE];
+    unsigned char* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, quad = threadIdx.x % 4;
+    const int first_row = blockIdx.x * FP8_TILE, first_feature = blockIdx.y * FP8_TILE, steps = (k + FP8_BLOCK - 1) / FP8_BLOCK;
+
+    auto stage = [&](int step) { return stages + step % FP8_STAGES * 2 * Tile::BYTES; };
+    auto copy = [&](int step) {
+        unsigned char* const to = stage(step);
+        for (int i = threadIdx.x; i < FP8_TILE * (FP8_BLOCK / 16); i += blockDim.x) {
+            const int row = i / (FP8_BLOCK / 16), element = i % (FP8_BLOCK / 16) * 16, column = step * FP8_BLOCK + element, place = Tile::place(row, element);
+            // Past the ends zeros arrive.
+            const int from_row = min(first_row + row, rows - 1), from_feature = min(first_feature + row, n - 1), from_column = min(column, k - 16);
+            copy_async(to + place, x + static_cast<size_t>(from_row) * k + from_column, column < k && first_row + row < rows);
+            copy_async(to + Tile::BYTES + place, w + static_cast<size_t>(from_feature) * k + from_column, column < k && first_feature + row < n);
+        }
+    };
+    // A step's scales are read while the one before it is multiplied: of one feature a thread of the first half, of its two rows every one.
+    const unsigned char* const my_scales = w_scales + static_cast<size_t>(min(first_feature + static_cast<int>(threadIdx.x), n - 1)) * w_stride;
+    float held_feature = 0.0f, held_row[2] = {};
+    auto hold = [&](int step) {
+        if (threadIdx.x < FP8_TILE) held_feature = reinterpret_cast<const float*>(my_scales)[step * (FP8_BLOCK / 64) >> shift];
+        for (int r = 0; r < 2; r++) held_row[r] = x_scales[static_cast<size_t>(step) * x_stride + first_row + warp * 16 + group + 8 * r];
+    };
+
+    float sums[FP8_TILE / 8][4] = {}, s[FP8_TILE / 8][4];
+    for (int step = 0; step < FP8_STAGES - 1; step++) {
+        if (step < steps) copy(step);
+        copy_commit();
+    }
+    hold(0);
+    for (int step = 0; step < steps; step++) {
+        copy_wait<FP8_STAGES - 2>();
+        if (threadIdx.x < FP8_TILE) w_scale[step % 2][threadIdx.x] = held_feature;
+        publish_shared();
+        __syncthreads();  // this step is here for all, and all are done with the one that is overwritten next
+        if (step + FP8_STAGES - 1 < steps) copy(step + FP8_STAGES - 1);
+        copy_commit();
+        const float row_scale[2] = {held_row[0], held_row[1]};
+        if (step + 1 < steps) hold(step + 1);
+        const uint32_t a = shared_address(stage(step)), b = a + Tile::BYTES;
+        products_begin();
+#pragma unroll
+        for (int c = 0; c < FP8_BLOCK; c += 32) multiply_rows_fp8(s, Tile::columns(a, warp / 4 * 64, c), Tile::columns(b, 0, c), c > 0);
+        products_commit();
+        products_wait<0>();
+        products_done(s);
+#pragma unroll
+        for (int c = 0; c < FP8_TILE / 8; c++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[c][i] += s[c][i] * row_scale[i / 2] * w_scale[step % 2][c * 8 + quad * 2 + i % 2];
+    }
+#pragma unroll
+    for (int c = 0; c < FP8_TILE / 8; c++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = first_row + warp * 16 + group + i / 2 * 8, feature = first_feature + c * 8 + quad * 2 + i % 2;
+            if (row < rows && feature < n) out[static_cast<size_t>(row) * n + feature] = sums[c][i] + (bias ? bias[feature] : 0.0f);
+        }
+#else
+    __trap();
+#endif
+}
+KERNEL(matmul_fp8_fp8)
