@@ -302,7 +302,8 @@ __device__ void attention_prefill(const float* qkv, const KV* keys, const KV* va
     bf16* stages = reinterpret_cast<bf16*>(memory);
     KV* arriving = reinterpret_cast<KV*>(stages + 2 * KEYS * STRIDE);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
-    const uint4 tile = tiles[blockIdx.y];
+    // A prompt's last tiles see most keys: they begin first, so that short ones fill the end.
+    const uint4 tile = tiles[gridDim.y - 1 - blockIdx.y];
     const int kv_head = blockIdx.x, shared_by = heads / kv_heads, rows = tile.y * shared_by;
     const int visible = tile.z + tile.y;  // keys that the last token sees
     const uint32_t* table = tables + tile.w;

@@ -28,7 +28,8 @@ __device__ void attention_wgmma(const float* qkv, const KV* keys, const KV* valu
     auto slot = [](unsigned char* slots, int step) { return slots + step % SLOTS * Tile::BYTES; };
 
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, quad = threadIdx.x % 4;
-    const uint4 tile = tiles[blockIdx.y];
+    // A prompt's last tiles see most keys: they begin first, so that short ones fill the end.
+    const uint4 tile = tiles[gridDim.y - 1 - blockIdx.y];
     const int kv_head = blockIdx.x, shared_by = heads / kv_heads, rows = tile.y * shared_by;
     const int visible = tile.z + tile.y;  // keys that the last token sees
     const uint32_t* table = tables + tile.w;

@@ -82,11 +82,18 @@ fn models_of_fp8_say_what_the_reference_says() {
         let mut reference = source.load(Reference::new(), OPTIONS, |_, _| ()).expect("it loads").model;
         let [expected, _] = logits(&mut *reference, [LENGTH; 2]);
         let largest = expected.iter().fold(0f32, |a, x| a.max(x.abs()));
-        let mut model = source.load(cuda, OPTIONS, |_, _| ()).expect("it loads").model;
-        for chunks in [[LENGTH, LENGTH], [1, 20]] {
-            for found in logits(&mut *model, chunks) {
-                let worst = found.iter().zip(&expected).fold(0f32, |a, (x, y)| a.max((x - y).abs()));
-                assert!(worst < 0.03 * largest, "{chunks:?}: {worst} of {largest}");
+        let Some(mut rounding) = common::cuda() else { return };
+        // On Hopper, where steps of many rows may be rounded to FP8 too.
+        let rounds = rounding.set_fp8_products(true).is_ok();
+        for (cuda, tolerance) in
+            [Some((cuda, 0.03)), rounds.then_some((rounding, 0.12))].into_iter().flatten()
+        {
+            let mut model = source.load(cuda, OPTIONS, |_, _| ()).expect("it loads").model;
+            for chunks in [[LENGTH, LENGTH], [1, 20]] {
+                for found in logits(&mut *model, chunks) {
+                    let worst = found.iter().zip(&expected).fold(0f32, |a, (x, y)| a.max((x - y).abs()));
+                    assert!(worst < tolerance * largest, "{chunks:?}: {worst} of {largest}");
+                }
             }
         }
     }

@@ -794,7 +794,7 @@ fn shared_prefixes_change_no_bit() -> Result<()> {
             let [alone, together] = found;
             let (alone, together) = (alone?, together?);
             assert_close(&alone, &expected, 0.02, 1.0, &format!("{shape:?}, window {window:?}"));
-            assert_eq!(bits(&alone), bits(&together), "{shape:?}, window {window:?}");
+            assert!(bits(&alone) == bits(&together), "{shape:?}, window {window:?}");
         }
     }
     Ok(())
@@ -832,7 +832,7 @@ fn shared_prefixes_reach_over_the_turns_of_long_contexts() -> Result<()> {
         outs.push(cuda.to_host(&out)?);
     }
     assert!(outs[0].iter().all(|x| x.is_finite()) && outs[0].iter().any(|x| *x != 0.0));
-    assert_eq!(bits(&outs[0]), bits(&outs[1]));
+    assert!(bits(&outs[0]) == bits(&outs[1]));
     Ok(())
 }
 
