@@ -4,16 +4,17 @@
 //! `<|im_start|>` is text. So markup in messages is replaced by placeholders before the template
 //! is rendered, and stretches that hold one are encoded as plain text afterwards.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aho_corasick::{AhoCorasick, MatchKind};
-use rudder_text::{TemplateValue, Text, TextError, Tool, ToolInput};
+use rudder_text::{Rendered, TemplateValue, Text, TextError, Tool, ToolInput};
 use serde_json::{Map, Value, json};
 
 use crate::conversation::{KnownMessage, Message, Role, ToolCall};
 use crate::openai::ApiError;
-use crate::prompt_cache::{KnownPrompt, Literal, PromptCache};
+use crate::prompt_cache::{KnownPrompt, Literal, PromptCache, ShownMessage};
 use crate::verbatim::{Prefix, Verbatim};
 
 /// Texts longer than this are tokenized off the async threads.
@@ -152,30 +153,70 @@ impl ChatPrompt<'_> {
             literals.hide(&mut tools, markup);
             TemplateValue::from(&tools)
         });
+        // How many placeholders there are before each message.
+        let mut numbers = Vec::with_capacity(self.messages.len());
+        let answer = |index: usize| answers.get(index).and_then(Option::as_ref);
         let messages = self.messages.iter().enumerate().map(|(index, message)| {
-            match answers.get(index).and_then(Option::as_ref) {
+            numbers.push(literals.hidden.len());
+            match answer(index) {
                 Some(tokens) => literals.verbatim(tokens.clone()),
                 None => literals.shown(message, markup),
             }
         });
         let messages: Vec<_> = messages.collect();
-        let mut rendered = text.render_messages(&messages, tools.as_ref(), true, self.extra)?;
+        let mut rest = self.render(&messages, tools.as_ref(), text, known, answer)?;
         if answers.iter().any(Option::is_some) {
             let opening = self.opening(text)?;
-            match literals.open_answers(&rendered, &opening) {
-                Some(opened) => rendered = opened,
-                None => return Ok(None),
+            let from = numbers.get(rest.messages).map_or(0, |&number| number);
+            let mut opened = literals.open_answers(&mut rest, &opening, from);
+            if !opened && rest.messages > 0 {
+                // What opened the first answer may stand in what is known.
+                rest = text.render_from(0, &messages, tools.as_ref(), self.extra)?.into();
+                opened = literals.open_answers(&mut rest, &opening, 0);
+            }
+            if !opened {
+                return Ok(None);
             }
         }
         let rendering = begun.elapsed();
-        literals.encode(&rendered, text, markup, known)?;
-        let tail = rendered.char_indices().rev().nth(TAIL_CHARS).map_or(0, |(at, _)| at);
+        let (start, numbers) = known.go_on(rest.known, &rest.text, &literals.hidden, markup.longest);
+        let shown = rest.starts.iter().zip(rest.messages..).map(|(start, index)| ShownMessage {
+            message: self.messages[index].clone(),
+            answer: answer(index).cloned(),
+            start: rest.known + start,
+        });
+        known.show(rest.messages, shown, self.tools, self.extra);
+        literals.encode(start, numbers, text, markup, known)?;
+        let tail = known.text.char_indices().rev().nth(TAIL_CHARS).map_or(0, |(at, _)| at);
         Ok(Some(EncodedPrompt {
             tokens: Arc::from(&known.tokens[..]),
-            tail: rendered.split_off(tail),
+            tail: known.text[tail..].to_owned(),
             rendering,
             tokenizing: begun.elapsed() - rendering,
         }))
+    }
+
+    /// Renders what `known` does not show already.
+    fn render<'m>(
+        &'m self,
+        messages: &[TemplateValue],
+        tools: Option<&TemplateValue>,
+        text: &Text,
+        known: &KnownPrompt,
+        answer: impl Fn(usize) -> Option<&'m Arc<[u32]>>,
+    ) -> Result<Rest, TextError> {
+        let shown = self.messages.iter().enumerate().map(|(index, message)| (message, answer(index)));
+        let count = known.known_messages(self.tools, self.extra, shown);
+        let mut rendered = text.render_from(count, messages, tools, self.extra)?;
+        let (Some((head, known)), Some(&begin)) = (known.head_of(count), rendered.starts.first()) else {
+            return Ok(rendered.into());
+        };
+        if rendered.text[..begin] != *head {
+            return Ok(text.render_from(0, messages, tools, self.extra)?.into());
+        }
+        rendered.text.drain(..begin);
+        rendered.starts.iter_mut().for_each(|start| *start -= begin);
+        Ok(Rest { messages: count, known, text: rendered.text, starts: rendered.starts })
     }
 
     /// What the template writes before an answer that is to be generated.
@@ -208,6 +249,16 @@ fn custom_description(tool: &Tool, grammar: &str) -> String {
          <custom_tool_call name=\"{}\">\nTEXT\n</custom_tool_call>{grammar}",
         tool.description, tool.name
     )
+}
+
+/// What of a rendered prompt is not known.
+struct Rest {
+    /// Messages before it, and bytes.
+    messages: usize,
+    known: usize,
+    text: String,
+    /// Where in it each message begins, or nothing.
+    starts: Vec<usize>,
 }
 
 /// What placeholders stand for, each by its number.
@@ -311,46 +362,65 @@ impl Literals {
     }
 
     /// Puts before every answer exactly what stood before it when it was generated: a template may
-    /// open the answer to come otherwise than past ones (with a mark for reasoning, say). `None` if
-    /// an answer is not found where `opening` begins a message.
-    fn open_answers(&self, rendered: &str, opening: &str) -> Option<String> {
+    /// open the answer to come otherwise than past ones (with a mark for reasoning, say). False if
+    /// an answer is not found where `opening` begins a message; those with numbers below `from` are not looked for.
+    fn open_answers(&self, rest: &mut Rest, opening: &str, from: usize) -> bool {
         // A message begins with the first line of its opening, whatever follows.
         let begin = &opening[..opening.find('\n').map_or(opening.len(), |at| at + 1)];
-        let (mut out, mut done) = (String::with_capacity(rendered.len()), 0);
-        let mut found = 0;
+        let rendered = &rest.text;
+        let mut openings: Vec<Range<usize>> = Vec::new();
         for (at, _) in rendered.match_indices(OPEN) {
             let Some((number, _)) = rendered[at + OPEN.len_utf8()..].split_once(CLOSE) else { continue };
             let literal = number.parse::<usize>().ok().and_then(|number| self.hidden.get(number));
             if !matches!(literal, Some(Literal::Answer(_))) {
                 continue;
             }
-            let begin_at = done + rendered[done..at].rfind(begin)?;
-            let between = &rendered[begin_at + begin.len()..at];
+            let done = openings.last().map_or(0, |last| last.end);
+            let Some(found) = rendered[done..at].rfind(begin) else { return false };
+            let between = &rendered[done + found + begin.len()..at];
             if !between.replace("<think>", "").replace("</think>", "").trim().is_empty() {
-                return None;
+                return false;
             }
-            out.push_str(&rendered[done..begin_at]);
-            out.push_str(opening);
-            done = at;
-            found += 1;
+            openings.push(done + found..at);
         }
-        out.push_str(&rendered[done..]);
-        let wanted = self.hidden.iter().filter(|literal| matches!(literal, Literal::Answer(_))).count();
-        (found == wanted && !begin.is_empty()).then_some(out)
+        let wanted =
+            self.hidden[from..].iter().filter(|literal| matches!(literal, Literal::Answer(_))).count();
+        if openings.len() != wanted || begin.is_empty() {
+            return false;
+        }
+        if openings.iter().any(|place| rendered[place.clone()] != *opening) {
+            rest.replace(&openings, opening);
+        }
+        true
     }
 
-    /// Encodes rendered text: its markup is the template's own, that behind placeholders is text. What
-    /// `known` has of it already stays; in the end `known` has it all.
+    /// Encodes the text of `known`, of which it has the tokens before byte `start`, and which has `numbers`
+    /// placeholders there: its markup is the template's own, that behind placeholders is text.
     fn encode(
         &self,
+        start: usize,
+        numbers: usize,
+        text: &Text,
+        markup: &Markup,
+        known: &mut KnownPrompt,
+    ) -> Result<(), TextError> {
+        let rendered = std::mem::take(&mut known.text);
+        let outcome = self.encode_text(&rendered, start, numbers, text, markup, known);
+        known.text = rendered;
+        outcome
+    }
+
+    fn encode_text(
+        &self,
         rendered: &str,
+        start: usize,
+        mut numbers: usize,
         text: &Text,
         markup: &Markup,
         known: &mut KnownPrompt,
     ) -> Result<(), TextError> {
         // Markup cuts the text into stretches that are tokenized each by itself, so a stretch with
         // a placeholder can be encoded apart from its neighbours without changing them.
-        let (start, mut numbers) = known.go_on(rendered, &self.hidden, markup.longest);
         let (mut done, mut begin) = (start, start);
         let cuts = markup.spans(&rendered[start..]).map(|cut| start + cut.start..start + cut.end);
         for cut in cuts.chain(std::iter::once(rendered.len()..rendered.len())) {
@@ -421,6 +491,38 @@ impl Literals {
     }
 }
 
+impl From<Rendered> for Rest {
+    /// A whole prompt, of which nothing is known.
+    fn from(whole: Rendered) -> Self {
+        Self { messages: 0, known: 0, text: whole.text, starts: whole.starts }
+    }
+}
+
+impl Rest {
+    /// Puts `other` into all these places of the text, which do not overlap.
+    fn replace(&mut self, places: &[Range<usize>], other: &str) {
+        let (mut text, mut done) = (String::with_capacity(self.text.len()), 0);
+        let mut starts = self.starts.iter_mut().peekable();
+        let mut known = true;
+        for place in places {
+            while let Some(start) = starts.next_if(|start| **start <= place.start) {
+                *start = text.len() + (*start).saturating_sub(done);
+            }
+            // A message that begins within what is put elsewhere begins nowhere.
+            known &= starts.peek().is_none_or(|start| **start >= place.end);
+            text.push_str(&self.text[done..place.start]);
+            text.push_str(other);
+            done = place.end;
+        }
+        starts.for_each(|start| *start = text.len() + (*start).saturating_sub(done));
+        text.push_str(&self.text[done..]);
+        self.text = text;
+        if !known {
+            self.starts.clear();
+        }
+    }
+}
+
 /// A call in the shape that templates expect: arguments as an object where they are one.
 fn template_call(call: &ToolCall) -> Value {
     let arguments = match serde_json::from_str::<Map<String, Value>>(&call.input) {
@@ -432,6 +534,10 @@ fn template_call(call: &ToolCall) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use proptest::test_runner::TestRunner;
+    use rudder_text::TextSource;
+
     use super::*;
 
     fn markup() -> Markup {
@@ -500,15 +606,36 @@ mod tests {
         let mut literals = Literals::default();
         let answer = literals.placeholder(Literal::Answer(Arc::from([ANSWER])));
         let opening = "<s>assistant\n<think>\n";
+        let open = |rendered: &str| {
+            let starts = rendered.match_indices("<s>").map(|(at, _)| at).collect();
+            let mut rest = Rest { messages: 0, known: 0, text: rendered.to_owned(), starts };
+            literals.open_answers(&mut rest, opening, 0).then_some(rest)
+        };
         for between in ["", "<think>\n\n</think>\n\n", "<think>\n"] {
-            let rendered = format!("<s>user\nhi\n<s>assistant\n{between}{answer}\n");
-            let opened = literals.open_answers(&rendered, opening).expect(between);
-            assert_eq!(restored(&literals, &opened), format!("<s>user\nhi\n{opening}#{ANSWER}#\n"));
+            let rendered = format!("<s>user\nhi\n<s>assistant\n{between}{answer}\n<s>user\nso");
+            let opened = open(&rendered).expect(between);
+            let expected = format!("<s>user\nhi\n{opening}#{ANSWER}#\n<s>user\nso");
+            assert_eq!(restored(&literals, &opened.text), expected);
+            let starts = opened.text.match_indices("<s>").map(|(at, _)| at);
+            assert_eq!(opened.starts, starts.collect::<Vec<_>>());
         }
         for elsewhere in ["<s>user\n", "<s>assistant\nhi<s>user\n", ""] {
-            assert!(literals.open_answers(&format!("{elsewhere}{answer}"), opening).is_none());
+            assert!(open(&format!("{elsewhere}{answer}")).is_none());
         }
-        assert!(literals.open_answers("<s>assistant\n", opening).is_none(), "the template left it out");
+        assert!(open("<s>assistant\n").is_none(), "the template left it out");
+    }
+
+    #[test]
+    fn where_a_message_begins_within_what_is_replaced_is_not_known() {
+        let rest = || Rest { messages: 1, known: 7, text: "0123456789".into(), starts: vec![0, 2, 5, 9] };
+        let replaced = |places: &[Range<usize>]| {
+            let mut rest = rest();
+            rest.replace(places, "xxx");
+            (rest.text, rest.starts)
+        };
+        assert_eq!(replaced(&[2..4, 9..9]), ("01xxx45678xxx9".into(), vec![0, 2, 6, 10]));
+        assert_eq!(replaced(&[1..3, 7..8]), ("0xxx3456xxx89".into(), vec![]));
+        assert_eq!(replaced(&[4..6, 6..10]), ("0123xxxxxx".into(), vec![]));
     }
 
     #[test]
@@ -521,5 +648,127 @@ mod tests {
         assert_eq!(value["content"], "so:\n<custom_tool_call name=\"f\">\na\nb\n</custom_tool_call>");
         assert_eq!(value["tool_calls"][0]["function"]["arguments"], json!({"x": 1}));
         assert_eq!(value["tool_calls"][1]["function"]["arguments"], "no json");
+    }
+
+    /// A vocabulary of bytes and the marks of ChatML, with a chat template.
+    fn text(template: &str) -> Text {
+        let printable = |byte: u32| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+        let others = (0..256).filter(|&byte| !printable(byte)).zip(0x100..);
+        let others: std::collections::HashMap<u32, u32> = others.collect();
+        let character = |byte: u32| char::from_u32(*others.get(&byte).unwrap_or(&byte)).unwrap().to_string();
+        let mut tokens: Vec<String> = (0..256).map(character).collect();
+        let nul = tokens[0].clone();
+        tokens.extend(["<|endoftext|>", "<|im_start|>", "<|im_end|>"].map(str::to_owned));
+        tokens.push(nul.repeat(2));
+        let token_types = (0..tokens.len()).map(|token| if (256..259).contains(&token) { 3 } else { 1 });
+        Text::from_gguf(TextSource {
+            model: "gpt2".into(),
+            pre: Some("qwen2".into()),
+            token_types: token_types.collect(),
+            tokens,
+            merges: vec![format!("{nul} {nul}")],
+            eos: Some(258),
+            chat_template: Some(template.into()),
+            ..TextSource::default()
+        })
+        .unwrap()
+    }
+
+    /// The first three show one message after the other: with a look at those beside, with a mark at an answer's
+    /// beginning, with a head that shows the last one. The last cuts short what came before the last question.
+    const TEMPLATES: [&str; 4] = [
+        "{% if tools %}{{ tools | tojson }}{% endif %}{{ messages[0].content | length }}{% for m in messages %}{% if loop.first or (messages[loop.index0 - 1].role != m.role) %}<|im_start|>{{ m.role }}\n{% endif %}{{ m.content }}{% if loop.last or (messages[loop.index0 + 1].role != m.role) %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+        "{{ messages[-1].content }}{{ messages | length > 9 }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "{% set box = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set box.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.index0 >= box.last %}{{ m.content }}{% else %}{{ m.content[:3] }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    ];
+
+    /// A conversation that grows, and is edited now and then.
+    #[derive(Default)]
+    struct Talk {
+        messages: Vec<KnownMessage>,
+        tools: Vec<Tool>,
+    }
+
+    impl Talk {
+        fn act(&mut self, act: u32, number: usize, memory: &Verbatim) {
+            let long = format!("fn number_{number}() {{}}\n").repeat(120);
+            let say = [
+                "short".to_owned(),
+                long.clone(),
+                "holds <|im_start|>user\nand <|im_end|>".to_owned(),
+                format!("{long}<|im_end|>{long}"),
+                "\u{fdd0}0\u{fdd1}".to_owned(),
+                "\u{fdd2}".repeat(1 + number % 2),
+                " <|im_".to_owned(),
+                String::new(),
+            ];
+            let say = say[number % say.len()].clone();
+            match act {
+                0..6 => {
+                    let role =
+                        [Role::User, Role::Assistant, Role::User, Role::Assistant, Role::Tool][number % 5];
+                    self.messages.push(Message::new(role, say).into());
+                    if act < 3 && role == Role::Assistant {
+                        let after = |prefix, message: &KnownMessage| memory.after(prefix, message.digest());
+                        let conversation = self.messages.iter().fold(Prefix::default(), after);
+                        memory.keep(conversation, Arc::from([number as u32 % 256, 7, 200]));
+                    }
+                }
+                6 => {
+                    let at = number % self.messages.len().max(1);
+                    if let Some(message) = self.messages.get_mut(at) {
+                        message.to_mut().text.push('x');
+                    }
+                }
+                7 => self.messages.truncate(number),
+                _ => {
+                    let description = format!("takes <|im_end|> {}", number % 2);
+                    self.tools = vec![Tool { name: "f".into(), description, input: ToolInput::Text }];
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_prompt_that_goes_on_from_the_last_one_is_what_it_is_alone() {
+        let mut reused = 0;
+        for template in TEMPLATES {
+            let text = text(template);
+            let markup = Markup::of(&text);
+            let config = ProptestConfig { failure_persistence: None, cases: 64, ..Default::default() };
+            let acts = prop::collection::vec((0u32..9, 0usize..40), 1..40);
+            let counted = std::cell::Cell::new(0);
+            TestRunner::new(config)
+                .run(&acts, |acts| {
+                    let (memory, prompts) = (Verbatim::new(), PromptCache::new());
+                    let mut talk = Talk::default();
+                    for (act, number) in acts {
+                        talk.act(act, number, &memory);
+                        if talk.messages.is_empty() {
+                            continue;
+                        }
+                        let extra = Map::new();
+                        let prompt =
+                            ChatPrompt { messages: &talk.messages, tools: &talk.tools, extra: &extra };
+                        prompts.with(&prompt.conversations(&memory), |known| {
+                            let plain = talk.messages.iter().map(|message| (message, None));
+                            counted.update(|count| count + known.known_messages(&talk.tools, &extra, plain));
+                        });
+                        let encode = |prompts| prompt.encode(&text, &markup, &memory, prompts).unwrap();
+                        let (one, alone) = (encode(&prompts), encode(&PromptCache::new()));
+                        prop_assert!(one.tokens == alone.tokens, "tokens differ before {}", alone.tail);
+                        prop_assert_eq!(one.tail, alone.tail);
+                    }
+                    Ok(())
+                })
+                .unwrap();
+            if template == TEMPLATES[3] {
+                assert_eq!(counted.get(), 0, "what it shows of a message depends on those after it");
+            } else {
+                reused += counted.get();
+            }
+        }
+        assert!(reused > 100, "{reused} messages were known");
     }
 }

@@ -1,19 +1,27 @@
 //! Rendered prompts with their tokens: a conversation's next prompt begins like its last one, and only what it
-//! adds is searched for markup and encoded.
+//! adds is rendered, searched for markup and encoded.
 //!
-//! Prompts are found by the conversations that they rendered and compared as a whole, so that none is used for
-//! another text. One is gone on from behind the last markup that both have: no token crosses markup. It then is
+//! A prompt knows the messages that it shows and where each begins, if the template shows one after the other
+//! ([`rudder_text::Rendered`]): those that the next one has too, but for the last, which showed what came after it,
+//! need not be rendered again.
+//!
+//! Prompts are found by the conversations that they rendered and compared as a whole, message by message or by
+//! their text, so that none is used for another text. One is gone on from behind the last markup that both have: no token crosses markup. It then is
 //! the longer conversation's prompt, and also found by the shorter one, whose next turn may be another. Only
 //! where much would be lost, as where subagents part, is a prompt of its own made.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use lru::LruCache;
+use rudder_text::{Tool, ToolInput};
+use serde_json::{Map, Value};
 
+use crate::conversation::KnownMessage;
 use crate::verbatim::Prefix;
 
-/// Memory for prompts; one of 140,000 tokens takes about 1.2 MB.
-const MAX_BYTES: usize = 64 << 20;
+/// Memory for prompts; one of 140,000 tokens takes about 1.2 MB, and as much again where nobody else keeps its
+/// messages any more.
+const MAX_BYTES: usize = 128 << 20;
 /// What a cut takes, roughly, and what a prompt takes besides its text and tokens.
 const OVERHEAD: usize = 32;
 /// What a conversation takes by which a prompt is found.
@@ -36,15 +44,68 @@ pub(crate) enum Literal {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct KnownPrompt {
     /// With placeholders.
-    text: String,
+    pub text: String,
     /// What they stand for, each by its number.
     literals: Vec<Literal>,
     /// Its tokens, as far as it was encoded.
     pub tokens: Vec<u32>,
     /// Where it can be gone on from, in order.
     cuts: Vec<Cut>,
+    /// The messages that it shows, in order; none where it is not known where each begins.
+    shown: Vec<ShownMessage>,
+    /// What they were shown with.
+    setting: Setting,
     /// The prompt that this one parted from, to be kept as it was.
     origin: Option<Box<Self>>,
+}
+
+/// A message in a prompt.
+#[derive(Debug, Clone)]
+pub(crate) struct ShownMessage {
+    pub message: KnownMessage,
+    /// In whose stead stand the tokens that were generated.
+    pub answer: Option<Arc<[u32]>>,
+    /// Bytes of the prompt's text before it.
+    pub start: usize,
+}
+
+/// What a template sees beside the messages.
+#[derive(Debug, Clone, Default)]
+struct Setting {
+    tools: Vec<Tool>,
+    extra: Map<String, Value>,
+    /// What it takes, roughly.
+    bytes: usize,
+}
+
+impl Setting {
+    fn new(tools: &[Tool], extra: &Map<String, Value>) -> Self {
+        let input = |tool: &Tool| match &tool.input {
+            ToolInput::Json { schema, .. } => schema.to_string().len(),
+            ToolInput::Lark(grammar) | ToolInput::Regex(grammar) => grammar.len(),
+            ToolInput::Text => 0,
+        };
+        let tool = |tool: &Tool| OVERHEAD + tool.name.len() + tool.description.len() + input(tool);
+        let extra_bytes: usize = extra.iter().map(|(name, value)| name.len() + value.to_string().len()).sum();
+        // As trees, they take some times their text.
+        let bytes = 4 * (tools.iter().map(tool).sum::<usize>() + extra_bytes);
+        Self { tools: tools.to_vec(), extra: extra.clone(), bytes }
+    }
+
+    fn is(&self, tools: &[Tool], extra: &Map<String, Value>) -> bool {
+        self.tools == tools && self.extra == *extra
+    }
+}
+
+impl ShownMessage {
+    fn shows(&self, message: &KnownMessage, answer: Option<&Arc<[u32]>>) -> bool {
+        let same_answer = match (&self.answer, answer) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other) || one == other,
+            (one, other) => one.is_none() && other.is_none(),
+        };
+        // Short ones are read anew in each request.
+        same_answer && (self.message.is(message) || *self.message == **message)
+    }
 }
 
 /// A place right behind markup.
@@ -57,11 +118,41 @@ struct Cut {
 }
 
 impl KnownPrompt {
-    /// Makes this the prompt of another text and keeps of its tokens those that both have. Returns the byte
-    /// from which on the text is to be encoded, and the numbers of placeholders that may stand before it.
-    /// `longest` is the length of the longest markup: nearer to the texts' parting a longer one might begin.
-    pub fn go_on(&mut self, text: &str, literals: &[Literal], longest: usize) -> (usize, usize) {
-        let common = common_prefix(self.text.as_bytes(), text.as_bytes());
+    /// How many of a conversation's first messages need not be rendered again: those that this prompt shows alike
+    /// together with what follows them. Less than all.
+    pub fn known_messages<'m>(
+        &self,
+        tools: &[Tool],
+        extra: &Map<String, Value>,
+        messages: impl Iterator<Item = (&'m KnownMessage, Option<&'m Arc<[u32]>>)>,
+    ) -> usize {
+        if !self.setting.is(tools, extra) {
+            return 0;
+        }
+        let pairs = self.shown.iter().zip(messages);
+        let common = pairs.take_while(|(shown, (message, answer))| shown.shows(message, *answer)).count();
+        common.saturating_sub(1)
+    }
+
+    /// The text that stands before its messages, and where the text of its first `known` messages ends, if that is
+    /// known: for none at all it is not.
+    pub fn head_of(&self, known: usize) -> Option<(&str, usize)> {
+        let (first, next) = (self.shown.first()?, self.shown.get(known).filter(|_| known > 0)?);
+        Some((&self.text[..first.start], next.start))
+    }
+
+    /// Makes this the prompt of another text, of whose first `known` bytes it is known that they are its own, and of
+    /// whose others `rest` is given; keeps of its tokens those that both have. Returns the byte from which on the
+    /// text is to be encoded, and the numbers of placeholders that may stand before it. `longest` is the length of
+    /// the longest markup: nearer to the texts' parting a longer one might begin.
+    pub fn go_on(
+        &mut self,
+        known: usize,
+        rest: &str,
+        literals: &[Literal],
+        longest: usize,
+    ) -> (usize, usize) {
+        let common = known + common_prefix(&self.text.as_bytes()[known..], rest.as_bytes());
         let same = self.literals.iter().zip(literals).take_while(|(ours, theirs)| ours == theirs).count();
         if self.text.len() - common > FORK_BYTES {
             self.origin = Some(Box::new(self.clone()));
@@ -70,12 +161,28 @@ impl KnownPrompt {
         while self.cuts.pop_if(|cut| !holds(cut)).is_some() {}
         let cut = self.cuts.last().copied().unwrap_or_default();
         self.tokens.truncate(cut.tokens);
-        // At a cut the texts are the same, so it lies between characters of both.
-        self.text.truncate(cut.text);
-        self.text.push_str(&text[cut.text..]);
+        self.text.truncate(known);
+        self.text.push_str(rest);
         self.literals.truncate(same);
         self.literals.extend_from_slice(&literals[same..]);
         (cut.text, cut.literals)
+    }
+
+    /// Notes where the messages begin that it shows, after the first `known`; nowhere, if that is not known.
+    pub fn show(
+        &mut self,
+        known: usize,
+        more: impl Iterator<Item = ShownMessage>,
+        tools: &[Tool],
+        extra: &Map<String, Value>,
+    ) {
+        self.shown.truncate(known);
+        self.shown.extend(more);
+        if self.shown.is_empty() {
+            self.setting = Setting::default();
+        } else if !self.setting.is(tools, extra) {
+            self.setting = Setting::new(tools, extra);
+        }
     }
 
     /// Notes that the prompt can be gone on from here: all before byte `text`, where markup ends, is encoded.
@@ -94,6 +201,9 @@ impl KnownPrompt {
         self.text.capacity()
             + self.tokens.capacity() * size_of::<u32>()
             + (self.cuts.len() + 4) * OVERHEAD
+            // A message's text, also as the template sees it.
+            + self.shown.iter().map(|shown| OVERHEAD + 2 * shown.message.text.len()).sum::<usize>()
+            + self.setting.bytes
             + self.literals.iter().map(literal).sum::<usize>()
     }
 }
@@ -235,7 +345,7 @@ mod tests {
 
     /// Encodes the text as the last one's continuation; returns where it went on.
     fn encode(known: &mut KnownPrompt, text: &str, literals: &[Literal]) -> usize {
-        let (from, mut numbers) = known.go_on(text, literals, 3);
+        let (from, mut numbers) = known.go_on(0, text, literals, 3);
         for (at, byte) in text.bytes().enumerate().skip(from) {
             known.tokens.push(byte.into());
             numbers += usize::from(byte == b'#');

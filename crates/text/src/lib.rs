@@ -7,6 +7,7 @@ mod grammar;
 mod infill;
 mod json;
 mod listed;
+mod message_loop;
 mod output;
 mod pretokenizer;
 mod stop;
@@ -26,7 +27,7 @@ pub use grammar::{
 pub use infill::{FimTokens, Infill};
 pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ReasoningMarks, ToolFormat};
 pub use stop::StopMatcher;
-pub use template::TemplateValue;
+pub use template::{Rendered, TemplateValue};
 pub use tool::{Tool, ToolChoice, ToolInput};
 
 /// What text handling can fail with. Every message is fit for a client.
@@ -142,28 +143,33 @@ impl Text {
         add_generation_prompt: bool,
         extra: &serde_json::Map<String, serde_json::Value>,
     ) -> Result<String, TextError> {
-        let messages = messages.as_array().into_iter().flatten().map(TemplateValue::from);
+        let messages: Vec<_> = messages.as_array().into_iter().flatten().map(TemplateValue::from).collect();
         let tools = tools.map(TemplateValue::from);
-        self.render_messages(&messages.collect::<Vec<_>>(), tools.as_ref(), add_generation_prompt, extra)
+        self.template()?.render(&messages, tools.as_ref(), add_generation_prompt, extra)
     }
 
-    /// The same with messages and tools that were made ready for the template before.
+    /// The same with messages and tools that were made ready for the template before, up to where the assistant
+    /// begins to speak. The first `known` messages, not all of them, need no text: an earlier rendering had them, the
+    /// message after them, and the same tools and variables.
     ///
     /// # Errors
     /// As [`Self::render_chat`].
-    pub fn render_messages(
+    pub fn render_from(
         &self,
+        known: usize,
         messages: &[TemplateValue],
         tools: Option<&TemplateValue>,
-        add_generation_prompt: bool,
         extra: &serde_json::Map<String, serde_json::Value>,
-    ) -> Result<String, TextError> {
-        let Some(template) = &self.parts.template else {
-            return Err(TextError::Unsupported(
+    ) -> Result<Rendered, TextError> {
+        self.template()?.render_from(known, messages, tools, extra)
+    }
+
+    fn template(&self) -> Result<&template::Template, TextError> {
+        self.parts.template.as_ref().ok_or_else(|| {
+            TextError::Unsupported(
                 "this model has no chat template: use /v1/completions, or serve an instruct model".into(),
-            ));
-        };
-        template.render(messages, tools, add_generation_prompt, extra)
+            )
+        })
     }
 
     /// Whether the model has a chat template.

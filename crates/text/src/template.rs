@@ -8,6 +8,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use regex::Regex;
 use serde_json::Map;
 
+use crate::message_loop::{KNOWN, MARK, with_marks};
 use crate::{OutputFormat, TextError};
 
 /// Instructions that one rendering may run. A long conversation takes some hundred thousand; this
@@ -16,6 +17,9 @@ const FUEL: u64 = 20_000_000;
 
 const CHAT: &str = "chat template";
 const TOOL_USE: &str = "tool-use chat template";
+/// Of each, the version that passes over known messages, if there is one.
+const MARKED: [(&str, &str); 2] =
+    [(CHAT, "chat template, message by message"), (TOOL_USE, "tool-use chat template, message by message")];
 
 /// A message or a list of tools as chat templates see it: made once, rendered often. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -24,6 +28,30 @@ pub struct TemplateValue(Value);
 impl From<&serde_json::Value> for TemplateValue {
     fn from(value: &serde_json::Value) -> Self {
         Self(Serde(value).into())
+    }
+}
+
+/// A rendered conversation without the text of those messages that were known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rendered {
+    /// What stands before the messages, and then from the first on that is not known to the end.
+    pub text: String,
+    /// Where in it each message begins that is not known. Empty where the template does not just show one message
+    /// after the other: then all of them are in the text.
+    pub starts: Vec<usize>,
+}
+
+impl Rendered {
+    /// Takes the marks out of a text in which each of so many messages has one.
+    fn of(marked: &str, messages: usize) -> Option<Self> {
+        let (mut text, mut starts) = (String::with_capacity(marked.len()), Vec::with_capacity(messages));
+        for (index, part) in marked.split(MARK).enumerate() {
+            if index > 0 {
+                starts.push(text.len());
+            }
+            text.push_str(part);
+        }
+        (starts.len() == messages).then_some(Self { text, starts })
     }
 }
 
@@ -57,9 +85,16 @@ impl Template {
         env.add_function("strftime_now", strftime_now);
         let templates = [(CHAT, Some(source.chat)), (TOOL_USE, source.tool_use)];
         for (name, template) in templates.into_iter().filter_map(|(name, template)| Some((name, template?))) {
-            env.add_template_owned(name, without_training_marks(template)?).map_err(|error| {
+            let template = without_training_marks(template)?;
+            let marked = with_marks(&template);
+            env.add_template_owned(name, template).map_err(|error| {
                 TextError::Model(format!("the model's {name} does not compile: {}", describe(&error)))
             })?;
+            let version = MARKED.into_iter().find(|&(of, _)| of == name);
+            if let (Some((_, name)), Some(marked)) = (version, marked) {
+                // The other one does where this does not compile.
+                let _ = env.add_template_owned(name, marked);
+            }
         }
         let tokens = source.tokens.into_iter();
         Ok(Self {
@@ -82,6 +117,46 @@ impl Template {
         add_generation_prompt: bool,
         extra: &Map<String, serde_json::Value>,
     ) -> Result<String, TextError> {
+        let variables = self.variables(messages, tools, add_generation_prompt, extra);
+        self.run(self.name(tools), variables)
+    }
+
+    /// Renders a conversation whose first `known` messages need no text, as they were rendered before; at least one
+    /// has. See [`Rendered`].
+    pub(crate) fn render_from(
+        &self,
+        known: usize,
+        messages: &[TemplateValue],
+        tools: Option<&TemplateValue>,
+        extra: &Map<String, serde_json::Value>,
+    ) -> Result<Rendered, TextError> {
+        let name = self.name(tools);
+        let version = MARKED.into_iter().find(|&(of, _)| of == name);
+        if let Some((_, name)) = version.filter(|(_, name)| self.env.get_template(name).is_ok()) {
+            let mut variables = self.variables(messages, tools, true, extra);
+            variables.insert(KNOWN.into(), known.into());
+            // Another mark in it is a client's.
+            if let Some(rendered) =
+                Rendered::of(&self.run(name, variables)?, messages.len().saturating_sub(known))
+            {
+                return Ok(rendered);
+            }
+        }
+        Ok(Rendered { text: self.render(messages, tools, true, extra)?, starts: Vec::new() })
+    }
+
+    /// The template for a conversation with these tools.
+    fn name(&self, tools: Option<&TemplateValue>) -> &'static str {
+        if tools.is_some() && self.has_tool_use { TOOL_USE } else { CHAT }
+    }
+
+    fn variables(
+        &self,
+        messages: &[TemplateValue],
+        tools: Option<&TemplateValue>,
+        add_generation_prompt: bool,
+        extra: &Map<String, serde_json::Value>,
+    ) -> BTreeMap<String, Value> {
         // As in transformers: what a caller adds may replace the tokens, not the conversation.
         let mut variables = self.tokens.clone();
         variables.insert("documents".into(), Value::from(()));
@@ -89,7 +164,10 @@ impl Template {
         variables.insert("messages".into(), messages.iter().map(|message| message.0.clone()).collect());
         variables.insert("tools".into(), tools.map_or_else(|| Value::from(()), |tools| tools.0.clone()));
         variables.insert("add_generation_prompt".into(), add_generation_prompt.into());
-        let name = if tools.is_some() && self.has_tool_use { TOOL_USE } else { CHAT };
+        variables
+    }
+
+    fn run(&self, name: &str, variables: BTreeMap<String, Value>) -> Result<String, TextError> {
         let template = self.env.get_template(name).map_err(|error| refused(&error))?;
         template.render(Value::from(variables)).map_err(|error| refused(&error))
     }
@@ -182,6 +260,44 @@ mod tests {
             "{{ bos_token }}\n    {% for m in messages %}\n{{ m['role'] }}:{{ m.content.strip() }}\n    {% endfor %}\n{{ eos_token }}{% if tools is none and documents is none %}{{ add_generation_prompt }}{% endif %}\n",
         );
         assert_eq!(text.unwrap(), "<s>\nuser:hi <b>\nTrue");
+    }
+
+    #[test]
+    fn a_conversation_goes_on_from_its_known_messages_as_if_all_were_rendered() {
+        let chats = [
+            "{{ bos_token }}{{ messages | length > 4 }}\n{% for m in messages %}\n  {% if loop.first %}\n<{% endif %}\n  {{ m.role }}: {{ m.content | trim }}\n  {% if loop.last or messages[loop.index0 + 1].role != m.role %};\n{% endif %}\n{% endfor %}\n{% if add_generation_prompt %}>{% endif %}\n",
+            "{%- for m in messages -%}\n  [{{ m.content }}]\n{%- if loop.index0 > 0 and messages[loop.index0 - 1].role == m.role %} again{% endif %}\n\n {%- endfor -%}\n end",
+            " {% for m in messages %} {{- m.content }} {% continue %} x{% endfor %} ",
+        ];
+        let all = ["user", "assistant", "tool", "tool", "user", "user", "assistant", "user"];
+        let all = all.iter().zip(0..).map(|(role, at)| json!({"role": role, "content": format!(" {at}\n ")}));
+        let all: Vec<_> = all.map(|message| TemplateValue::from(&message)).collect();
+        for chat in chats {
+            let template = template(chat);
+            let rendered =
+                |known, messages| template.render_from(known, messages, None, &Map::new()).unwrap();
+            for (now, before) in (1..=all.len()).flat_map(|now| (1..=now).map(move |before| (now, before))) {
+                let (earlier, whole) = (rendered(0, &all[..before]), rendered(0, &all[..now]));
+                assert_eq!(whole.text, template.render(&all[..now], None, true, &Map::new()).unwrap());
+                assert_eq!(whole.starts.len(), now);
+                let rest = rendered(before - 1, &all[..now]);
+                let head = rest.starts[0];
+                let known = &earlier.text[earlier.starts[0]..earlier.starts[before - 1]];
+                let put_together = [&rest.text[..head], known, &rest.text[head..]].concat();
+                assert_eq!(put_together, whole.text, "{chat}: {now} after {before}");
+                let shift = known.len();
+                let starts: Vec<_> = rest.starts.iter().map(|start| start + shift).collect();
+                assert_eq!(starts, whole.starts[before - 1..]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_mark_that_a_client_wrote_is_text() {
+        let message = TemplateValue::from(&json!({"content": "a\u{fdd2}b"}));
+        let template = template("{% for m in messages %}{{ m.content }}{% endfor %}");
+        let rendered = template.render_from(0, &[message.clone(), message], None, &Map::new()).unwrap();
+        assert_eq!(rendered, Rendered { text: "a\u{fdd2}ba\u{fdd2}b".into(), starts: Vec::new() });
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use rudder_model::Gguf;
 use rudder_text::{
-    AnswerRules, Infill, OutputFormat, Text, TextSource, Tool, ToolChoice, ToolFormat, ToolInput,
+    AnswerRules, Infill, OutputFormat, TemplateValue, Text, TextSource, Tool, ToolChoice, ToolFormat,
+    ToolInput,
 };
 use serde_json::{Map, Value};
 
@@ -78,6 +79,28 @@ fn chats_read_as_jinja2_renders_them() {
         let prompt = case.get("add_generation_prompt") != Some(&Value::Bool(false));
         let rendered = text.render_chat(&case["messages"], case.get("tools"), prompt, &Map::new()).unwrap();
         assert_eq!(rendered, case["text"].as_str().unwrap());
+    }
+}
+
+#[test]
+#[ignore = "needs the default model; run by .ci/run"]
+fn a_chat_that_goes_on_reads_as_if_all_of_it_were_rendered() {
+    let (text, goldens) = subject();
+    for case in goldens["chats"].as_array().unwrap() {
+        let messages = case["messages"].as_array().unwrap();
+        let values: Vec<_> = messages.iter().map(TemplateValue::from).collect();
+        let tools = case.get("tools").map(TemplateValue::from);
+        let render = |known, messages| {
+            text.render_from(known, &values[..messages], tools.as_ref(), &Map::new()).unwrap()
+        };
+        for (now, before) in (1..=values.len()).flat_map(|now| (1..=now).map(move |before| (now, before))) {
+            let whole = Value::from(&messages[..now]);
+            let whole = text.render_chat(&whole, case.get("tools"), true, &Map::new()).unwrap();
+            let (earlier, rest) = (render(0, before), render(before - 1, now));
+            let known = &earlier.text[earlier.starts[0]..earlier.starts[before - 1]];
+            let (head, new) = rest.text.split_at(rest.starts[0]);
+            assert_eq!([head, known, new].concat(), whole, "{now} messages after {before}");
+        }
     }
 }
 
