@@ -41,7 +41,7 @@ impl Barrier {
         }
     }
 
-    /// How often all ranks have crossed.
+    /// How often all ranks have crossed since the start or the last mending.
     pub fn crossings(&self) -> usize {
         self.crossings.load(Ordering::Acquire)
     }
@@ -92,10 +92,18 @@ impl Barrier {
         self.wake.notify_all();
     }
 
-    /// Makes it whole again; nobody may be waiting.
+    /// Why it is broken, if it is.
+    pub fn failed(&self) -> Option<Failed> {
+        self.lock().failed.clone()
+    }
+
+    /// Makes it whole again if it is broken; nobody may be waiting.
     pub fn mend(&self) -> Option<Failed> {
         let mut state = self.lock();
         state.arrived = 0;
+        if state.failed.is_some() {
+            self.crossings.store(0, Ordering::Release);
+        }
         self.broken.store(false, Ordering::Relaxed);
         state.failed.take()
     }

@@ -1,14 +1,27 @@
-//! Collectives between the ranks of a model: threads of one process, each of which holds a part of every layer.
+//! Collectives between the ranks of a model, each of which holds a part of every layer: threads of one process, or of several processes
+//! (nodes), which talk over TCP.
 //!
 //! Every rank calls the same collectives in the same order. What they give is the same bits however the threads are timed:
 //! sums are taken in the order of the ranks. A rank that cannot go on says so with [`Group::fail`]; then every collective, those
 //! that others wait in too, is an error until [`Group::mend`], and nobody waits for ever.
+//!
+//! Over nodes, the ranks of a process first show each other what they have, then the first of them brings it to the other nodes and
+//! theirs here (`nodes.rs`); so the sums are the same bits as in one process. A node that is gone ends the group for good.
 
 mod barrier;
+mod frame;
+mod join;
+mod nodes;
+mod pulse;
 
+use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use barrier::Barrier;
+use nodes::{Audience, Nodes};
+use pulse::End;
+
+pub use join::{JoinError, Terms};
 
 /// One of `world` ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,21 +60,33 @@ pub struct Member {
 }
 
 struct Shared {
+    /// Of the ranks of this process.
     barrier: Barrier,
+    /// The other processes, if there are any.
+    nodes: Option<Nodes>,
     /// What each rank shows the others. Two sides, used in turn: a rank that is at its next collective writes to one while slower ranks
     /// still read the other, and nobody is two ahead. So one crossing of the barrier is enough for a collective.
     shown: Vec<[RwLock<Vec<f32>>; 2]>,
 }
 
 impl Group {
-    /// A group of `world` ranks.
+    /// A group of `world` ranks in this process.
     ///
     /// # Panics
     /// If `world` is 0.
     pub fn new(world: usize) -> Self {
         assert!(world > 0, "a group has at least one rank");
+        Self::of(world, world, None)
+    }
+
+    /// A group over nodes that have joined.
+    fn over(nodes: Nodes) -> Self {
+        Self::of(nodes.world(), nodes.local().len(), Some(nodes))
+    }
+
+    fn of(world: usize, local: usize, nodes: Option<Nodes>) -> Self {
         let shown = (0..world).map(|_| Default::default()).collect();
-        Self { shared: Arc::new(Shared { barrier: Barrier::new(world), shown }) }
+        Self { shared: Arc::new(Shared { barrier: Barrier::new(local), nodes, shown }) }
     }
 
     /// Ranks in the group.
@@ -69,13 +94,21 @@ impl Group {
         self.shared.shown.len()
     }
 
-    /// The members, in order; each is to be used by one thread at a time, and there should be one of each.
-    pub fn members(&self) -> Vec<Member> {
-        let world = self.world();
-        (0..world).map(|index| Member { rank: Rank { index, world }, shared: self.shared.clone() }).collect()
+    /// The ranks of this process.
+    pub fn local(&self) -> Range<usize> {
+        self.shared.nodes.as_ref().map_or(0..self.world(), Nodes::local)
     }
 
-    /// Ends the collectives that wait, and those to come, with an error: `rank` cannot go on. The first reason stays.
+    /// The members in this process, in order; each is to be used by one thread at a time, and there should be one of each.
+    pub fn members(&self) -> Vec<Member> {
+        let world = self.world();
+        self.local()
+            .map(|index| Member { rank: Rank { index, world }, shared: self.shared.clone() })
+            .collect()
+    }
+
+    /// Ends the collectives that wait in this process, and those to come, with an error: `rank` cannot go on. The first reason stays. Other
+    /// nodes hear of it when the step ends.
     pub fn fail(&self, rank: usize, reason: String) {
         self.shared.barrier.fail(Failed { rank, reason });
     }
@@ -86,10 +119,93 @@ impl Group {
     }
 }
 
+/// Of a group over several processes. In one of a single process there is nothing to do.
+impl Group {
+    /// Processes that share the ranks.
+    pub fn nodes(&self) -> usize {
+        self.shared.nodes.as_ref().map_or(1, Nodes::count)
+    }
+
+    /// The number of this process among them.
+    pub fn node(&self) -> usize {
+        self.shared.nodes.as_ref().map_or(0, Nodes::index)
+    }
+
+    /// Tells each node every node's `word`, in their order. All call it, outside of steps.
+    ///
+    /// # Errors
+    /// If a node has failed or is gone.
+    pub fn agree(&self, word: u64) -> Result<Vec<u64>, Failed> {
+        self.shared.nodes.as_ref().map_or_else(|| Ok(vec![word]), |nodes| nodes.agree(word))
+    }
+
+    /// Tells the other nodes that this one cannot go on, before steps begin.
+    pub fn withdraw(&self, reason: String) {
+        if let Some(nodes) = &self.shared.nodes {
+            nodes.withdraw(&Failed {
+                rank: self.local().start,
+                reason: format!("node {}: {reason}", nodes.index()),
+            });
+        }
+    }
+
+    /// On node 0: begins a step on the others, which [`Group::next`] gives them. A node that is gone fails the step.
+    pub fn begin(&self, step: &[u8]) {
+        if let Some(Err(failed)) = self.shared.nodes.as_ref().map(|nodes| nodes.begin(step)) {
+            self.shared.barrier.fail(failed);
+        }
+    }
+
+    /// On node 0, when its ranks have ended the step: waits until the other nodes have, and fails the step if it failed there.
+    pub fn end(&self) {
+        let Some(nodes) = &self.shared.nodes else { return };
+        if let Some(failed) = nodes.end(self.shared.barrier.failed().as_ref()) {
+            self.shared.barrier.fail(failed);
+        }
+    }
+
+    /// On another node: waits for the next step, and puts it into `step`; false if node 0 has ended in good order.
+    ///
+    /// # Errors
+    /// If node 0 is gone.
+    pub fn next(&self, step: &mut Vec<u8>) -> Result<bool, Failed> {
+        self.shared.nodes.as_ref().map_or(Ok(false), |nodes| nodes.next(step))
+    }
+
+    /// On another node, when its ranks have ended the step: makes the group whole if it failed, and tells node 0 how it ended.
+    ///
+    /// # Errors
+    /// If node 0 is gone.
+    pub fn done(&self) -> Result<(), Failed> {
+        let failed = self.shared.barrier.mend();
+        self.shared.nodes.as_ref().map_or(Ok(()), |nodes| nodes.done(failed.as_ref()))
+    }
+
+    /// Ends the group in good order: the other nodes are told. The last clone that goes does the same.
+    pub fn bye(&self) {
+        if let Some(nodes) = &self.shared.nodes {
+            nodes.health().finish(End::Bye);
+        }
+    }
+
+    /// Waits until the group has ended; the node that is gone, unless it was in good order.
+    pub fn lost(&self) -> Option<Failed> {
+        match self.shared.nodes.as_ref()?.health().wait() {
+            End::Lost(failed) => Some(failed),
+            End::Bye => None,
+        }
+    }
+}
+
 impl Member {
     /// Which rank this is.
     pub fn rank(&self) -> Rank {
         self.rank
+    }
+
+    /// Whether all ranks are in this process.
+    pub fn is_among_threads(&self) -> bool {
+        self.shared.nodes.is_none()
     }
 
     /// Makes `x` the sum of all ranks' `x`, added in the order of the ranks: the same bits on each.
@@ -100,7 +216,7 @@ impl Member {
         if self.rank.world == 1 {
             return Ok(());
         }
-        let side = self.show(x)?;
+        let side = self.show(x, Audience::All)?;
         for (index, shown) in self.shared.shown.iter().enumerate() {
             let part = shown[side].read().unwrap_or_else(PoisonError::into_inner);
             if part.len() != x.len() {
@@ -121,7 +237,7 @@ impl Member {
     pub fn share(&self, mine: u64, all: &mut [u64]) -> Result<(), Failed> {
         // Sixteen bits at a time, which f32 holds exactly.
         let pieces: [f32; 4] = std::array::from_fn(|i| f32::from((mine >> (16 * i)) as u16));
-        let side = self.show(&pieces)?;
+        let side = self.show(&pieces, Audience::All)?;
         for (index, (shown, all)) in self.shared.shown.iter().zip(all).enumerate() {
             let shown = shown[side].read().unwrap_or_else(PoisonError::into_inner);
             if shown.len() != pieces.len() {
@@ -138,7 +254,7 @@ impl Member {
     /// # Errors
     /// If a rank failed, or the parts do not fill `whole`.
     pub fn gather(&self, part: &[f32], rows: usize, whole: Option<&mut [f32]>) -> Result<(), Failed> {
-        let side = self.show(part)?;
+        let side = self.show(part, Audience::First)?;
         let Some(whole) = whole else { return Ok(()) };
         let total = whole.len() / rows.max(1);
         let mut at = 0;
@@ -157,14 +273,23 @@ impl Member {
     }
 
     /// Shows `x` to the other ranks and waits until all have shown theirs; returns the side they are on.
-    fn show(&self, x: &[f32]) -> Result<usize, Failed> {
-        // No crossing can happen before this rank arrives, so the side is the same for all.
-        let side = self.shared.barrier.crossings() % 2;
+    fn show(&self, x: &[f32], audience: Audience) -> Result<usize, Failed> {
+        let nodes = self.shared.nodes.as_ref();
+        // No crossing can happen before this rank arrives, so the side is the same for all. Over nodes there are two for each collective.
+        let side = self.shared.barrier.crossings() / (1 + usize::from(nodes.is_some())) % 2;
         let mut shown =
             self.shared.shown[self.rank.index][side].write().unwrap_or_else(PoisonError::into_inner);
         shown.clear();
         shown.extend_from_slice(x);
         drop(shown);
+        self.shared.barrier.wait()?;
+        let Some(nodes) = nodes else { return Ok(side) };
+        if self.rank.index == nodes.local().start
+            && let Err(failed) = nodes.exchange(&self.shared.shown, side, audience)
+        {
+            self.shared.barrier.fail(failed.clone());
+            return Err(failed);
+        }
         self.shared.barrier.wait()?;
         Ok(side)
     }

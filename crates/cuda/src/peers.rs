@@ -58,7 +58,7 @@ pub(crate) struct Peers {
 impl Peers {
     pub fn new(member: Member, device: &Device, access: PeerAccess) -> Self {
         let state = match access {
-            _ if !(2..=MOST_RANKS).contains(&member.rank().world) => State::Host,
+            _ if !connects(&member) => State::Host,
             PeerAccess::Auto => State::New,
             PeerAccess::Never => State::Host,
             PeerAccess::Always => State::Settled,
@@ -75,7 +75,7 @@ impl Peers {
     pub fn begin(&mut self) -> Result<()> {
         self.direct = false;
         let world = self.rank().world;
-        if world > MOST_RANKS {
+        if !connects(&self.member) {
             return Ok(());
         }
         let mut states = [0; MOST_RANKS];
@@ -152,6 +152,11 @@ impl Peers {
         self.member.gather(part, x.rows, Some(&mut *whole))?;
         out.buffer.write(0, bytes(whole))
     }
+}
+
+/// Whether there can be ranks whose memory is reached: of this process, where addresses mean the same to all.
+fn connects(member: &Member) -> bool {
+    (2..=MOST_RANKS).contains(&member.rank().world) && member.is_among_threads()
 }
 
 /// The first `len` elements, growing the buffer when it was never that long.

@@ -28,8 +28,12 @@ impl Fingerprint {
 
     /// Adds a tensor that the model uses.
     pub fn add(&mut self, tensor: &RawTensor) {
-        let bytes = tensor.bytes();
-        self.0.update(format!("{tensor:?} {}", bytes.len()));
+        self.add_stored(&format!("{tensor:?}"), tensor.bytes());
+    }
+
+    /// Adds bytes of a file, which are what `name` says.
+    pub fn add_stored(&mut self, name: &str, bytes: &[u8]) {
+        self.0.update(format!("{name} {}", bytes.len()));
         if bytes.len() <= WHOLE {
             return self.0.update(bytes);
         }

@@ -3,10 +3,13 @@
 //! ```text
 //! path -> ModelSource::open (config, mapped weights) -> load onto a Backend -> dyn Model
 //!                                                     -> load_ranks, cut over several -> dyn Model
+//!                                                     -> load_node, its part of a model that another process has -> Node
 //! ```
 
 mod arch;
+mod batch_bytes;
 mod config;
+mod crew;
 mod decoder;
 mod dummy;
 mod error;
@@ -29,6 +32,7 @@ pub use config::{ModelConfig, MoeConfig};
 pub use error::LoadError;
 pub use gguf::{Array, Gguf, Value};
 pub use load::{KvSize, LoadOptions, Loaded, ModelSource, load};
+pub use ranks::Node;
 
 use rudder_ops::{Batch, SampleRow, Sampled};
 

@@ -153,6 +153,13 @@ impl ModelSource {
         self.weights.gguf()
     }
 
+    /// A hash of the configuration and of samples of every tensor in the files: the same for processes that have opened the same model.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let mut fingerprint = Fingerprint::new(&self.config);
+        self.weights.add_to(&mut fingerprint);
+        fingerprint.finish("stored")
+    }
+
     /// Bytes of the weights as they lie in the files.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.bytes()

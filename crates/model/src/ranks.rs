@@ -1,43 +1,48 @@
 //! A model made of ranks: each holds a part of every layer, and all run every step together.
 //!
-//! Rank 0 runs on the caller's thread, each other one on a thread of its own that sleeps between steps. A rank that fails or panics
-//! ends the step of all with its error; the next step finds them ready again.
+//! The ranks may be of several processes (nodes). Then node 0 has the model, as far as anybody above can see, and tells the others each step's
+//! batch; a [`Node`] runs what it is told.
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::thread::{Builder, JoinHandle};
+use std::panic::resume_unwind;
+use std::sync::{Mutex, MutexGuard};
 
-use rudder_comm::{Group, Rank};
+use rudder_comm::{Failed, Group, Rank};
 use rudder_ops::{Backend, Batch, OpError, SampleRow, Sampled};
 
+use crate::batch_bytes;
+use crate::crew::{Crew, attempt, lock};
 use crate::decoder::Decoder;
 use crate::fingerprint::Fingerprint;
 use crate::load::kv_blocks_in;
 use crate::{KvBlock, KvSize, LoadError, LoadOptions, Loaded, Model, ModelConfig, ModelSource};
 
-/// One rank's part of the model, which its thread holds in a step and anybody between two.
-type Part = Arc<Mutex<Box<dyn Model>>>;
-
 /// The ranks as one model.
 pub(crate) struct Ranks {
     config: ModelConfig,
     kv_block: Option<KvBlock>,
-    group: Group,
-    parts: Vec<Part>,
-    /// The step that all ranks run.
-    batch: Arc<RwLock<Batch>>,
-    /// Of the ranks from 1 on.
-    workers: Vec<Worker>,
+    crew: Crew,
+    /// A step as other nodes are told it.
+    bytes: Vec<u8>,
 }
 
-/// A rank's thread.
-struct Worker {
-    /// Begins a step; without it the thread ends.
-    begin: Option<SyncSender<()>>,
-    done: Receiver<()>,
-    thread: Option<JoinHandle<()>>,
+/// Ranks of a model whose node 0 is another process.
+pub struct Node {
+    crew: Crew,
+    /// Blocks in the KV cache, the same number on all nodes.
+    pub kv_blocks: usize,
+}
+
+/// What a node has loaded.
+struct Parts<B: Backend> {
+    decoders: Vec<Decoder<B>>,
+    kv_blocks: usize,
+    /// Of all ranks of all nodes together.
+    kv_block_bytes: u64,
+}
+
+/// What other nodes have to say about loading.
+fn refused(failed: Failed) -> LoadError {
+    LoadError::Backend(OpError::Backend(failed.reason))
 }
 
 impl ModelSource {
@@ -49,45 +54,90 @@ impl ModelSource {
         self.cut(world).map(drop)
     }
 
-    /// Cuts the model and loads a part onto each of `backends`, which are the members of `group` in their order. The options are those
-    /// of the whole model; a KV cache's bytes are shared by the ranks.
+    /// Cuts the model and loads a part onto each of `backends`, which are the members of `group` in this process in their order. The options
+    /// are those of the whole model; a KV cache's bytes are shared by the ranks. Over several nodes, this is node 0, its options hold for
+    /// all, and there are as many KV blocks as the node with the least room for them has.
     ///
     /// # Errors
-    /// As [`ModelSource::check_ranks`] and [`ModelSource::load`].
+    /// As [`ModelSource::check_ranks`] and [`ModelSource::load`], or if another node fails.
     pub fn load_ranks<B: Backend>(
         &self,
         group: Group,
         backends: Vec<B>,
         options: LoadOptions,
-        mut progress: impl FnMut(u64, u64) + Send,
+        progress: impl FnMut(u64, u64) + Send,
     ) -> Result<Loaded, LoadError> {
+        let Parts { decoders, kv_blocks, kv_block_bytes } =
+            self.load_here(&group, backends, options, progress)?;
+        let model = Ranks::new(group, self.config().clone(), boxed(decoders))?;
+        let kv_bytes = kv_block_bytes.saturating_mul(kv_blocks as u64);
+        Ok(Loaded { model: Box::new(model), kv_blocks, kv_bytes, weight_bytes: self.weight_bytes() })
+    }
+
+    /// The same on another node, where `group`'s node 0 has called [`ModelSource::load_ranks`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_node<B: Backend>(
+        &self,
+        group: Group,
+        backends: Vec<B>,
+        options: LoadOptions,
+        progress: impl FnMut(u64, u64) + Send,
+    ) -> Result<Node, LoadError> {
+        let Parts { decoders, kv_blocks, .. } = self.load_here(&group, backends, options, progress)?;
+        Ok(Node { crew: Crew::new(group, boxed(decoders))?, kv_blocks })
+    }
+
+    fn load_here<B: Backend>(
+        &self,
+        group: &Group,
+        backends: Vec<B>,
+        options: LoadOptions,
+        mut progress: impl FnMut(u64, u64) + Send,
+    ) -> Result<Parts<B>, LoadError> {
+        let loaded = self.load_agreed(group, backends, options, &mut progress);
+        match &loaded {
+            Ok(_) => progress(self.weight_bytes(), self.weight_bytes()),
+            Err(error) => group.withdraw(error.to_string()),
+        }
+        loaded
+    }
+
+    fn load_agreed<B: Backend>(
+        &self,
+        group: &Group,
+        backends: Vec<B>,
+        options: LoadOptions,
+        progress: impl FnMut(u64, u64) + Send,
+    ) -> Result<Parts<B>, LoadError> {
         let world = group.world();
         let ranks = backends.iter().map(Backend::rank);
-        if !ranks.eq((0..world).map(|index| Rank { index, world })) {
+        if !ranks.eq(group.local().map(|index| Rank { index, world })) {
             return Err(LoadError::Options(format!("{world} ranks need a backend each, in their order")));
         }
         let kv_block_bytes = backends.first().map_or(0, |backend| self.kv_block_bytes(backend));
-        let mut decoders = self.load_parts(backends, options, &mut progress)?;
-        let weight_bytes = self.weight_bytes();
-        progress(weight_bytes, weight_bytes);
+        let options = agree(group, options, kv_block_bytes)?;
+        let mut decoders = self.load_parts(world, backends, options, progress)?;
         if let KvSize::DeviceShare(share) = options.kv {
-            fill_memory(&group, &mut decoders, share, kv_block_bytes / world as u64)?;
+            fill_memory(group, &mut decoders, share, kv_block_bytes / world as u64)?;
+        } else {
+            // Nobody begins before all have loaded.
+            group.agree(0).map_err(refused)?;
         }
         let kv_blocks = decoders.first().map_or(0, |decoder| decoder.limits.kv_blocks);
-        let parts = decoders.into_iter().map(|decoder| Box::new(decoder) as Box<dyn Model>).collect();
-        let model = Ranks::new(group, self.config().clone(), parts)?;
-        let kv_bytes = kv_block_bytes.saturating_mul(kv_blocks as u64);
-        Ok(Loaded { model: Box::new(model), kv_blocks, kv_bytes, weight_bytes })
+        Ok(Parts { decoders, kv_blocks, kv_block_bytes })
     }
 
     /// Loads all parts at the same time, each on a thread of its own.
     fn load_parts<B: Backend>(
         &self,
+        world: usize,
         backends: Vec<B>,
         options: LoadOptions,
         progress: impl FnMut(u64, u64) + Send,
     ) -> Result<Vec<Decoder<B>>, LoadError> {
-        let cut = self.cut(backends.len())?;
+        let cut = self.cut(world)?;
         let shards: Vec<_> = backends.iter().map(|backend| cut.shard(backend.rank())).collect();
         let done = Mutex::new((progress, vec![0; shards.len()]));
         let report = |rank: usize, bytes: u64, total: u64| {
@@ -113,6 +163,37 @@ impl ModelSource {
     }
 }
 
+fn boxed<B: Backend>(decoders: Vec<Decoder<B>>) -> Vec<Box<dyn Model>> {
+    decoders.into_iter().map(|decoder| Box::new(decoder) as Box<dyn Model>).collect()
+}
+
+/// The options that all nodes load with.
+fn agree(group: &Group, options: LoadOptions, kv_block_bytes: u64) -> Result<LoadOptions, LoadError> {
+    if group.nodes() == 1 {
+        return Ok(options);
+    }
+    let of_first = |n: usize| group.agree(n as u64).map(|all| all[0] as usize).map_err(refused);
+    let (max_batch_tokens, max_outputs) =
+        (of_first(options.max_batch_tokens)?, of_first(options.max_outputs)?);
+    let max_context = of_first(options.max_context)?;
+    let blocks = match options.kv {
+        KvSize::Blocks(blocks) => blocks as u64,
+        KvSize::Bytes(bytes) => bytes / kv_block_bytes.max(1),
+        KvSize::DeviceShare(_) => u64::MAX,
+    };
+    let all = group.agree(blocks).map_err(refused)?;
+    let kv = match options.kv {
+        share if all.iter().all(|&blocks| blocks == u64::MAX) => share,
+        _ if all.contains(&u64::MAX) => {
+            let reason =
+                "kv_memory is set on some nodes and not on others; set it on all of them, or on none";
+            return Err(LoadError::Options(reason.into()));
+        }
+        _ => KvSize::Blocks(all.into_iter().fold(usize::MAX, |least, blocks| least.min(blocks as usize))),
+    };
+    Ok(LoadOptions { max_batch_tokens, max_outputs, kv, max_context })
+}
+
 /// Runs a largest step on all ranks, then gives each as many KV blocks, of `block_bytes` on a rank, as this share of the device with the
 /// least room holds.
 fn fill_memory<B: Backend>(
@@ -122,47 +203,44 @@ fn fill_memory<B: Backend>(
     block_bytes: u64,
 ) -> Result<(), LoadError> {
     std::thread::scope(|scope| {
-        for (rank, decoder) in decoders.iter_mut().enumerate() {
+        for (rank, decoder) in group.local().zip(decoders.iter_mut()) {
             scope.spawn(move || attempt(group, rank, || decoder.rehearse()));
         }
     });
     if let Some(failed) = group.mend() {
-        return Err(LoadError::Backend(OpError::Backend(failed.reason)));
+        return Err(refused(failed));
     }
     let mut least = usize::MAX;
     for decoder in &*decoders {
         least = least.min(kv_blocks_in(share, decoder.backend.memory()?, block_bytes)?);
     }
+    let least = group.agree(least as u64).map_err(refused)?.into_iter().fold(least, |a, b| a.min(b as usize));
     decoders.iter_mut().try_for_each(|decoder| decoder.set_kv_blocks(least))?;
+    // Nobody begins before all are ready.
+    group.agree(0).map_err(refused)?;
     Ok(())
 }
 
 impl Ranks {
-    /// The parts of a model that is `config` as a whole, the members of `group` in their order.
+    /// The parts of a model that is `config` as a whole, the members of `group` in this process in their order.
     fn new(group: Group, config: ModelConfig, parts: Vec<Box<dyn Model>>) -> Result<Self, LoadError> {
         let kv_blocks: Option<Vec<KvBlock>> = parts.iter().map(|part| part.kv_block()).collect();
-        let kv_block = kv_blocks.map(|blocks| KvBlock {
+        // Blocks do not move between nodes.
+        let kv_block = kv_blocks.filter(|_| group.nodes() == 1).map(|blocks| KvBlock {
             bytes: blocks.iter().map(|block| block.bytes).sum(),
             fingerprint: Fingerprint::of_ranks(blocks.iter().map(|block| block.fingerprint)),
         });
-        let parts: Vec<Part> = parts.into_iter().map(|part| Arc::new(Mutex::new(part))).collect();
-        let batch = Arc::default();
-        let workers = parts.iter().enumerate().skip(1);
-        let workers = workers.map(|(rank, part)| Worker::start(&group, rank, part, &batch));
-        let workers = workers.collect::<Result<_, _>>().map_err(|error| {
-            LoadError::Backend(OpError::Backend(format!("cannot start a rank's thread: {error}")))
-        })?;
-        Ok(Self { config, kv_block, group, parts, batch, workers })
+        Ok(Self { config, kv_block, crew: Crew::new(group, parts)?, bytes: Vec::new() })
     }
 
     fn first(&self) -> MutexGuard<'_, Box<dyn Model>> {
-        lock(&self.parts[0])
+        lock(&self.crew.parts[0])
     }
 
     /// Bytes of each rank's piece of a block of so many bytes: they lie one after the other.
     fn piece(&self, bytes: usize) -> Result<usize, OpError> {
         match self.kv_block {
-            Some(block) if block.bytes == bytes => Ok(bytes / self.parts.len()),
+            Some(block) if block.bytes == bytes => Ok(bytes / self.crew.parts.len()),
             Some(block) => {
                 Err(OpError::Backend(format!("a KV block of {bytes} bytes; a block has {}", block.bytes)))
             }
@@ -177,15 +255,14 @@ impl Model for Ranks {
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
-        self.batch.write().unwrap_or_else(PoisonError::into_inner).copy_from(batch);
-        for (worker, rank) in self.workers.iter().zip(1..) {
-            if !worker.begin() {
-                self.group.fail(rank, format!("the thread of rank {rank} is gone"));
-            }
+        let group = &self.crew.group;
+        if group.nodes() > 1 {
+            batch_bytes::write(batch, &mut self.bytes);
+            group.begin(&self.bytes);
         }
-        run(&self.group, 0, &self.parts[0], batch);
-        self.workers.iter().for_each(Worker::wait);
-        self.group.mend().map_or(Ok(()), |failed| Err(OpError::Backend(failed.reason)))
+        self.crew.run(batch);
+        group.end();
+        group.mend().map_or(Ok(()), |failed| Err(OpError::Backend(failed.reason)))
     }
 
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
@@ -198,13 +275,13 @@ impl Model for Ranks {
 
     fn export_block(&mut self, block: u32, out: &mut [u8]) -> Result<(), OpError> {
         let piece = self.piece(out.len())?;
-        let mut parts = self.parts.iter().zip(out.chunks_mut(piece));
+        let mut parts = self.crew.parts.iter().zip(out.chunks_mut(piece));
         parts.try_for_each(|(part, out)| lock(part).export_block(block, out))
     }
 
     fn import_block(&mut self, block: u32, bytes: &[u8]) -> Result<(), OpError> {
         let piece = self.piece(bytes.len())?;
-        let mut parts = self.parts.iter().zip(bytes.chunks(piece));
+        let mut parts = self.crew.parts.iter().zip(bytes.chunks(piece));
         parts.try_for_each(|(part, bytes)| lock(part).import_block(block, bytes))
     }
 
@@ -213,68 +290,24 @@ impl Model for Ranks {
     }
 }
 
-impl Worker {
-    fn start(group: &Group, rank: usize, part: &Part, batch: &Arc<RwLock<Batch>>) -> std::io::Result<Self> {
-        let (begin, begun) = sync_channel(1);
-        let (finish, done) = sync_channel(1);
-        let (group, part, batch) = (group.clone(), part.clone(), batch.clone());
-        let work = move || {
-            while begun.recv().is_ok() {
-                run(&group, rank, &part, &batch.read().unwrap_or_else(PoisonError::into_inner));
-                if finish.send(()).is_err() {
-                    return;
-                }
+impl Node {
+    /// Runs every step that node 0 begins, until it ends.
+    ///
+    /// # Errors
+    /// If node 0 is gone.
+    pub fn run(self) -> Result<(), OpError> {
+        let group = &self.crew.group;
+        let gone = |failed: Failed| OpError::Backend(failed.reason);
+        let (mut bytes, mut words, mut batch) = (Vec::new(), Vec::new(), Batch::default());
+        while group.next(&mut bytes).map_err(gone)? {
+            match batch_bytes::read(&bytes, &mut words, &mut batch) {
+                Ok(()) => self.crew.run(&batch),
+                Err(reason) => group.fail(group.local().start, reason),
             }
-        };
-        let thread = Builder::new().name(format!("rank-{rank}")).spawn(work)?;
-        Ok(Self { begin: Some(begin), done, thread: Some(thread) })
-    }
-
-    /// Begins a step; false if the thread is gone.
-    fn begin(&self) -> bool {
-        self.begin.as_ref().is_some_and(|begin| begin.send(()).is_ok())
-    }
-
-    /// Waits until the step is done; where the thread is gone, there is none.
-    fn wait(&self) {
-        let _ = self.done.recv();
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        self.begin = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join(); // what runs on it does not panic: steps are caught
+            group.done().map_err(gone)?;
         }
+        Ok(())
     }
-}
-
-/// Runs a rank's share of a step.
-fn run(group: &Group, rank: usize, part: &Part, batch: &Batch) {
-    let mut part = lock(part);
-    attempt(group, rank, || part.forward(batch));
-}
-
-/// Does a rank's share of what all do. An error or a panic ends the others' shares too.
-fn attempt(group: &Group, rank: usize, work: impl FnOnce() -> Result<(), OpError>) {
-    let reason = match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(Ok(())) => return,
-        Ok(Err(error)) => error.to_string(),
-        Err(panic) => format!("rank {rank} panicked: {}", message(&*panic)),
-    };
-    group.fail(rank, reason);
-}
-
-/// What a panic says.
-fn message(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it does not say why")
-}
-
-/// Nothing that is locked here is left half done by a panic.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

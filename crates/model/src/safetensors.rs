@@ -94,6 +94,19 @@ impl Checkpoint {
         self.tensors.contains_key(name)
     }
 
+    /// Every tensor's bytes, with what they are: its name, dtype and shape. In the order of the names.
+    pub fn stored(&self) -> Vec<(String, &[u8])> {
+        let mut stored: Vec<_> = self
+            .tensors
+            .iter()
+            .map(|(name, Entry { map, dtype, shape, start, bytes })| {
+                (format!("{name} {dtype:?} {shape:?}"), &map[*start..start + bytes])
+            })
+            .collect();
+        stored.sort();
+        stored
+    }
+
     /// Bytes of all tensors together.
     pub fn tensor_bytes(&self) -> u64 {
         self.tensors.values().map(|entry| entry.bytes as u64).sum()

@@ -6,6 +6,7 @@ use rudder_ops::RawTensor;
 
 use crate::LoadError;
 use crate::dummy::Dummy;
+use crate::fingerprint::Fingerprint;
 use crate::fp8;
 use crate::fused_experts::FusedExperts;
 use crate::gguf::Gguf;
@@ -112,6 +113,21 @@ impl Weights {
         match &self.format {
             Format::Gguf(gguf) => Some(gguf),
             Format::HuggingFace(..) | Format::Dummy(_) => None,
+        }
+    }
+
+    /// Adds all tensors as they are stored to a fingerprint; of random ones, which follow from the configuration, none.
+    pub(crate) fn add_to(&self, fingerprint: &mut Fingerprint) {
+        match &self.format {
+            Format::Gguf(gguf) => {
+                let mut names: Vec<&str> = gguf.tensor_names().collect();
+                names.sort_unstable();
+                names.into_iter().filter_map(|name| gguf.tensor(name).ok()).for_each(|t| fingerprint.add(&t));
+            }
+            Format::HuggingFace(checkpoint, _) => {
+                checkpoint.stored().iter().for_each(|(name, bytes)| fingerprint.add_stored(name, bytes));
+            }
+            Format::Dummy(_) => {}
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rudder_comm::Group;
 use rudder_engine::{DiskTier, Engine, EngineConfig, TierConfig};
 use rudder_hub::{ModelRef, Progress, catalog, default_root};
 use rudder_model::{LoadOptions, Model, ModelSource};
@@ -15,7 +16,7 @@ use crate::device::Choice;
 use crate::draft_model::{DraftSource, DraftSummary};
 use crate::place::{Place, fit};
 use crate::settings::{Draft, LoadFormat, ModelSettings, Quantization};
-use crate::{device, machine, models, text_source};
+use crate::{device, machine, models, nodes, text_source};
 
 /// A model that runs.
 pub struct Launched<T = Text> {
@@ -25,6 +26,8 @@ pub struct Launched<T = Text> {
     pub text: T,
     /// What to call it.
     pub name: String,
+    /// The ranks that share it.
+    pub group: Group,
     /// Facts for the startup summary.
     pub summary: Summary,
 }
@@ -58,8 +61,10 @@ pub struct Summary {
     pub device: String,
     /// Worker threads.
     pub threads: usize,
-    /// Ranks that share the model.
+    /// Ranks that share the model, and the nodes that they are on.
     pub ranks: usize,
+    /// See `ranks`.
+    pub nodes: usize,
     /// Time from the start of loading to a running engine.
     pub took: Duration,
 }
@@ -121,17 +126,16 @@ fn bring_up<T: Send>(
     draft: Option<&DraftSource>,
     text: impl FnOnce(&ModelSource) -> Result<T> + Send,
 ) -> Result<Launched<T>> {
-    let began = Instant::now();
+    if settings.node_rank.is_some_and(|node| node > 0) {
+        bail!("node 0 alone answers; start the others with `rudder serve`");
+    }
+    if settings.nnodes.is_some_and(|nodes| nodes > 1) && settings.kv_disk.is_some_and(|size| size.0 > 0) {
+        bail!("KV is not kept on disk where nodes share a model; leave kv_disk out");
+    }
     let Opened { source, name, licence, formats } = opened;
-    let source = match settings.quantization {
-        Some(Quantization::Fp8) if device.gpu.is_none() => {
-            bail!(
-                "quantization = fp8 is for GPUs (device = cuda); on the CPU a GGUF with Q4_K or Q8_0 does as much"
-            );
-        }
-        Some(Quantization::Fp8) => source.with_fp8(),
-        None => source,
-    };
+    let group = nodes::join(settings, &source, device.gpu.is_some())?;
+    let began = Instant::now();
+    let source = quantised(source, settings, &device)?;
     let threads = settings.threads.unwrap_or_else(machine::default_threads);
     let config = source.config().clone();
     let limits = Limits::of(settings, device.gpu.is_some())?;
@@ -139,8 +143,11 @@ fn bring_up<T: Send>(
     let longest = settings.max_context.unwrap_or(config.context_length);
     let planned = draft.map(|draft| draft.plan(gpu, threads, limits.sequences, longest)).transpose()?;
     let place = match gpu {
-        Some(index) => Place::gpu(&source, settings, index)?,
-        None => Place::cpu(&source, settings, threads, planned.as_ref().map_or(0, |plan| plan.bytes()))?,
+        Some(index) => Place::gpu(&source, settings, group.clone(), index)?,
+        None => {
+            let beside = planned.as_ref().map_or(0, |plan| plan.bytes());
+            Place::cpu(&source, settings, group.clone(), threads, beside)?
+        }
     };
     // First, so that on a GPU the model's KV cache gets what is then left.
     let drafting = planned.map(|plan| plan.load(place.max_context)).transpose()?;
@@ -196,10 +203,66 @@ fn bring_up<T: Send>(
         context_length: config.context_length,
         device: device.reason,
         threads,
-        ranks: settings.tensor_parallel_size.unwrap_or(1),
+        ranks: group.world(),
+        nodes: group.nodes(),
         took: began.elapsed(),
     };
-    Ok(Launched { engine, text, name, summary })
+    Ok(Launched { engine, text, name, group, summary })
+}
+
+/// Runs what node 0 tells this node to, until that ends.
+///
+/// # Errors
+/// If the model cannot be found, fetched, read or held in memory, the nodes do not come together, or node 0 is gone.
+pub fn follow(settings: &ModelSettings) -> Result<()> {
+    let device = device::choose(settings.device.unwrap_or_default())?;
+    let asked = settings.model.as_deref().unwrap_or(&catalog()[0].name);
+    let source = match settings.load_format {
+        Some(LoadFormat::Dummy) => ModelSource::dummy(asked)?,
+        _ => ModelSource::open(
+            &models::cache(settings.cache.clone()).pull(&ModelRef::parse(asked)?, &models::sources())?,
+        )?,
+    };
+    let group = nodes::join(settings, &source, device.gpu.is_some())?;
+    let source = quantised(source, settings, &device)?;
+    let threads = settings.threads.unwrap_or_else(machine::default_threads);
+    let limits = Limits::of(settings, device.gpu.is_some())?;
+    let place = match device.gpu.as_ref().map(|gpu| gpu.index) {
+        Some(index) => Place::gpu(&source, settings, group.clone(), index),
+        None => Place::cpu(&source, settings, group.clone(), threads, 0),
+    };
+    // Node 0 waits for what this one has to say.
+    let place = place.inspect_err(|error| group.withdraw(error.to_string()))?;
+    let options = LoadOptions {
+        max_batch_tokens: limits.batch_tokens,
+        max_outputs: limits.sequences,
+        kv: place.kv,
+        max_context: place.max_context,
+    };
+    let mut progress = Progress::new("loading", source.weight_bytes());
+    let node = place.load_node(&source, options, |done, _| progress.set(done))?;
+    drop(progress);
+    let (ranks, nodes) = (group.local(), group.nodes());
+    println!("node      {} of {nodes}, with ranks {} to {}", group.node(), ranks.start, ranks.end - 1);
+    println!("device    {}", device.reason);
+    println!("kv cache  {} tokens", node.kv_blocks * BLOCK_SIZE);
+    println!("ready     node 0 begins the steps");
+    node.run().context("start all nodes again")?;
+    println!("node 0 has ended");
+    Ok(())
+}
+
+/// The weights as asked for.
+fn quantised(source: ModelSource, settings: &ModelSettings, device: &Choice) -> Result<ModelSource> {
+    match settings.quantization {
+        Some(Quantization::Fp8) if device.gpu.is_none() => {
+            bail!(
+                "quantization = fp8 is for GPUs (device = cuda); on the CPU a GGUF with Q4_K or Q8_0 does as much"
+            );
+        }
+        Some(Quantization::Fp8) => Ok(source.with_fp8()),
+        None => Ok(source),
+    }
 }
 
 /// The tier on disk, if one is asked for.

@@ -10,6 +10,7 @@ mod kv;
 mod launch;
 mod machine;
 mod models;
+mod nodes;
 mod place;
 mod serve;
 mod settings;

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use rudder_comm::Group;
 use rudder_cuda::Cuda;
 use rudder_hub::bytes;
-use rudder_model::{KvSize, LoadError, LoadOptions, Loaded, ModelSource};
+use rudder_model::{KvSize, LoadError, LoadOptions, Loaded, ModelSource, Node};
 use rudder_ops::BLOCK_SIZE;
 use rudder_ops::cpu::{Cpu, KvDType};
 
@@ -48,26 +48,31 @@ impl Backend {
 }
 
 impl Place {
-    /// The CPU: weights and KV must fit in the memory that is available and that a draft model, which takes `beside`
-    /// bytes, leaves.
+    /// The CPU, for the ranks of a group that this process has: weights and KV must fit in the memory that is available and that a
+    /// draft model, which takes `beside` bytes, leaves.
     ///
     /// # Errors
-    /// If they do not, wishes do not fit each other, or the model cannot be cut for as many ranks as asked for.
-    pub fn cpu(source: &ModelSource, settings: &ModelSettings, threads: usize, beside: u64) -> Result<Self> {
+    /// If they do not, or wishes do not fit each other.
+    pub fn cpu(
+        source: &ModelSource,
+        settings: &ModelSettings,
+        group: Group,
+        threads: usize,
+        beside: u64,
+    ) -> Result<Self> {
         if settings.kv_cache_dtype == Some(KvCacheDtype::Fp8) {
             bail!("kv_cache_dtype = fp8 is for GPUs (device = cuda); on the CPU leave it out");
         }
         let kv_dtype = KvDType::of_model(source.is_bf16());
-        let backend = match settings.tensor_parallel_size.unwrap_or(1) {
+        let nodes = group.nodes() as u64;
+        let backend = match group.world() {
             1 => Backend::Cpu(Box::new(Cpu::new(threads, kv_dtype))),
-            ranks => {
-                source.check_ranks(ranks)?;
-                let group = Group::new(ranks);
+            _ => {
                 let cpus = ranks_on(&group, threads, kv_dtype);
                 Backend::Cpus(group, cpus)
             }
         };
-        let weight_bytes = source.widened_bytes();
+        let weight_bytes = source.widened_bytes() / nodes;
         let available = machine::memory().available.saturating_sub(beside);
         if weight_bytes > available {
             bail!(
@@ -78,7 +83,7 @@ impl Place {
             );
         }
         let needs = KvNeeds {
-            block_bytes: backend.kv_block_bytes(source),
+            block_bytes: backend.kv_block_bytes(source) / nodes,
             context_length: source.config().context_length,
             available: available - weight_bytes,
             max_context: settings.max_context,
@@ -89,28 +94,30 @@ impl Place {
         Ok(Self { backend, kv, kv_format: named(kv_dtype), max_context: plan.max_context })
     }
 
-    /// A GPU, or as many as there are ranks, from this one on: the KV cache gets what a largest step leaves of the memory.
+    /// A GPU, or as many as a group has ranks in this process, from this one on: the KV cache gets what a largest step leaves of the
+    /// memory.
     ///
     /// # Errors
-    /// If a GPU cannot be used, or the model cannot be cut for so many.
-    pub fn gpu(source: &ModelSource, settings: &ModelSettings, index: usize) -> Result<Self> {
+    /// If a GPU cannot be used.
+    pub fn gpu(source: &ModelSource, settings: &ModelSettings, group: Group, index: usize) -> Result<Self> {
         let (kv_dtype, kv_format) = match settings.kv_cache_dtype {
             Some(KvCacheDtype::Fp8) => (rudder_cuda::KvDType::Fp8, "fp8"),
             Some(KvCacheDtype::Auto) | None => (rudder_cuda::KvDType::Bf16, "bf16"),
         };
-        let backend = match settings.tensor_parallel_size.unwrap_or(1) {
+        let nodes = group.nodes() as u64;
+        let backend = match group.world() {
             1 => Backend::Cuda(Box::new(Cuda::new(index)?.with_kv_dtype(kv_dtype))),
             ranks => {
-                source.check_ranks(ranks)?;
-                let group = Group::new(ranks);
+                let here = group.local().len();
                 let cudas = gpus(&group, index, kv_dtype).with_context(|| {
-                    format!("tensor_parallel_size = {ranks} takes as many GPUs, from cuda:{index} on")
+                    format!("tensor_parallel_size = {ranks} takes {here} GPUs of this machine, from cuda:{index} on")
                 })?;
                 Backend::Cudas(group, cudas)
             }
         };
         let kv = match settings.kv_memory {
-            Some(asked) => KvSize::Bytes(asked.0),
+            // Asked for on each node.
+            Some(asked) => KvSize::Bytes(asked.0.saturating_mul(nodes)),
             None => KvSize::DeviceShare(settings.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION)),
         };
         let max_context = settings.max_context.unwrap_or(source.config().context_length);
@@ -160,6 +167,25 @@ impl Place {
             Backend::Cudas(group, cudas) => source.load_ranks(group, cudas, options, progress),
         }
     }
+
+    /// Loads the ranks here of a model whose node 0 is another process.
+    ///
+    /// # Errors
+    /// See [`ModelSource::load_node`].
+    pub fn load_node(
+        self,
+        source: &ModelSource,
+        options: LoadOptions,
+        progress: impl FnMut(u64, u64) + Send,
+    ) -> Result<Node, LoadError> {
+        match self.backend {
+            Backend::Cpus(group, cpus) => source.load_node(group, cpus, options, progress),
+            Backend::Cudas(group, cudas) => source.load_node(group, cudas, options, progress),
+            Backend::Cpu(_) | Backend::Cuda(_) => {
+                Err(LoadError::Options("a model in one piece has no other nodes".into()))
+            }
+        }
+    }
 }
 
 /// The ranks of a group, each on a GPU of its own.
@@ -179,7 +205,7 @@ fn named(kv_dtype: KvDType) -> &'static str {
 
 /// The ranks of a group, which share `threads` threads.
 fn ranks_on(group: &Group, threads: usize, kv_dtype: KvDType) -> Vec<Cpu> {
-    let members = group.members().into_iter().zip(shares(threads, group.world()));
+    let members = group.members().into_iter().zip(shares(threads, group.local().len()));
     members.map(|(member, threads)| Cpu::new(threads, kv_dtype).in_group(member)).collect()
 }
 

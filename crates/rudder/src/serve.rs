@@ -4,27 +4,38 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rudder_hub::bytes;
 use rudder_server::{ForcedCall, Server, ServerConfig, StoreConfig, serve, terminated};
 use rudder_text::{ReasoningFormat, ToolFormat};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 
-use crate::launch::{Launched, Summary, launch};
+use crate::launch::{Launched, Summary, follow, launch};
+use crate::nodes;
 use crate::settings::{ModelSettings, ServerSettings};
 
-/// Serves until Ctrl-C or SIGTERM, and then until running requests have ended or had their time.
+/// Serves until Ctrl-C or SIGTERM, and then until running requests have ended or had their time. A node other than 0 does not
+/// serve: it runs what node 0 tells it to.
 pub fn run(model: &ModelSettings, settings: ServerSettings, force_tool_call: Option<&Path>) -> Result<()> {
     let forced_calls = force_tool_call.map(forced_calls).transpose()?.unwrap_or_default();
     let runtime = Runtime::new().context("cannot start the async runtime")?;
+    if model.node_rank.is_some_and(|node| node > 0) {
+        runtime.spawn(async {
+            terminated().await;
+            eprintln!("going on until node 0 ends; again to end at once");
+            terminated().await;
+            std::process::exit(1);
+        });
+        return follow(model);
+    }
     let host = settings.host.unwrap_or(Ipv4Addr::LOCALHOST.into());
     let address = SocketAddr::new(host, settings.port.unwrap_or(8000));
     // A port in use should be told before a model is downloaded and loaded. Then the port is let
     // go, so that a client that comes too early is refused and does not wait in a queue.
     drop(runtime.block_on(bind(address))?);
 
-    let Launched { engine, text, name, summary } = launch(model)?;
+    let Launched { engine, text, name, group, summary } = launch(model)?;
     let config = ServerConfig { forced_calls, ..config(settings, name)? };
     let listener = runtime.block_on(bind(address))?;
     print_summary(&config, &summary, listener.local_addr()?);
@@ -34,11 +45,24 @@ pub fn run(model: &ModelSettings, settings: ServerSettings, force_tool_call: Opt
         );
     }
     let grace = config.grace;
-    let all_ended =
-        runtime.block_on(serve(listener, Server::new(config, text, engine), told_to_end(grace)))?;
+    let (lost, mut gone) = (nodes::watch(&group)?, None);
+    let end = async {
+        tokio::select! {
+            () = told_to_end(grace) => {}
+            Ok(failed) = lost => {
+                tracing::error!("{}; nothing can be computed without it", failed.reason);
+                gone = Some(failed);
+            }
+        }
+    };
+    let all_ended = runtime.block_on(serve(listener, Server::new(config, text, engine), end))?;
+    if let Some(failed) = gone {
+        bail!("{}; start all nodes again", failed.reason);
+    }
     if !all_ended {
         tracing::warn!("requests were still running after {} s and were cut off", grace.as_secs());
     }
+    group.bye();
     Ok(())
 }
 
@@ -146,7 +170,8 @@ fn print_summary(config: &ServerConfig, s: &Summary, address: SocketAddr) {
     println!("context   {} tokens a sequence (the model's own: {})", s.max_context, s.context_length);
     println!("device    {}", s.device);
     if s.ranks > 1 {
-        println!("ranks     {} that share the model", s.ranks);
+        let nodes = if s.nodes > 1 { format!(" on {} nodes", s.nodes) } else { String::new() };
+        println!("ranks     {} that share the model{nodes}", s.ranks);
     }
     println!("threads   {}", s.threads);
     println!("address   {url}, ready {:.1} s after loading began", s.took.as_secs_f64());

@@ -44,6 +44,18 @@ pub struct ModelSettings {
     /// model's heads [default: 1]
     #[arg(long, env = "RUDDER_TENSOR_PARALLEL_SIZE", value_name = "N")]
     pub tensor_parallel_size: Option<usize>,
+    /// Processes that share the model's ranks, each on a machine of its own: each has tensor_parallel_size / nnodes of them [default: 1]
+    #[arg(long, env = "RUDDER_NNODES", value_name = "N")]
+    pub nnodes: Option<usize>,
+    /// Which of them this is; 0 serves, the others run what it tells them [default: 0]
+    #[arg(long, env = "RUDDER_NODE_RANK", value_name = "N")]
+    pub node_rank: Option<usize>,
+    /// Address of node 0 in the network that the nodes have for themselves; node 0 listens on it [default: 127.0.0.1]
+    #[arg(long, env = "RUDDER_MASTER_ADDR", value_name = "HOST")]
+    pub master_addr: Option<String>,
+    /// Port of node 0 there [default: 29501]
+    #[arg(long, env = "RUDDER_MASTER_PORT", value_name = "PORT")]
+    pub master_port: Option<u16>,
     /// Longest sequence, prompt and answer together, in tokens [default: the model's, less where memory is short]
     #[arg(long, env = "RUDDER_MAX_CONTEXT", value_name = "TOKENS")]
     pub max_context: Option<usize>,
@@ -322,6 +334,10 @@ impl ModelSettings {
             device: self.device.or(file.device),
             threads: self.threads.or(file.threads),
             tensor_parallel_size: self.tensor_parallel_size.or(file.tensor_parallel_size),
+            nnodes: self.nnodes.or(file.nnodes),
+            node_rank: self.node_rank.or(file.node_rank),
+            master_addr: self.master_addr.or(file.master_addr),
+            master_port: self.master_port.or(file.master_port),
             max_context: self.max_context.or(file.max_context),
             kv_memory: self.kv_memory.or(file.kv_memory),
             kv_cache_dtype: self.kv_cache_dtype.or(file.kv_cache_dtype),
@@ -350,6 +366,7 @@ impl ModelSettings {
         for (name, value) in [
             ("threads", merged.threads),
             ("tensor_parallel_size", merged.tensor_parallel_size),
+            ("nnodes", merged.nnodes),
             ("max_sequences", merged.max_sequences),
             ("max_batch_tokens", merged.max_batch_tokens),
             ("max_context", merged.max_context.map(|n| n.saturating_sub(1))),
@@ -358,6 +375,14 @@ impl ModelSettings {
                 let least = if name == "max_context" { 2 } else { 1 };
                 bail!("{name} must be at least {least}");
             }
+        }
+        let (nodes, node) = (merged.nnodes.unwrap_or(1), merged.node_rank.unwrap_or(0));
+        if node >= nodes {
+            bail!("node_rank is {node}, but nnodes is {nodes}; nodes are numbered from 0 to {}", nodes - 1);
+        }
+        let ranks = merged.tensor_parallel_size.unwrap_or(1);
+        if !ranks.is_multiple_of(nodes) {
+            bail!("tensor_parallel_size is {ranks}, but must be a multiple of nnodes, which is {nodes}");
         }
         if merged.gpu_memory_utilization.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
             bail!("gpu_memory_utilization must be a share above 0 and up to 1");
@@ -480,6 +505,10 @@ mod tests {
             device = "cpu"
             threads = 1
             tensor_parallel_size = 2
+            nnodes = 2
+            node_rank = 1
+            master_addr = "10.0.0.1"
+            master_port = 5
             max_context = 2
             kv_memory = 3
             kv_cache_dtype = "fp8"
@@ -546,6 +575,15 @@ mod tests {
         assert!(
             ranks.over(None).unwrap_err().to_string().contains("tensor_parallel_size must be at least 1")
         );
+        let nodes = |ranks, nodes, node| {
+            let (tensor_parallel_size, nnodes, node_rank) = (Some(ranks), Some(nodes), Some(node));
+            ModelSettings { tensor_parallel_size, nnodes, node_rank, ..ModelSettings::default() }.over(None)
+        };
+        assert!(nodes(4, 2, 1).is_ok() && nodes(4, 0, 0).is_err());
+        let message = nodes(4, 2, 2).unwrap_err().to_string();
+        assert!(message.contains("numbered from 0 to 1"), "{message}");
+        let message = nodes(4, 3, 0).unwrap_err().to_string();
+        assert!(message.contains("must be a multiple of nnodes"), "{message}");
         let share = |share| ModelSettings { gpu_memory_utilization: Some(share), ..ModelSettings::default() };
         assert!([0.0, -1.0, 1.1, f64::NAN].into_iter().all(|s| share(s).over(None).is_err()));
         assert!(share(1.0).over(None).is_ok());
