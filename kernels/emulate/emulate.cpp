@@ -9,6 +9,7 @@
 #include "../rows.cu"
 #include "../matmul.cu"
 #include "../matmul_fp8.cu"
+#include "../matmul_wgmma.cu"
 #include "../attention.cu"
 #include "../attention_wgmma.cu"
 #include "../moe.cu"

@@ -291,12 +291,16 @@ impl Bench {
             // Of experts drawn evenly, those that somebody drew.
             let read = experts as f64 * (1.0 - (1.0 - top_k as f64 / experts as f64).powi(rows as i32));
             let operations = 2.0 * (rows * top_k * one) as f64;
-            self.time(
-                format!("moe 8 of 128, {rows} rows"),
-                2.0 * read * one as f64,
-                operations,
-                |cuda, _| cuda.moe(&x, &router, &weights, top_k, true, &mut out),
-            )?;
+            for kernel in [PrefillKernel::Mma, PrefillKernel::Wgmma] {
+                if self.cuda.set_prefill_kernel(kernel).is_err() {
+                    continue;
+                }
+                let name = format!("moe 8 of 128, {rows} rows, {kernel:?}");
+                self.time(name, 2.0 * read * one as f64, operations, |cuda, _| {
+                    cuda.moe(&x, &router, &weights, top_k, true, &mut out)
+                })?;
+            }
+            self.cuda.set_prefill_kernel(PrefillKernel::Auto)?;
         }
         Ok(())
     }

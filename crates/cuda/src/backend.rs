@@ -145,7 +145,7 @@ impl Cuda {
         self.step.prefix.when = when;
     }
 
-    /// Chooses the kernel for the attention of prompts, from the next step on.
+    /// Chooses the kernels for prompts, from the next step on: their attention, and products of bf16 that cuBLASLt does not do.
     ///
     /// # Errors
     /// If the device does not have it.
@@ -155,6 +155,7 @@ impl Cuda {
             format!("{} has no products of warpgroups; Hopper alone has", self.name)
         })?;
         self.step.wgmma = has && kernel != PrefillKernel::Mma;
+        self.multiplier.wgmma = self.step.wgmma;
         Ok(())
     }
 

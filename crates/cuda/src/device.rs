@@ -20,6 +20,7 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("matmul_few_16", 0),
     ("matmul_few_experts", 0),
     ("matmul_tiles", MATMUL_TILES_SHARED),
+    ("matmul_wgmma", MATMUL_WGMMA_SHARED),
     ("matmul_few_8_mxfp4", 0),
     ("matmul_few_16_mxfp4", 0),
     ("matmul_few_experts_mxfp4", 0),
@@ -93,6 +94,9 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
 
 /// Three stages of two tiles of 128 x 64 bf16.
 pub(crate) const MATMUL_TILES_SHARED: u32 = 3 * 2 * 128 * 64 * 2;
+
+/// Six stages of two tiles of 128 x 64 bf16, and room for them to begin on 1 KiB.
+pub(crate) const MATMUL_WGMMA_SHARED: u32 = 6 * 2 * 128 * 64 * 2 + 1024;
 
 /// Four stages of two tiles of 128 x 128 FP8, and room for them to begin on 1 KiB.
 pub(crate) const MATMUL_FP8_SHARED: u32 = 4 * 2 * 128 * 128 + 1024;

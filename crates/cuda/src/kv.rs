@@ -34,15 +34,15 @@ macro_rules! kernels {
     };
 }
 
-/// Which kernel computes the attention of prompts.
+/// Which kernels compute prompts: their attention, and products of many rows that cuBLASLt does not do.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum PrefillKernel {
-    /// The one of warpgroups where the GPU has them.
+    /// Those of warpgroups where the GPU has them.
     #[default]
     Auto,
-    /// That of warps (`mma.sync`), which every GPU runs.
+    /// Those of warps (`mma.sync`), which every GPU runs.
     Mma,
-    /// That of Hopper's warpgroups (`wgmma`).
+    /// Those of Hopper's warpgroups (`wgmma`).
     Wgmma,
 }
 

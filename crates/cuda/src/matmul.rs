@@ -1,6 +1,6 @@
 //! `x * w^T + bias`: which kernel multiplies, and the weights it reads.
 
-use crate::device::{Arg, Buffer, Device, Grid, MATMUL_FP8_SHARED, MATMUL_TILES_SHARED};
+use crate::device::{Arg, Buffer, Device, Grid, MATMUL_FP8_SHARED, MATMUL_TILES_SHARED, MATMUL_WGMMA_SHARED};
 use crate::queue::{MOST_ARGS, Product, ProductShape};
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
@@ -47,6 +47,8 @@ pub(crate) struct Multiplier {
     device: Device,
     packed: Option<Buffer>,
     widened: Option<Buffer>,
+    /// Whether tiles of bf16 are multiplied by warpgroups.
+    pub wgmma: bool,
     /// Whether rows of x too become FP8 where weights are.
     pub fp8_products: bool,
     /// Such rows, and their scales.
@@ -63,8 +65,14 @@ pub(crate) struct Rows {
 
 impl Multiplier {
     pub fn new(device: &Device) -> Self {
-        let (device, quantised) = (device.clone(), [None, None]);
-        Self { device, packed: None, widened: None, fp8_products: false, quantised }
+        Self {
+            device: device.clone(),
+            packed: None,
+            widened: None,
+            wgmma: device.has_wgmma(),
+            fp8_products: false,
+            quantised: [None, None],
+        }
     }
 
     /// A tensor as the matrix kernels read it: itself, or a copy in bf16 with padding.
@@ -124,11 +132,17 @@ impl Multiplier {
         // No groups, no index, a share of one: all but the last are there as zeros.
         args[count + 2] = 1usize.into();
         let grid = Grid::of([x.rows.div_ceil(TILE), w.n.div_ceil(TILE), 1], 256);
-        let kernel = match &w.weights {
-            Weights::Bf16(_) => "matmul_tiles",
-            Weights::Packed(packed) => packed.packing.kernels().tiles,
-        };
-        self.device.launch(kernel, grid, MATMUL_TILES_SHARED, &args[..count + 3])
+        let (kernel, shared) = self.tiles_of(&w.weights);
+        self.device.launch(kernel, grid, shared, &args[..count + 3])
+    }
+
+    /// The kernel that multiplies tiles of such weights, and the shared memory that it takes.
+    pub fn tiles_of(&self, weights: &Weights) -> (&'static str, u32) {
+        match weights {
+            Weights::Bf16(_) if self.wgmma => ("matmul_wgmma", MATMUL_WGMMA_SHARED),
+            Weights::Bf16(_) => ("matmul_tiles", MATMUL_TILES_SHARED),
+            Weights::Packed(packed) => (packed.packing.kernels().tiles, MATMUL_TILES_SHARED),
+        }
     }
 
     /// `out = x * w^T` through cuBLASLt; false if that cannot.

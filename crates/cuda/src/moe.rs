@@ -1,6 +1,6 @@
 //! A mixture of experts: few rows pair by pair, many rows sorted by expert.
 
-use crate::device::{Arg, Buffer, Device, Grid, MATMUL_TILES_SHARED};
+use crate::device::{Arg, Buffer, Device, Grid};
 use crate::matmul::{Multiplier, TILE, Vector, padded};
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
@@ -142,7 +142,7 @@ impl Moe<'_> {
         let gate_up: Arg = room(&mut self.buffers.gate_up, device, 8 * pairs * intermediate)?.into();
         let gated: Arg = room(&mut self.buffers.gated, device, 2 * pairs * padded(intermediate))?.into();
         let made: Arg = room(&mut self.buffers.made, device, 4 * pairs * hidden)?.into();
-        let product = Product { device, pairs, chosen, order };
+        let product = Product { device, multiplier: &*self.multiplier, pairs, chosen, order };
         // The pairs of a row share its activations.
         product.run(x, Some(self.top_k), &experts.gate_up, [2 * intermediate, hidden], gate_up)?;
         let (width, elements) = (padded(intermediate), pairs * padded(intermediate));
@@ -158,6 +158,7 @@ impl Moe<'_> {
 /// Products of each pair's activations with its expert's matrix.
 struct Product<'a> {
     device: &'a Device,
+    multiplier: &'a Multiplier,
     pairs: usize,
     chosen: Arg,
     order: Option<&'a Order>,
@@ -187,15 +188,16 @@ impl Product<'_> {
         let index = shared_by.map_or(Arg::NULL, |_| order.sorted);
         let grid = Grid::of([order.most, n.div_ceil(TILE), 1], 256);
         let (rows, n, groups) = (self.pairs.into(), n.into(), order.groups);
+        let (kernel, shared) = self.multiplier.tiles_of(&w.weights);
         match &w.weights {
             Weights::Bf16(w) => {
                 let args = [x, w.into(), bias, out, rows, n, width, groups, index, share];
-                self.device.launch("matmul_tiles", grid, MATMUL_TILES_SHARED, &args)
+                self.device.launch(kernel, grid, shared, &args)
             }
             Weights::Packed(w) => {
                 let [codes, scales, stride, shift] = w.args();
                 let args = [x, codes, scales, stride, shift, bias, out, rows, n, width, groups, index, share];
-                self.device.launch(w.packing.kernels().tiles, grid, MATMUL_TILES_SHARED, &args)
+                self.device.launch(kernel, grid, shared, &args)
             }
         }
     }

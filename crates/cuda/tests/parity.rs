@@ -153,6 +153,7 @@ fn linear_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (40, 129, 100),
         (128, 128, 64),
         (131, 150, 260),
+        (70, 129, 600),
     ];
     if large(&cuda) {
         shapes.extend([
@@ -167,7 +168,9 @@ fn linear_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         let (x, w) = (random.exact(rows * k, 1.0), random.exact(n * k, 1.0));
         let bias = random.vec(n, 1.0);
         let parts = [matrix("w", n, &w)];
-        for bias in [None, Some(bias.as_slice())] {
+        let kernels = [PrefillKernel::Mma, PrefillKernel::Auto];
+        for (bias, kernel) in [None, Some(bias.as_slice())].into_iter().zip(kernels) {
+            cuda.set_prefill_kernel(kernel)?;
             let ours = run_linear(&mut cuda, (&x, k), &parts, bias)?;
             let theirs = run_linear(&mut Reference::new(), (&x, k), &parts, bias)?;
             // Sums of k products, in another order, in f32.
@@ -904,6 +907,8 @@ fn moe_agrees_for_every_top_k_and_ties_go_to_the_lower_expert() -> Result<()> {
         for top_k in [1, 2, 8, 19].into_iter().filter(|&k| k <= n) {
             let renormalise = top_k % 2 == 0;
             let (x, logits) = ((x.as_slice(), hidden), (logits.as_slice(), n));
+            let kernel = [PrefillKernel::Mma, PrefillKernel::Auto][top_k.ilog2() as usize % 2];
+            cuda.set_prefill_kernel(kernel)?;
             let ours = run_moe(&mut cuda, x, logits, &stack, top_k, renormalise)?;
             let theirs = run_moe(&mut Reference::new(), x, logits, &stack, top_k, renormalise)?;
             // The gated row is rounded once.
