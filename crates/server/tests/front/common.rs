@@ -92,6 +92,8 @@ fn text_with(infill: bool, template: &str, marks: &[&str]) -> Text {
 pub struct Manner {
     /// Every step takes this long.
     pub step: Duration,
+    /// While set, no step takes any time.
+    pub hurry: Arc<AtomicBool>,
     /// While set, every step fails.
     pub failing: Arc<AtomicBool>,
     /// Ends the turn at this position.
@@ -144,7 +146,9 @@ impl Model for Reciter {
     }
 
     fn forward(&mut self, _batch: &Batch) -> Result<(), OpError> {
-        std::thread::sleep(self.manner.step);
+        if !self.manner.hurry.load(Ordering::SeqCst) {
+            std::thread::sleep(self.manner.step);
+        }
         match self.manner.failing.load(Ordering::SeqCst) {
             true => Err(OpError::Backend("a fault for the test".into())),
             false => Ok(()),
@@ -165,6 +169,7 @@ impl Model for Reciter {
 }
 
 /// A server under test.
+#[derive(Clone)]
 pub struct Fixture {
     pub router: Router,
     pub server: Arc<Server>,

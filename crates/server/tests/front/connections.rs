@@ -48,7 +48,7 @@ async fn a_stream_that_is_dropped_is_cancelled() {
 #[tokio::test]
 async fn a_silent_prefill_is_bridged_by_comments() {
     let config = ServerConfig { keep_alive: Duration::from_millis(20), ..ServerConfig::new(MODEL) };
-    let fixture = start_with(config, engine_config(), slow(120), true);
+    let fixture = start_with(config, engine_config(), slow(1500), true);
     let mut asked = body(true);
     asked["max_tokens"] = json!(1);
     let answer = fixture.post(CHAT, &asked).await;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use crate::common::{
-    Answer, CONTEXT, Fixture, MODEL, Manner, SCRIPT, start, start_agent, start_in, start_slow_agent,
+    Answer, CONTEXT, Fixture, MODEL, Manner, start, start_agent, start_in, start_slow_agent,
 };
 use crate::legal;
 
@@ -131,12 +131,13 @@ async fn reasoning_text_and_calls_become_items() {
 
 #[tokio::test]
 async fn a_custom_tools_text_is_streamed() {
-    let answer = "<custom_tool_call name=\"patch\">\n*** Begin\n+ö\n</custom_tool_call>";
-    let server = start_slow_agent(&[answer], Duration::from_millis(2));
+    let patch = format!("*** Begin\n+ö{}", "\n+and a line".repeat(20));
+    let answer = format!("<custom_tool_call name=\"patch\">\n{patch}\n</custom_tool_call>");
+    let server = start_slow_agent(&[&answer], Duration::from_millis(4));
     let events = streamed(&server, json!({"tools": tools()})).await;
     let item = &legal::check(&events)["output"][0];
     assert_eq!((&item["type"], &item["name"]), (&json!("custom_tool_call"), &json!("patch")));
-    assert_eq!(item["input"], "*** Begin\n+ö");
+    assert_eq!(item["input"], patch);
     let deltas = events.iter().filter(|event| event["type"] == "response.custom_tool_call_input.delta");
     assert!(deltas.count() > 3);
 }
@@ -299,12 +300,12 @@ async fn a_keep_alive_is_a_comment() {
         keep_alive: Duration::from_millis(20),
         ..rudder_server::ServerConfig::new(MODEL)
     };
-    let manner = Manner { step: Duration::from_millis(120), ..Manner::default() };
+    let manner = Manner { step: Duration::from_millis(1500), ..Manner::default() };
     let server = crate::common::start_with(config, crate::common::engine_config(), manner, true);
     let answer = server.post(PATH, &body(json!({"stream": true, "max_output_tokens": 1}))).await;
     assert!(answer.text().matches(": keep-alive\n\n").count() >= 2);
     legal::check(&events(&answer));
-    assert!(answer.text().contains("response.created") && SCRIPT.len() > 1);
+    assert!(answer.text().contains("response.created"));
 }
 
 #[tokio::test]

@@ -63,9 +63,11 @@ async fn a_correction_lands_at_any_token_and_is_prefilled_alone() {
 
 #[tokio::test]
 async fn a_call_is_finished_first_and_its_result_is_owed() {
-    let call = "Let me see.<tool_call>\n{\"name\": \"read\", \"arguments\": {\"path\": \"some/long/path/to/a/file\"}}\n</tool_call>";
-    let answer = format!("{call}{}", " and so on".repeat(100));
-    let server = listen(start_slow_agent(&[&answer, "I see."], STEP)).await;
+    // Long enough to be steered before its end.
+    let arguments = format!("{{\"path\": \"some{}/file\"}}", "/long/path".repeat(30));
+    let call = format!("<tool_call>\n{{\"name\": \"read\", \"arguments\": {arguments}}}\n</tool_call>");
+    let answer = format!("Let me see.{call}{}", " and so on".repeat(100));
+    let server = listen(start_slow_agent(&[&answer, "I see."], Duration::from_millis(4))).await;
     let tools = json!([{"type": "function", "name": "read", "parameters": {"type": "object"}}]);
     let mut socket = server.connect().await;
     socket.create(json!({"input": "x", "tools": tools, "stream_id": "lane"})).await;
@@ -76,7 +78,7 @@ async fn a_call_is_finished_first_and_its_result_is_owed() {
     steer(&mut socket, &id, json!([{"role": "user", "content": "second"}])).await;
     socket.until("response.completed", &mut order).await;
     let call = order.response["output"][1].clone();
-    assert_eq!(call["arguments"], "{\"path\": \"some/long/path/to/a/file\"}");
+    assert_eq!(call["arguments"], arguments);
     assert_eq!(order.response["output"].as_array().unwrap().len(), 2, "it ends with its call");
     let owed = json!([{"type": "function_call_output", "call_id": call["call_id"], "name": "read"}]);
     for _ in 0..2 {
