@@ -38,10 +38,17 @@ pub(crate) struct Agent {
     pub children: usize,
     /// The prompt of its next turn.
     pub context: Vec<u32>,
+    /// Of it, what was computed before.
+    pub known: usize,
+    /// Turns begun.
+    pub turns: u64,
     turns_left: usize,
     /// At so many turns before its end it runs this many subagents.
     subagents: Option<(usize, usize)>,
-    stream: u64,
+    /// Names it and all that is random about it.
+    pub stream: u64,
+    /// Others that it has given names.
+    named: u64,
     unit: usize,
     rng: Random,
 }
@@ -57,27 +64,31 @@ pub(crate) enum Next {
 }
 
 impl Agent {
-    /// A session's agent, the `number`-th of all; with `begun`, in the midst of it.
-    pub fn new(number: usize, owner: u64, unit: usize, seed: u64, begun: bool) -> Self {
-        let mut agent = Self::begin(number, owner, number as u64, unit, seed);
+    /// A session's agent, the `number`-th of those that are there at the beginning, in the midst of it.
+    pub fn begun(number: usize, owner: u64, unit: usize, seed: u64) -> Self {
+        let mut agent = Self::session(number as u64 + 1, owner, number as u64, unit, seed);
+        for _ in 0..agent.rng.below(agent.turns_left) {
+            agent.turns_left -= 1;
+            let answer = agent.answer();
+            agent.say(answer);
+            agent.hear();
+        }
+        agent.known = agent.context.len();
+        agent
+    }
+
+    /// A session's agent at its beginning.
+    fn session(stream: u64, owner: u64, session: u64, unit: usize, seed: u64) -> Self {
+        let mut agent = Self::begin(stream, owner, session, unit, seed);
         agent.turns_left = TURNS.draw(&mut agent.rng);
         if agent.rng.below(100) < WITH_SUBAGENTS {
             let at = agent.rng.below(agent.turns_left);
             agent.subagents = Some((at, 1 + agent.rng.below(4)));
         }
-        if begun {
-            for _ in 0..agent.rng.below(agent.turns_left) {
-                agent.turns_left -= 1;
-                let answer = agent.answer();
-                agent.say(answer);
-                agent.hear();
-            }
-        }
         agent
     }
 
-    fn begin(number: usize, owner: u64, session: u64, unit: usize, seed: u64) -> Self {
-        let stream = number as u64 + 1;
+    fn begin(stream: u64, owner: u64, session: u64, unit: usize, seed: u64) -> Self {
         let rng = Random::new(seed, stream);
         let mut agent = Self {
             owner,
@@ -85,9 +96,12 @@ impl Agent {
             parent: None,
             children: 0,
             context: (0..SYSTEM / unit).map(|at| token(0, at)).collect(),
+            known: SYSTEM / unit,
+            turns: 0,
             turns_left: 0,
             subagents: None,
             stream,
+            named: 0,
             unit,
             rng,
         };
@@ -96,9 +110,20 @@ impl Agent {
         agent
     }
 
+    /// The owner's next session, once this one's has ended.
+    pub fn successor(&mut self, session: u64, seed: u64) -> Self {
+        Self::session(self.name(), self.owner, session, self.unit, seed)
+    }
+
+    /// A name that depends on this agent alone, so that the same ones come after it however the rest went.
+    fn name(&mut self) -> u64 {
+        self.named += 1;
+        Random::new(self.stream, self.named).next()
+    }
+
     /// A subagent of this one.
-    pub fn subagent(&self, parent: usize, number: usize, seed: u64) -> Self {
-        let mut agent = Self::begin(number, self.owner, self.session, self.unit, seed);
+    pub fn subagent(&mut self, parent: usize, seed: u64) -> Self {
+        let mut agent = Self::begin(self.name(), self.owner, self.session, self.unit, seed);
         agent.turns_left = SUBAGENT_TURNS.draw(&mut agent.rng);
         agent.parent = Some(parent);
         agent
@@ -158,7 +183,7 @@ mod tests {
     fn sessions_are_of_the_recorded_shape() {
         let (mut turns, mut input, mut known, mut output, mut forked) = (0, 0, 0, 0, 0);
         for number in 0..300 {
-            let mut agent = Agent::new(number, 0, 8, 1, false);
+            let mut agent = Agent::session(number + 1, 0, number, 8, 1);
             let mut before = 0;
             forked += usize::from(agent.subagents.is_some());
             loop {

@@ -1,4 +1,6 @@
-//! What is reported of a run: waiting, pace, goodput, fairness.
+//! What is reported of a run: waiting, pace, goodput, fairness; and of two, what one's turns wait longer.
+
+use std::collections::HashMap;
 
 use super::world::{Outcome, TurnRecord};
 use crate::stats::{self, Spread};
@@ -46,11 +48,27 @@ impl Figures {
     }
 }
 
-/// How much longer first tokens take than when it is quiet: the median, the 95th and the 99th percentile.
-pub(crate) fn ratios(quiet: &Figures, flood: &Figures) -> [f64; 3] {
-    let [quiet, flood] =
-        [quiet, flood].map(|of| [of.first_token.median, of.first_token_p95, of.first_token.p99]);
-    std::array::from_fn(|i| flood[i] / quiet[i])
+/// The turns that both runs counted: as they were when it was quiet, and in the flood. A run that is slower
+/// holds fewer turns, so percentiles over all of each would be those of different work.
+pub(crate) fn same_turns<'a>(quiet: &'a Outcome, flood: &'a Outcome) -> Vec<[&'a TurnRecord; 2]> {
+    let quiet: HashMap<_, _> = quiet.turns.iter().map(|turn| (turn.name, turn)).collect();
+    flood.turns.iter().filter_map(|turn| Some([*quiet.get(&turn.name)?, turn])).collect()
+}
+
+/// Times to first token when it is quiet and in the flood, of the same turns.
+pub(crate) fn first_tokens(quiet: &Outcome, flood: &Outcome) -> Vec<[f64; 2]> {
+    same_turns(quiet, flood).into_iter().map(|pair| pair.map(|turn| turn.first_token)).collect()
+}
+
+/// How much longer first tokens take than when it is quiet: the median, the 95th and the 99th percentile of
+/// the same turns. None of none.
+pub(crate) fn ratios(first_tokens: &[[f64; 2]]) -> Option<[f64; 3]> {
+    let [quiet, flood] = [0, 1].map(|run| stats::sorted(first_tokens.iter().map(|pair| pair[run])));
+    let mut ratios = [50.0, 95.0, 99.0];
+    for ratio in &mut ratios {
+        *ratio = stats::percentile(&flood, *ratio)? / stats::percentile(&quiet, *ratio)?;
+    }
+    Some(ratios)
 }
 
 fn is_good(turn: &TurnRecord) -> bool {
@@ -89,10 +107,25 @@ fn weighted_percentile(values: &[(f64, usize)], share: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::world::Wait;
     use super::*;
 
     fn turn(owner: u64, first_token: f64, rest: Option<f64>) -> TurnRecord {
-        TurnRecord { owner, first_token, rest, answer: 101.0, alone: 2.0 }
+        let (answer, alone, wait) = (101.0, 2.0, Wait::default());
+        TurnRecord { owner, first_token, rest, answer, alone, name: (owner, 0), wait }
+    }
+
+    #[test]
+    fn turns_that_only_one_run_has_are_not_compared() {
+        let run = |turns: &[(u64, f64)]| Outcome {
+            turns: turns.iter().map(|&(name, first)| turn(name, first, None)).collect(),
+            ..Outcome::default()
+        };
+        let (quiet, flood) = (run(&[(1, 1.0), (2, 2.0), (3, 90.0)]), run(&[(2, 3.0), (1, 1.5), (4, 70.0)]));
+        let first_tokens = first_tokens(&quiet, &flood);
+        assert_eq!(first_tokens, [[2.0, 3.0], [1.0, 1.5]]);
+        assert_eq!(ratios(&first_tokens), Some([1.5; 3]));
+        assert_eq!(ratios(&[]), None);
     }
 
     #[test]

@@ -88,10 +88,14 @@ impl Machine {
     /// Seconds that `work` takes.
     pub fn seconds(&self, work: &Work) -> f64 {
         let bytes = self.weights + work.contexts * self.kv_token;
-        let linear = 2.0 * self.active * (work.steps * work.decodes + work.prefill);
-        // Scores and their weighted sum: a multiplication and an addition each.
-        let attention = 4.0 * self.attention * work.prefill_contexts;
-        work.steps * (self.overhead + bytes / self.bandwidth) + (linear + attention) / self.speed
+        let decodes = 2.0 * self.active * work.steps * work.decodes / self.speed;
+        work.steps * (self.overhead + bytes / self.bandwidth) + decodes + self.prefill_seconds(work)
+    }
+
+    /// Of it, what the prompt tokens take.
+    pub fn prefill_seconds(&self, work: &Work) -> f64 {
+        // Attention's scores and their weighted sum: a multiplication and an addition each.
+        (2.0 * self.active * work.prefill + 4.0 * self.attention * work.prefill_contexts) / self.speed
     }
 
     /// Seconds of a turn that has the machine to itself: to its first token, and from there to its end.

@@ -13,10 +13,10 @@ mod figures;
 mod machine;
 mod report;
 mod world;
+mod worst;
 
 use std::path::PathBuf;
 
-use self::figures::Figures;
 use self::machine::{H200, Machine, NVL72};
 use self::report::{Pair, Runs};
 use self::world::{Load, SCHEDULINGS, Scheduling};
@@ -46,6 +46,9 @@ pub struct SimulateArgs {
     /// Also run the last scheduling under so many seeds from this one on.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1000))]
     pub seeds: u32,
+    /// Show so many of the turns that waited longest, and what for.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub worst: u32,
     /// Write an HTML report with plots.
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
@@ -96,7 +99,8 @@ pub fn simulate(args: &SimulateArgs) -> anyhow::Result<()> {
             let flood = args.flood.map_or(load.flood, |flood| flood as usize);
             let flood_prompt = args.flood_prompt as usize;
             let load = Load { agents, seconds, flood, flood_prompt, seed: args.seed, ..load };
-            Runs { seeds: under_seeds(&machine, &load, args.seeds), ..compare(machine, load) }
+            let seeds = under_seeds(&machine, &load, args.seeds);
+            Runs { seeds, worst: args.worst as usize, ..compare(machine, load) }
         })
         .collect();
     print!("{}", report::markdown(&runs));
@@ -109,7 +113,7 @@ pub fn simulate(args: &SimulateArgs) -> anyhow::Result<()> {
 /// Every policy, with and without the flood.
 fn compare(machine: Machine, load: Load) -> Runs {
     let pairs = SCHEDULINGS.iter().map(|scheduling| pair(&machine, &load, scheduling)).collect();
-    Runs { machine, load, pairs, seeds: Vec::new() }
+    Runs { machine, load, pairs, seeds: Vec::new(), worst: 0 }
 }
 
 fn pair(machine: &Machine, load: &Load, scheduling: &Scheduling) -> Pair {
@@ -119,13 +123,14 @@ fn pair(machine: &Machine, load: &Load, scheduling: &Scheduling) -> Pair {
     }
 }
 
-/// The last policy's ratios of first tokens to quiet, for each of so many seeds.
-fn under_seeds(machine: &Machine, load: &Load, seeds: u32) -> Vec<[f64; 3]> {
-    let ratios = (0..u64::from(seeds)).filter_map(|more| {
-        let pair = pair(machine, &Load { seed: load.seed + more, ..*load }, SCHEDULINGS.last()?);
-        Some(figures::ratios(&Figures::of(&pair.quiet)?, &Figures::of(&pair.flood)?))
+/// The last policy's first tokens when quiet and in the flood, of the same turns, for each of so many seeds.
+fn under_seeds(machine: &Machine, load: &Load, seeds: u32) -> Vec<Vec<[f64; 2]>> {
+    let first_tokens = (0..u64::from(seeds)).filter_map(|more| {
+        let Pair { quiet, flood } =
+            pair(machine, &Load { seed: load.seed + more, ..*load }, SCHEDULINGS.last()?);
+        Some(figures::first_tokens(&quiet, &flood))
     });
-    ratios.collect()
+    first_tokens.collect()
 }
 
 #[cfg(test)]
@@ -140,10 +145,7 @@ mod tests {
 
     /// How much longer each policy's first tokens take while a key floods.
     fn ratios(runs: &Runs) -> Vec<[f64; 3]> {
-        let of = |pair: &Pair| {
-            let [quiet, flood] = [&pair.quiet, &pair.flood].map(|outcome| Figures::of(outcome).unwrap());
-            figures::ratios(&quiet, &flood)
-        };
+        let of = |pair: &Pair| figures::ratios(&figures::first_tokens(&pair.quiet, &pair.flood)).unwrap();
         runs.pairs.iter().map(of).collect()
     }
 
@@ -159,7 +161,7 @@ mod tests {
         let (machine, load) = MachineName::H200.machine();
         let load = Load { seconds: 900.0, unit: 8, flood_prompt: 8_000, ..load };
         let Pair { quiet, flood } = pair(&machine, &load, &SCHEDULINGS[2]);
-        let [quiet, flood] = [quiet, flood].map(|outcome| Figures::of(&outcome).unwrap().cached);
+        let [quiet, flood] = [quiet, flood].map(|outcome| outcome.cached / outcome.prompt);
         assert!(flood > quiet - 0.005, "{flood} of prompts cached, {quiet} when quiet");
     }
 

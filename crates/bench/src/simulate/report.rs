@@ -5,6 +5,7 @@ use std::fmt::Write;
 use super::figures::{self, Figures, GOOD_FIRST_TOKEN, GOOD_TOKEN};
 use super::machine::Machine;
 use super::world::{Load, Outcome, PACE, SCHEDULINGS};
+use super::worst;
 use crate::html;
 use crate::plot::{self, Series};
 use crate::table::number;
@@ -20,8 +21,10 @@ pub(crate) struct Runs {
     pub machine: Machine,
     pub load: Load,
     pub pairs: Vec<Pair>,
-    /// The last scheduling's ratios of first tokens to quiet, under further seeds.
-    pub seeds: Vec<[f64; 3]>,
+    /// Of the last scheduling, times to first token when quiet and in the flood, of the same turns; by seed.
+    pub seeds: Vec<Vec<[f64; 2]>>,
+    /// Of its turns in the flood, how many of those that waited longest to show.
+    pub worst: usize,
 }
 
 const HEAD: [&str; 11] = [
@@ -35,7 +38,7 @@ const HEAD: [&str; 11] = [
     "fairness",
     "prompts cached",
     "flood's share",
-    "first token p50, p95, p99 to quiet",
+    "the same turns' first token p50, p95, p99 to quiet",
 ];
 
 impl Runs {
@@ -55,14 +58,18 @@ impl Runs {
                 continue;
             };
             rows.push(row(format!("{}, quiet", scheduling.name), &quiet, String::new()));
-            rows.push(row(format!("{}, flood", scheduling.name), &flood, ratios(&quiet, &flood)));
+            let first_tokens = figures::first_tokens(&pair.quiet, &pair.flood);
+            let ratios = figures::ratios(&first_tokens).map_or(String::new(), |ratios| {
+                format!(
+                    "{} ({} turns)",
+                    ratios.map(|ratio| format!("{ratio:.2}")).join(", "),
+                    first_tokens.len()
+                )
+            });
+            rows.push(row(format!("{}, flood", scheduling.name), &flood, ratios));
         }
         rows
     }
-}
-
-fn ratios(quiet: &Figures, flood: &Figures) -> String {
-    figures::ratios(quiet, flood).map(|ratio| format!("{ratio:.2}")).join(", ")
 }
 
 fn row(name: String, figures: &Figures, ratios: String) -> Vec<String> {
@@ -84,8 +91,8 @@ fn about() -> String {
     format!(
         "Agents' turns of the recorded shape on the real scheduler, in virtual time. *Quiet* is agents alone; in \
          *flood* one further key always has so many requests with new tokens under way. Figures are the agents' \
-         alone. Good turns have their first token within {GOOD_FIRST_TOKEN} s and {:.0} ms a token after it; \
-         fairness is Jain's index over keys of how much longer turns take than on an empty machine; paced is a \
+         alone; what is said *to quiet* is of the turns that both runs hold. Good turns have their first token \
+         within {GOOD_FIRST_TOKEN} s and {:.0} ms a token after it; fairness is Jain's index over keys of how much longer turns take than on an empty machine; paced is a \
          target of {} ms a token.",
         GOOD_TOKEN * 1e3,
         PACE.as_millis()
@@ -105,6 +112,9 @@ pub(crate) fn markdown(runs: &[Runs]) -> String {
             let _ = writeln!(out, "\n{} agents with subagents (quiet).", pair.quiet.agents);
         }
         out.push_str(&over_seeds(machine));
+        if let Some(pair) = machine.pairs.last().filter(|_| machine.worst > 0) {
+            out.push_str(&worst::table(&pair.quiet, &pair.flood, machine.worst));
+        }
     }
     out
 }
@@ -114,14 +124,16 @@ fn over_seeds(runs: &Runs) -> String {
     let (Some(scheduling), count @ 1..) = (SCHEDULINGS.last(), runs.seeds.len()) else {
         return String::new();
     };
-    let of = |i: usize| runs.seeds.iter().map(move |ratios| ratios[i]);
+    let seeds: Vec<[f64; 3]> = runs.seeds.iter().filter_map(|seed| figures::ratios(seed)).collect();
+    let all = figures::ratios(&runs.seeds.concat()).unwrap_or_default();
+    let of = |i: usize| seeds.iter().map(move |ratios| ratios[i]);
     let ratios = (0..3).map(|i| {
-        let (mean, worst) = (of(i).sum::<f64>() / count as f64, of(i).fold(0.0, f64::max));
-        format!("{mean:.2} (at most {worst:.2})")
+        let (mean, most) = (of(i).sum::<f64>() / count as f64, of(i).fold(0.0, f64::max));
+        format!("{mean:.2} (at most {most:.2}, all turns together {:.2})", all[i])
     });
     let ratios = ratios.collect::<Vec<_>>().join(", ");
     format!(
-        "\n{}, flood: first token p50, p95, p99 to quiet, means over {count} seeds: {ratios}.\n",
+        "\n{}, flood: the same turns' first token p50, p95, p99 to quiet, means over {count} seeds: {ratios}.\n",
         scheduling.name
     )
 }

@@ -1,8 +1,9 @@
 //! The real scheduler under simulated agents on a simulated machine, in virtual time.
 //!
 //! To be quick, a *unit* stands for some tokens: a step gives decodes as many tokens each, beside as many
-//! prompt tokens as any step holds. So a request waits for its first step a little longer than it would. Everything random comes from the seed, agent by agent: the
-//! same agents meet every policy.
+//! prompt tokens as any step holds. So a request waits for its first step a little longer than it would.
+//! Everything random comes from the seed, agent by agent: the same agents say the same in every run, and pause as
+//! long, so that runs can be compared turn by turn.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -73,6 +74,30 @@ pub(crate) struct TurnRecord {
     pub answer: f64,
     /// The time that the whole turn takes on an empty machine.
     pub alone: f64,
+    /// Which one it is: its agent's name, and of the agent's turns. The same turn meets every policy.
+    pub name: (u64, u64),
+    pub wait: Wait,
+}
+
+/// What a turn waited for before its first token; times in seconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Wait {
+    /// When it was asked, since the run began.
+    pub asked: f64,
+    /// Tokens of its prompt; of these computed before, and found in the cache.
+    pub prompt: f64,
+    pub known: f64,
+    pub cached: f64,
+    /// Until it was admitted.
+    pub queued: f64,
+    /// Parts of all the time: its own prompt's, other agents' prompts', the flood's prompts', and what the
+    /// steps took besides, which is their decodes.
+    pub own: f64,
+    pub agents: f64,
+    pub flood: f64,
+    pub decodes: f64,
+    /// How often it lost its place.
+    pub preempted: u32,
 }
 
 /// What came of a run. Turns and gaps are those after its first quarter, without the flooding key's.
@@ -96,12 +121,16 @@ pub(crate) struct Outcome {
 struct Turn {
     /// None for the flooding key.
     agent: Option<usize>,
+    /// Of the agent's turns, which one.
+    number: u64,
     submitted: f64,
     prompt: usize,
+    known: usize,
     cached: usize,
     answer: usize,
     generated: usize,
     first_token: f64,
+    wait: Wait,
 }
 
 /// Runs a load to its end.
@@ -162,7 +191,8 @@ impl<'a> World<'a> {
     /// The agents that are there at the beginning, in the midst of their sessions and in the cache.
     fn populate(&mut self) {
         for number in 0..self.load.agents {
-            let agent = self.agent(number, true);
+            let owner = (number % self.load.keys) as u64;
+            let agent = Agent::begun(number, owner, self.load.unit, self.load.seed);
             let wait = SPREAD * number as f64 / self.load.agents as f64;
             let id = self.next_id;
             self.next_id += 1;
@@ -176,11 +206,6 @@ impl<'a> World<'a> {
             self.later(wait, number);
         }
         self.due.extend((0..self.load.flood).map(|_| Reverse((nanos(self.load.seconds * 0.2), FLOOD))));
-    }
-
-    fn agent(&self, number: usize, begun: bool) -> Agent {
-        let owner = number % self.load.keys;
-        Agent::new(number, owner as u64, self.load.unit, self.load.seed, begun)
     }
 
     fn later(&mut self, seconds: f64, agent: usize) {
@@ -213,6 +238,7 @@ impl<'a> World<'a> {
             self.note_cached(id, cached);
         }
         let took = self.seconds(&plan);
+        self.note_waits(&plan, took);
         self.now += took;
         self.scheduler.commit(&plan);
         self.keep_pace(&plan, took);
@@ -230,25 +256,29 @@ impl<'a> World<'a> {
     fn submit(&mut self, agent: usize) {
         let id = self.next_id;
         self.next_id += 1;
-        let (prompt, answer, origin) = if agent == FLOOD {
+        let (prompt, known, number, answer, origin) = if agent == FLOOD {
             let stream = u64::MAX - id;
             let prompt =
                 (0..self.load.flood_prompt / self.load.unit).map(|at| agents::token(stream, at)).collect();
             let origin = Origin { owner: FLOODER, ..Origin::default() };
-            (prompt, FLOOD_ANSWER / self.load.unit, origin)
+            (prompt, 0, 0, FLOOD_ANSWER / self.load.unit, origin)
         } else {
             let agent = &mut self.agents[agent];
+            agent.turns += 1;
             let origin = Origin { owner: agent.owner, session: Some(agent.session), ..Origin::default() };
-            (agent.context.clone(), agent.answer(), origin)
+            (agent.context.clone(), agent.known, agent.turns, agent.answer(), origin)
         };
         let turn = Turn {
             agent: (agent != FLOOD).then_some(agent),
+            number,
             submitted: self.now,
             prompt: prompt.len(),
+            known,
             cached: 0,
             answer,
             generated: 0,
             first_token: 0.0,
+            wait: Wait::default(),
         };
         self.scheduler.add(id, prompt, false, origin);
         let session: Option<Arc<str>> = origin.session.map(|session| session.to_string().into());
@@ -260,11 +290,43 @@ impl<'a> World<'a> {
 
     fn note_cached(&mut self, id: SequenceId, cached: usize) {
         let Some(turn) = self.live.get_mut(&id).filter(|turn| turn.generated == 0) else { return };
+        if turn.wait.preempted == 0 {
+            turn.wait.queued = self.now - turn.submitted;
+        }
         turn.cached = cached;
         if turn.agent.is_some() {
             self.outcome.prompt += turn.prompt as f64;
             self.outcome.cached += cached as f64;
         }
+    }
+
+    /// Tells those who wait for their first token what the step's time is spent on.
+    fn note_waits(&mut self, plan: &StepPlan, took: f64) {
+        for id in &plan.preempted {
+            if let Some(turn) = self.live.get_mut(id) {
+                turn.wait.preempted += 1;
+            }
+        }
+        let (mut agents, mut flood) = (0.0, 0.0);
+        for chunk in &plan.chunks[plan.decodes..] {
+            let seconds = self.prefill_seconds(chunk);
+            let Some(turn) = self.live.get_mut(&chunk.id) else { continue };
+            turn.wait.own += seconds;
+            turn.wait.agents -= seconds; // it is in the sum of all agents'
+            *if turn.agent.is_some() { &mut agents } else { &mut flood } += seconds;
+        }
+        for turn in self.live.values_mut().filter(|turn| turn.generated == 0) {
+            turn.wait.agents += agents;
+            turn.wait.flood += flood;
+            turn.wait.decodes += took - agents - flood;
+        }
+    }
+
+    fn prefill_seconds(&self, chunk: &Chunk) -> f64 {
+        let unit = self.load.unit as f64;
+        let mut work = Work::default();
+        work.add_prefill(chunk.start as f64 * unit, chunk.len as f64 * unit);
+        self.machine.prefill_seconds(&work)
     }
 
     /// What the planned step takes.
@@ -347,7 +409,9 @@ impl<'a> World<'a> {
         match turn.agent {
             Some(number) => {
                 if let Some(sequence) = self.scheduler.sequence(id) {
-                    self.agents[number].context.clone_from(&sequence.tokens);
+                    let agent = &mut self.agents[number];
+                    agent.context.clone_from(&sequence.tokens);
+                    agent.known = agent.context.len();
                 }
                 self.scheduler.remove(id);
                 self.go_on(number);
@@ -363,15 +427,19 @@ impl<'a> World<'a> {
         let from = self.load.seconds / 4.0;
         let Some(agent) = turn.agent.filter(|_| turn.submitted >= from) else { return };
         let unit = self.load.unit as f64;
-        let [cached, prompt, answer] = [turn.cached, turn.prompt, turn.answer].map(|n| n as f64 * unit);
+        let [cached, known, prompt, answer] =
+            [turn.cached, turn.known, turn.prompt, turn.answer].map(|n| n as f64 * unit);
         let (first, decode) = self.machine.alone(cached, prompt, answer);
         let first_token = if turn.generated > 0 { turn.first_token } else { self.now };
+        let agent = &self.agents[agent];
         self.outcome.turns.push(TurnRecord {
-            owner: self.agents[agent].owner,
+            owner: agent.owner,
             first_token: first_token - turn.submitted,
             rest,
             answer,
             alone: first + decode,
+            name: (agent.stream, turn.number),
+            wait: Wait { asked: turn.submitted, prompt, known, cached, ..turn.wait },
         });
     }
 
@@ -383,7 +451,7 @@ impl<'a> World<'a> {
                 self.agents[number].children = count;
                 for _ in 0..count {
                     let child = self.agents.len();
-                    let agent = self.agents[number].subagent(number, child, self.load.seed);
+                    let agent = self.agents[number].subagent(number, self.load.seed);
                     self.agents.push(agent);
                     self.later(0.0, child);
                 }
@@ -403,10 +471,8 @@ impl<'a> World<'a> {
                 }
             }
             None => {
-                let owner = self.agents[number].owner;
                 let next = self.agents.len();
-                let mut agent = self.agent(next, false);
-                agent.owner = owner;
+                let mut agent = self.agents[number].successor(next as u64, self.load.seed);
                 let pause = agent.pause();
                 self.agents.push(agent);
                 self.later(pause, next);
