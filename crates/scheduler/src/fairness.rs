@@ -9,7 +9,8 @@
 //! goes on.
 //!
 //! - An account begins at the clock, and one that has nothing to read keeps to it: idle time earns nothing. An
-//!   owner may however run [`OWNER_CREDIT_STEPS`] ahead, so that a modest one is not slowed by one that floods.
+//!   owner may however run [`OWNER_CREDIT_STEPS`] ahead, so that a modest one is not slowed by one that floods:
+//!   with a quarter of that left it still stands where newcomers do, and their prompts go by what is left of each.
 //!   What it uses of that it earns back at half the rate of its share. So one that is alone uses it up, and
 //!   of two that use less neither one's short turn stands behind the other's long prompt.
 //! - An account that had more than its share still counts after its last sequence ended, until the
@@ -34,6 +35,8 @@ use crate::SequenceId;
 pub(crate) const DECODE_COST: f64 = 2.0;
 /// How far an owner may run ahead, in whole steps' tokens.
 const OWNER_CREDIT_STEPS: f64 = 16.0;
+/// Its credit counts as whole until less than one in so many is left.
+const COUNTS_AS_WHOLE: f64 = 4.0;
 /// Of its share, how much an owner earns back.
 const EARNED_BACK: f64 = 0.5;
 /// How far behind a session is put for what it had too much, in whole steps' tokens: little, lest
@@ -305,7 +308,12 @@ impl Level {
 
     /// Where the next of an account's sequences begins.
     fn start(&self, key: u64) -> f64 {
-        let start = |account: &Account| account.served - account.credit_at(self.clock, self.credit);
+        let start = |account: &Account| {
+            let (credit, lead) = (account.credit_at(self.clock, self.credit), account.served - self.clock);
+            let left = credit - lead;
+            let counts = if left > 0.0 { lead + (COUNTS_AS_WHOLE * left).min(self.credit) } else { credit };
+            account.served - counts.max(credit)
+        };
         self.accounts.get(&key).map_or(0.0, start)
     }
 }
@@ -429,7 +437,11 @@ mod tests {
         let credit = OWNER_CREDIT_STEPS * STEP as f64;
         let (mine, other) = (origin(1, 0), origin(2, 0));
         let mut queue = joined(&[(1, mine, 0.0), (2, other, 0.0)]);
-        let left = |queue: &FairQueue| (queue.owners.clock - queue.owners.start(1)) / credit;
+        let left = |queue: &FairQueue| {
+            let account = &queue.owners.accounts[&1];
+            let ahead = (account.served - queue.owners.clock).max(0.0);
+            (account.credit_at(queue.owners.clock, credit) - ahead) / credit
+        };
         assert_eq!(left(&queue), 1.0);
         queue.charge(1, &mine, 0.5 * credit);
         queue.leave(1, &mine);
@@ -441,7 +453,7 @@ mod tests {
         assert_eq!(left(&queue), 0.625, "since it is no more ahead, half of its share");
         queue.charge(2, &other, 100.0 * credit);
         line(&mut queue, &[(3, mine, 10.0)]);
-        assert!(left(&queue) > 1.0, "who waits keeps its place");
+        assert!(queue.owners.start(1) < queue.owners.clock - credit, "who waits keeps its place");
         line(&mut queue, &[(2, other, 10.0)]);
         assert_eq!(left(&queue), 1.0);
     }
@@ -455,6 +467,38 @@ mod tests {
         queue.charge(1, &active, 8.0 * step);
         queue.join(2, &idle);
         assert_eq!(line(&mut queue, &[(1, active, 0.1 * step), (2, idle, 15.0 * step)]), [1, 2]);
+    }
+
+    #[test]
+    fn a_short_turn_does_not_stand_behind_anothers_long_prompt_for_having_used_some_credit() {
+        let (busy, idle) = (origin(1, 0), origin(2, 0));
+        let step = STEP as f64;
+        let mut queue = joined(&[(1, busy, 0.0), (2, idle, 0.0)]);
+        let wants = [(1, busy, 0.1 * step), (2, idle, 5.0 * step)];
+        queue.charge(1, &busy, 6.0 * step); // three steps more than its share
+        assert_eq!(line(&mut queue, &wants), [1, 2]);
+        queue.charge(1, &busy, 20.0 * step);
+        assert_eq!(line(&mut queue, &wants), [2, 1], "its credit is used up");
+    }
+
+    #[test]
+    fn a_long_prompt_is_not_passed_for_ever_by_others_that_have_credit() {
+        let (long, step) = (origin(1, 0), STEP as f64);
+        let others = [origin(2, 0), origin(3, 0), origin(4, 0)];
+        let mut queue = joined(&[(1, long, 0.0)]);
+        let mut passed = 0.0;
+        for turn in 0..1000 {
+            let (id, other) = (2 + turn, others[turn as usize % 3]);
+            queue.join(id, &other);
+            if line(&mut queue, &[(1, long, 10.0 * step), (id, other, 0.5 * step)])[0] == 1 {
+                break;
+            }
+            queue.charge(id, &other, 0.5 * step);
+            queue.leave(id, &other);
+            queue.settle();
+            passed += 0.5;
+        }
+        assert!((20.0..=40.0).contains(&passed), "{passed} steps"); // ten for each that shares, at most
     }
 
     /// What each of several sequences gets that always want more, in steps that serve the first in line.
