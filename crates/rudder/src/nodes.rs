@@ -69,12 +69,14 @@ fn terms(settings: &ModelSettings, source: &ModelSource, gpu: bool) -> Vec<(&'st
         let _ = write!(model, "{byte:02x}"); // writing to a string does not fail
     }
     let fp8 = |set: bool| if set { "fp8" } else { "auto" }.to_owned();
+    let on = |set: Option<bool>| if set == Some(true) { "on" } else { "off" }.to_owned();
     vec![
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("model", model),
         ("device", if gpu { "cuda" } else { "cpu" }.to_owned()),
         ("kv_cache_dtype", fp8(settings.kv_cache_dtype == Some(KvCacheDtype::Fp8))),
         ("quantization", fp8(settings.quantization == Some(Quantization::Fp8))),
+        ("fp8_activations", on(settings.fp8_activations)),
     ]
 }
 

@@ -63,6 +63,9 @@ impl Place {
         if settings.kv_cache_dtype == Some(KvCacheDtype::Fp8) {
             bail!("kv_cache_dtype = fp8 is for GPUs (device = cuda); on the CPU leave it out");
         }
+        if settings.fp8_activations == Some(true) {
+            bail!("fp8_activations is for Hopper GPUs (device = cuda); on the CPU leave it out");
+        }
         let kv_dtype = KvDType::of_model(source.is_bf16());
         let nodes = group.nodes() as u64;
         let backend = match group.world() {
@@ -106,10 +109,10 @@ impl Place {
         };
         let nodes = group.nodes() as u64;
         let backend = match group.world() {
-            1 => Backend::Cuda(Box::new(Cuda::new(index)?.with_kv_dtype(kv_dtype))),
+            1 => Backend::Cuda(Box::new(gpu(index, kv_dtype, settings)?)),
             ranks => {
                 let here = group.local().len();
-                let cudas = gpus(&group, index, kv_dtype).with_context(|| {
+                let cudas = gpus(&group, index, kv_dtype, settings).with_context(|| {
                     format!("tensor_parallel_size = {ranks} takes {here} GPUs of this machine, from cuda:{index} on")
                 })?;
                 Backend::Cudas(group, cudas)
@@ -189,9 +192,23 @@ impl Place {
 }
 
 /// The ranks of a group, each on a GPU of its own.
-fn gpus(group: &Group, first: usize, kv_dtype: rudder_cuda::KvDType) -> Result<Vec<Cuda>> {
+fn gpus(
+    group: &Group,
+    first: usize,
+    kv_dtype: rudder_cuda::KvDType,
+    settings: &ModelSettings,
+) -> Result<Vec<Cuda>> {
     let members = group.members().into_iter().zip(first..);
-    members.map(|(member, index)| Ok(Cuda::new(index)?.with_kv_dtype(kv_dtype).in_group(member))).collect()
+    members.map(|(member, index)| Ok(gpu(index, kv_dtype, settings)?.in_group(member))).collect()
+}
+
+/// A GPU for the model or a rank of it.
+fn gpu(index: usize, kv_dtype: rudder_cuda::KvDType, settings: &ModelSettings) -> Result<Cuda> {
+    let mut cuda = Cuda::new(index)?.with_kv_dtype(kv_dtype);
+    if settings.fp8_activations == Some(true) {
+        cuda.set_fp8_products(true).context("fp8_activations cannot be had; leave it out")?;
+    }
+    Ok(cuda)
 }
 
 /// What people call the elements of a KV cache on the CPU.

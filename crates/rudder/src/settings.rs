@@ -65,6 +65,9 @@ pub struct ModelSettings {
     /// What keys and values are kept as: auto (16-bit floats), or on a GPU fp8 (E4M3): twice the tokens, a little less exact [default: auto]
     #[arg(long, env = "RUDDER_KV_CACHE_DTYPE", value_name = "DTYPE", value_enum)]
     pub kv_cache_dtype: Option<KvCacheDtype>,
+    /// On Hopper GPUs, multiply FP8 weights by activations rounded to FP8 as well (on, off): prompts cost half the arithmetic, a little less exact [default: off]
+    #[arg(long, env = "RUDDER_FP8_ACTIVATIONS", value_name = "SWITCH", value_parser = BoolishValueParser::new())]
+    pub fp8_activations: Option<bool>,
     /// Share of a GPU's memory for weights, workspace and KV cache together, where kv_memory does not say [default: 0.9]
     #[arg(long, env = "RUDDER_GPU_MEMORY_UTILIZATION", value_name = "SHARE")]
     pub gpu_memory_utilization: Option<f64>,
@@ -341,6 +344,7 @@ impl ModelSettings {
             max_context: self.max_context.or(file.max_context),
             kv_memory: self.kv_memory.or(file.kv_memory),
             kv_cache_dtype: self.kv_cache_dtype.or(file.kv_cache_dtype),
+            fp8_activations: self.fp8_activations.or(file.fp8_activations),
             gpu_memory_utilization: self.gpu_memory_utilization.or(file.gpu_memory_utilization),
             max_sequences: self.max_sequences.or(file.max_sequences),
             max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
@@ -512,6 +516,7 @@ mod tests {
             max_context = 2
             kv_memory = 3
             kv_cache_dtype = "fp8"
+            fp8_activations = true
             gpu_memory_utilization = 0.5
             max_sequences = 4
             max_batch_tokens = 5

@@ -173,6 +173,8 @@ fn what_only_gpus_do_is_refused_on_the_cpu() {
         let error = fail(cache.path(), &[&load[..], &[flag.as_str()]].concat());
         assert!(error.contains(&format!("{setting} = fp8 is for GPUs")), "{error}");
     }
+    let error = fail(cache.path(), &[&load[..], &["--fp8-activations=on"]].concat());
+    assert!(error.contains("fp8_activations is for Hopper GPUs"), "{error}");
 }
 
 #[test]
