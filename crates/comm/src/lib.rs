@@ -208,6 +208,19 @@ impl Member {
         self.shared.nodes.is_none()
     }
 
+    /// Whether no rank is known to have failed, nor a node to be gone: for who waits elsewhere than in a collective.
+    ///
+    /// # Errors
+    /// If one has, or is.
+    pub fn check(&self) -> Result<(), Failed> {
+        let failed = self.shared.barrier.failed();
+        let lost = || match self.shared.nodes.as_ref()?.health().end()? {
+            End::Lost(failed) => Some(failed),
+            End::Bye => None,
+        };
+        failed.or_else(lost).map_or(Ok(()), Err)
+    }
+
     /// Makes `x` the sum of all ranks' `x`, added in the order of the ranks: the same bits on each.
     ///
     /// # Errors

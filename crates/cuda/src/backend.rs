@@ -7,7 +7,7 @@ use crate::device::{Buffer, Device, Grid};
 use crate::kv::{self, KvCache, KvDType, Parts, PrefillKernel, Rotations, half_block};
 use crate::matmul::{Matrix, Multiplier, Vector};
 use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack};
-use crate::peers::{PeerAccess, Peers};
+use crate::peers::{PeerAccess, Peers, Way};
 use crate::sample::Sampler;
 use crate::shared_prefix::SharedPrefixes;
 use crate::step::{List, Step, is_decode};
@@ -22,6 +22,8 @@ use rudder_ops::{
 
 /// A GPU as a [`Backend`].
 pub struct Cuda {
+    /// The ranks of a model that is cut. Goes first, so that nobody waits for a stream that waits for other ranks.
+    peers: Option<Peers>,
     name: String,
     device: Device,
     uploader: Uploader,
@@ -34,8 +36,6 @@ pub struct Cuda {
     rope: Option<(Rotations, usize)>,
     parts: Option<Parts>,
     kv_dtype: KvDType,
-    /// The ranks of a model that is cut.
-    peers: Option<Peers>,
     /// Whether the open step is one of decodes, whose launches are gathered.
     gathers: bool,
 }
@@ -328,6 +328,9 @@ impl Backend for Cuda {
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
+        if let Some(peers) = &mut self.peers {
+            peers.give_up_unfinished();
+        }
         self.step.set(batch, &self.device)?;
         if let Some(peers) = &mut self.peers {
             peers.begin()?;
@@ -452,10 +455,11 @@ impl Backend for Cuda {
     fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
         let Some(peers) = &mut self.peers else { return Ok(()) };
         x.expect_f32("what ranks add up")?;
-        if let Some(memory) = peers.memory() {
-            return memory.all_reduce(x);
+        match (peers.way(4 * x.elements()), peers.memory(), peers.nccl()) {
+            (Way::Kernels, Some(memory), _) => return memory.all_reduce(x),
+            (Way::Nccl, _, Some(nccl)) => nccl.all_reduce(x)?,
+            _ => peers.all_reduce_on_host(x)?,
         }
-        peers.all_reduce_on_host(x)?;
         self.gather_on()
     }
 

@@ -192,6 +192,15 @@ impl Device {
         &self.0.kind
     }
 
+    /// The GPU, where the device is one.
+    pub fn on_gpu(&self) -> Option<&Gpu> {
+        match self.kind() {
+            Kind::Gpu(gpu) => Some(gpu),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated => None,
+        }
+    }
+
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -233,6 +233,42 @@ impl Gpu {
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed("work on the GPU failed"))
     }
 
+    /// Whether nothing is queued that is not done; does not wait for it.
+    pub fn is_idle(&self) -> Result<bool> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as this.
+        match unsafe { sys::cuStreamQuery(self.stream) } {
+            sys::cudaError_enum::CUDA_ERROR_NOT_READY => Ok(false),
+            done => done.result().map(|()| true).map_err(failed("work on the GPU failed")),
+        }
+    }
+
+    /// Queues a copy of `rows` rows of `bytes` each, which lie without gaps, to the rows that begin at an address and lie so many bytes apart.
+    pub fn copy_rows(&self, from: u64, to: (u64, usize), bytes: usize, rows: usize) -> Result<()> {
+        self.bind()?;
+        let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: device,
+            srcHost: std::ptr::null(),
+            srcDevice: from,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: bytes,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: device,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to.0,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: to.1,
+            WidthInBytes: bytes,
+            Height: rows,
+        };
+        // SAFETY: the caller checked that the rows lie in buffers that live until the stream has been waited for.
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream) }.result().map_err(failed("rows cannot be copied"))
+    }
+
     /// Bytes of GPU memory that are free, and all.
     pub fn memory(&self) -> Result<(usize, usize)> {
         self.bind()?;

@@ -1,6 +1,6 @@
 //! The CUDA backend of the op set.
 //!
-//! The kernels (`kernels/*.cu`) are compiled by build.rs and embedded; the driver and cuBLASLt are loaded at run time, so that
+//! The kernels (`kernels/*.cu`) are compiled by build.rs and embedded; the driver, cuBLASLt and NCCL are loaded at run time, so that
 //! one binary starts with and without a GPU. With the feature `emulate` the same kernels run on the CPU, slowly: that is how
 //! all of this is tested where there is no GPU.
 
@@ -17,6 +17,7 @@ mod kv;
 mod matmul;
 mod moe;
 mod mxfp4;
+mod nccl;
 mod nvfp4;
 mod peer_memory;
 mod peers;

@@ -21,7 +21,7 @@ const BLOCKS: usize = 64;
 const THREADS: usize = 512;
 const HELD_VECTORS: usize = 8;
 /// Bytes of what a rank shows at a time. Longer messages take several launches.
-const SIDE: usize = 8 << 20;
+pub(crate) const SIDE: usize = 8 << 20;
 /// Where epochs begin: so that they soon wrap, and not after a day.
 const START: u32 = 128u32.wrapping_neg();
 /// How long a kernel waits for another rank's. Longer than any rank is late, for allocations and files too.

@@ -1,11 +1,13 @@
 //! Ranks of a model that is cut: what they add up, and by which way.
 //!
-//! Where every device reaches the others' memory, kernels add up ([`crate::peer_memory`]). Elsewhere, and in the first step, what ranks add
-//! up is copied to the host, summed there in the order of the ranks and copied back: that works between any devices of one host and is slow,
-//! two copies and a wait for each of a layer's two sums. Both ways give the same bits.
+//! Where every device reaches the others' memory, kernels add up ([`crate::peer_memory`]), but for the long sums of prompts. These, and all sums
+//! elsewhere, ranks of several nodes among them, are NCCL's ([`crate::nccl`]). Without that library, what ranks add up is copied to the host,
+//! summed there in the order of the ranks and copied back: that works between any devices and is slow, two copies and a wait for each of a
+//! layer's two sums. The kernels and the host give the same bits, NCCL others.
 
 use crate::device::Device;
-use crate::peer_memory::{MOST_RANKS, PeerMemory, late};
+use crate::nccl::Nccl;
+use crate::peer_memory::{MOST_RANKS, PeerMemory, SIDE, late};
 use crate::step::{bytes, bytes_mut};
 use crate::tensor::{Format, Tensor};
 use rudder_comm::Member;
@@ -18,10 +20,62 @@ pub enum PeerAccess {
     /// buffers grow: memory that is allocated or given back while a kernel waits for another rank might wait for that kernel.
     #[default]
     Auto,
-    /// Never: through the host.
+    /// Never: through the host, for tests.
     Never,
     /// At once, and where ranks share a device too: for tests.
     Always,
+}
+
+/// By which way ranks add up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    Kernels,
+    Nccl,
+    Host,
+}
+
+/// What a rank tells the others of NCCL when a step begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+enum Library {
+    /// It has not been tried.
+    Untried,
+    /// The ranks are connected, and the last step ended well.
+    Ready,
+    /// They are or were, and it did not.
+    Broken,
+    /// It is not there, or does not connect them.
+    Absent,
+}
+
+/// What ranks do about NCCL that have told each other this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Connection {
+    Keep,
+    Make,
+    None,
+}
+
+impl Connection {
+    fn of(states: impl Iterator<Item = u64> + Clone) -> Self {
+        if states.clone().any(|state| state == Library::Absent as u64) {
+            Self::None
+        } else if states.clone().all(|state| state == Library::Ready as u64) {
+            Self::Keep
+        } else {
+            Self::Make
+        }
+    }
+}
+
+/// The way of a sum of so many bytes in a step in which ranks may use these: kernels as far as one launch takes it.
+fn way(kernels: bool, nccl: bool, bytes: usize) -> Way {
+    match (kernels, nccl) {
+        (true, true) if bytes > SIDE => Way::Nccl,
+        (true, _) => Way::Kernels,
+        (false, true) => Way::Nccl,
+        (false, false) => Way::Host,
+    }
 }
 
 /// What a rank tells the others when a step begins, so that all take the same way. The order counts.
@@ -49,6 +103,11 @@ pub(crate) struct Peers {
     memory: Option<PeerMemory>,
     /// Whether the open step's sums are the kernels'.
     direct: bool,
+    library: Library,
+    /// The communicator, if the ranks have one.
+    nccl: Option<Nccl>,
+    /// What each rank tells when a step begins.
+    told: Vec<u64>,
     /// What this rank shows.
     part: Vec<f32>,
     /// What rank 0 gathers.
@@ -63,24 +122,50 @@ impl Peers {
             PeerAccess::Never => State::Host,
             PeerAccess::Always => State::Settled,
         };
-        let (part, whole) = (Vec::new(), Vec::new());
-        Self { member, device: device.clone(), access, state, memory: None, direct: false, part, whole }
+        let library = if access == PeerAccess::Never { Library::Absent } else { Library::Untried };
+        Self {
+            told: vec![0; member.rank().world],
+            member,
+            device: device.clone(),
+            access,
+            state,
+            memory: None,
+            direct: false,
+            library,
+            nccl: None,
+            part: Vec::new(),
+            whole: Vec::new(),
+        }
     }
 
     pub fn rank(&self) -> Rank {
         self.member.rank()
     }
 
-    /// Begins a step: decides with the other ranks by which way its sums go.
+    /// Ends what NCCL has under way for a step that this rank has not run to its end: before anybody waits for the stream.
+    pub fn give_up_unfinished(&mut self) {
+        if self.library == Library::Broken {
+            self.nccl = None;
+        }
+    }
+
+    /// Begins a step: decides with the other ranks by which ways its sums go.
     pub fn begin(&mut self) -> Result<()> {
         self.direct = false;
-        let world = self.rank().world;
+        self.member.share(self.state as u64 | (self.library as u64) << 32, &mut self.told)?;
+        match Connection::of(self.told.iter().map(|told| told >> 32)) {
+            Connection::Keep => self.library = Library::Broken, // until the step has ended well
+            Connection::Make => {
+                self.nccl = None; // first give back, then take
+                self.nccl = Nccl::connect(&self.device, &self.member)?;
+                self.library = if self.nccl.is_some() { Library::Broken } else { Library::Absent };
+            }
+            Connection::None => (self.nccl, self.library) = (None, Library::Absent),
+        }
         if !connects(&self.member) {
             return Ok(());
         }
-        let mut states = [0; MOST_RANKS];
-        self.member.share(self.state as u64, &mut states[..world])?;
-        let any = |state: State| states[..world].contains(&(state as u64));
+        let any = |state: State| self.told.iter().any(|&told| told as u32 == state as u32);
         if any(State::Host) || any(State::New) {
             return Ok(());
         }
@@ -102,8 +187,28 @@ impl Peers {
         Ok(())
     }
 
-    /// Ends a step that this rank has run to its end.
+    /// The way of a sum of so many bytes in the open step.
+    pub fn way(&self, bytes: usize) -> Way {
+        way(self.direct, self.nccl.is_some(), bytes)
+    }
+
+    /// The communicator.
+    pub fn nccl(&self) -> Option<&Nccl> {
+        self.nccl.as_ref()
+    }
+
+    /// Waits until all of the step is done that this rank has queued, and ends it.
     fn end(&mut self) -> Result<()> {
+        match &self.nccl {
+            Some(nccl) => {
+                if let Err(error) = nccl.wait(&self.member) {
+                    self.nccl = None;
+                    return Err(error);
+                }
+                self.library = Library::Ready;
+            }
+            None => self.device.synchronize()?,
+        }
         match &mut self.memory {
             Some(memory) if self.direct => {
                 if memory.is_broken()? {
@@ -140,12 +245,15 @@ impl Peers {
             && memory.can_gather(&self.member, x.width)?
         {
             memory.gather(x, whole.as_deref())?;
-            self.device.synchronize()?;
             return self.end();
         }
+        if let Some(nccl) = &mut self.nccl {
+            nccl.gather(&self.member, x, whole.as_deref())?;
+            return self.end();
+        }
+        self.end()?;
         let part = sized(&mut self.part, x.elements());
         x.buffer.read(0, bytes_mut(part))?;
-        self.end()?;
         let part = &self.part[..x.elements()];
         let Some(out) = whole else { return Ok(self.member.gather(part, x.rows, None)?) };
         let whole = sized(&mut self.whole, out.elements());
@@ -163,6 +271,28 @@ fn connects(member: &Member) -> bool {
 fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     buffer.resize(buffer.len().max(len), 0.0);
     &mut buffer[..len]
+}
+
+#[cfg(test)]
+mod choices {
+    use super::*;
+
+    #[test]
+    fn long_sums_and_ranks_that_reach_no_memory_are_nccls_where_it_is_there() {
+        assert_eq!([1, SIDE].map(|bytes| way(true, true, bytes)), [Way::Kernels; 2]);
+        assert_eq!((way(true, true, SIDE + 1), way(true, false, SIDE + 1)), (Way::Nccl, Way::Kernels));
+        assert_eq!((way(false, true, 1), way(false, false, 1)), (Way::Nccl, Way::Host));
+    }
+
+    #[test]
+    fn ranks_connect_unless_one_cannot_and_again_after_a_step_that_one_did_not_end() {
+        let of = |states: &[Library]| Connection::of(states.iter().map(|&state| state as u64));
+        assert_eq!(of(&[Library::Untried; 3]), Connection::Make);
+        assert_eq!(of(&[Library::Ready; 3]), Connection::Keep);
+        assert_eq!(of(&[Library::Ready, Library::Broken]), Connection::Make);
+        assert_eq!(of(&[Library::Ready, Library::Untried]), Connection::Make);
+        assert_eq!(of(&[Library::Broken, Library::Absent]), Connection::None);
+    }
 }
 
 #[cfg(all(test, feature = "emulate"))]
