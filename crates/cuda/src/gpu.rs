@@ -266,7 +266,9 @@ impl Gpu {
             Height: rows,
         };
         // SAFETY: the caller checked that the rows lie in buffers that live until the stream has been waited for.
-        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream) }.result().map_err(failed("rows cannot be copied"))
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream) }
+            .result()
+            .map_err(failed("rows cannot be copied"))
     }
 
     /// Bytes of GPU memory that are free, and all.

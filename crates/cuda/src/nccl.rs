@@ -125,7 +125,9 @@ impl Nccl {
         part.expect_f32("what ranks gather")?;
         let widths = self.widths(member, part.width)?;
         let (rows, total) = (part.rows, widths.iter().sum::<usize>());
-        check(whole.is_none_or(|whole| whole.width == total), || format!("the ranks' parts are {total} columns"))?;
+        check(whole.is_none_or(|whole| whole.width == total), || {
+            format!("the ranks' parts are {total} columns")
+        })?;
         if rows == 0 {
             return Ok(());
         }
@@ -133,7 +135,9 @@ impl Nccl {
         let (f32s, comm) = (sys::ncclDataType_t::ncclFloat32, self.comm.0);
         let Some(whole) = whole else {
             // SAFETY: the part holds so many f32, and lives until the stream has been waited for.
-            let sent = unsafe { result::send(pointer(part.buffer.address()), part.elements(), f32s, 0, comm, stream) };
+            let sent = unsafe {
+                result::send(pointer(part.buffer.address()), part.elements(), f32s, 0, comm, stream)
+            };
             return self.queued(sent);
         };
         // First all parts as they are, then each row's to its place.
@@ -320,7 +324,9 @@ mod tests {
         let group = rudder_comm::Group::new(2);
         let found: Vec<_> = std::thread::scope(|scope| {
             let ranks = group.members().into_iter().map(|member| {
-                scope.spawn(move || Nccl::connect(&Device::emulated(), &member).map(|nccl| nccl.is_some()).ok())
+                scope.spawn(move || {
+                    Nccl::connect(&Device::emulated(), &member).map(|nccl| nccl.is_some()).ok()
+                })
             });
             let ranks: Vec<_> = ranks.collect();
             ranks.into_iter().map(|rank| rank.join().expect("no panic")).collect()
