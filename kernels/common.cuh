@@ -116,6 +116,8 @@ __device__ __forceinline__ void yield_host() {}
 #define WARP 32
 #define FULL 0xffffffffu
 #define NEG_INFINITY (-__builtin_huge_valf())
+#define FP8_BLOCK 128  // elements of a row of activations in FP8 that share a scale
+#define FP8_LARGEST 448.0f
 
 // Two floats as bf16, `low` in the lower half.
 __device__ __forceinline__ uint32_t pack(float low, float high) {

@@ -4,32 +4,12 @@
 // The tensor cores keep sums of FP8 with fewer bits than f32, so that every 128 elements a sum is scaled and added up outside of them.
 #include "wgmma.cuh"
 
-#define FP8_BLOCK 128
 #define FP8_TILE 128
 #define FP8_STAGES 4
-#define FP8_LARGEST 448.0f
 
-// Rows of bf16 to codes [rows, k] and scales [k / 128, stride]: stride rows are a whole number of tiles. A warp 128 elements of a row, or what is
-// left of it; what is below 1e-30 becomes zero. Grid: (rows, k / 128 / 8); block: 256.
-extern "C" __global__ void __launch_bounds__(256) quantise_rows(const bf16* x, e4m3* codes, float* scales, int stride, int k) {
-    const int block = blockIdx.y * (256 / WARP) + threadIdx.x / WARP, row = blockIdx.x, column = block * FP8_BLOCK + threadIdx.x % WARP * 4;
-    if (block * FP8_BLOCK >= k) return;  // a whole warp
-    const size_t at = static_cast<size_t>(row) * k + column;
-    float values[4] = {}, most = 0.0f;
-    if (column < k)
-        for (int i = 0; i < 4; i++) values[i] = to_float(x[at + i]), most = fmaxf(most, fabsf(values[i]));
-    most = warp_max(most);
-    const bool some = most > 1e-30f;
-    const float by = some ? FP8_LARGEST / most : 0.0f;
-    if (threadIdx.x % WARP == 0) scales[static_cast<size_t>(block) * stride + row] = some ? most / FP8_LARGEST : 0.0f;
-    if (column < k)
-        for (int i = 0; i < 4; i++) codes[at + i] = to_e4m3(values[i] * by);
-}
-KERNEL(quantise_rows)
-
-// out [rows, n] = x * w^T + bias: x as above; w's codes [n, k], its scales `w_stride` bytes a row, an f32 for 64 << shift elements, at least 128. Two
+// out [rows, n] = x * w^T + bias: x as rows.cu's Narrow has it; w's codes [n, k], its scales `w_stride` bytes a row, an f32 for 64 << shift elements, at least 128. Two
 // warpgroups have 64 rows by 128 features each. Grid: (rows / 128, n / 128); block: 256.
-extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* x, const float* x_scales, int x_stride, const e4m3* w, const unsigned char* w_scales, int w_stride, int shift, const float* bias, float* out, int rows, int n, int k) {
+extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* x, const float* x_scales, const e4m3* w, const unsigned char* w_scales, int w_stride, int shift, const float* bias, float* out, int rows, int n, int k) {
 #ifdef RUDDER_WGMMA
     using Tile = Panels<FP8_BLOCK, FP8_TILE, 1>;
     DYNAMIC_SHARED(memory);
@@ -54,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* 
     float held_feature = 0.0f, held_row[2] = {};
     auto hold = [&](int step) {
         if (threadIdx.x < FP8_TILE) held_feature = reinterpret_cast<const float*>(my_scales)[step * (FP8_BLOCK / 64) >> shift];
-        for (int r = 0; r < 2; r++) held_row[r] = x_scales[static_cast<size_t>(step) * x_stride + first_row + warp * 16 + group + 8 * r];
+        for (int r = 0; r < 2; r++) held_row[r] = x_scales[static_cast<size_t>(step) * rows + min(first_row + warp * 16 + group + 8 * r, rows - 1)];
     };
 
     float sums[FP8_TILE / 8][4] = {}, s[FP8_TILE / 8][4];

@@ -1,4 +1,4 @@
-// What is done to activations row by row: embedding, RMS norm with residual, SiLU-gate, gather, conversion.
+// What is done to activations row by row: embedding, RMS norm with residual, SiLU-gate, gather, conversion, rounding to FP8.
 //
 // All are bound by memory. A row's result is computed the same way whatever other rows there are.
 #include "common.cuh"
@@ -10,70 +10,170 @@ extern "C" __global__ void embed(const uint32_t* tokens, const void* table, int 
 }
 KERNEL(embed)
 
-#define HELD 16
+// Four elements of a row from `i` on, zeros behind its end.
+__device__ __forceinline__ void read_four(float (&v)[4], const float* row, int i, int width) {
+    if (width % 4 == 0 && i < width) {
+        const float4 four = *reinterpret_cast<const float4*>(row + i);
+        v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] = i + e < width ? row[i + e] : 0.0f;
+    }
+}
+__device__ __forceinline__ void write_four(const float (&v)[4], float* row, int i, int width) {
+    if (width % 4 == 0 && i < width) {
+        *reinterpret_cast<float4*>(row + i) = {v[0], v[1], v[2], v[3]};
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (i + e < width) row[i + e] = v[e];
+    }
+}
 
-// x += delta where given; out = x / sqrt(mean(x^2) + eps) * weight. One block a row. Rows of up to HELD elements a thread are read
-// once, all reads under way together: with few rows only latency counts.
-extern "C" __global__ void __launch_bounds__(512) rms_norm(float* x, const float* delta, const float* weight, float eps, bf16* out, int width) {
-    const size_t row = static_cast<size_t>(blockIdx.x) * width;
-    const int first = threadIdx.x, step = blockDim.x;
-    float held[HELD], weights[HELD], squares = 0.0f;
-    if (width <= HELD * step) {
+// FP8_BLOCK elements of a row to FP8, four a lane, those that are there: codes, and a scale for all. What is below 1e-30 becomes zero.
+__device__ __forceinline__ void quantise(const float (&v)[4], bool there, e4m3* codes, float* scale) {
+    float most = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        if (there) most = fmaxf(most, fabsf(v[e]));
+    most = warp_max(most);
+    const bool some = most > 1e-30f;
+    const float by = some ? FP8_LARGEST / most : 0.0f;
+    if (threadIdx.x % WARP == 0) *scale = some ? most / FP8_LARGEST : 0.0f;
+    union {
+        e4m3 codes[4];
+        uint32_t word;
+    } four;
+#pragma unroll
+    for (int e = 0; e < 4; e++) four.codes[e] = to_e4m3(v[e] * by);
+    if (there) *reinterpret_cast<uint32_t*>(codes) = four.word;
+}
+
+// Rows that matrices read: [rows, width] in bf16, and where codes are given in FP8 too, each FP8_BLOCK elements with a scale; scales lie
+// [width / FP8_BLOCK, rows]. The width is a multiple of 64 then.
+struct Narrow {
+    bf16* elements;
+    e4m3* codes;
+    float* scales;
+    int rows, width;
+
+    // Four elements of a row from `i` on. The lanes of a warp have neighbouring ones from a multiple of FP8_BLOCK on.
+    __device__ __forceinline__ void put(const float (&v)[4], int row, int i) const {
+        const size_t at = static_cast<size_t>(row) * width + i;
+        const uint32_t pairs[2] = {pack(v[0], v[1]), pack(v[2], v[3])};
+        if (width % 4 == 0 && i < width) {
+            *reinterpret_cast<uint2*>(elements + at) = {pairs[0], pairs[1]};
+        } else {
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (i + e < width) elements[at + e] = to_bf16(v[e]);
+        }
+        if (!codes || i / FP8_BLOCK * FP8_BLOCK >= width) return;  // a whole warp
+        const float rounded[4] = {__uint_as_float(pairs[0] << 16), __uint_as_float(pairs[0] & 0xffff0000u), __uint_as_float(pairs[1] << 16), __uint_as_float(pairs[1] & 0xffff0000u)};
+        quantise(rounded, i < width, codes + at, scales + static_cast<size_t>(i / FP8_BLOCK) * rows + row);
+    }
+};
+
+#define HELD 4
+
+// x += delta where given; out = x / sqrt(mean(x^2) + eps) * weight, in FP8 too where codes are given (Narrow). One block a row, four elements a
+// thread in turn. Rows of up to HELD turns are read once, all reads under way together: with few rows only latency counts.
+extern "C" __global__ void __launch_bounds__(512) rms_norm(float* x, const float* delta, const float* weight, float eps, bf16* out, e4m3* codes, float* scales, int width) {
+    float* const row = x + static_cast<size_t>(blockIdx.x) * width;
+    const float* const added = delta ? delta + static_cast<size_t>(blockIdx.x) * width : nullptr;
+    const Narrow narrow{out, codes, scales, static_cast<int>(gridDim.x), width};
+    const int first = threadIdx.x * 4, step = blockDim.x * 4;
+    const bool once = width <= HELD * step;
+    float held[HELD][4], weights[HELD][4], more[4], squares = 0.0f;
+    if (once) {
 #pragma unroll
         for (int j = 0; j < HELD; j++) {
-            const int i = first + j * step;
-            held[j] = i < width ? x[row + i] : 0.0f;
-            weights[j] = i < width ? weight[i] : 0.0f;
-            if (delta && i < width) held[j] += delta[row + i];
+            read_four(held[j], row, first + j * step, width);
+            read_four(weights[j], weight, first + j * step, width);
+            if (!delta) continue;
+            read_four(more, added, first + j * step, width);
+            for (int e = 0; e < 4; e++) held[j][e] += more[e];
         }
 #pragma unroll
         for (int j = 0; j < HELD; j++) {
-            if (delta && first + j * step < width) x[row + first + j * step] = held[j];
-            squares += held[j] * held[j];
+            if (delta) write_four(held[j], row, first + j * step, width);
+            for (int e = 0; e < 4; e++) squares += held[j][e] * held[j][e];
         }
     } else {
         for (int i = first; i < width; i += step) {
-            float v = x[row + i];
+            read_four(held[0], row, i, width);
             if (delta) {
-                v += delta[row + i];
-                x[row + i] = v;
+                read_four(more, added, i, width);
+                for (int e = 0; e < 4; e++) held[0][e] += more[e];
+                write_four(held[0], row, i, width);
             }
-            squares += v * v;
+            for (int e = 0; e < 4; e++) squares += held[0][e] * held[0][e];
         }
     }
     const float factor = 1.0f / sqrtf(block_sum(squares) / width + eps);
-    if (width <= HELD * step) {
+    auto put = [&](const float (&v)[4], const float (&by)[4], int i) {
+        const float normed[4] = {v[0] * factor * by[0], v[1] * factor * by[1], v[2] * factor * by[2], v[3] * factor * by[3]};
+        narrow.put(normed, blockIdx.x, i);
+    };
+    if (once) {
 #pragma unroll
-        for (int j = 0; j < HELD; j++)
-            if (first + j * step < width) out[row + first + j * step] = to_bf16(held[j] * factor * weights[j]);
+        for (int j = 0; j < HELD; j++) put(held[j], weights[j], first + j * step);
     } else {
-        // Every thread reads what it wrote itself.
-        for (int i = first; i < width; i += step) out[row + i] = to_bf16(x[row + i] * factor * weight[i]);
+        // Every thread reads what it wrote itself; a warp goes on together.
+        for (int turn = 0; turn < width; turn += step) {
+            read_four(held[0], row, turn + first, width);
+            read_four(weights[0], weight, turn + first, width);
+            put(held[0], weights[0], turn + first);
+        }
     }
 }
 KERNEL(rms_norm)
 
-// Rows [gate | up] to silu(gate) * up, each row of out followed by zeros up to `padded` elements. With a limit above 0 gate is at most
-// that, up within it of 0, and out = gate * sigmoid(alpha * gate) * (up + 1). A thread an element of out.
-extern "C" __global__ void silu_mul(const void* gate_up, int is_f32, bf16* out, int width, int padded, long long elements, float alpha, float limit) {
-    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= elements) return;
-    long long row = i / padded, column = i % padded;
-    if (column >= width) {
-        out[i] = to_bf16(0.0f);
-        return;
+// Which FP8_BLOCK elements of which row a warp has, where all rows' blocks are dealt out to warps of blocks of 256 threads.
+struct RowBlock {
+    unsigned row;
+    int column;  // the lane's first of four
+    __device__ __forceinline__ explicit RowBlock(int width) {
+        const unsigned blocks = (width + FP8_BLOCK - 1) / FP8_BLOCK, warp = blockIdx.x * (256 / WARP) + threadIdx.x / WARP;
+        row = warp / blocks, column = warp % blocks * FP8_BLOCK + threadIdx.x % WARP * 4;
     }
-    float gate = load(gate_up, is_f32, row * 2 * width + column);
-    float up = load(gate_up, is_f32, row * 2 * width + width + column);
-    if (limit > 0.0f) {
-        // Written so that what is not a number stays so.
-        gate = gate > limit ? limit : gate;
-        up = up > limit ? limit : up < -limit ? -limit : up;
-        up += 1.0f;
+};
+
+// Rows [gate | up] to silu(gate) * up, each row of out followed by zeros up to `padded` elements; in FP8 too where codes are given (Narrow). With
+// a limit above 0 gate is at most that, up within it of 0, and out = gate * sigmoid(alpha * gate) * (up + 1). A warp 128 elements of out.
+extern "C" __global__ void __launch_bounds__(256) silu_mul(const float* gate_up, bf16* out, e4m3* codes, float* scales, int rows, int width, int padded, float alpha, float limit) {
+    const RowBlock own(padded);
+    if (own.row >= static_cast<unsigned>(rows)) return;  // a whole warp
+    const float* const from = gate_up + static_cast<size_t>(own.row) * 2 * width;
+    float gates[4], ups[4], made[4];
+    read_four(gates, from, own.column, width);
+    read_four(ups, from + width, own.column, width);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        float gate = gates[e], up = ups[e];
+        if (limit > 0.0f) {
+            // Written so that what is not a number stays so.
+            gate = gate > limit ? limit : gate;
+            up = up > limit ? limit : up < -limit ? -limit : up;
+            up += 1.0f;
+        }
+        made[e] = gate / (1.0f + expf(-alpha * gate)) * up;
     }
-    out[i] = to_bf16(gate / (1.0f + expf(-alpha * gate)) * up);
+    Narrow{out, codes, scales, rows, padded}.put(made, own.row, own.column);
 }
 KERNEL(silu_mul)
+
+// Rows of bf16 to FP8: codes and scales as Narrow has them. A warp 128 elements of a row, or what is left of it.
+extern "C" __global__ void __launch_bounds__(256) quantise_rows(const bf16* x, e4m3* codes, float* scales, int rows, int k) {
+    const RowBlock own(k);
+    if (own.row >= static_cast<unsigned>(rows)) return;  // a whole warp
+    const size_t at = static_cast<size_t>(own.row) * k + own.column;
+    float values[4] = {};
+    if (own.column < k)
+        for (int e = 0; e < 4; e++) values[e] = to_float(x[at + e]);
+    quantise(values, own.column < k, codes + at, scales + static_cast<size_t>(own.column / FP8_BLOCK) * rows + own.row);
+}
+KERNEL(quantise_rows)
 
 // out[i] = x[indices[i]] + delta[indices[i]], or without delta; out is of x's format. One block a row.
 extern "C" __global__ void gather(const void* x, int is_f32, const float* delta, const uint32_t* indices, void* out, int width) {

@@ -5,7 +5,7 @@
 
 use crate::device::{Buffer, Device, Grid};
 use crate::kv::{self, KvCache, KvDType, Parts, PrefillKernel, Rotations, half_block};
-use crate::matmul::{Matrix, Multiplier, Vector};
+use crate::matmul::{Matrix, Multiplier, Rows, Vector};
 use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack};
 use crate::peers::{PeerAccess, Peers, Way};
 use crate::sample::Sampler;
@@ -366,8 +366,10 @@ impl Backend for Cuda {
         let (rows, width) = (x.rows, x.width);
         expect_normed(x, delta, weight)?;
         out.set(rows, width, Format::Bf16)?;
-        let args =
-            [(&*x).into(), delta.into(), (&weight.buffer).into(), eps.into(), (&*out).into(), width.into()];
+        out.in_fp8 = self.multiplier.reads_fp8(rows, width);
+        let [to, codes, scales] = Rows::from(&*out).targets();
+        let weight = (&weight.buffer).into();
+        let args = [(&*x).into(), delta.into(), weight, eps.into(), to, codes, scales, width.into()];
         self.device.launch("rms_norm", Grid::new(rows, norm_threads(width)), 0, &args)
     }
 
@@ -410,14 +412,11 @@ impl Backend for Cuda {
     }
 
     fn silu_mul(&mut self, gate_up: &Tensor, out: &mut Tensor) -> Result<()> {
+        gate_up.expect_f32("gates and ups")?;
         let width = gate_up.width / 2;
         out.set(gate_up.rows, width, Format::Bf16)?;
-        let elements = out.elements();
-        let [alpha, limit] = moe::activation_args(Activation::Silu);
-        let (width, elements_arg) = (width.into(), elements.into());
-        let args =
-            [gate_up.into(), gate_up.is_f32(), (&*out).into(), width, width, elements_arg, alpha, limit];
-        self.device.launch("silu_mul", Grid::elements(elements), 0, &args)
+        out.in_fp8 = self.multiplier.reads_fp8(out.rows, width);
+        moe::gate(&self.device, gate_up.into(), width, Activation::Silu, (&*out).into())
     }
 
     fn moe(
@@ -540,4 +539,43 @@ fn expect_cache(shape: &AttentionShape, cache: &KvCache) -> Result<()> {
 /// Threads for a row's norm: few where it is narrow.
 fn norm_threads(width: usize) -> u32 {
     (width.div_ceil(4).next_multiple_of(32) as u32).clamp(32, 512)
+}
+
+#[cfg(all(test, feature = "emulate"))]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    /// Rows whose bf16 is wiped out are what is there in FP8.
+    #[test]
+    fn products_read_the_fp8_that_a_norm_or_gate_left() -> Result<()> {
+        let mut cuda = Cuda::emulated()?;
+        cuda.set_fp8_products(true)?;
+        let block = [1f32.to_le_bytes().as_slice(), &[0x38; 64]].concat();
+        let raw = RawTensor::new("w", vec![1, 64], DType::F8_E4M3, Arc::new(block), 0).expect("one block");
+        let ones = |shape: &[usize]| {
+            RawTensor::from_f32("ones", shape.to_vec(), &[1.0; 128][..shape.iter().product()])
+        };
+        let (w, weight) = (cuda.load_matrix(&[raw])?, cuda.load_vector(&[ones(&[64])])?);
+        for (rows, in_fp8, gates) in
+            [(17, true, false), (17, true, true), (16, false, false), (16, false, true)]
+        {
+            let width = if gates { 128 } else { 64 };
+            let table = cuda.load_embedding(&ones(&[1, width]))?;
+            let (mut x, mut made, mut out) =
+                (cuda.tensor(rows, width)?, cuda.tensor(rows, 64)?, cuda.tensor(rows, 1)?);
+            let mut batch = Batch::default();
+            batch.push(&vec![0; rows], 0, &[0, 1], 0);
+            cuda.begin(&batch)?;
+            cuda.embed(&table, &mut x)?;
+            match gates {
+                true => cuda.silu_mul(&x, &mut made)?,
+                false => cuda.rms_norm(&mut x, None, &weight, 1e-6, &mut made)?,
+            }
+            made.buffer.write(0, &vec![0; 2 * made.elements()])?;
+            cuda.linear(&made, &w, None, &mut out)?;
+            assert!(cuda.to_host(&out)?.iter().all(|x| (*x > 1.0) == in_fp8), "{rows} rows, {gates}");
+        }
+        Ok(())
+    }
 }

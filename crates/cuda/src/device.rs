@@ -484,6 +484,11 @@ impl Arg {
         Self(buffer.address + offset as u64)
     }
 
+    /// A pointer `bytes` further on.
+    pub fn after(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+
     /// The argument's bytes as a number: of a pointer, its address.
     pub(crate) fn value(self) -> u64 {
         self.0

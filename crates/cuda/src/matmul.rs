@@ -51,16 +51,47 @@ pub(crate) struct Multiplier {
     pub wgmma: bool,
     /// Whether rows of x too become FP8 where weights are.
     pub fp8_products: bool,
-    /// Such rows, and their scales.
-    quantised: [Option<Buffer>; 2],
 }
 
-/// Rows of bf16, padded: what the matrix kernels read.
+/// Rows of bf16, padded: what the matrix kernels read. Behind them is room for the same in FP8: codes, then scales `[k / 128, rows]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows {
     pub data: Arg,
     pub rows: usize,
     pub k: usize,
+    /// Whether they are there in FP8.
+    pub in_fp8: bool,
+}
+
+impl Rows {
+    /// What they take with that room, as a tensor has: scales are a sixteenth of the codes at most.
+    pub const fn bytes(rows: usize, k: usize) -> usize {
+        4 * rows * k
+    }
+
+    /// Codes and scales.
+    fn fp8(self) -> [Arg; 2] {
+        let elements = self.rows * self.k;
+        [self.data.after(2 * elements), self.data.after(3 * elements)]
+    }
+
+    /// What kernels that make rows are told to write: bf16, and FP8 or not.
+    pub fn targets(self) -> [Arg; 3] {
+        let [codes, scales] = if self.in_fp8 { self.fp8() } else { [Arg::NULL; 2] };
+        [self.data, codes, scales]
+    }
+
+    /// The grid of kernels that give a warp 128 elements of a row.
+    pub fn blocks(self) -> Grid {
+        Grid::new((self.rows * self.k.div_ceil(FP8_BLOCK)).div_ceil(8), 256)
+    }
+}
+
+/// A tensor of bf16 whose width is padding enough, or that no matrix reads.
+impl From<&Tensor> for Rows {
+    fn from(tensor: &Tensor) -> Self {
+        Self { data: tensor.into(), rows: tensor.rows, k: tensor.width, in_fp8: tensor.in_fp8 }
+    }
 }
 
 impl Multiplier {
@@ -71,7 +102,6 @@ impl Multiplier {
             widened: None,
             wgmma: device.has_wgmma(),
             fp8_products: false,
-            quantised: [None, None],
         }
     }
 
@@ -79,12 +109,17 @@ impl Multiplier {
     pub fn pack(&mut self, x: &Tensor) -> Result<Rows> {
         let k = padded(x.width);
         if x.format == Format::Bf16 && x.width == k {
-            return Ok(Rows { data: x.into(), rows: x.rows, k });
+            return Ok(x.into());
         }
-        let packed = room(&mut self.packed, &self.device, 2 * x.rows * k)?;
+        let packed = room(&mut self.packed, &self.device, Rows::bytes(x.rows, k))?;
         let args = [x.into(), x.is_f32(), packed.into(), x.width.into(), k.into()];
         self.device.launch("pack_rows", Grid::new(x.rows, 256), 0, &args)?;
-        Ok(Rows { data: packed.into(), rows: x.rows, k })
+        Ok(Rows { data: packed.into(), rows: x.rows, k, in_fp8: false })
+    }
+
+    /// Whether what makes rows that matrices read makes FP8 of them too.
+    pub fn reads_fp8(&self, rows: usize, width: usize) -> bool {
+        self.fp8_products && rows > FEW && width == padded(width)
     }
 
     /// `out = x * w^T + bias`.
@@ -156,25 +191,16 @@ impl Multiplier {
         Ok(true)
     }
 
-    /// Rows rounded to FP8, times weights of FP8 as they are.
-    fn fp8_product(
-        &mut self,
-        x: Rows,
-        w: &Packed,
-        n: usize,
-        bias: Option<&Vector>,
-        out: &Tensor,
-    ) -> Result<()> {
-        let (blocks, stride) = (x.k.div_ceil(FP8_BLOCK), x.rows.next_multiple_of(TILE));
-        let [codes, scales] = &mut self.quantised;
-        let codes = room(codes, &self.device, x.rows * x.k)?;
-        let scales = room(scales, &self.device, 4 * blocks * stride)?;
-        let args = [x.data, codes.into(), scales.into(), stride.into(), x.k.into()];
-        self.device.launch("quantise_rows", Grid::of([x.rows, blocks.div_ceil(8), 1], 256), 0, &args)?;
+    /// Rows in FP8, which they become here if they are not yet, times weights of FP8 as they are.
+    fn fp8_product(&self, x: Rows, w: &Packed, n: usize, bias: Option<&Vector>, out: &Tensor) -> Result<()> {
+        let [codes, scales] = x.fp8();
+        if !x.in_fp8 {
+            let args = [x.data, codes, scales, x.rows.into(), x.k.into()];
+            self.device.launch("quantise_rows", x.blocks(), 0, &args)?;
+        }
         let args = [
-            codes.into(),
-            scales.into(),
-            stride.into(),
+            codes,
+            scales,
             (&w.codes).into(),
             (&w.scales).into(),
             w.stride.into(),

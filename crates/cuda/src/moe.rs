@@ -1,7 +1,7 @@
 //! A mixture of experts: few rows pair by pair, many rows sorted by expert.
 
 use crate::device::{Arg, Buffer, Device, Grid};
-use crate::matmul::{Multiplier, TILE, Vector, padded};
+use crate::matmul::{Multiplier, Rows, TILE, Vector, padded};
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
 use crate::weights::Weights;
@@ -33,12 +33,23 @@ pub(crate) struct Stack {
     pub(crate) bias: Option<Vector>,
 }
 
-/// The arguments of `silu_mul` that say which activation it is: alpha, and the limit or 0.
-pub(crate) fn activation_args(activation: Activation) -> [Arg; 2] {
-    match activation {
-        Activation::Silu => [1.0f32.into(), 0.0f32.into()],
-        Activation::ClampedSwiglu { alpha, limit } => [alpha.into(), limit.into()],
-    }
+/// Queues the gate: of rows `[gate | up]` of f32, each `width` wide, to what matrices read.
+pub(crate) fn gate(
+    device: &Device,
+    gate_up: Arg,
+    width: usize,
+    activation: Activation,
+    to: Rows,
+) -> Result<()> {
+    // The kernel's alpha, and its limit or 0.
+    let [alpha, limit] = match activation {
+        Activation::Silu => [1.0f32, 0.0],
+        Activation::ClampedSwiglu { alpha, limit } => [alpha, limit],
+    };
+    let [out, codes, scales] = to.targets();
+    let (rows, padded) = (to.rows.into(), to.k.into());
+    let args = [gate_up, out, codes, scales, rows, width.into(), padded, alpha.into(), limit.into()];
+    device.launch("silu_mul", to.blocks(), 0, &args)
 }
 
 /// What lies between the op's kernels; grows to the largest step and stays.
@@ -140,17 +151,14 @@ impl Moe<'_> {
         let (device, experts) = (self.device, self.experts);
         let (hidden, intermediate) = (experts.hidden, experts.intermediate);
         let gate_up: Arg = room(&mut self.buffers.gate_up, device, 8 * pairs * intermediate)?.into();
-        let gated: Arg = room(&mut self.buffers.gated, device, 2 * pairs * padded(intermediate))?.into();
+        let gated = room(&mut self.buffers.gated, device, 2 * pairs * padded(intermediate))?.into();
         let made: Arg = room(&mut self.buffers.made, device, 4 * pairs * hidden)?.into();
         let product = Product { device, multiplier: &*self.multiplier, pairs, chosen, order };
         // The pairs of a row share its activations.
         product.run(x, Some(self.top_k), &experts.gate_up, [2 * intermediate, hidden], gate_up)?;
-        let (width, elements) = (padded(intermediate), pairs * padded(intermediate));
-        let [alpha, limit] = activation_args(experts.activation);
-        let (inner, outer) = (intermediate.into(), width.into());
-        let args = [gate_up, true.into(), gated, inner, outer, elements.into(), alpha, limit];
-        device.launch("silu_mul", Grid::elements(elements), 0, &args)?;
-        product.run(gated, None, &experts.down, [hidden, intermediate], made)?;
+        let gated = Rows { data: gated, rows: pairs, k: padded(intermediate), in_fp8: false };
+        gate(device, gate_up, intermediate, experts.activation, gated)?;
+        product.run(gated.data, None, &experts.down, [hidden, intermediate], made)?;
         Ok(made)
     }
 }

@@ -18,6 +18,8 @@ pub struct Tensor {
     pub(crate) rows: usize,
     pub(crate) width: usize,
     pub(crate) format: Format,
+    /// Whether rows of bf16 are there in FP8 too (see [`crate::matmul::Rows`]).
+    pub(crate) in_fp8: bool,
     max_rows: usize,
 }
 
@@ -31,14 +33,21 @@ impl Tensor {
         let bytes = max_rows.checked_mul(width).and_then(|n| n.checked_mul(4));
         let bytes =
             bytes.ok_or_else(|| OpError::Backend(format!("no memory for a [{max_rows}, {width}] tensor")))?;
-        Ok(Self { buffer: device.buffer(bytes)?, rows: 0, width, format: Format::F32, max_rows })
+        Ok(Self {
+            buffer: device.buffer(bytes)?,
+            rows: 0,
+            width,
+            format: Format::F32,
+            in_fp8: false,
+            max_rows,
+        })
     }
 
     /// Makes it an output of `rows` rows of `width`, which it has to have room for.
     pub(crate) fn set(&mut self, rows: usize, width: usize, format: Format) -> Result<()> {
         check(width == self.width, || format!("an output is {} wide, not {width}", self.width))?;
         check(rows <= self.max_rows, || format!("{rows} rows in a tensor of at most {}", self.max_rows))?;
-        (self.rows, self.format) = (rows, format);
+        (self.rows, self.format, self.in_fp8) = (rows, format, false);
         Ok(())
     }
 

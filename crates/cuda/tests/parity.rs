@@ -315,6 +315,51 @@ fn products_of_fp8_agree_with_rows_that_are_rounded_before() -> Result<()> {
     Ok(())
 }
 
+/// A norm and a gate put out rows in FP8 beside bf16, which a product then reads: bit for bit what it makes of the same rows in bf16. Rows of one
+/// turn of a block's threads, of several and of more than they hold; blocks of 128 that are half there; and what was written over since.
+#[test]
+fn norms_and_gates_round_to_fp8_as_is_done_after_them() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    if cuda.set_fp8_products(true).is_err() {
+        return Ok(());
+    }
+    let mut random = Random(29);
+    for (rows, width) in [(16, 128), (17, 64), (20, 320), (131, 128), (18, 2240), (17, 8256)] {
+        let w = cuda.load_matrix(&[fp8_matrix(&mut random, "w", [24, width], Scales::Rows)])?;
+        let mut data = random.vec(2 * rows * width, 2.0);
+        for (row, scale) in [0.0, 1e-32, 1e15].into_iter().enumerate() {
+            data[row * 2 * width..][..width / 2].iter_mut().for_each(|x| *x *= scale);
+        }
+        let (mut x, gate_up) =
+            (upload(&mut cuda, (&data[..rows * width], width))?, upload(&mut cuda, (&data, 2 * width))?);
+        let delta = upload(&mut cuda, (&random.vec(rows * width, 2.0), width))?;
+        let weight = vector(&mut cuda, &random.vec(width, 2.0))?;
+        let (mut made, mut out) = (cuda.tensor(rows, width)?, cuda.tensor(rows, 24)?);
+        for what in ["norm", "residual and norm", "gate", "gathered"] {
+            match what {
+                "norm" => cuda.rms_norm(&mut x, None, &weight, 1e-6, &mut made)?,
+                "residual and norm" => cuda.rms_norm(&mut x, Some(&delta), &weight, 1e-6, &mut made)?,
+                "gate" => cuda.silu_mul(&gate_up, &mut made)?,
+                _ => {
+                    let mut other = cuda.tensor(rows, width)?;
+                    cuda.rms_norm(&mut x, None, &weight, 1e-6, &mut other)?;
+                    let mut batch = Batch::default();
+                    batch.push(&vec![0; rows], 0, &[0; 9], rows);
+                    cuda.begin(&batch)?;
+                    cuda.gather(&other, None, &mut made)?;
+                }
+            }
+            cuda.linear(&made, &w, None, &mut out)?;
+            let found = cuda.to_host(&out)?;
+            let plain = cuda.to_host(&made)?;
+            let plain = upload(&mut cuda, (&plain, width))?;
+            cuda.linear(&plain, &w, None, &mut out)?;
+            assert!(bits(&found) == bits(&cuda.to_host(&out)?), "{what}, [{rows}, {width}]");
+        }
+    }
+    Ok(())
+}
+
 /// Every number of the format, by itself, through every kernel, times a scale that bf16 holds.
 #[test]
 fn every_number_of_fp8_is_itself() -> Result<()> {
