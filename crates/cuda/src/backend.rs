@@ -145,7 +145,7 @@ impl Cuda {
         self.step.prefix.when = when;
     }
 
-    /// Chooses the kernels for prompts, from the next step on: their attention, and products of bf16 that cuBLASLt does not do.
+    /// Chooses the kernels for prompts, from the next step on: their attention, and products that cuBLASLt does not do.
     ///
     /// # Errors
     /// If the device does not have it.

@@ -47,7 +47,7 @@ pub(crate) struct Multiplier {
     device: Device,
     packed: Option<Buffer>,
     widened: Option<Buffer>,
-    /// Whether tiles of bf16 are multiplied by warpgroups.
+    /// Whether tiles are multiplied by warpgroups.
     pub wgmma: bool,
     /// Whether rows of x too become FP8 where weights are.
     pub fp8_products: bool,
@@ -176,6 +176,7 @@ impl Multiplier {
         match weights {
             Weights::Bf16(_) if self.wgmma => ("matmul_wgmma", MATMUL_WGMMA_SHARED),
             Weights::Bf16(_) => ("matmul_tiles", MATMUL_TILES_SHARED),
+            Weights::Packed(packed) if self.wgmma => (packed.packing.kernels().wgmma, MATMUL_WGMMA_SHARED),
             Weights::Packed(packed) => (packed.packing.kernels().tiles, MATMUL_TILES_SHARED),
         }
     }

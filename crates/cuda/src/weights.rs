@@ -41,6 +41,8 @@ pub(crate) struct Kernels {
     pub few: [&'static str; 2],
     pub few_experts: &'static str,
     pub tiles: &'static str,
+    /// The same by warpgroups.
+    pub wgmma: &'static str,
     pub widen: &'static str,
 }
 
@@ -70,24 +72,28 @@ impl Packing {
                 few: ["matmul_few_8_mxfp4", "matmul_few_16_mxfp4"],
                 few_experts: "matmul_few_experts_mxfp4",
                 tiles: "matmul_tiles_mxfp4",
+                wgmma: "matmul_wgmma_mxfp4",
                 widen: "widen_mxfp4",
             },
             Self::Fp8 => Kernels {
                 few: ["matmul_few_8_fp8", "matmul_few_16_fp8"],
                 few_experts: "matmul_few_experts_fp8",
                 tiles: "matmul_tiles_fp8",
+                wgmma: "matmul_wgmma_fp8",
                 widen: "widen_fp8",
             },
             Self::Int4 => Kernels {
                 few: ["matmul_few_8_int4", "matmul_few_16_int4"],
                 few_experts: "matmul_few_experts_int4",
                 tiles: "matmul_tiles_int4",
+                wgmma: "matmul_wgmma_int4",
                 widen: "widen_int4",
             },
             Self::Nvfp4 => Kernels {
                 few: ["matmul_few_8_nvfp4", "matmul_few_16_nvfp4"],
                 few_experts: "matmul_few_experts_nvfp4",
                 tiles: "matmul_tiles_nvfp4",
+                wgmma: "matmul_wgmma_nvfp4",
                 widen: "widen_nvfp4",
             },
         }

@@ -227,6 +227,12 @@ fn fp8_matrix(random: &mut Random, name: &str, [n, k]: [usize; 2], scales: Scale
     RawTensor::new(name, vec![n, k], DType::F8_E4M3, Arc::new(bytes), 0).expect("whole blocks")
 }
 
+/// What multiplies so many rows of a narrow format: from 17 to 511 rows the plain kernel and, on Hopper, `wgmma`.
+fn kernels(rows: usize) -> impl Iterator<Item = PrefillKernel> {
+    let both = (17..512).contains(&rows);
+    [PrefillKernel::Auto].into_iter().chain(both.then_some(PrefillKernel::Mma))
+}
+
 /// The kernels for few rows, tiles of rows and features, and from 512 rows on the product of what is widened, in several slices.
 #[test]
 fn linear_of_fp8_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
@@ -239,6 +245,8 @@ fn linear_of_fp8_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (9, 17, 320),
         (16, 130, 2112),
         (17, 40, 192),
+        (20, 129, 64),
+        (33, 130, 704),
         (64, 129, 128),
         (131, 150, 320),
         (513, 300, 192),
@@ -258,11 +266,15 @@ fn linear_of_fp8_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         };
         let bias = random.vec(n, 1.0);
         let bias = (i % 2 == 0).then_some(bias.as_slice());
-        let ours = run_linear(&mut cuda, (&x, k), &parts, bias)?;
         let theirs = run_linear(&mut Reference::new(), (&x, k), &parts, bias)?;
         // Few rows read weights exactly, more read them rounded to bf16.
         let tolerance = if rows <= 16 { 4e-7 * k as f32 } else { 0.02 };
-        assert_close(&ours, &theirs, tolerance, 1.0, &format!("{rows} rows, [{n}, {k}], {scales:?}"));
+        for kernel in kernels(rows) {
+            cuda.set_prefill_kernel(kernel)?;
+            let ours = run_linear(&mut cuda, (&x, k), &parts, bias)?;
+            let what = format!("{rows} rows, [{n}, {k}], {scales:?}, {kernel:?}");
+            assert_close(&ours, &theirs, tolerance, 1.0, &what);
+        }
     }
     Ok(())
 }
@@ -418,6 +430,7 @@ fn linear_of_int4_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (9, 17, 256),
         (16, 130, 2176),
         (17, 40, 384),
+        (20, 129, 896),
         (131, 150, 256),
         (513, 200, 256),
     ];
@@ -427,10 +440,14 @@ fn linear_of_int4_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
     for (i, (rows, n, k)) in shapes.into_iter().enumerate() {
         let group = [128, 256, k][i % 3];
         let (x, parts) = (random.exact(rows * k, 1.0), [int4_matrix(&mut random, [n, k], group, 0.03)]);
-        let ours = run_linear(&mut cuda, (&x, k), &parts, None)?;
         let theirs = run_linear(&mut Reference::new(), (&x, k), &parts, None)?;
         let tolerance = if rows <= 16 { 4e-7 * k as f32 } else { 0.03 };
-        assert_close(&ours, &theirs, tolerance, 1.0, &format!("{rows} rows, [{n}, {k}], groups of {group}"));
+        for kernel in kernels(rows) {
+            cuda.set_prefill_kernel(kernel)?;
+            let ours = run_linear(&mut cuda, (&x, k), &parts, None)?;
+            let what = format!("{rows} rows, [{n}, {k}], groups of {group}, {kernel:?}");
+            assert_close(&ours, &theirs, tolerance, 1.0, &what);
+        }
     }
     Ok(())
 }
@@ -458,6 +475,8 @@ fn linear_of_nvfp4_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (8, 16, 1088),
         (16, 130, 320),
         (17, 40, 192),
+        (20, 129, 64),
+        (33, 130, 704),
         (131, 150, 320),
         (513, 200, 192),
     ];
@@ -468,11 +487,14 @@ fn linear_of_nvfp4_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         let x = random.exact(rows * k, 1.0);
         let parts = [n / 2, n - n / 2].map(|n| nvfp4_matrix(&mut random, "part", [n, k]));
         let bias = random.vec(n, 1.0);
-        let ours = run_linear(&mut cuda, (&x, k), &parts, Some(&bias))?;
         let theirs = run_linear(&mut Reference::new(), (&x, k), &parts, Some(&bias))?;
         // Numbers are exact up to 512 rows; from there on they are rounded with their factor.
         let tolerance = if rows < 512 { 4e-7 * k as f32 } else { 0.02 };
-        assert_close(&ours, &theirs, tolerance, 1.0, &format!("{rows} rows, [{n}, {k}]"));
+        for kernel in kernels(rows) {
+            cuda.set_prefill_kernel(kernel)?;
+            let ours = run_linear(&mut cuda, (&x, k), &parts, Some(&bias))?;
+            assert_close(&ours, &theirs, tolerance, 1.0, &format!("{rows} rows, [{n}, {k}], {kernel:?}"));
+        }
     }
     Ok(())
 }
@@ -979,6 +1001,17 @@ fn quantised(random: &mut Random, shape: [usize; 2]) -> RawTensor {
     RawTensor::new("quantised", shape.to_vec(), DType::MXFP4, Arc::new(bytes), 0).expect("whole blocks")
 }
 
+/// An expert's matrix in a format, F32 for bf16.
+fn expert(random: &mut Random, dtype: DType, shape: [usize; 2]) -> RawTensor {
+    match dtype {
+        DType::MXFP4 => quantised(random, shape),
+        DType::F8_E4M3 => fp8_matrix(random, "expert", shape, Scales::Blocks(128)),
+        DType::INT4 => int4_matrix(random, shape, 128, 0.008),
+        DType::NVFP4 => nvfp4_matrix(random, "expert", shape),
+        _ => matrix("expert", shape[0], &random.exact(shape[0] * shape[1], 0.3)),
+    }
+}
+
 /// Experts as gpt-oss has them, few pairs and many, of widths that are whole steps of the kernels and not, in bf16 and MXFP4.
 #[test]
 fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
@@ -996,14 +1029,7 @@ fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
             let (hidden, intermediate) =
                 (hidden.next_multiple_of(whole), intermediate.next_multiple_of(whole));
             let mut stack = |shape: [usize; 2]| -> Vec<RawTensor> {
-                let one = |random: &mut Random| match stored_as {
-                    DType::MXFP4 => quantised(random, shape),
-                    DType::F8_E4M3 => fp8_matrix(random, "expert", shape, Scales::Blocks(128)),
-                    DType::INT4 => int4_matrix(random, shape, 128, 0.008),
-                    DType::NVFP4 => nvfp4_matrix(random, "expert", shape),
-                    _ => matrix("expert", shape[0], &random.exact(shape[0] * shape[1], 0.3)),
-                };
-                (0..n).map(|_| one(&mut random)).collect()
+                (0..n).map(|_| expert(&mut random, stored_as, shape)).collect()
             };
             let (gate, up) = (stack([intermediate, hidden]), stack([intermediate, hidden]));
             let down = stack([hidden, intermediate]);
@@ -1016,10 +1042,45 @@ fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
             let plain = ExpertWeights { biases: None, activation: Activation::Silu, ..weights };
             for weights in [weights, plain] {
                 let (x, logits) = ((x.as_slice(), hidden), (logits.as_slice(), n));
-                let ours = run_experts(&mut cuda, x, logits, &weights, 2, true)?;
                 let theirs = run_experts(&mut Reference::new(), x, logits, &weights, 2, true)?;
                 let what = format!("{n} experts, {rows} rows, [{intermediate}, {hidden}] of {stored_as:?}");
-                // Gated rows are rounded once; sums of a few hundred of them.
+                for kernel in kernels(rows) {
+                    cuda.set_prefill_kernel(kernel)?;
+                    let ours = run_experts(&mut cuda, x, logits, &weights, 2, true)?;
+                    // Gated rows are rounded once; sums of a few hundred of them.
+                    assert_close(&ours, &theirs, 0.02, 1.0, &format!("{what}, {kernel:?}"));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Logits by which so many rows go to each expert first, then to the lowest other.
+fn routed(rows: &[usize]) -> Vec<f32> {
+    let row = |expert: usize| (0..rows.len()).map(move |e| if e == expert { 5.0 } else { -(e as f32) });
+    rows.iter().enumerate().flat_map(|(expert, &rows)| (0..rows).flat_map(move |_| row(expert))).collect()
+}
+
+/// Experts of every format that no row goes to, one row, some, and one more than a tile has.
+#[test]
+fn experts_agree_whatever_rows_go_to_them() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(31);
+    let (hidden, intermediate) = (512, 128);
+    for (rows, top_k) in [(&[0, 1, 129, 0][..], 1), (&[17, 0, 35], 2)] {
+        let (total, n) = (rows.iter().sum::<usize>(), rows.len());
+        let (x, logits) = (random.exact(total * hidden, 0.3), routed(rows));
+        for dtype in [DType::F32, DType::MXFP4, DType::F8_E4M3, DType::INT4, DType::NVFP4] {
+            let shapes = [[intermediate, hidden], [intermediate, hidden], [hidden, intermediate]];
+            let stack =
+                shapes.map(|shape| (0..n).map(|_| expert(&mut random, dtype, shape)).collect::<Vec<_>>());
+            let (x, logits) = ((x.as_slice(), hidden), (logits.as_slice(), n));
+            let theirs = run_moe(&mut Reference::new(), x, logits, &stack, top_k, false)?;
+            for kernel in [PrefillKernel::Auto, PrefillKernel::Mma] {
+                cuda.set_prefill_kernel(kernel)?;
+                let ours = run_moe(&mut cuda, x, logits, &stack, top_k, false)?;
+                let what = format!("{top_k} of {rows:?}, {dtype:?}, {kernel:?}");
                 assert_close(&ours, &theirs, 0.02, 1.0, &what);
             }
         }
