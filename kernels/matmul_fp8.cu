@@ -7,34 +7,57 @@
 #define FP8_TILE 128
 #define FP8_STAGES 4
 
-// out [rows, n] = x * w^T + bias: x as rows.cu's Narrow has it; w's codes [n, k], its scales `w_stride` bytes a row, an f32 for 64 << shift elements, at least 128. Two
-// warpgroups have 64 rows by 128 features each. Grid: (rows / 128, n / 128); block: 256.
-extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* x, const float* x_scales, const e4m3* w, const unsigned char* w_scales, int w_stride, int shift, const float* bias, float* out, int rows, int n, int k) {
+// out [rows, n] = x * w^T + bias: x as rows.cu's Narrow has it, `x_rows` rows; w's codes [n, k], its scales `w_stride` bytes a row, an f32 for
+// 64 << shift elements, at least 128. Two warpgroups have 64 rows by 128 features each. Grid, block, groups and index as of matmul_tiles.
+extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* x, const float* x_scales, int x_rows, const e4m3* w, const unsigned char* w_scales, int w_stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) {
 #ifdef RUDDER_WGMMA
     using Tile = Panels<FP8_BLOCK, FP8_TILE, 1>;
     DYNAMIC_SHARED(memory);
     __shared__ float w_scale[2][FP8_TILE];
     unsigned char* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, quad = threadIdx.x % 4;
-    const int first_row = blockIdx.x * FP8_TILE, first_feature = blockIdx.y * FP8_TILE, steps = (k + FP8_BLOCK - 1) / FP8_BLOCK;
+    int first = blockIdx.x * FP8_TILE, count = min(FP8_TILE, rows - first);
+    if (groups) {
+        const uint4 g = groups[blockIdx.x];
+        first = g.y, count = g.z;
+        const size_t skipped = static_cast<size_t>(g.x) * n;
+        w += skipped * k, w_scales += skipped * w_stride;
+        if (bias) bias += skipped;
+    }
+    if (count <= 0) return;
+    const int feature = blockIdx.y * FP8_TILE, steps = (k + FP8_BLOCK - 1) / FP8_BLOCK;
+    auto source = [&](int row) {
+        const int sorted = first + min(row, count - 1);
+        return static_cast<size_t>(index ? index[sorted] / share : sorted);
+    };
 
+    // A thread copies 16 bytes, from `element` on, of rows threadIdx / 8, + 32, + 64, + 96 of both tiles.
+    const int element = threadIdx.x % 8 * 16, copied = threadIdx.x / 8;
+    const e4m3 *from_x[4], *from_w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        from_x[i] = x + source(copied + i * 32) * k;
+        from_w[i] = w + static_cast<size_t>(min(feature + copied + i * 32, n - 1)) * k;
+    }
     auto stage = [&](int step) { return stages + step % FP8_STAGES * 2 * Tile::BYTES; };
     auto copy = [&](int step) {
         unsigned char* const to = stage(step);
-        for (int i = threadIdx.x; i < FP8_TILE * (FP8_BLOCK / 16); i += blockDim.x) {
-            const int row = i / (FP8_BLOCK / 16), element = i % (FP8_BLOCK / 16) * 16, column = step * FP8_BLOCK + element, place = Tile::place(row, element);
-            // Past the ends zeros arrive.
-            const int from_row = min(first_row + row, rows - 1), from_feature = min(first_feature + row, n - 1), from_column = min(column, k - 16);
-            copy_async(to + place, x + static_cast<size_t>(from_row) * k + from_column, column < k && first_row + row < rows);
-            copy_async(to + Tile::BYTES + place, w + static_cast<size_t>(from_feature) * k + from_column, column < k && first_feature + row < n);
+        // Past the ends zeros arrive.
+        const int column = step * FP8_BLOCK + element, from = min(column, k - 16);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = copied + i * 32, place = Tile::place(row, element);
+            copy_async(to + place, from_x[i] + from, column < k && row < count);
+            copy_async(to + Tile::BYTES + place, from_w[i] + from, column < k && feature + row < n);
         }
     };
     // A step's scales are read while the one before it is multiplied: of one feature a thread of the first half, of its two rows every one.
-    const unsigned char* const my_scales = w_scales + static_cast<size_t>(min(first_feature + static_cast<int>(threadIdx.x), n - 1)) * w_stride;
+    const float* const my_scales = reinterpret_cast<const float*>(w_scales + static_cast<size_t>(min(feature + static_cast<int>(threadIdx.x), n - 1)) * w_stride);
+    const float* const row_scales[2] = {x_scales + source(warp * 16 + group), x_scales + source(warp * 16 + group + 8)};
     float held_feature = 0.0f, held_row[2] = {};
     auto hold = [&](int step) {
-        if (threadIdx.x < FP8_TILE) held_feature = reinterpret_cast<const float*>(my_scales)[step * (FP8_BLOCK / 64) >> shift];
-        for (int r = 0; r < 2; r++) held_row[r] = x_scales[static_cast<size_t>(step) * rows + min(first_row + warp * 16 + group + 8 * r, rows - 1)];
+        if (threadIdx.x < FP8_TILE) held_feature = my_scales[step * (FP8_BLOCK / 64) >> shift];
+        for (int r = 0; r < 2; r++) held_row[r] = row_scales[r][static_cast<size_t>(step) * x_rows];
     };
 
     float sums[FP8_TILE / 8][4] = {}, s[FP8_TILE / 8][4];
@@ -68,8 +91,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* 
     for (int c = 0; c < FP8_TILE / 8; c++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int row = first_row + warp * 16 + group + i / 2 * 8, feature = first_feature + c * 8 + quad * 2 + i % 2;
-            if (row < rows && feature < n) out[static_cast<size_t>(row) * n + feature] = sums[c][i] + (bias ? bias[feature] : 0.0f);
+            const int row = warp * 16 + group + i / 2 * 8, column = feature + c * 8 + quad * 2 + i % 2;
+            if (row < count && column < n) out[static_cast<size_t>(first + row) * n + column] = sums[c][i] + (bias ? bias[column] : 0.0f);
         }
 #else
     __trap();

@@ -94,6 +94,24 @@ impl From<&Tensor> for Rows {
     }
 }
 
+/// What the tiles of a product are: rows in order, or groups of rows of one expert each.
+pub(crate) struct Tiles {
+    pub count: usize,
+    /// Rows of the output.
+    pub rows: usize,
+    /// As the kernels take it: a tile's expert and rows; nothing for rows in order.
+    pub groups: Arg,
+    /// Row i of the output is made of row `index[i] / share` of x, if there is one.
+    pub index: Arg,
+    pub share: usize,
+}
+
+impl Tiles {
+    fn dense(rows: usize) -> Self {
+        Self { count: rows.div_ceil(TILE), rows, groups: Arg::NULL, index: Arg::NULL, share: 1 }
+    }
+}
+
 impl Multiplier {
     pub fn new(device: &Device) -> Self {
         Self {
@@ -131,19 +149,14 @@ impl Multiplier {
         if x.rows <= FEW {
             return self.few(x, w, bias, out);
         }
-        if let Weights::Packed(packed) = &w.weights
-            && self.fp8_products
-            && packed.packing == Packing::Fp8
-            && packed.shift > 0
-        {
-            return self.fp8_product(x, packed, w.n, bias, out);
-        }
         let multiplied = match &w.weights {
             Weights::Bf16(buffer) => self.product(x, buffer, w.n, out)?,
+            Weights::Packed(_) if self.multiplies_fp8(&w.weights, x.rows) => false,
             Weights::Packed(packed) => x.rows >= WIDEN && self.widened_product(x, packed, w.n, out)?,
         };
         if !multiplied {
-            return self.tiles(x, w, bias, out);
+            let bias = bias.map_or(Arg::NULL, |bias| (&bias.buffer).into());
+            return self.tiles(x, &w.weights, bias, (&*out).into(), w.n, Tiles::dense(x.rows));
         }
         let Some(bias) = bias else { return Ok(()) };
         let args = [(&*out).into(), (&bias.buffer).into(), w.n.into(), out.elements().into()];
@@ -161,24 +174,55 @@ impl Multiplier {
         self.device.launch(if x.rows <= 8 { few_8 } else { few_16 }, grid, 0, &args[..count])
     }
 
-    /// Any number of rows, on a kernel of ours.
-    fn tiles(&self, x: Rows, w: &Matrix, bias: Option<&Vector>, out: &Tensor) -> Result<()> {
-        let (mut args, count) = args(x, w, bias, out);
-        // No groups, no index, a share of one: all but the last are there as zeros.
-        args[count + 2] = 1usize.into();
-        let grid = Grid::of([x.rows.div_ceil(TILE), w.n.div_ceil(TILE), 1], 256);
-        let (kernel, shared) = self.tiles_of(&w.weights);
-        self.device.launch(kernel, grid, shared, &args[..count + 3])
+    /// Whether so many rows of x become FP8 for such weights.
+    pub fn multiplies_fp8(&self, w: &Weights, rows: usize) -> bool {
+        let fits = |w: &Packed| w.packing == Packing::Fp8 && w.shift > 0;
+        self.fp8_products && rows > FEW && matches!(w, Weights::Packed(w) if fits(w))
     }
 
-    /// The kernel that multiplies tiles of such weights, and the shared memory that it takes.
-    pub fn tiles_of(&self, weights: &Weights) -> (&'static str, u32) {
-        match weights {
-            Weights::Bf16(_) if self.wgmma => ("matmul_wgmma", MATMUL_WGMMA_SHARED),
-            Weights::Bf16(_) => ("matmul_tiles", MATMUL_TILES_SHARED),
-            Weights::Packed(packed) if self.wgmma => (packed.packing.kernels().wgmma, MATMUL_WGMMA_SHARED),
-            Weights::Packed(packed) => (packed.packing.kernels().tiles, MATMUL_TILES_SHARED),
+    /// Any number of rows, of experts too, on a kernel of ours: `out = x * w^T + bias`, `n` features of it.
+    pub fn tiles(&self, x: Rows, w: &Weights, bias: Arg, out: Arg, n: usize, tiles: Tiles) -> Result<()> {
+        let grid = Grid::of([tiles.count, n.div_ceil(TILE), 1], 256);
+        let Tiles { rows, groups, index, share, .. } = tiles;
+        let (rows, n, k, share) = (rows.into(), n.into(), x.k.into(), share.into());
+        match w {
+            Weights::Bf16(w) => {
+                let args = [x.data, w.into(), bias, out, rows, n, k, groups, index, share];
+                match self.wgmma {
+                    true => self.device.launch("matmul_wgmma", grid, MATMUL_WGMMA_SHARED, &args),
+                    false => self.device.launch("matmul_tiles", grid, MATMUL_TILES_SHARED, &args),
+                }
+            }
+            Weights::Packed(packed) if self.multiplies_fp8(w, x.rows) => {
+                let [codes, scales] = self.in_fp8(x)?;
+                let [w, w_scales, stride, shift] = packed.args();
+                let x_rows = x.rows.into();
+                let args = [
+                    codes, scales, x_rows, w, w_scales, stride, shift, bias, out, rows, n, k, groups, index,
+                    share,
+                ];
+                self.device.launch("matmul_fp8_fp8", grid, MATMUL_FP8_SHARED, &args)
+            }
+            Weights::Packed(packed) => {
+                let [w, scales, stride, shift] = packed.args();
+                let args = [x.data, w, scales, stride, shift, bias, out, rows, n, k, groups, index, share];
+                let kernels = packed.packing.kernels();
+                match self.wgmma {
+                    true => self.device.launch(kernels.wgmma, grid, MATMUL_WGMMA_SHARED, &args),
+                    false => self.device.launch(kernels.tiles, grid, MATMUL_TILES_SHARED, &args),
+                }
+            }
         }
+    }
+
+    /// Codes and scales of rows, which become FP8 here if they are not yet.
+    fn in_fp8(&self, x: Rows) -> Result<[Arg; 2]> {
+        let [codes, scales] = x.fp8();
+        if !x.in_fp8 {
+            let args = [x.data, codes, scales, x.rows.into(), x.k.into()];
+            self.device.launch("quantise_rows", x.blocks(), 0, &args)?;
+        }
+        Ok([codes, scales])
     }
 
     /// `out = x * w^T` through cuBLASLt; false if that cannot.
@@ -192,31 +236,7 @@ impl Multiplier {
         Ok(true)
     }
 
-    /// Rows in FP8, which they become here if they are not yet, times weights of FP8 as they are.
-    fn fp8_product(&self, x: Rows, w: &Packed, n: usize, bias: Option<&Vector>, out: &Tensor) -> Result<()> {
-        let [codes, scales] = x.fp8();
-        if !x.in_fp8 {
-            let args = [x.data, codes, scales, x.rows.into(), x.k.into()];
-            self.device.launch("quantise_rows", x.blocks(), 0, &args)?;
-        }
-        let args = [
-            codes,
-            scales,
-            (&w.codes).into(),
-            (&w.scales).into(),
-            w.stride.into(),
-            (w.shift as usize).into(),
-            bias.map_or(Arg::NULL, |bias| (&bias.buffer).into()),
-            out.into(),
-            x.rows.into(),
-            n.into(),
-            x.k.into(),
-        ];
-        let grid = Grid::of([x.rows.div_ceil(TILE), n.div_ceil(TILE), 1], 256);
-        self.device.launch("matmul_fp8_fp8", grid, MATMUL_FP8_SHARED, &args)
-    }
-
-    /// The same of weights that are widened first, some features at a time.
+    /// `out = x * w^T` through cuBLASLt of weights that are widened first, some features at a time.
     fn widened_product(&mut self, x: Rows, w: &Packed, n: usize, out: &Tensor) -> Result<bool> {
         let slices = slices(n, x.k);
         let shape = |n_of: usize| ProductShape { rows: x.rows, n: n_of, k: x.k, stride: n };

@@ -1,7 +1,7 @@
 //! A mixture of experts: few rows pair by pair, many rows sorted by expert.
 
 use crate::device::{Arg, Buffer, Device, Grid};
-use crate::matmul::{Multiplier, Rows, TILE, Vector, padded};
+use crate::matmul::{Multiplier, Rows, TILE, Tiles, Vector, padded};
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
 use crate::weights::Weights;
@@ -119,7 +119,7 @@ impl Moe<'_> {
             weights,
         ];
         self.device.launch("moe_route", Grid::new(rows.div_ceil(4), 128), 0, &args)?;
-        let x = self.multiplier.pack(x)?.data;
+        let x = self.multiplier.pack(x)?;
         let order = if pairs <= FEW_PAIRS { None } else { Some(self.sort(chosen, pairs)?) };
         let made = self.multiply(x, pairs, chosen, order.as_ref())?;
         let places = order.map_or(Arg::NULL, |order| order.places);
@@ -147,18 +147,22 @@ impl Moe<'_> {
     }
 
     /// Every pair's gated MLP, in sorted order where there is one.
-    fn multiply(&mut self, x: Arg, pairs: usize, chosen: Arg, order: Option<&Order>) -> Result<Arg> {
+    fn multiply(&mut self, x: Rows, pairs: usize, chosen: Arg, order: Option<&Order>) -> Result<Arg> {
         let (device, experts) = (self.device, self.experts);
         let (hidden, intermediate) = (experts.hidden, experts.intermediate);
         let gate_up: Arg = room(&mut self.buffers.gate_up, device, 8 * pairs * intermediate)?.into();
-        let gated = room(&mut self.buffers.gated, device, 2 * pairs * padded(intermediate))?.into();
+        let width = padded(intermediate);
+        // What few pairs read is bf16.
+        let in_fp8 = order.is_some() && self.multiplier.multiplies_fp8(&experts.down.weights, pairs);
+        let bytes = if in_fp8 { Rows::bytes(pairs, width) } else { 2 * pairs * width };
+        let gated = room(&mut self.buffers.gated, device, bytes)?.into();
+        let gated = Rows { data: gated, rows: pairs, k: width, in_fp8 };
         let made: Arg = room(&mut self.buffers.made, device, 4 * pairs * hidden)?.into();
         let product = Product { device, multiplier: &*self.multiplier, pairs, chosen, order };
         // The pairs of a row share its activations.
-        product.run(x, Some(self.top_k), &experts.gate_up, [2 * intermediate, hidden], gate_up)?;
-        let gated = Rows { data: gated, rows: pairs, k: padded(intermediate), in_fp8: false };
+        product.run(x, Some(self.top_k), &experts.gate_up, 2 * intermediate, gate_up)?;
         gate(device, gate_up, intermediate, experts.activation, gated)?;
-        product.run(gated.data, None, &experts.down, [hidden, intermediate], made)?;
+        product.run(gated, None, &experts.down, hidden, made)?;
         Ok(made)
     }
 }
@@ -175,12 +179,12 @@ struct Product<'a> {
 impl Product<'_> {
     /// `out[pair] = x[pair] * w[expert of pair]^T + bias[expert of pair]`, pairs in sorted order where there is one. `shared_by`: `x` has a row for so
     /// many consecutive pairs, in the order of rows; else one a pair, in the order of `out`.
-    fn run(&self, x: Arg, shared_by: Option<usize>, w: &Stack, [n, k]: [usize; 2], out: Arg) -> Result<()> {
+    fn run(&self, x: Rows, shared_by: Option<usize>, w: &Stack, n: usize, out: Arg) -> Result<()> {
         let bias = w.bias.as_ref().map_or(Arg::NULL, |bias| (&bias.buffer).into());
-        let (width, share) = (padded(k).into(), shared_by.unwrap_or(1).into());
+        let share = shared_by.unwrap_or(1);
         let Some(order) = self.order else {
             let grid = Grid::of([n.div_ceil(16), self.pairs, 1], 256);
-            let (chosen, n) = (self.chosen, n.into());
+            let (x, width, share, chosen, n) = (x.data, x.k.into(), share.into(), self.chosen, n.into());
             return match &w.weights {
                 Weights::Bf16(w) => {
                     let args = [x, w.into(), bias, chosen, out, share, n, width];
@@ -194,19 +198,7 @@ impl Product<'_> {
             };
         };
         let index = shared_by.map_or(Arg::NULL, |_| order.sorted);
-        let grid = Grid::of([order.most, n.div_ceil(TILE), 1], 256);
-        let (rows, n, groups) = (self.pairs.into(), n.into(), order.groups);
-        let (kernel, shared) = self.multiplier.tiles_of(&w.weights);
-        match &w.weights {
-            Weights::Bf16(w) => {
-                let args = [x, w.into(), bias, out, rows, n, width, groups, index, share];
-                self.device.launch(kernel, grid, shared, &args)
-            }
-            Weights::Packed(w) => {
-                let [codes, scales, stride, shift] = w.args();
-                let args = [x, codes, scales, stride, shift, bias, out, rows, n, width, groups, index, share];
-                self.device.launch(kernel, grid, shared, &args)
-            }
-        }
+        let tiles = Tiles { count: order.most, rows: self.pairs, groups: order.groups, index, share };
+        self.multiplier.tiles(x, &w.weights, bias, out, n, tiles)
     }
 }

@@ -73,11 +73,12 @@ fn every_architecture_says_what_the_reference_says() {
     }
 }
 
-/// A model whose projections stay FP8, of random weights, and one whose bf16 becomes FP8.
+/// A model whose projections stay FP8, of random weights, one whose bf16 becomes FP8, and one of experts, to all of which every token goes: no
+/// rounding sends it elsewhere.
 #[test]
 fn models_of_fp8_say_what_the_reference_says() {
     let dummy = |name| ModelSource::dummy(&fixture(name).to_string_lossy()).expect("a configuration");
-    for source in [dummy("dummy-fp8"), dummy("dummy").with_fp8()] {
+    for source in [dummy("dummy-fp8"), dummy("dummy").with_fp8(), dummy("dummy-moe").with_fp8()] {
         let Some(cuda) = cuda() else { return };
         let mut reference = source.load(Reference::new(), OPTIONS, |_, _| ()).expect("it loads").model;
         let [expected, _] = logits(&mut *reference, [LENGTH; 2]);

@@ -1088,6 +1088,91 @@ fn experts_agree_whatever_rows_go_to_them() -> Result<()> {
     Ok(())
 }
 
+/// Rows of `x` through one expert with the ops of a dense layer.
+fn run_dense_expert(cuda: &mut Cuda, x: Rows, weights: &ExpertWeights<'_>, e: usize) -> Result<Vec<f32>> {
+    let [gate_bias, up_bias, down_bias] = weights.biases.expect("biases");
+    let gate_up = cuda.load_matrix(&[weights.gate[e].clone(), weights.up[e].clone()])?;
+    let down = cuda.load_matrix(std::slice::from_ref(&weights.down[e]))?;
+    let inner = cuda.load_vector(&[gate_bias[e].clone(), up_bias[e].clone()])?;
+    let outer = cuda.load_vector(std::slice::from_ref(&down_bias[e]))?;
+    let (rows, width) = (x.0.len() / x.1, weights.gate[e].shape[0]);
+    let mut both = cuda.tensor(rows, 2 * width)?;
+    let (mut gated, mut out) = (cuda.tensor(rows, width)?, cuda.tensor(rows, x.1)?);
+    let x = upload(cuda, x)?;
+    cuda.linear(&x, &gate_up, Some(&inner), &mut both)?;
+    cuda.silu_mul(&both, &mut gated)?;
+    cuda.linear(&gated, &down, Some(&outer), &mut out)?;
+    cuda.to_host(&out)
+}
+
+/// Rows that become FP8 for experts: each expert's are what a dense layer of its weights makes of them, experts without rows, with one, some and
+/// more than a tile has; scales that the product of FP8 takes and, of 64 weights, those that it does not.
+#[test]
+fn experts_of_fp8_multiply_as_dense_layers_do() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    if cuda.set_fp8_products(true).is_err() {
+        return Ok(());
+    }
+    let mut random = Random(33);
+    let cases = [
+        ([Scales::Rows, Scales::Blocks(128)], &[0, 1, 129, 17][..], 1, 128, 192),
+        ([Scales::Blocks(128), Scales::Rows], &[35, 0, 12], 2, 704, 64),
+        ([Scales::Blocks(64), Scales::Blocks(128)], &[70, 5], 1, 192, 256),
+        ([Scales::Blocks(128), Scales::Blocks(64)], &[70, 5], 2, 320, 128),
+    ];
+    for ([inner, outer], rows, top_k, hidden, intermediate) in cases {
+        let (total, n) = (rows.iter().sum::<usize>(), rows.len());
+        let mut stack = |shape: [usize; 2], scales| -> Vec<_> {
+            (0..n).map(|_| fp8_matrix(&mut random, "expert", shape, scales)).collect()
+        };
+        let (gate, up) = (stack([intermediate, hidden], inner), stack([intermediate, hidden], inner));
+        let down = stack([hidden, intermediate], outer);
+        let biases = [intermediate, intermediate, hidden].map(|len| -> Vec<RawTensor> {
+            (0..n).map(|_| RawTensor::from_f32("bias", vec![len], &random.vec(len, 1.0))).collect()
+        });
+        let biases = Some(biases.each_ref().map(Vec::as_slice));
+        let weights =
+            ExpertWeights { gate: &gate, up: &up, down: &down, biases, activation: Activation::Silu };
+        let (x, logits) = (random.exact(total * hidden, 1.0), routed(rows));
+        let found = run_experts(&mut cuda, (&x, hidden), (&logits, n), &weights, top_k, true)?;
+        let dense = (0..n).map(|e| run_dense_expert(&mut cuda, (&x, hidden), &weights, e));
+        let dense = dense.collect::<Result<Vec<_>>>()?;
+        for (row, (found, logits)) in found.chunks(hidden).zip(logits.chunks(n)).enumerate() {
+            let mut chosen: Vec<usize> = (0..n).collect();
+            chosen.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+            let sum: f32 = chosen[..top_k].iter().map(|&e| logits[e].exp()).sum();
+            let expected: Vec<f32> = (row * hidden..(row + 1) * hidden)
+                .map(|i| chosen[..top_k].iter().map(|&e| logits[e].exp() / sum * dense[e][i]).sum())
+                .collect();
+            assert_close(found, &expected, 1e-5, 1.0, &format!("{top_k} of {rows:?}, row {row}"));
+        }
+    }
+    Ok(())
+}
+
+/// So few rows that they stay bf16, and so many pairs of them that the gated rows become FP8.
+#[test]
+fn few_rows_of_many_experts_of_fp8_agree() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    if cuda.set_fp8_products(true).is_err() {
+        return Ok(());
+    }
+    let mut random = Random(34);
+    let (rows, hidden, intermediate) = (9, 128, 64);
+    let stack = [[intermediate, hidden], [intermediate, hidden], [hidden, intermediate]]
+        .map(|shape| (0..8).map(|_| fp8_matrix(&mut random, "e", shape, Scales::Rows)).collect::<Vec<_>>());
+    let (x, logits) = (random.exact(rows * hidden, 0.3), random.vec(rows * 8, 1.0));
+    let (x, logits) = ((x.as_slice(), hidden), (logits.as_slice(), 8));
+    let theirs = run_moe(&mut Reference::new(), x, logits, &stack, 8, true)?;
+    let ours = run_moe(&mut cuda, x, logits, &stack, 8, true)?;
+    cuda.set_fp8_products(false)?;
+    let plain = run_moe(&mut cuda, x, logits, &stack, 8, true)?;
+    assert_close(&plain, &theirs, 0.02, 1.0, "without rounding");
+    assert_close(&ours, &theirs, 0.1, 1.0, "rounded");
+    assert!(ours != plain);
+    Ok(())
+}
+
 #[test]
 fn scales_of_mxfp4_beyond_the_kernels_are_refused_by_name() {
     let Some(mut cuda) = cuda() else { return };
