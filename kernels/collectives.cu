@@ -9,7 +9,8 @@
 // next launch: the same launch may come again out of a graph. A rank that is at its next launch writes to one side while others still
 // read the other; it is not two ahead, since block 0 has work in every launch, and who has met it has ended the launch before.
 //
-// Sums are taken in the order of the ranks: all hold the same bits.
+// Sums are taken in the order of the ranks: all hold the same bits. The switch (multicast, NVLink SHARP) adds in an order of its own, which may be
+// another one each time: there one rank alone asks for a sum, and all take over what it was told, so that they hold the same bits too.
 #include "common.cuh"
 
 #define MOST_RANKS 8
@@ -21,13 +22,15 @@
 
 // What a rank knows of the others, as peer_memory.rs lays it out. `side` is in bytes, `patience` in nanoseconds; `*broken`, which the host
 // reads, becomes 1 when a rank did not come in time: from then on nobody is waited for, and sums mean nothing. `widths` are those of the
-// parts that are gathered.
+// parts that are gathered. `window` is two more sides of the rank's memory, and `windows` the addresses, for multimem's instructions alone, of
+// all ranks' windows at once; both are null where no switch adds.
 struct Peers {
     unsigned char* regions[MOST_RANKS];
     uint32_t* broken;
     unsigned long long patience, side;
     int rank, world;
     int widths[MOST_RANKS];
+    unsigned char *window, *windows;
 };
 
 __device__ __forceinline__ uint32_t* flags(const Peers* peers, int rank) {
@@ -56,7 +59,7 @@ struct Shown {
         mine = reinterpret_cast<float4*>(peers->regions[peers->rank] + at);
     }
     // All reads are under way together.
-    __device__ __forceinline__ float4 sum(long long i) const {
+    __device__ __forceinline__ float4 sum(size_t i) const {
         float4 parts[MOST_RANKS], sum = of[0][i];
 #pragma unroll
         for (int r = 1; r < MOST_RANKS; r++)
@@ -156,22 +159,62 @@ extern "C" __global__ void __launch_bounds__(512) all_reduce_twice(const Peers* 
 }
 KERNEL(all_reduce_twice)
 
+// What all ranks show in their windows.
+struct Window {
+    float4 *mine, *all;
+
+    __device__ __forceinline__ Window(const Peers* peers, uint32_t epoch) {
+        const size_t at = epoch / 2 % 2 * peers->side;
+        mine = reinterpret_cast<float4*>(peers->window + at);
+        all = reinterpret_cast<float4*>(peers->windows + at);
+    }
+    // Has the switch add up what all show, and all show the sum.
+    __device__ __forceinline__ void reduce(size_t i) const { multimem_store(all + i, multimem_sum(all + i)); }
+    // What was reduced, once all have met.
+    __device__ __forceinline__ float4 sum(size_t i) const { return mine[i]; }
+};
+
+// Meets where what was written by its own address is read by that of all, or the other way round.
+__device__ __forceinline__ void meet_at_window(const Peers* peers, uint32_t epoch) {
+    fence_alias();
+    meet(peers, epoch);
+    fence_alias();
+}
+
+// `all_reduce_twice` where the switch adds: a rank has its slice added up and written to all, who then read what is their own.
+extern "C" __global__ void __launch_bounds__(512) all_reduce_multicast(const Peers* peers, float* x, long long n) {
+    const uint32_t epoch = next_epoch(peers);
+    const long long vectors = (n + 3) / 4, step = static_cast<long long>(gridDim.x) * blockDim.x;
+    const long long begin = static_cast<long long>(blockIdx.x) * blockDim.x, first = begin + threadIdx.x;
+    const long long slice = (vectors + peers->world - 1) / peers->world, own = peers->rank * slice;
+    if (begin >= slice) return;
+    const Window window(peers, epoch);
+    // In every slice a block has the same places.
+    for (long long from = 0; from < vectors; from += slice)
+        for (long long j = first; j < slice && from + j < vectors; j += step) window.mine[from + j] = load_vector(x, from + j, n);
+    meet_at_window(peers, epoch + 1);
+    for (long long j = first; j < slice && own + j < vectors; j += step) window.reduce(own + j);
+    meet_at_window(peers, epoch + 2);
+    for (long long from = 0; from < vectors; from += slice)
+        for (long long j = first; j < slice && from + j < vectors; j += step) store_vector(x, from + j, n, window.sum(from + j));
+}
+KERNEL(all_reduce_multicast)
+
 // Vectors of a row that a thread holds.
 #define HELD_VECTORS 8
 
-// `all_reduce_once` of delta, then `rms_norm` of it and the residual stream x: x += the sum; out = x / sqrt(mean(x^2) + eps) * weight. A block a
-// row and more, rows of a multiple of four elements, at most HELD_VECTORS vectors a thread. What delta holds stays as it was.
-extern "C" __global__ void __launch_bounds__(512)
-all_reduce_norm(const Peers* peers, const float* delta, float* x, const float* weight, float eps, bf16* out, int rows, int width) {
-    const uint32_t epoch = next_epoch(peers);
-    const int vectors = width / 4, step = blockDim.x;
-    if (blockIdx.x >= static_cast<unsigned>(rows)) return;
-    const Shown shown(peers, epoch);
+// Shows the block's rows.
+__device__ __forceinline__ void show_rows(float4* mine, const float* delta, int rows, int vectors) {
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
         const size_t at = static_cast<size_t>(row) * vectors;
-        for (int i = threadIdx.x; i < vectors; i += step) shown.mine[at + i] = reinterpret_cast<const float4*>(delta)[at + i];
+        for (int i = threadIdx.x; i < vectors; i += blockDim.x) mine[at + i] = reinterpret_cast<const float4*>(delta)[at + i];
     }
-    meet(peers, epoch + 1);
+}
+
+// `rms_norm` of the block's rows and their sums: x += the sum; out = x / sqrt(mean(x^2) + eps) * weight.
+template <class Sums>
+__device__ __forceinline__ void norm_rows(const Sums& sums, float* x, const float* weight, float eps, bf16* out, int rows, int width) {
+    const int vectors = width / 4, step = blockDim.x;
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
         const size_t at = static_cast<size_t>(row) * vectors;
         float4* const residual = reinterpret_cast<float4*>(x) + at;
@@ -181,7 +224,7 @@ all_reduce_norm(const Peers* peers, const float* delta, float* x, const float* w
         for (int j = 0; j < HELD_VECTORS; j++) {
             const int i = threadIdx.x + j * step;
             if (i >= vectors) continue;
-            const float4 sum = shown.sum(at + i);
+            const float4 sum = sums.sum(at + i);
             float4 v = residual[i];
             v.x += sum.x;
             v.y += sum.y;
@@ -203,7 +246,35 @@ all_reduce_norm(const Peers* peers, const float* delta, float* x, const float* w
         }
     }
 }
+
+// `all_reduce_once` of delta, then `norm_rows`. A block a row and more, rows of a multiple of four elements, at most HELD_VECTORS vectors a
+// thread. What delta holds stays as it was.
+extern "C" __global__ void __launch_bounds__(512)
+all_reduce_norm(const Peers* peers, const float* delta, float* x, const float* weight, float eps, bf16* out, int rows, int width) {
+    const uint32_t epoch = next_epoch(peers);
+    if (blockIdx.x >= static_cast<unsigned>(rows)) return;
+    const Shown shown(peers, epoch);
+    show_rows(shown.mine, delta, rows, width / 4);
+    meet(peers, epoch + 1);
+    norm_rows(shown, x, weight, eps, out, rows, width);
+}
 KERNEL(all_reduce_norm)
+
+// The same where the switch adds: of each row a rank has a slice added up and written to all.
+extern "C" __global__ void __launch_bounds__(512)
+all_reduce_norm_multicast(const Peers* peers, const float* delta, float* x, const float* weight, float eps, bf16* out, int rows, int width) {
+    const uint32_t epoch = next_epoch(peers);
+    const int vectors = width / 4, slice = (vectors + peers->world - 1) / peers->world, own = peers->rank * slice;
+    if (blockIdx.x >= static_cast<unsigned>(rows)) return;
+    const Window window(peers, epoch);
+    show_rows(window.mine, delta, rows, vectors);
+    meet_at_window(peers, epoch + 1);
+    for (int row = blockIdx.x; row < rows; row += gridDim.x)
+        for (int j = threadIdx.x; j < slice && own + j < vectors; j += blockDim.x) window.reduce(static_cast<size_t>(row) * vectors + own + j);
+    meet_at_window(peers, epoch + 2);
+    norm_rows(window, x, weight, eps, out, rows, width);
+}
+KERNEL(all_reduce_norm_multicast)
 
 // Puts the ranks' parts, each `rows` rows of its width that fit a side, side by side into `whole` on the rank that gives it.
 extern "C" __global__ void __launch_bounds__(512) gather_parts(const Peers* peers, const float* part, float* whole, int rows) {

@@ -109,6 +109,24 @@ __device__ __forceinline__ unsigned long long nanoseconds() {
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
     return now;
 }
+
+// Of an address of several devices' memory (multicast): the sum of what lies there on all of them, which the switch between them adds up in an
+// order of its own. Nothing else may read or write there.
+__device__ __forceinline__ float4 multimem_sum(const float4* from) {
+    float4 v;
+    asm volatile("multimem.ld_reduce.relaxed.sys.global.add.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+// Writes to all of them.
+__device__ __forceinline__ void multimem_store(float4* to, float4 v) {
+    asm volatile("multimem.st.relaxed.sys.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+// Orders what was done before and what is done after by different addresses of the same memory.
+__device__ __forceinline__ void fence_alias() { asm volatile("fence.proxy.alias;" ::: "memory"); }
+
 // Emulated ranks share a processor: who waits lets others run.
 __device__ __forceinline__ void yield_host() {}
 #endif

@@ -190,6 +190,10 @@ inline unsigned long long nanoseconds() {
     return static_cast<unsigned long long>(now.tv_sec) * 1000000000u + static_cast<unsigned long long>(now.tv_nsec);
 }
 inline void yield_host() { sched_yield(); }
+// Addresses of several devices' memory at once, which Rust's side maps (emulate.cpp).
+float4 multimem_sum(const float4* from);
+void multimem_store(float4* to, float4 v);
+inline void fence_alias() {}
 
 // ---- copies that arrive late: as late as the kernel allows ----
 

@@ -3,6 +3,8 @@
 
 #include <csetjmp>
 #include <memory>
+#include <mutex>
+#include <shared_mutex>
 #include <ucontext.h>
 #include <vector>
 
@@ -113,6 +115,28 @@ void run_block(unsigned threads) {
     }
 }
 
+// Addresses that reach the memory of several devices at once, and where that begins on each.
+struct Multicast {
+    uintptr_t begin, bytes;
+    std::vector<unsigned char*> memory;
+};
+std::vector<Multicast> multicasts;
+std::shared_mutex multicasts_lock;
+
+// Calls `use` with where the 16 bytes at a multicast address lie on each device, in turn.
+template <class Use>
+void on_each_device(const void* at, Use use) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(at);
+    if (address % 16) fail("a multicast access of 16 bytes that is not aligned");
+    std::shared_lock<std::shared_mutex> lock(multicasts_lock);
+    for (const Multicast& multicast : multicasts) {
+        if (address - multicast.begin >= multicast.bytes) continue;
+        for (unsigned char* memory : multicast.memory) use(memory + (address - multicast.begin));
+        return;
+    }
+    fail("a multicast access of an address that is none");
+}
+
 }  // namespace
 
 void fail(const char* what) {
@@ -150,6 +174,34 @@ void copy_wait_for(int pending) {
             copy.valid ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
         groups.erase(groups.begin());
     }
+}
+
+float4 multimem_sum(const float4* from) {
+    float4 sum;
+    bool first = true;
+    on_each_device(from, [&](const unsigned char* at) {
+        float4 part;
+        memcpy(&part, at, sizeof part);
+        sum = first ? part : float4{sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+        first = false;
+    });
+    return sum;
+}
+void multimem_store(float4* to, float4 v) {
+    on_each_device(to, [&](unsigned char* at) { memcpy(at, &v, sizeof v); });
+}
+
+// Makes addresses multicast ones, or, without memory, no longer so. Sums are taken in the memory's order.
+extern "C" void rudder_multicast(uint64_t begin, uint64_t bytes, const uint64_t* memory, unsigned count) {
+    std::unique_lock<std::shared_mutex> lock(multicasts_lock);
+    for (auto multicast = multicasts.begin(); multicast != multicasts.end(); ++multicast)
+        if (multicast->begin == begin) {
+            multicasts.erase(multicast);
+            break;
+        }
+    if (count == 0) return;
+    multicasts.push_back({begin, bytes, {}});
+    for (unsigned i = 0; i < count; i++) multicasts.back().memory.push_back(reinterpret_cast<unsigned char*>(memory[i]));
 }
 
 // Runs a kernel; 0 if there is one of that name.

@@ -92,7 +92,9 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("sample", 0),
     ("all_reduce_once", 0),
     ("all_reduce_twice", 0),
+    ("all_reduce_multicast", 0),
     ("all_reduce_norm", 0),
+    ("all_reduce_norm_multicast", 0),
     ("gather_parts", 0),
 ];
 

@@ -15,6 +15,7 @@ unsafe extern "C" {
         arguments: *mut *mut c_void,
         count: u32,
     ) -> c_int;
+    fn rudder_multicast(begin: u64, bytes: u64, memory: *const u64, count: u32);
 }
 
 /// Whether there is a kernel of this name.
@@ -93,6 +94,42 @@ pub fn free(address: u64, bytes: usize) {
     let start = address - (inside - bytes.next_multiple_of(16)) as u64;
     // SAFETY: the mapping that `allocate` made for so many bytes.
     unsafe { libc::munmap(start as *mut c_void, all) };
+}
+
+/// Addresses that reach the memory of several devices at once, for kernels' multicast accesses alone: any other faults.
+pub struct Multicast {
+    address: u64,
+    bytes: usize,
+}
+
+impl Multicast {
+    /// Such addresses of `bytes` bytes at each of `memory`, which outlives their use.
+    pub fn new(memory: &[u64], bytes: usize) -> Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping, which nothing may touch.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0) };
+        if at == libc::MAP_FAILED {
+            return Err(OpError::Backend(format!("no addresses for {bytes} bytes")));
+        }
+        let address = at as u64;
+        // SAFETY: takes the list over before it returns.
+        unsafe { rudder_multicast(address, bytes as u64, memory.as_ptr(), memory.len() as u32) };
+        Ok(Self { address, bytes })
+    }
+
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl Drop for Multicast {
+    fn drop(&mut self) {
+        // SAFETY: no kernel uses them any more; the mapping is the one that `new` made.
+        unsafe {
+            rudder_multicast(self.address, self.bytes as u64, std::ptr::null(), 0);
+            libc::munmap(self.address as *mut c_void, self.bytes);
+        }
+    }
 }
 
 pub fn write(address: u64, data: &[u8]) {

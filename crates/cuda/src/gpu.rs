@@ -11,6 +11,7 @@ use std::ffi::{CString, c_void};
 
 /// One GPU with the kernels loaded.
 pub(crate) struct Gpu {
+    device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
@@ -39,7 +40,7 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 /// Says what failed, and how the driver words it.
-fn failed(what: &str) -> impl Fn(DriverError) -> OpError + '_ {
+pub(crate) fn failed(what: &str) -> impl Fn(DriverError) -> OpError + '_ {
     move |e| OpError::Backend(format!("{what}: {e}"))
 }
 
@@ -61,12 +62,25 @@ impl Gpu {
         if let Some((name, _)) = KERNELS.iter().find(|(name, _)| !functions.contains_key(name)) {
             return Err(OpError::Backend(format!("kernel {name} is in none of the embedded images")));
         }
-        Ok(Self { context, stream, functions, compute_capability: gpu.compute_capability })
+        Ok(Self { device, context, stream, functions, compute_capability: gpu.compute_capability })
     }
 
     /// Major and minor number of its architecture.
     pub fn compute_capability(&self) -> (i32, i32) {
         self.compute_capability
+    }
+
+    /// The driver's number of it.
+    pub fn device(&self) -> sys::CUdevice {
+        self.device
+    }
+
+    /// Whether memory of several GPUs, this one among them, can be reached by one address (NVLink SHARP).
+    pub fn has_multicast(&self) -> Result<bool> {
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED;
+        // SAFETY: the device exists.
+        let has = unsafe { result::device::get_attribute(self.device, attribute) };
+        has.map(|has| has != 0).map_err(failed("the driver knows of no multicast"))
     }
 
     /// The stream that all work is queued on.

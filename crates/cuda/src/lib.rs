@@ -16,6 +16,7 @@ pub mod kernels;
 mod kv;
 mod matmul;
 mod moe;
+mod multicast;
 mod mxfp4;
 mod nccl;
 mod nvfp4;

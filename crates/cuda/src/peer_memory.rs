@@ -1,10 +1,14 @@
 //! Sums over ranks, and the gathering of their logits, by kernels that read each other's memory: nothing comes by the host, and a decode
 //! step stays one graph.
 //!
+//! Where a switch between the GPUs adds up by itself ([`crate::multicast`]), long sums go through it, in an order of its own.
+//!
 //! kernels/collectives.cu says how ranks meet. Not yet run on several GPUs.
 
 use crate::device::{Arg, Buffer, Device, Grid, Staging};
 use crate::matmul::Vector;
+use crate::multicast::Window;
+use crate::peers::PeerAccess;
 use crate::step::bytes;
 use crate::tensor::{Tensor, check};
 use rudder_comm::{Member, Rank};
@@ -28,8 +32,21 @@ const START: u32 = 128u32.wrapping_neg();
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that a link brings while ranks meet once: 3 µs at 450 GB/s, both of data sheets and others' reports, not measured.
 const MEETING_BYTES: usize = 1_350_000;
+/// Where in the kernels' `Peers` the window's addresses lie.
+const WINDOW: usize = 8 * (MOST_RANKS + 4) + 4 * MOST_RANKS;
 /// Most rows of a sum that is normed at once: a few for each block.
 const NORM_ROWS: usize = 4 * BLOCKS;
+
+/// How ranks sum in each other's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shots {
+    /// Each reads what all show.
+    Once,
+    /// Each adds up a slice, and then reads the others'.
+    Twice,
+    /// Each has the switch add up a slice and write it to all.
+    Multicast,
+}
 
 /// A rank's way to the others' memory.
 pub(crate) struct PeerMemory {
@@ -37,6 +54,10 @@ pub(crate) struct PeerMemory {
     rank: Rank,
     /// What the other ranks reach: flags and epochs, then two sides.
     region: Buffer,
+    /// Two more sides, which the switch reaches on all ranks at once, if it does.
+    window: Option<Window>,
+    /// Whether all sums go through the switch that can.
+    always_multicast: bool,
     /// The kernels' `Peers`.
     table: Buffer,
     /// A word that a kernel sets when it has waited for too long.
@@ -46,20 +67,20 @@ pub(crate) struct PeerMemory {
 }
 
 impl PeerMemory {
-    /// Shows the ranks each other's memory. All of them call it, and all get it or none: where there are too many, or a device does not
-    /// reach another, or, unless `on_one` allows it, ranks share a device, where a kernel that waits for another could keep it from
-    /// running.
+    /// Shows the ranks each other's memory. All of them call it, with the same `access`, and all get it or none: where there are too many, or
+    /// a device does not reach another, or, unless tests ask for it, ranks share a device, where a kernel that waits for another could keep
+    /// it from running.
     ///
     /// # Errors
     /// If a rank failed.
-    pub fn connect(device: &Device, member: &Member, on_one: bool) -> Result<Option<Self>> {
-        Self::connect_for(device, member, on_one, PATIENCE)
+    pub fn connect(device: &Device, member: &Member, access: PeerAccess) -> Result<Option<Self>> {
+        Self::connect_for(device, member, access, PATIENCE)
     }
 
     fn connect_for(
         device: &Device,
         member: &Member,
-        on_one: bool,
+        access: PeerAccess,
         patience: Duration,
     ) -> Result<Option<Self>> {
         let rank = member.rank();
@@ -68,21 +89,28 @@ impl PeerMemory {
         }
         let (mut ids, mut regions) = ([0; MOST_RANKS], [0; MOST_RANKS]);
         member.share(device.id(), &mut ids[..rank.world])?;
-        let region = region(device, &ids[..rank.world], on_one);
+        let region = region(device, &ids[..rank.world], access != PeerAccess::Auto);
         let region =
             region.inspect_err(|e| tracing::warn!("ranks add up through the host: {e}")).ok().flatten();
         member.share(region.as_ref().map_or(0, Buffer::address), &mut regions[..rank.world])?;
         let Some(region) = region.filter(|_| !regions[..rank.world].contains(&0)) else { return Ok(None) };
+        let wanted = match access {
+            PeerAccess::Auto => shots(rank.world, SIDE, true) == Shots::Multicast,
+            access => access == PeerAccess::Multicast,
+        };
+        let window = if wanted { Window::connect(device, member, 2 * SIDE)? } else { None };
         let broken = Staging::new(device, 16)?;
-        let (table, world) = (device.buffer(8 * (MOST_RANKS + 4) + 4 * MOST_RANKS)?, rank.world as u64);
+        let (table, world) = (device.buffer(WINDOW + 16)?, rank.world as u64);
         let last =
             [broken.address(), patience.as_nanos() as u64, SIDE as u64, rank.index as u64 | world << 32];
         table.write(0, bytes(&regions))?;
         table.write(8 * MOST_RANKS, bytes(&last))?;
+        table.write(WINDOW, bytes(&window.as_ref().map_or([0; 2], |window| [window.own(), window.all()])))?;
         device.synchronize()?;
         // Nobody leaves before all have what their kernels need.
         member.share(0, &mut ids[..rank.world])?;
-        Ok(Some(Self { device: device.clone(), rank, region, table, broken, widths: None }))
+        let (device, always_multicast) = (device.clone(), access == PeerAccess::Multicast);
+        Ok(Some(Self { device, rank, region, window, always_multicast, table, broken, widths: None }))
     }
 
     /// Sets everything back after a step that some ranks did not end. All call it; nobody waits for ever in what they left.
@@ -110,11 +138,22 @@ impl PeerMemory {
         let (n, most) = (x.elements(), SIDE / 4);
         for first in (0..n).step_by(most) {
             let count = most.min(n - first);
-            let once = is_one_shot(self.rank.world, 4 * count);
-            let kernel = if once { "all_reduce_once" } else { "all_reduce_twice" };
+            let kernel = match self.shots(4 * count) {
+                Shots::Once => "all_reduce_once",
+                Shots::Twice => "all_reduce_twice",
+                Shots::Multicast => "all_reduce_multicast",
+            };
             self.sum(kernel, Arg::at(&x.buffer, 4 * first), count)?;
         }
         Ok(())
+    }
+
+    /// How so many bytes are summed.
+    fn shots(&self, bytes: usize) -> Shots {
+        match &self.window {
+            Some(_) if self.always_multicast => Shots::Multicast,
+            window => shots(self.rank.world, bytes, window.is_some()),
+        }
     }
 
     fn sum(&self, kernel: &'static str, x: Arg, count: usize) -> Result<()> {
@@ -126,7 +165,7 @@ impl PeerMemory {
     pub fn can_norm(&self, rows: usize, width: usize) -> bool {
         let bytes = rows.saturating_mul(4 * width);
         let held = width.is_multiple_of(4) && width <= 4 * HELD_VECTORS * THREADS;
-        held && (1..=NORM_ROWS).contains(&rows) && bytes <= SIDE && is_one_shot(self.rank.world, bytes)
+        held && (1..=NORM_ROWS).contains(&rows) && bytes <= SIDE && self.shots(bytes) != Shots::Twice
     }
 
     /// The sum of all ranks' `delta`, added to `x`, and `x` normed to `out`, of shapes that fit each other and [`PeerMemory::can_norm`].
@@ -148,8 +187,11 @@ impl PeerMemory {
             x.rows.into(),
             x.width.into(),
         ];
-        let grid = Grid::new(BLOCKS, threads(x.width / 4));
-        self.device.launch("all_reduce_norm", grid, 0, &args)
+        let kernel = match self.shots(4 * x.elements()) {
+            Shots::Multicast => "all_reduce_norm_multicast",
+            _ => "all_reduce_norm",
+        };
+        self.device.launch(kernel, Grid::new(BLOCKS, threads(x.width / 4)), 0, &args)
     }
 }
 
@@ -221,9 +263,17 @@ fn write_flags(region: &Buffer) -> Result<()> {
     region.write(0, bytes(&[START; BLOCKS * FLAG_WORDS]))
 }
 
-/// Whether one shot is quicker than two: of `world - 1` messages it reads all, two shots `2 / world`, and meet once more.
-fn is_one_shot(world: usize, bytes: usize) -> bool {
-    bytes.saturating_mul(world.saturating_sub(1) * world.saturating_sub(2)) <= MEETING_BYTES * world
+/// The quickest way of so many bytes, by what comes over a rank's link and how often ranks meet: in one shot `world - 1` messages, in two
+/// `2 (world - 1) / world`, through the switch `(world + 1) / world`: a slice that it has added up, and all slices that it writes.
+fn shots(world: usize, bytes: usize, multicast: bool) -> Shots {
+    let cost = |slices: usize, meetings: usize| {
+        bytes.saturating_mul(slices).saturating_add(meetings * MEETING_BYTES * world)
+    };
+    let others = world.saturating_sub(1);
+    let ways = [(Shots::Once, cost(world * others, 1)), (Shots::Twice, cost(2 * others, 2))];
+    let switch = multicast.then(|| (Shots::Multicast, cost(world + 1, 2)));
+    // Of equals the first: the ranks' order.
+    ways.into_iter().chain(switch).min_by_key(|&(_, cost)| cost).map_or(Shots::Once, |(shots, _)| shots)
 }
 
 /// Threads for so many vectors or elements a block.
@@ -242,22 +292,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_shot_is_for_short_messages_and_for_two_ranks() {
-        assert!(is_one_shot(2, 1 << 30));
-        assert_eq!([3, 4, 8].map(|world| is_one_shot(world, 200_000)), [true; 3]);
-        assert_eq!([3, 4, 8].map(|world| is_one_shot(world, 1_000_000)), [true, false, false]);
-        assert!(!is_one_shot(3, 2_100_000) && !is_one_shot(8, 300_000));
+    fn one_shot_is_for_short_messages_and_for_two_ranks_and_long_ones_of_four_ranks_are_the_switchs() {
+        let of = |bytes: usize, multicast| [2, 3, 4, 8].map(|world| shots(world, bytes, multicast));
+        use Shots::{Multicast, Once, Twice};
+        for multicast in [false, true] {
+            assert_eq!(of(200_000, multicast), [Once; 4]);
+        }
+        assert_eq!(of(1_000_000, false), [Once, Once, Twice, Twice]);
+        assert_eq!(of(1_000_000, true), [Once, Once, Multicast, Multicast]);
+        assert_eq!(of(SIDE, false), [Once, Twice, Twice, Twice]);
+        assert_eq!(of(SIDE, true), [Once, Twice, Multicast, Multicast]);
+        // Where one shot ends: without a switch, and with one.
+        assert_eq!([890_000, 910_000].map(|bytes| shots(4, bytes, false)), [Once, Twice]);
+        assert_eq!([760_000, 780_000].map(|bytes| shots(4, bytes, true)), [Once, Multicast]);
+        assert_eq!([228_000, 231_000].map(|bytes| shots(8, bytes, true)), [Once, Multicast]);
     }
 
     #[cfg(feature = "emulate")]
     mod emulated {
         use super::*;
         use crate::step::bytes_mut;
+        use crate::tensor::Format;
         use rudder_comm::Group;
+
+        const KERNELS: [&str; 3] = ["all_reduce_once", "all_reduce_twice", "all_reduce_multicast"];
 
         /// Runs `work` on a thread for each rank, each with a device of its own.
         fn on_ranks<T: Send>(
             world: usize,
+            access: PeerAccess,
             patience: Duration,
             work: impl Fn(PeerMemory, Member) -> Result<T> + Sync,
         ) -> Vec<T> {
@@ -265,7 +328,7 @@ mod tests {
             std::thread::scope(|scope| {
                 let ranks = group.members().into_iter().map(|member| {
                     scope.spawn(move || {
-                        let memory = PeerMemory::connect_for(&Device::emulated(), &member, false, patience)?;
+                        let memory = PeerMemory::connect_for(&Device::emulated(), &member, access, patience)?;
                         work(memory.expect("emulated devices reach each other"), member)
                     })
                 });
@@ -279,22 +342,36 @@ mod tests {
             (hash as f32 - 1000.0) * 10f32.powi((hash % 61) as i32 - 30)
         }
 
+        /// What a rank shows in a launch, n numbers.
+        fn part(rank: usize, launch: usize, n: usize) -> Vec<f32> {
+            (0..n).map(|i| number(rank, launch, i)).collect()
+        }
+
+        /// The bits of the sum: in the order of the ranks, or, by the switch's emulation, from the rank on that asks for it.
+        fn sum(world: usize, launch: usize, n: usize, multicast: bool) -> Vec<u32> {
+            let slice = n.div_ceil(4).div_ceil(world);
+            let sum = |i: usize| {
+                let first = if multicast { i / 4 / slice } else { 0 };
+                let part = |turn: usize| number((first + turn) % world, launch, i);
+                (1..world).fold(part(0), |sum, turn| sum + part(turn))
+            };
+            (0..n).map(|i| sum(i).to_bits()).collect()
+        }
+
         #[test]
-        fn both_kernels_add_any_number_of_elements_in_the_order_of_the_ranks_launch_after_launch() {
-            let kernels = ["all_reduce_once", "all_reduce_twice"];
+        fn all_kernels_add_any_number_of_elements_launch_after_launch_to_the_same_bits_on_every_rank() {
             // Less than a vector a rank, blocks without work, several vectors a thread.
             let sizes = [1, 3, 4, 5, 7, 63, 257, 1000, 8193, 140_001];
+            // All in turn, from one size to another: each kernel meets each size.
+            let launches = || (0..3 * sizes.len()).map(|launch| (launch, launch % 3, sizes[launch * 3 % 10]));
             for world in [2, 3, 4, 8] {
-                let found = on_ranks(world, PATIENCE, |memory, member| {
+                let found = on_ranks(world, PeerAccess::Multicast, PATIENCE, |memory, member| {
                     let (rank, device) = (member.rank().index, memory.device.clone());
                     let mut bits = Vec::new();
-                    // Both in turn, from one size to another.
-                    for launch in 0..2 * sizes.len() {
-                        let n = sizes[(launch * 3) % sizes.len()];
-                        let x: Vec<f32> = (0..n).map(|i| number(rank, launch, i)).collect();
+                    for (launch, kernel, n) in launches() {
                         let buffer = device.buffer(4 * n)?;
-                        buffer.write(0, bytes(&x))?;
-                        memory.sum(kernels[launch % 2], (&buffer).into(), n)?;
+                        buffer.write(0, bytes(&part(rank, launch, n)))?;
+                        memory.sum(KERNELS[kernel], (&buffer).into(), n)?;
                         let mut sums = vec![0u32; n];
                         buffer.read(0, bytes_mut(&mut sums))?;
                         bits.push(sums);
@@ -302,22 +379,53 @@ mod tests {
                     member.share(0, &mut vec![0; world])?;
                     Ok(bits)
                 });
-                for launch in 0..2 * sizes.len() {
-                    let n = sizes[(launch * 3) % sizes.len()];
-                    let sum =
-                        |i| (1..world).fold(number(0, launch, i), |sum, rank| sum + number(rank, launch, i));
-                    let expected: Vec<u32> = (0..n).map(|i| sum(i).to_bits()).collect();
+                for (launch, kernel, n) in launches() {
+                    let expected = sum(world, launch, n, kernel == 2);
                     for (rank, found) in found.iter().enumerate() {
-                        assert!(found[launch] == expected, "{world} ranks, launch {launch}, rank {rank}");
+                        let what = format!("{} of {n}, {world} ranks, rank {rank}", KERNELS[kernel]);
+                        assert!(found[launch] == expected, "{what}");
                     }
                 }
             }
         }
 
         #[test]
+        fn the_switch_adds_what_is_long_and_only_where_all_ranks_reach_it() {
+            use PeerAccess::{Always, Auto, Multicast};
+            // Too short, long enough, and in pieces.
+            let sizes = [57_000, 57_800, SIDE / 4 + 57_001];
+            for (world, access, by_switch) in [
+                (8, Auto, [false, true, true]),
+                (8, Always, [false; 3]),
+                (3, Auto, [false; 3]),
+                (2, Multicast, [true; 3]),
+            ] {
+                let found = on_ranks(world, access, PATIENCE, |memory, member| {
+                    let rank = member.rank().index;
+                    let mut right = Vec::new();
+                    for (launch, n) in sizes.into_iter().enumerate() {
+                        let mut x = Tensor::new(&memory.device, 1, n)?;
+                        x.set(1, n, Format::F32)?;
+                        x.buffer.write(0, bytes(&part(rank, launch, n)))?;
+                        memory.all_reduce(&x)?;
+                        let mut found = vec![0u32; n];
+                        x.buffer.read(0, bytes_mut(&mut found))?;
+                        // The first piece says by which way.
+                        let first = n.min(SIDE / 4);
+                        let piece = sum(world, launch, first, by_switch[launch]);
+                        right.push(found[..first] == piece);
+                    }
+                    member.share(0, &mut vec![0; world])?;
+                    Ok(right)
+                });
+                assert_eq!(found, vec![vec![true; 3]; world], "{world} ranks, {access:?}");
+            }
+        }
+
+        #[test]
         fn epochs_wrap() {
             let launches = START.wrapping_neg() / 2 + 20;
-            let found = on_ranks(2, PATIENCE, |memory, member| {
+            let found = on_ranks(2, PeerAccess::Multicast, PATIENCE, |memory, member| {
                 let buffer = memory.device.buffer(16)?;
                 buffer.write(0, bytes(&[1.0f32, 0.0, 0.5, 3.0]))?;
                 for launch in 0..launches {
@@ -325,11 +433,7 @@ mod tests {
                     if launch % 64 == 0 {
                         buffer.write(0, bytes(&[1.0f32, 0.0, 0.5, 3.0]))?;
                     }
-                    memory.sum(
-                        ["all_reduce_once", "all_reduce_twice"][launch as usize % 2],
-                        (&buffer).into(),
-                        4,
-                    )?;
+                    memory.sum(KERNELS[launch as usize % 3], (&buffer).into(), 4)?;
                 }
                 let (mut sums, mut epoch) = ([0f32; 4], [0u32]);
                 buffer.read(0, bytes_mut(&mut sums))?;
@@ -346,14 +450,16 @@ mod tests {
 
         #[test]
         fn a_rank_that_does_not_come_is_given_up_and_all_go_on_after_a_reset() {
-            on_ranks(3, Duration::from_millis(20), |mut memory, member| {
+            on_ranks(3, PeerAccess::Multicast, Duration::from_millis(20), |mut memory, member| {
                 let buffer = memory.device.buffer(4 * 100)?;
                 for round in 0..3 {
                     assert!(!memory.is_broken()?);
                     let absent = member.rank().index == round;
                     if !absent {
-                        memory.sum("all_reduce_once", (&buffer).into(), 100)?;
-                        memory.sum("all_reduce_twice", (&buffer).into(), 100)?;
+                        // Whichever comes first finds the rank gone.
+                        for kernel in 0..KERNELS.len() {
+                            memory.sum(KERNELS[(round + kernel) % 3], (&buffer).into(), 100)?;
+                        }
                     }
                     assert_eq!(memory.is_broken()?, !absent);
                     memory.reset(&member)?;
@@ -361,11 +467,13 @@ mod tests {
                 // Emulated ranks take turns on few processors, so that from here on nobody is given up.
                 memory.table.write(8 * (MOST_RANKS + 1), bytes(&[PATIENCE.as_nanos() as u64]))?;
                 buffer.write(0, bytes(&[1.5f32; 100]))?;
-                memory.sum("all_reduce_twice", (&buffer).into(), 100)?;
-                let mut sums = [0f32; 100];
-                buffer.read(0, bytes_mut(&mut sums))?;
+                for (kernel, sum) in KERNELS.into_iter().zip([4.5, 13.5, 40.5]) {
+                    memory.sum(kernel, (&buffer).into(), 100)?;
+                    let mut sums = [0f32; 100];
+                    buffer.read(0, bytes_mut(&mut sums))?;
+                    assert_eq!((memory.is_broken()?, sums), (false, [sum; 100]), "{kernel}");
+                }
                 member.share(0, &mut [0; 3])?;
-                assert_eq!((memory.is_broken()?, sums), (false, [4.5; 100]));
                 Ok(())
             });
         }
@@ -374,7 +482,7 @@ mod tests {
         fn ranks_that_share_a_device_are_left_to_the_host_unless_told_otherwise() {
             let group = Group::new(2);
             let device = Device::emulated();
-            let both = |on_one| {
+            let both = |access| {
                 std::thread::scope(|scope| {
                     let ranks: Vec<_> = group
                         .members()
@@ -382,14 +490,15 @@ mod tests {
                         .map(|member| {
                             let device = &device;
                             scope.spawn(move || {
-                                PeerMemory::connect(device, &member, on_one).map(|m| m.is_some())
+                                PeerMemory::connect(device, &member, access).map(|m| m.is_some())
                             })
                         })
                         .collect();
                     ranks.into_iter().map(|rank| rank.join().expect("no panic").ok()).collect::<Vec<_>>()
                 })
             };
-            assert_eq!((both(false), both(true)), (vec![Some(false); 2], vec![Some(true); 2]));
+            let found = [PeerAccess::Auto, PeerAccess::Always, PeerAccess::Multicast].map(both);
+            assert_eq!(found, [false, true, true].map(|connected| vec![Some(connected); 2]));
         }
     }
 }

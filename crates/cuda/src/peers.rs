@@ -3,7 +3,7 @@
 //! Where every device reaches the others' memory, kernels add up ([`crate::peer_memory`]), but for the long sums of prompts. These, and all sums
 //! elsewhere, ranks of several nodes among them, are NCCL's ([`crate::nccl`]). Without that library, what ranks add up is copied to the host,
 //! summed there in the order of the ranks and copied back: that works between any devices and is slow, two copies and a wait for each of a
-//! layer's two sums. The kernels and the host give the same bits, NCCL others.
+//! layer's two sums. The kernels and the host give the same bits, NCCL others, and so do kernels that have a switch add up.
 
 use crate::device::Device;
 use crate::nccl::Nccl;
@@ -22,8 +22,10 @@ pub enum PeerAccess {
     Auto,
     /// Never: through the host, for tests.
     Never,
-    /// At once, and where ranks share a device too: for tests.
+    /// At once, where ranks share a device too, and in the order of the ranks: for tests.
     Always,
+    /// At once, and all sums through the switch between the devices, if there is one: for tests.
+    Multicast,
 }
 
 /// By which way ranks add up.
@@ -120,7 +122,7 @@ impl Peers {
             _ if !connects(&member) => State::Host,
             PeerAccess::Auto => State::New,
             PeerAccess::Never => State::Host,
-            PeerAccess::Always => State::Settled,
+            PeerAccess::Always | PeerAccess::Multicast => State::Settled,
         };
         let library = if access == PeerAccess::Never { Library::Absent } else { Library::Untried };
         Self {
@@ -177,8 +179,7 @@ impl Peers {
             }
             memory => {
                 *memory = None; // first give back, then take
-                let on_one = self.access == PeerAccess::Always;
-                *memory = PeerMemory::connect(&self.device, &self.member, on_one)?;
+                *memory = PeerMemory::connect(&self.device, &self.member, self.access)?;
             }
         }
         self.direct = self.memory.is_some();
@@ -355,6 +356,7 @@ mod tests {
         );
         assert_eq!(steps(PeerAccess::Never, 2, |_, _| true), [false; 2]);
         assert_eq!(steps(PeerAccess::Always, 2, |_, _| true), [true; 2]);
+        assert_eq!(steps(PeerAccess::Multicast, 2, |_, _| true), [true; 2]);
     }
 
     #[test]
@@ -362,6 +364,7 @@ mod tests {
         for faulty in 0..2 {
             let ended = |step: usize, rank: Rank| step % 2 == 1 || rank.index != faulty;
             assert_eq!(steps(PeerAccess::Always, 5, ended), [true; 5]);
+            assert_eq!(steps(PeerAccess::Multicast, 5, ended), [true; 5]);
         }
     }
 }

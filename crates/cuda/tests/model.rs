@@ -100,9 +100,9 @@ fn models_of_fp8_say_what_the_reference_says() {
     }
 }
 
-/// A model in two ranks, both on one device where there is one: what several devices do, but for the way between them.
-fn in_ranks(name: &str, kv: KvSize, access: PeerAccess) -> Option<Loaded> {
-    let group = Group::new(2);
+/// A model in ranks, all on one device where there is one: what several devices do, but for the way between them.
+fn in_ranks(name: &str, world: usize, kv: KvSize, access: PeerAccess) -> Option<Loaded> {
+    let group = Group::new(world);
     let members = group.members().into_iter();
     let backends = members.map(|member| Some(cuda()?.in_group_by(member, access))).collect::<Option<_>>()?;
     let source = ModelSource::open(&fixture(name)).expect("the fixture is there");
@@ -116,9 +116,10 @@ fn ranks_say_what_one_device_says() {
         let Some(one) = cuda() else { return };
         let expected = logits(&mut *model(name, one, OPTIONS.kv), [LENGTH; 2]);
         let largest = expected.iter().flatten().fold(0f32, |a, x| a.max(x.abs()));
-        // Through the host, which ranks on one GPU always go through, and after the first step in each other's memory.
-        for access in [PeerAccess::Never, PeerAccess::Auto] {
-            let Some(mut ranks) = in_ranks(name, OPTIONS.kv, access) else { return };
+        // Through the host, which ranks on one GPU always go through, after the first step in each other's memory, and by a switch if there is
+        // one.
+        for (world, access) in [(2, PeerAccess::Never), (2, PeerAccess::Auto), (4, PeerAccess::Multicast)] {
+            let Some(mut ranks) = in_ranks(name, world, OPTIONS.kv, access) else { return };
             for chunks in [[LENGTH, LENGTH], [16, 7], [1, 1]] {
                 let found = logits(&mut *ranks.model, chunks);
                 let pairs = found.iter().flatten().zip(expected.iter().flatten());
@@ -128,7 +129,7 @@ fn ranks_say_what_one_device_says() {
             }
         }
     }
-    let Some(shared) = in_ranks("qwen2", KvSize::DeviceShare(0.75), PeerAccess::Auto) else { return };
+    let Some(shared) = in_ranks("qwen2", 2, KvSize::DeviceShare(0.75), PeerAccess::Auto) else { return };
     assert!(shared.kv_blocks > 8);
 }
 
