@@ -26,6 +26,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* 
     }
     if (count <= 0) return;
     const int feature = blockIdx.y * FP8_TILE, steps = (k + FP8_BLOCK - 1) / FP8_BLOCK;
+    const bool full = count > 64, has_rows = warp < 4 || full;  // the second warpgroup; this one
     auto source = [&](int row) {
         const int sorted = first + min(row, count - 1);
         return static_cast<size_t>(index ? index[sorted] / share : sorted);
@@ -47,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* 
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int row = copied + i * 32, place = Tile::place(row, element);
-            copy_async(to + place, from_x[i] + from, column < k && row < count);
+            if (i < 2 || full) copy_async(to + place, from_x[i] + from, column < k && row < count);
             copy_async(to + Tile::BYTES + place, from_w[i] + from, column < k && feature + row < n);
         }
     };
@@ -75,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* 
         copy_commit();
         const float row_scale[2] = {held_row[0], held_row[1]};
         if (step + 1 < steps) hold(step + 1);
+        if (!has_rows) continue;
         const uint32_t a = shared_address(stage(step)), b = a + Tile::BYTES;
         products_begin();
 #pragma unroll

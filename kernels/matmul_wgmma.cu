@@ -27,6 +27,7 @@ __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const 
     }
     if (count <= 0) return;
     const int feature = blockIdx.y * SIZE;
+    const bool full = count > 64, has_rows = warp < 4 || full;  // the second warpgroup; this one
 
     // A thread copies chunk threadIdx % 8 of rows threadIdx / 8, + 32, + 64, + 96 of x's tile, and of w's if that is bf16.
     const int chunk = threadIdx.x % 8, copied = threadIdx.x / 8;
@@ -45,7 +46,7 @@ __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const 
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int row = copied + i * 32, place = Tile::place(row, chunk * 8);
-            copy_async(to + place, from_x[i] + step * DEPTH, row < count);
+            if (i < 2 || full) copy_async(to + place, from_x[i] + step * DEPTH, row < count);
             if constexpr (!F::PACKED) copy_async(to + Tile::BYTES + place, from_w[i] + step * DEPTH, feature + row < n);
         }
     };
@@ -94,10 +95,12 @@ __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const 
         if (step + AHEAD < steps) copy(step + AHEAD);
         copy_commit();
         const uint32_t a = shared_address(stage(step)), b = a + Tile::BYTES;
-        products_begin();
+        if (has_rows) {
+            products_begin();
 #pragma unroll
-        for (int c = 0; c < DEPTH; c += 16) multiply_rows(sums, Tile::columns(a, warp / 4 * 64, c), Tile::columns(b, 0, c), step > 0 || c > 0);
-        products_commit();
+            for (int c = 0; c < DEPTH; c += 16) multiply_rows(sums, Tile::columns(a, warp / 4 * 64, c), Tile::columns(b, 0, c), step > 0 || c > 0);
+            products_commit();
+        }
         // Beside the product the next step's weights are widened, and those of the one after are fetched.
         if (step + 1 < steps) widen(step + 1);
         if (step + 2 < steps) hold(step + 2);

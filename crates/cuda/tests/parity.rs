@@ -151,6 +151,7 @@ fn linear_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (16, 130, 63),
         (17, 40, 200),
         (40, 129, 100),
+        (65, 33, 128),
         (128, 128, 64),
         (131, 150, 260),
         (70, 129, 600),
@@ -248,6 +249,7 @@ fn linear_of_fp8_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (20, 129, 64),
         (33, 130, 704),
         (64, 129, 128),
+        (65, 33, 128),
         (131, 150, 320),
         (513, 300, 192),
     ];
@@ -298,7 +300,7 @@ fn products_of_fp8_agree_with_rows_that_are_rounded_before() -> Result<()> {
         return Ok(());
     }
     let mut random = Random(27);
-    let mut shapes = vec![(17, 1, 64), (128, 128, 128), (130, 150, 320), (40, 200, 960)];
+    let mut shapes = vec![(17, 1, 64), (128, 128, 128), (65, 40, 192), (130, 150, 320), (40, 200, 960)];
     if large(&cuda) {
         shapes.extend([(1000, 6144, 4096), (4096, 4096, 14336)]);
     }
