@@ -21,6 +21,13 @@ const ROTATED: usize = 256 << 20;
 const ROUNDS: usize = 7;
 const LLAMA: AttentionShape = AttentionShape { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088_388_35 };
 
+/// The ways to multiply many rows, where a GPU has several.
+const WAYS: [(&str, PrefillKernel, bool); 3] = [
+    ("mma", PrefillKernel::Mma, false),
+    ("wgmma", PrefillKernel::Wgmma, false),
+    ("fp8 x fp8", PrefillKernel::Auto, true),
+];
+
 /// One line of the table.
 struct Line {
     name: String,
@@ -93,39 +100,40 @@ impl Bench {
         (0..copies).map(|_| self.cuda.load_matrix(std::slice::from_ref(&raw))).collect()
     }
 
+    /// Goes on with these kernels; false where the GPU does not have them.
+    fn choose(&mut self, kernel: PrefillKernel, fp8_products: bool) -> bool {
+        self.cuda.set_prefill_kernel(kernel).is_ok() && self.cuda.set_fp8_products(fp8_products).is_ok()
+    }
+
     /// The same of FP8, with a scale for 128 weights.
     fn linear_fp8(&mut self) -> Result<()> {
         for (name, n, k) in [("gate+up", 28672, 4096), ("down", 4096, 14336)] {
-            let block = |i: usize| {
-                let scale = 2f32.powi(-8 - (i / 2 % 3) as i32).to_le_bytes();
-                // Numbers below 2.
-                scale.into_iter().chain((0..64).map(move |j| (i * 31 + j * 7) as u8 & 0xbf))
-            };
-            let bytes = Arc::new((0..n * k / 64).flat_map(block).collect::<Vec<u8>>());
-            let raw = RawTensor::new("random", vec![n, k], DType::F8_E4M3, bytes, 0).expect("whole blocks");
+            let raw = random_fp8(&[n, k]);
             let copies = (ROTATED / (n * k)).clamp(1, 8);
             let weights: Vec<Matrix> = (0..copies)
                 .map(|_| self.cuda.load_matrix(std::slice::from_ref(&raw)))
                 .collect::<Result<_>>()?;
-            for (rows, products) in [1, 8, 16, 17, 64, 256, 511, 512, 4096]
-                .into_iter()
-                .flat_map(|rows| [(rows, false), (rows, true)])
-            {
-                if products && (rows <= 16 || self.cuda.set_fp8_products(true).is_err()) {
-                    continue;
+            for rows in [1, 8, 16, 17, 64, 256, 511, 512, 4096] {
+                for (way, kernel, products) in WAYS {
+                    let same = match kernel {
+                        PrefillKernel::Wgmma => !(17..512).contains(&rows),
+                        _ => products && rows <= 16,
+                    };
+                    if same || !self.choose(kernel, products) {
+                        continue;
+                    }
+                    let [x, _] = self.rows(rows, k)?;
+                    let mut out = self.cuda.tensor(rows, n)?;
+                    let bytes = (n * k + n * k / 32 + 2 * rows * k + 4 * rows * n) as f64;
+                    let operations = 2.0 * (rows * n * k) as f64;
+                    let name = format!("linear fp8 {name} [{n}, {k}] {rows} rows, {way}");
+                    self.time(name, bytes, operations, |cuda, i| {
+                        cuda.linear(&x, &weights[i % weights.len()], None, &mut out)
+                    })?;
                 }
-                let [x, _] = self.rows(rows, k)?;
-                let mut out = self.cuda.tensor(rows, n)?;
-                let bytes = (n * k + n * k / 32 + 2 * rows * k + 4 * rows * n) as f64;
-                let operations = 2.0 * (rows * n * k) as f64;
-                let of = if products { "fp8 x fp8" } else { "fp8" };
-                let name = format!("linear {of} {name} [{n}, {k}] {rows} rows");
-                self.time(name, bytes, operations, |cuda, i| {
-                    cuda.linear(&x, &weights[i % weights.len()], None, &mut out)
-                })?;
-                self.cuda.set_fp8_products(false)?;
             }
         }
+        self.choose(PrefillKernel::Auto, false);
         Ok(())
     }
 
@@ -177,10 +185,22 @@ impl Bench {
                 cuda.rms_norm(&mut x, Some(&delta), &weight, 1e-5, &mut out)
             })?;
             let [_, gate_up] = self.rows(rows, 28672)?;
-            let mut out = self.cuda.tensor(rows, 14336)?;
+            let mut gated = self.cuda.tensor(rows, 14336)?;
             self.time(format!("silu_mul 14336, {rows} rows"), (rows * 14336 * 10) as f64, 0.0, |cuda, _| {
-                cuda.silu_mul(&gate_up, &mut out)
+                cuda.silu_mul(&gate_up, &mut gated)
             })?;
+            if rows <= 16 || !self.choose(PrefillKernel::Auto, true) {
+                continue;
+            }
+            let bytes = (rows * 4096 * 15) as f64;
+            self.time(format!("rms_norm 4096 and fp8, {rows} rows"), bytes, 0.0, |cuda, _| {
+                cuda.rms_norm(&mut x, Some(&delta), &weight, 1e-5, &mut out)
+            })?;
+            let bytes = (rows * 14336 * 11) as f64;
+            self.time(format!("silu_mul 14336 and fp8, {rows} rows"), bytes, 0.0, |cuda, _| {
+                cuda.silu_mul(&gate_up, &mut gated)
+            })?;
+            self.choose(PrefillKernel::Auto, false);
         }
         Ok(())
     }
@@ -274,33 +294,44 @@ impl Bench {
         Ok(())
     }
 
-    /// A layer of Qwen3-30B-A3B: 8 of 128 experts, 2048 to 768.
+    /// A layer of Qwen3-30B-A3B, 8 of 128 experts, 2048 to 768, in every format that has a way of its own.
     fn moe(&mut self) -> Result<()> {
-        let (experts, top_k, hidden, inner) = (128, 8, 2048, 768);
-        let stack = |shape: &[usize]| vec![self.raw(shape); experts];
-        let (up, down) = (stack(&[inner, hidden]), stack(&[hidden, inner]));
+        let (hidden, inner) = (2048, 768);
+        let shapes = [[inner, hidden], [hidden, inner]];
+        self.moe_of("bf16", 2.0, shapes.map(|shape| self.raw(&shape)))?;
+        self.moe_of("fp8", 1.03, shapes.map(|shape| random_fp8(&shape)))?;
+        self.moe_of("mxfp4", 0.53, shapes.map(|shape| random_mxfp4(&shape)))
+    }
+
+    /// The same of weights `[up, down]`, so many bytes each.
+    fn moe_of(&mut self, format: &str, weight_bytes: f64, [up, down]: [RawTensor; 2]) -> Result<()> {
+        let (experts, top_k, hidden, inner) = (128, 8, up.shape[1], up.shape[0]);
+        let (up, down) = (vec![up; experts], vec![down; experts]);
         let weights = self.cuda.load_experts(&ExpertWeights::plain(&up, &up, &down))?;
         for rows in [1, 4, 8, 16, 64, 256, 4096] {
-            let [x, _] = self.rows(rows, hidden)?;
             let logits: Vec<f32> = (0..rows * experts).map(|i| (i * 7919 % 1009) as f32 / 300.0).collect();
             let table =
                 self.cuda.load_embedding(&RawTensor::from_f32("logits", vec![rows, experts], &logits))?;
-            let (mut router, mut out) = (self.cuda.tensor(rows, experts)?, self.cuda.tensor(rows, hidden)?);
-            self.cuda.embed(&table, &mut router)?;
             let one = 3 * hidden * inner;
             // Of experts drawn evenly, those that somebody drew.
             let read = experts as f64 * (1.0 - (1.0 - top_k as f64 / experts as f64).powi(rows as i32));
-            let operations = 2.0 * (rows * top_k * one) as f64;
-            for kernel in [PrefillKernel::Mma, PrefillKernel::Wgmma] {
-                if self.cuda.set_prefill_kernel(kernel).is_err() {
+            let (bytes, operations) = (weight_bytes * read * one as f64, 2.0 * (rows * top_k * one) as f64);
+            for (way, kernel, products) in WAYS {
+                if (products && (format != "fp8" || rows <= 16)) || !self.choose(kernel, products) {
                     continue;
                 }
-                let name = format!("moe 8 of 128, {rows} rows, {kernel:?}");
-                self.time(name, 2.0 * read * one as f64, operations, |cuda, _| {
-                    cuda.moe(&x, &router, &weights, top_k, true, &mut out)
-                })?;
+                let [x, _] = self.rows(rows, hidden)?;
+                let (mut router, mut out) =
+                    (self.cuda.tensor(rows, experts)?, self.cuda.tensor(rows, hidden)?);
+                self.cuda.embed(&table, &mut router)?;
+                self.time(
+                    format!("moe {format} 8 of 128, {rows} rows, {way}"),
+                    bytes,
+                    operations,
+                    |cuda, _| cuda.moe(&x, &router, &weights, top_k, true, &mut out),
+                )?;
             }
-            self.cuda.set_prefill_kernel(PrefillKernel::Auto)?;
+            self.choose(PrefillKernel::Auto, false);
         }
         Ok(())
     }
@@ -335,6 +366,23 @@ impl Bench {
         };
         format!("[\n{}\n]\n", self.lines.iter().map(line).collect::<Vec<_>>().join(",\n"))
     }
+}
+
+/// FP8 below 2, with a scale for 128 weights.
+fn random_fp8(shape: &[usize]) -> RawTensor {
+    let block = |i: usize| {
+        let scale = 2f32.powi(-8 - (i / 2 % 3) as i32).to_le_bytes();
+        scale.into_iter().chain((0..64).map(move |j| (i * 31 + j * 7) as u8 & 0xbf))
+    };
+    let bytes = (0..shape.iter().product::<usize>() / 64).flat_map(block).collect::<Vec<u8>>();
+    RawTensor::new("random", shape.to_vec(), DType::F8_E4M3, Arc::new(bytes), 0).expect("whole blocks")
+}
+
+/// MXFP4 below 0.02.
+fn random_mxfp4(shape: &[usize]) -> RawTensor {
+    let block = |i: usize| [118].into_iter().chain((0..16).map(move |j| (i * 31 + j * 7) as u8));
+    let bytes = (0..shape.iter().product::<usize>() / 32).flat_map(block).collect::<Vec<u8>>();
+    RawTensor::new("random", shape.to_vec(), DType::MXFP4, Arc::new(bytes), 0).expect("whole blocks")
 }
 
 /// The value after `flag` on the command line.
