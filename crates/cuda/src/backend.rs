@@ -3,7 +3,7 @@
 //! Weights are bf16 unless they are stored as what `weights` keeps; what matrices read is bf16, keys and values are unless FP8 was asked for. The
 //! residual stream, what matrices put out and logits are f32.
 
-use crate::device::{Buffer, Device, Grid};
+use crate::device::{Arg, Buffer, Device, Grid};
 use crate::kv::{self, KvCache, KvDType, Parts, PrefillKernel, Rotations, half_block};
 use crate::matmul::{Matrix, Multiplier, Rows, Vector};
 use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack};
@@ -38,6 +38,8 @@ pub struct Cuda {
     kv_dtype: KvDType,
     /// Whether the open step is one of decodes, whose launches are gathered.
     gathers: bool,
+    /// What the step before drew, for steps that go on from it.
+    answers: Arg,
 }
 
 /// An embedding table `[vocab, hidden]`: f32 where its file has it so, else bf16.
@@ -100,6 +102,7 @@ impl Cuda {
             kv_dtype: KvDType::default(),
             peers: None,
             gathers: false,
+            answers: Arg::NULL,
             device,
         })
     }
@@ -199,6 +202,13 @@ impl Cuda {
             None => None,
         };
         Ok(Stack { weights, bias })
+    }
+
+    /// Refuses rows to draw that are not the step's outputs.
+    fn expect_rows(&self, logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<()> {
+        let real = self.step.real_of(logits.rows);
+        check(real == rows.len(), || format!("{} rows to sample of {real}", rows.len()))?;
+        logits.expect_f32("logits")
     }
 
     /// Draws rows that the kernel cannot on the host.
@@ -331,6 +341,7 @@ impl Backend for Cuda {
         if let Some(peers) = &mut self.peers {
             peers.give_up_unfinished();
         }
+        self.answers = self.sampler.answers(&batch.drawn)?;
         self.step.set(batch, &self.device)?;
         if let Some(peers) = &mut self.peers {
             peers.begin()?;
@@ -347,6 +358,8 @@ impl Backend for Cuda {
         out.set(rows, table.hidden, Format::F32)?;
         let args = [
             self.step.arg(List::Tokens),
+            self.step.given(List::Drawn),
+            self.answers,
             (&table.buffer).into(),
             table.is_f32.into(),
             (&*out).into(),
@@ -488,9 +501,7 @@ impl Backend for Cuda {
     }
 
     fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()> {
-        let real = self.step.real_of(logits.rows);
-        check(real == rows.len(), || format!("{} rows to sample of {real}", rows.len()))?;
-        logits.expect_f32("logits")?;
+        self.expect_rows(logits, rows)?;
         if rows.is_empty() {
             out.clear();
             return Ok(());
@@ -499,6 +510,19 @@ impl Backend for Cuda {
             return self.sample_on_host(logits, rows, out);
         }
         self.sampler.run(&self.device, &logits.buffer, logits.width, rows, out)
+    }
+
+    fn draws_ahead(&self) -> bool {
+        true
+    }
+
+    fn draw(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<()> {
+        self.expect_rows(logits, rows)?;
+        self.sampler.draw(&self.device, &logits.buffer, logits.width, rows)
+    }
+
+    fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<()> {
+        self.sampler.drawn(out)
     }
 
     fn to_host(&mut self, x: &Tensor) -> Result<Vec<f32>> {

@@ -141,13 +141,17 @@ pub(crate) struct Buffer {
     bytes: usize,
 }
 
-/// Page-locked memory of the host: copies from it to the device run beside other work.
+/// Page-locked memory of the host: copies between it and the device run beside other work.
 pub(crate) struct Staging {
     device: Device,
     at: *mut u8,
     bytes: usize,
     sent: Sent,
 }
+
+/// Memory of a device for what changes from step to step, and the stage that it comes by; both grow to the largest and stay.
+#[derive(Default)]
+pub(crate) struct Inlet(Option<(Staging, Buffer)>);
 
 /// When a stage's last copy is done.
 enum Sent {
@@ -423,19 +427,23 @@ impl Staging {
         Ok(Self { device: device.clone(), at, bytes, sent })
     }
 
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Where it lies, for the host and for every device.
     pub fn address(&self) -> u64 {
         self.at.expose_provenance() as u64
     }
 
-    /// Its memory, once what was sent last has left it.
+    /// Its memory, once what was sent last has left it, and what was fetched last has come.
     pub fn memory(&mut self) -> Result<&mut [u8]> {
         match (self.device.kind(), &self.sent) {
             (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.wait(event)?,
             #[cfg(feature = "emulate")]
             _ => {}
         }
-        // SAFETY: `bytes` initialised bytes that belong to this value; no copy from them is under way.
+        // SAFETY: `bytes` initialised bytes that belong to this value; no copy of them is under way.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) })
     }
 
@@ -451,6 +459,46 @@ impl Staging {
             #[cfg(feature = "emulate")]
             _ => Ok(()),
         }
+    }
+
+    /// Queues the copy of `len` bytes at the beginning of `from` to its own; [`Staging::memory`] waits for them.
+    pub fn fetch(&mut self, from: &Buffer, len: usize) -> Result<()> {
+        from.check(0, len)?;
+        assert!(len <= self.bytes, "a stage of {} bytes holds no {len}", self.bytes);
+        self.device.flush()?;
+        // SAFETY: within the stage's own memory, which nobody sees before the copy is done (`memory` waits).
+        let data = unsafe { std::slice::from_raw_parts_mut(self.at, len) };
+        match (self.device.kind(), &self.sent) {
+            (Kind::Gpu(gpu), Sent::Gpu(event)) => {
+                gpu.fetch(from.address, data)?;
+                gpu.record(event)
+            }
+            #[cfg(feature = "emulate")]
+            _ => {
+                crate::emulated::read(from.address, data);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Inlet {
+    /// Queues the copy of `data` to the device.
+    pub fn send(&mut self, device: &Device, data: &[u8]) -> Result<&Buffer> {
+        if self.0.as_ref().is_none_or(|(_, buffer)| buffer.bytes() < data.len()) {
+            let room = data.len().next_power_of_two().max(1 << 16);
+            self.0 = None; // first give back, then take
+            self.0 = Some((Staging::new(device, room)?, device.buffer(room)?));
+        }
+        let (staging, buffer) = self.0.as_mut().expect("allocated above");
+        staging.memory()?[..data.len()].copy_from_slice(data);
+        staging.send(data.len(), buffer, 0)?;
+        Ok(buffer)
+    }
+
+    /// Where it comes to, once something was sent.
+    pub fn buffer(&self) -> Option<&Buffer> {
+        self.0.as_ref().map(|(_, buffer)| buffer)
     }
 }
 

@@ -189,11 +189,15 @@ impl Gpu {
     }
 
     pub fn read(&self, address: u64, data: &mut [u8]) -> Result<()> {
-        self.bind()?;
-        // SAFETY: the caller checked the range; the stream is waited for before `data` is looked at.
-        unsafe { result::memcpy_dtoh_async(data, address, self.stream) }
-            .map_err(failed("copy from the GPU"))?;
+        self.fetch(address, data)?;
         self.synchronize()
+    }
+
+    /// Queues a copy to `data`, which is not to be looked at before it is done.
+    pub fn fetch(&self, address: u64, data: &mut [u8]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller checked the range, and waits before `data` is looked at or given back.
+        unsafe { result::memcpy_dtoh_async(data, address, self.stream) }.map_err(failed("copy from the GPU"))
     }
 
     pub fn launch(&self, kernel: &'static str, grid: Grid, shared: u32, args: &[Arg]) -> Result<()> {

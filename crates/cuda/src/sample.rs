@@ -1,8 +1,9 @@
 //! What the sampling kernel is told of each row, and what it answers; the structs mirror those of kernels/sample.cu.
 
-use crate::device::{Arg, Buffer, Device, Grid};
+use crate::device::{Arg, Buffer, Device, Grid, Inlet, Staging};
 use crate::step::{bytes, bytes_mut};
-use rudder_ops::{Result, SampleRow, Sampled, TokenLogprob, uniform};
+use crate::tensor::check;
+use rudder_ops::{OpError, Result, SampleRow, Sampled, TokenLogprob, uniform};
 
 /// The most alternatives that the kernel reports; a row that wants more is sampled on the host.
 pub(crate) const MOST_ALTERNATIVES: usize = 32;
@@ -49,17 +50,26 @@ pub(crate) struct Sampler {
     /// Token and its occurrences.
     counts: Vec<[u32; 2]>,
     packed: Vec<u8>,
-    input: Option<Buffer>,
+    input: Inlet,
     raw: Option<Buffer>,
+    /// The answers of the rows drawn last, then their alternatives.
     output: Option<Buffer>,
     answers: Vec<Answer>,
     tops: Vec<[u32; 2]>,
+    /// Where the answers of a draw arrive that goes on without anybody waiting for it, and of how many rows one is on its way.
+    landing: Option<Staging>,
+    on_its_way: Option<usize>,
 }
 
 impl Sampler {
     /// Whether the kernel can draw this row.
     pub fn can(row: &SampleRow<'_>) -> bool {
         row.params.logprobs.is_none_or(|n| n as usize <= MOST_ALTERNATIVES)
+    }
+
+    /// Whether a step may follow this row's draw before it is known: there is nothing but its token to tell.
+    fn can_ahead(row: &SampleRow<'_>) -> bool {
+        row.params.logprobs.is_none() && row.forced.is_none()
     }
 
     /// Draws from every row of `logits`, `[rows.len(), vocab]`.
@@ -70,6 +80,74 @@ impl Sampler {
         vocab: usize,
         rows: &[SampleRow<'_>],
         out: &mut Vec<Sampled>,
+    ) -> Result<()> {
+        self.queue(device, logits, vocab, rows)?;
+        let (n, most) = (rows.len(), MOST_ALTERNATIVES);
+        let output = self.output.as_ref().expect("what was queued has its place");
+        self.answers.resize(n, Answer::default());
+        output.read(0, bytes_mut(&mut self.answers))?;
+        if rows.iter().any(|row| row.params.logprobs.is_some_and(|n| n > 0)) {
+            self.tops.resize(n * most, [0; 2]);
+            output.read(n * size_of::<Answer>(), bytes_mut(&mut self.tops))?;
+        }
+        out.clear();
+        out.extend(rows.iter().enumerate().map(|(i, row)| self.answer(i, row)));
+        Ok(())
+    }
+
+    /// Queues the same; [`Sampler::drawn`] gives what was drawn, and the next step finds it on the device.
+    pub fn draw(
+        &mut self,
+        device: &Device,
+        logits: &Buffer,
+        vocab: usize,
+        rows: &[SampleRow<'_>],
+    ) -> Result<()> {
+        check(rows.iter().all(Self::can_ahead), || "a row that cannot be drawn ahead".to_owned())?;
+        check(self.on_its_way.is_none(), || "a second draw on its way".to_owned())?;
+        self.queue(device, logits, vocab, rows)?;
+        let (output, len) = (self.output.as_ref().expect("queued above"), rows.len() * size_of::<Answer>());
+        if self.landing.as_ref().is_none_or(|landing| landing.bytes() < len) {
+            self.landing = Some(Staging::new(device, len.next_power_of_two().max(4096))?);
+        }
+        self.landing.as_mut().expect("allocated above").fetch(output, len)?;
+        self.on_its_way = Some(rows.len());
+        Ok(())
+    }
+
+    /// Waits for the draw on its way.
+    pub fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<()> {
+        let (Some(landing), Some(rows)) = (&mut self.landing, self.on_its_way.take()) else {
+            return Err(OpError::Backend("no draw is on its way".to_owned()));
+        };
+        self.answers.resize(rows, Answer::default());
+        let answers = bytes_mut(&mut self.answers);
+        answers.copy_from_slice(&landing.memory()?[..answers.len()]);
+        out.clear();
+        out.extend(self.answers.iter().map(|answer| Sampled {
+            token: answer.token,
+            logprob: None,
+            top: Vec::new(),
+            fault: fault(answer),
+        }));
+        Ok(())
+    }
+
+    /// The answers of the draw on its way, for a step whose tokens are `drawn`, if it names any.
+    pub fn answers(&self, drawn: &[u32]) -> Result<Arg> {
+        let rows = self.on_its_way.unwrap_or(0);
+        let known = drawn.iter().all(|&output| (output as usize) < rows);
+        check(known, || format!("a step goes on from an output that the {rows} on their way are not"))?;
+        Ok(self.output.as_ref().map_or(Arg::NULL, Arg::from))
+    }
+
+    /// Queues the kernel over every row.
+    fn queue(
+        &mut self,
+        device: &Device,
+        logits: &Buffer,
+        vocab: usize,
+        rows: &[SampleRow<'_>],
     ) -> Result<()> {
         self.collect(rows);
         let (n, most) = (rows.len(), MOST_ALTERNATIVES);
@@ -82,10 +160,9 @@ impl Sampler {
             self.packed.resize(self.packed.len().next_multiple_of(16), 0);
         }
         let answer_bytes = n * size_of::<Answer>();
-        let input = room(&mut self.input, device, self.packed.len())?;
+        let input = self.input.send(device, &self.packed)?;
         let raw = room(&mut self.raw, device, 4 * (self.biases.len() + self.counts.len()))?;
         let output = room(&mut self.output, device, answer_bytes + n * most * 8)?;
-        input.write(0, &self.packed)?;
         let [requests, masks, biases, counts] = offsets.map(|offset| Arg::at(input, offset));
         let args = [
             logits.into(),
@@ -100,16 +177,7 @@ impl Sampler {
             Arg::at(output, answer_bytes),
             most.into(),
         ];
-        device.launch("sample", Grid::new(n, threads(vocab)), 0, &args)?;
-        self.answers.resize(n, Answer::default());
-        output.read(0, bytes_mut(&mut self.answers))?;
-        if rows.iter().any(|row| row.params.logprobs.is_some_and(|n| n > 0)) {
-            self.tops.resize(n * most, [0; 2]);
-            output.read(answer_bytes, bytes_mut(&mut self.tops))?;
-        }
-        out.clear();
-        out.extend(rows.iter().enumerate().map(|(i, row)| self.answer(i, row)));
-        Ok(())
+        device.launch("sample", Grid::new(n, threads(vocab)), 0, &args)
     }
 
     fn collect(&mut self, rows: &[SampleRow<'_>]) {
@@ -147,12 +215,7 @@ impl Sampler {
 
     fn answer(&self, i: usize, row: &SampleRow<'_>) -> Sampled {
         let answer = &self.answers[i];
-        // The words are those of the host's sampler.
-        let fault = match answer.fault {
-            0 => None,
-            1 => Some("the model produced logits that are not finite"),
-            _ => Some("no token was allowed here"),
-        };
+        let fault = fault(answer);
         let reported = row.params.logprobs.is_some() || row.forced.is_some();
         let alternatives = if self.tops.is_empty() { 0 } else { answer.alternatives as usize };
         let first = i * MOST_ALTERNATIVES;
@@ -163,6 +226,15 @@ impl Sampler {
             top: top.map(|[token, bits]| TokenLogprob { token, logprob: f32::from_bits(bits) }).collect(),
             fault,
         }
+    }
+}
+
+/// Why there is no token, in the words of the host's sampler.
+fn fault(answer: &Answer) -> Option<&'static str> {
+    match answer.fault {
+        0 => None,
+        1 => Some("the model produced logits that are not finite"),
+        _ => Some("no token was allowed here"),
     }
 }
 

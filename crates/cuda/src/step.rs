@@ -1,6 +1,6 @@
 //! A step's batch on the device: what the kernels need to know of it, in one buffer, brought there by one copy.
 
-use crate::device::{Arg, Buffer, Device, Staging};
+use crate::device::{Arg, Device, Inlet};
 use crate::shared_prefix::{Alone, SharedPrefix};
 use rudder_ops::{AttentionShape, BLOCK_SIZE, Batch, OpError, Result};
 
@@ -17,12 +17,17 @@ pub(crate) const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 /// The slot of a row that writes no keys and values; as in attention.cu.
 const NO_SLOT: u32 = u32::MAX;
 
+/// In place of an output: the row's token is known; as in rows.cu.
+const KNOWN: u32 = u32::MAX;
+
 /// Where each list of a step begins in its buffer, in bytes, in the order of [`List`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(usize)]
 pub(crate) enum List {
     /// Token ids, one a row.
     Tokens,
+    /// In a step of decodes, which output of the step before drew a row's token, or [`KNOWN`].
+    Drawn,
     /// Positions, one a row.
     Positions,
     /// KV slots, one a row.
@@ -52,8 +57,7 @@ pub(crate) struct Step {
     lists: [Vec<u32>; LISTS],
     offsets: [usize; LISTS],
     words: Vec<u32>,
-    staging: Option<Staging>,
-    buffer: Option<Buffer>,
+    inlet: Inlet,
     /// Rows that kernels compute: those of the batch, and in a decode step rows of nothing behind them, so that steps of about as
     /// many sequences are the same launches.
     pub rows: usize,
@@ -81,8 +85,7 @@ impl Step {
             lists: Default::default(),
             offsets: [0; LISTS],
             words: Vec::new(),
-            staging: None,
-            buffer: None,
+            inlet: Inlet::default(),
             rows: 0,
             real: 0,
             room: usize::MAX,
@@ -105,10 +108,15 @@ impl Step {
         self.arg_from(list, 0)
     }
 
+    /// The same, of a list that not all steps have.
+    pub fn given(&self, list: List) -> Arg {
+        if self.len(list) == 0 { Arg::NULL } else { self.arg(list) }
+    }
+
     /// A list from its entry `first` on.
     pub fn arg_from(&self, list: List, first: usize) -> Arg {
         let at = self.offsets[list as usize] + 4 * first;
-        self.buffer.as_ref().map_or(Arg::NULL, |buffer| Arg::at(buffer, at))
+        self.inlet.buffer().map_or(Arg::NULL, |buffer| Arg::at(buffer, at))
     }
 
     /// Takes over a batch, after checking that it does not contradict itself, and queues its copy to the device.
@@ -122,28 +130,14 @@ impl Step {
         self.blocks = used.max().map_or(0, |block| block as usize + 1);
         self.fill(batch);
         self.layout();
-        self.send(device)
-    }
-
-    /// Queues the copy of the lists; the buffers grow to the largest step and stay.
-    fn send(&mut self, device: &Device) -> Result<()> {
-        let words = bytes(&self.words);
-        if self.buffer.as_ref().is_none_or(|buffer| buffer.bytes() < words.len()) {
-            let room = words.len().next_power_of_two().max(1 << 16);
-            (self.staging, self.buffer) = (None, None);
-            (self.staging, self.buffer) = (Some(Staging::new(device, room)?), Some(device.buffer(room)?));
-        }
-        if let (Some(staging), Some(buffer)) = (&mut self.staging, &self.buffer) {
-            staging.memory()?[..words.len()].copy_from_slice(words);
-            staging.send(words.len(), buffer, 0)?;
-        }
-        Ok(())
+        self.inlet.send(device, bytes(&self.words)).map(drop)
     }
 
     fn fill(&mut self, batch: &Batch) {
         self.lists.iter_mut().for_each(Vec::clear);
         let mut put = |list: List, values: &[u32]| self.lists[list as usize].extend_from_slice(values);
         put(List::Tokens, &batch.tokens);
+        put(List::Drawn, &batch.drawn);
         put(List::Positions, &batch.positions);
         put(List::Slots, &batch.slots);
         put(List::Outputs, &batch.outputs);
@@ -189,6 +183,8 @@ impl Step {
             for list in [List::Outputs, List::Alone] {
                 self.lists[list as usize].extend(self.real as u32..self.rows as u32);
             }
+            // Known or not, the step is the same launches.
+            self.lists[List::Drawn as usize].resize(self.rows, KNOWN);
             let shared = &mut self.lists[List::Shared as usize];
             shared.resize(if shared.is_empty() { 0 } else { self.rows }, 0);
         }
@@ -246,6 +242,9 @@ fn check(batch: &Batch) -> Result<()> {
     let rows = batch.rows();
     if batch.positions.len() != rows || batch.slots.len() != rows {
         return refuse("a batch's tokens, positions and slots differ in number".to_owned());
+    }
+    if !batch.drawn.is_empty() && (batch.drawn.len() != rows || !is_decode(batch)) {
+        return refuse("a batch of drawn tokens and others".to_owned());
     }
     for span in &batch.spans {
         let table = span.table.saturating_add(span.context.div_ceil(BLOCK_SIZE));

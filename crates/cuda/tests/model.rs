@@ -201,3 +201,102 @@ fn padded_decode_steps_draw_what_plain_ones_draw() {
         }
     }
 }
+
+/// How the drawn tokens of a sequence come about, from its two prompts on: each is known before the step that reads it is queued, or is not.
+fn continued(model: &mut dyn Model, ahead: bool) -> [Vec<u32>; 2] {
+    const STEPS: usize = 20;
+    let prompts: [Vec<u32>; 2] = [(3..12).collect(), (40..57).collect()];
+    // The first ends before the second does.
+    let last = [STEPS / 2, STEPS];
+    let params = |s| SamplingParams { temperature: 0.8, seed: 5 + s as u64, ..Default::default() };
+    let params = [params(0), params(1)];
+    let row = |s: usize, step: usize| SampleRow {
+        params: &params[s],
+        counts: None,
+        drafted: &[],
+        position: (prompts[s].len() + step) as u64,
+        mask: None,
+        forced: None,
+    };
+    let live = |step: usize| (0..2).filter(move |&s| step < last[s]);
+    let (mut found, mut drawn) = ([Vec::new(), Vec::new()], Vec::new());
+    let mut batch = Batch::default();
+    for step in 0..STEPS {
+        batch.clear();
+        for s in live(step) {
+            let computed = prompts[s].len() + step - 1;
+            match (step, ahead) {
+                (0, _) => batch.push(&prompts[s], 0, &BLOCKS[s], 1),
+                (_, false) => batch.push(&[found[s][step - 1]], computed, &BLOCKS[s], 1),
+                (_, true) => {
+                    let output = live(step - 1).position(|other| other == s).expect("it lived before");
+                    batch.push_drawn(output as u32, computed, &BLOCKS[s]);
+                }
+            }
+        }
+        model.forward(&batch).expect("a step");
+        let rows: Vec<_> = live(step).map(|s| row(s, step)).collect();
+        let mut keep = |step: usize, drawn: &[rudder_ops::Sampled]| {
+            assert_eq!(drawn.len(), live(step).count());
+            for (s, sampled) in live(step).zip(drawn) {
+                assert_eq!(sampled.fault, None);
+                found[s].push(sampled.token);
+            }
+        };
+        if !ahead {
+            model.sample(&rows, &mut drawn).expect("a draw");
+            keep(step, &drawn);
+            continue;
+        }
+        // The last step's forward pass is queued; what it goes on from arrives only now.
+        if step > 0 {
+            model.drawn(&mut drawn).expect("what was drawn");
+            keep(step - 1, &drawn);
+        }
+        model.draw(&rows).expect("a draw");
+        if step + 1 == STEPS {
+            model.drawn(&mut drawn).expect("what was drawn last");
+            keep(step, &drawn);
+        }
+    }
+    found
+}
+
+#[test]
+fn steps_that_go_on_from_tokens_nobody_has_seen_draw_the_same() {
+    for name in ["qwen2", "gptoss"] {
+        let (Some(one), Some(other)) = (cuda(), cuda()) else { return };
+        let expected = continued(&mut *model(name, one, OPTIONS.kv), false);
+        assert_eq!(continued(&mut *model(name, other, OPTIONS.kv), true), expected, "{name}");
+    }
+}
+
+#[test]
+fn a_step_goes_on_from_outputs_that_were_drawn_and_a_backend_that_can() {
+    let Some(cuda) = cuda() else { return };
+    let mut ahead = model("qwen2", cuda, OPTIONS.kv);
+    let params = SamplingParams::default();
+    let row =
+        SampleRow { params: &params, counts: None, drafted: &[], position: 9, mask: None, forced: None };
+    let (mut prompt, mut next) = (Batch::default(), Batch::default());
+    prompt.push(&[3; 9], 0, &BLOCKS[0], 1);
+    next.push_drawn(0, 9, &BLOCKS[0]);
+    assert!(ahead.draws_ahead() && ahead.drawn(&mut Vec::new()).is_err(), "nothing was drawn");
+    ahead.forward(&prompt).expect("a step");
+    ahead.sample(&[row], &mut Vec::new()).expect("a draw");
+    assert!(ahead.forward(&next).is_err(), "the step before has told what it drew");
+    ahead.forward(&prompt).expect("a step");
+    ahead.draw(&[row]).expect("a draw");
+    let mut beyond = Batch::default();
+    beyond.push_drawn(1, 9, &BLOCKS[0]);
+    assert!(ahead.forward(&beyond).is_err(), "of one output, the second");
+    ahead.forward(&next).expect("the model stays usable");
+    assert!(ahead.draw(&[row]).is_err(), "two on their way");
+    assert!(ahead.drawn(&mut Vec::new()).is_ok() && ahead.drawn(&mut Vec::new()).is_err());
+    assert!(ahead.draw(&[SampleRow { forced: Some(7), ..row }]).is_err());
+    assert!(ahead.draw(&[row]).is_ok() && ahead.drawn(&mut Vec::new()).is_ok());
+
+    let mut behind = model("qwen2", Reference::new(), OPTIONS.kv);
+    behind.forward(&prompt).expect("a step");
+    assert!(!behind.draws_ahead() && behind.draw(&[row]).is_err() && behind.forward(&next).is_err());
+}

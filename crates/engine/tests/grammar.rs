@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::{
-    Answer, CONFIG, VOCAB, ask, assert_drafted, assert_whole, check_drafts, collect, prompt, request, start,
+    Answer, CONFIG, VOCAB, ask, assert_drafted, assert_whole, check_ahead, check_drafts, collect, prompt,
+    request, start,
 };
 use rudder_engine::{
     Constraint, EngineConfig, FinishReason, GenerateRequest, Grammar, Next, ReasoningBudget, SamplingParams,
@@ -215,6 +216,24 @@ fn answers_are_the_same_with_drafts() {
     for Answer { usage, .. } in check_drafts(CONFIG, asked(&one_way, |asked| asked)) {
         let rejected = usage.drafted_tokens - usage.accepted_tokens;
         assert!(rejected <= 64, "{rejected} tokens rejected although it cannot go back");
+    }
+}
+
+#[test]
+fn answers_are_the_same_where_steps_are_queued_before_the_grammar_has_answered() {
+    for delay in [Duration::ZERO, Duration::from_millis(1)] {
+        for (then, least) in [(loose as fn(&[u32]) -> Then, 200), (runs, 1)] {
+            let grammar = slow_toy(then, delay);
+            let sampling = |i: u32| SamplingParams { seed: i.into(), ..Default::default() };
+            let asked = |i| GenerateRequest { sampling: sampling(i), ..request(prompt(i, 70), 200) };
+            // A free one beside them, which has no part in what is forced on the others.
+            let mut requests: Vec<_> = (0..5).map(|i| held(&grammar, asked(i))).collect();
+            requests.push(asked(5));
+            for config in [CONFIG, EngineConfig { kv_blocks: 20, ..CONFIG }] {
+                let rows = check_ahead(config, requests.clone());
+                assert!(rows >= least, "{rows} rows");
+            }
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{CONFIG, VOCAB, ask, assert_whole, check_drafts, prompt, request, start};
+use common::{CONFIG, VOCAB, ask, assert_whole, check_ahead, check_drafts, prompt, request, start};
 use rudder_engine::{EngineConfig, FinishReason, GenerateRequest, ReasoningBudget};
 
 const LEN: usize = 40;
@@ -90,4 +90,13 @@ fn budgets_are_the_same_with_drafts_and_under_preemption() {
     let tight = check_drafts(EngineConfig { kv_blocks: 16, ..CONFIG }, requests);
     let ids = |answers: &[common::Answer]| answers.iter().map(common::Answer::ids).collect::<Vec<_>>();
     assert_eq!(ids(&tight), ids(&answers));
+}
+
+#[test]
+fn budgets_are_the_same_where_steps_are_queued_ahead() {
+    let asked = |i| GenerateRequest {
+        reasoning: Some(budget(12 + i as usize, None, VOCAB - 1)),
+        ..request(prompt(i, 70), 60)
+    };
+    assert!(check_ahead(CONFIG, (0..6).map(asked).collect()) > 100);
 }

@@ -188,6 +188,9 @@ impl<B: Backend> Decoder<B> {
             let (rows, wanted) = (batch.rows(), batch.outputs.len());
             return refuse(format!("{rows} tokens, {wanted} outputs; room for {batch_tokens} and {outputs}"));
         }
+        if !batch.drawn.is_empty() && !self.draws_ahead() {
+            return refuse(format!("{} needs to know every token", self.backend.name()));
+        }
         if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= self.config.vocab) {
             return refuse(format!("token {token} is beyond the vocabulary of {}", self.config.vocab));
         }
@@ -271,6 +274,19 @@ impl<B: Backend> Model for Decoder<B> {
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
         let w = &mut self.workspace;
         self.backend.sample(w.all_logits.as_mut().unwrap_or(&mut w.logits), rows, out)
+    }
+
+    fn draws_ahead(&self) -> bool {
+        // Other ranks would have to hear of the tokens.
+        self.backend.rank().world == 1 && self.backend.draws_ahead()
+    }
+
+    fn draw(&mut self, rows: &[SampleRow<'_>]) -> Result<(), OpError> {
+        self.backend.draw(&mut self.workspace.logits, rows)
+    }
+
+    fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.backend.drawn(out)
     }
 
     fn kv_block(&self) -> Option<KvBlock> {

@@ -61,6 +61,26 @@ pub trait Model: Send {
     /// # Errors
     /// If the backend fails.
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), rudder_ops::OpError>;
+    /// Whether [`Model::draw`] works, so that a step can be queued while the one before it runs.
+    fn draws_ahead(&self) -> bool {
+        false
+    }
+    /// Queues what [`Model::sample`] does and does not wait for it. The next `forward` may be of a batch that names the tokens
+    /// ([`Batch::drawn`]) before [`Model::drawn`] gives what was drawn; another draw must come after. No row may be forced or ask for
+    /// log-probabilities.
+    ///
+    /// # Errors
+    /// If the backend fails or does not draw ahead.
+    fn draw(&mut self, _rows: &[SampleRow<'_>]) -> Result<(), rudder_ops::OpError> {
+        Err(rudder_ops::OpError::Backend("this model does not draw ahead".into()))
+    }
+    /// Waits for the draw on its way and gives what it drew.
+    ///
+    /// # Errors
+    /// If the backend failed; the draw then is not on its way any more.
+    fn drawn(&mut self, _out: &mut Vec<Sampled>) -> Result<(), rudder_ops::OpError> {
+        Err(rudder_ops::OpError::Backend("this model does not draw ahead".into()))
+    }
     /// What a KV block is, if blocks can be taken out and put back.
     fn kv_block(&self) -> Option<KvBlock> {
         None

@@ -25,6 +25,9 @@ pub struct Span {
 pub struct Batch {
     /// Token ids, `[rows]`.
     pub tokens: Vec<u32>,
+    /// Empty where all tokens are known. Else all rows are of tokens that the step before drew and nobody has seen yet
+    /// ([`crate::Backend::draw`]): which of its outputs each is of, `[rows]`.
+    pub drawn: Vec<u32>,
     /// Position of every token in its sequence, `[rows]`.
     pub positions: Vec<u32>,
     /// KV slot of every token, `block * BLOCK_SIZE + offset`, `[rows]`.
@@ -41,6 +44,7 @@ impl Batch {
     /// Empties the batch, keeping its memory.
     pub fn clear(&mut self) {
         self.tokens.clear();
+        self.drawn.clear();
         self.positions.clear();
         self.slots.clear();
         self.spans.clear();
@@ -51,6 +55,7 @@ impl Batch {
     /// Makes it a copy of `other`, keeping its memory; derived `clone_from` would not.
     pub fn copy_from(&mut self, other: &Batch) {
         self.tokens.clone_from(&other.tokens);
+        self.drawn.clone_from(&other.drawn);
         self.positions.clone_from(&other.positions);
         self.slots.clone_from(&other.slots);
         self.spans.clone_from(&other.spans);
@@ -84,6 +89,17 @@ impl Batch {
         self.spans.push(Span { start, len: tokens.len(), context, table });
         let end = self.tokens.len();
         self.outputs.extend((end - outputs..end).map(|row| row as u32));
+    }
+
+    /// Appends the token that the step before draws for its output `output`, of a sequence of `computed` tokens without it. Its
+    /// logits are wanted. A batch has only such rows or none.
+    ///
+    /// # Panics
+    /// As [`Batch::push`], and if the batch has known tokens.
+    pub fn push_drawn(&mut self, output: u32, computed: usize, blocks: &[u32]) {
+        assert_eq!(self.drawn.len(), self.tokens.len(), "known tokens and drawn ones in a batch");
+        self.push(&[0], computed, blocks, 1);
+        self.drawn.push(output);
     }
 }
 

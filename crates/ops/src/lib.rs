@@ -350,6 +350,19 @@ pub trait Backend: Send + Sized + 'static {
         rows: &[SampleRow<'_>],
         out: &mut Vec<Sampled>,
     ) -> Result<()>;
+    /// Whether [`Backend::draw`] works, so that a step can be queued while the one before it runs.
+    fn draws_ahead(&self) -> bool {
+        false
+    }
+    /// Queues what [`Backend::sample`] does and does not wait for it. The next step may be begun, and name the tokens ([`Batch::drawn`]), before
+    /// [`Backend::drawn`] gives what was drawn; another draw may not. No row may be forced or ask for log-probabilities.
+    fn draw(&mut self, _logits: &mut Self::Tensor, _rows: &[SampleRow<'_>]) -> Result<()> {
+        Err(OpError::Backend(format!("{} does not draw ahead", self.name())))
+    }
+    /// Waits for the draw on its way.
+    fn drawn(&mut self, _out: &mut Vec<Sampled>) -> Result<()> {
+        Err(OpError::Backend(format!("{} does not draw ahead", self.name())))
+    }
     /// Copies a tensor's rows to the host; for tests and logit parity, not for the hot path.
     fn to_host(&mut self, x: &Self::Tensor) -> Result<Vec<f32>>;
 }

@@ -28,6 +28,7 @@
 //! assert_eq!(scheduler.counts().used, 0);
 //! ```
 
+mod ahead;
 mod block_pool;
 mod cached_path;
 mod drafts;

@@ -90,7 +90,7 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
-    fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.chunks.clear();
         self.decodes = 0;
         self.admitted.clear();

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proptest::prelude::*;
 use rudder_scheduler::{
-    BLOCK_SIZE, Origin, Policy, PrefillLimit, Scheduler, SchedulerConfig, SequenceId, StepPlan,
+    BLOCK_SIZE, Chunk, Origin, Policy, PrefillLimit, Scheduler, SchedulerConfig, SequenceId, StepPlan,
 };
 
 /// A KV cache of hashes: a slot holds the hash of the whole prefix that it stands for, so a wrong
@@ -32,6 +32,12 @@ struct World {
     answers: BTreeMap<SequenceId, Vec<u32>>,
     /// Tokens drafted, and of these accepted.
     drafts: (usize, usize),
+    /// Whether a step that only decodes is followed by one that is planned before it is committed.
+    ahead: bool,
+    /// Whether clients go away meanwhile.
+    quits: bool,
+    /// Tokens computed so, and those of sequences that had ended meanwhile.
+    flown: (usize, usize),
 }
 
 fn extend(hash: u64, token: u32) -> u64 {
@@ -63,6 +69,9 @@ impl World {
             held: BTreeMap::new(),
             answers: BTreeMap::new(),
             drafts: (0, 0),
+            ahead: false,
+            quits: false,
+            flown: (0, 0),
         }
     }
 
@@ -121,17 +130,67 @@ impl World {
             plan.chunks.iter().for_each(|c| self.end(c.id));
         } else {
             plan.chunks.iter().for_each(|c| self.write(c.id, c.start, c.len, c.drafted));
-            self.scheduler.commit(&plan);
-            for chunk in &plan.chunks {
-                let sequence = self.scheduler.sequence(chunk.id).expect("planned sequences are known");
-                if sequence.pending() == 0 {
-                    assert!(chunk.outputs > chunk.drafted, "the last known token's logits are wanted");
-                    self.answer(chunk.id, chunk.drafted);
-                }
+            match self.ahead && plan.decodes_plainly() {
+                true => self.fly(&mut plan),
+                false => self.land(&plan),
             }
         }
         self.plan = plan;
         self.check();
+    }
+
+    /// A step ran: what it computed is committed, and its sequences answer.
+    fn land(&mut self, plan: &StepPlan) {
+        self.scheduler.commit(plan);
+        for chunk in &plan.chunks {
+            let Some(sequence) = self.scheduler.sequence(chunk.id) else { continue };
+            if sequence.pending() == 0 {
+                assert!(chunk.outputs > chunk.drafted, "the last known token's logits are wanted");
+                self.answer(chunk.id, chunk.drafted);
+            }
+        }
+    }
+
+    /// Steps after one that runs, each planned before the one before it lands, as long as it may be; some sequences go away
+    /// meanwhile.
+    fn fly(&mut self, plan: &mut StepPlan) {
+        let mut next = StepPlan::default();
+        for step in 0..4 {
+            let may = |id| self.remaining.get(&id).is_some_and(|left| *left > 1);
+            let goes_on = self.scheduler.plan_ahead(plan, &mut next, may);
+            let continues =
+                |c: &Chunk| plan.chunks.iter().any(|p| (p.id, p.start + p.len) == (c.id, c.start));
+            assert!(!goes_on || next.chunks.iter().all(continues) && next.decodes_plainly());
+            // It runs in any case, before anybody hears what the one before drew.
+            if !goes_on {
+                return self.land(plan);
+            }
+            let slots: Vec<_> = next.chunks.iter().map(|c| self.slot(c.id, c.start)).collect();
+            self.land(plan);
+            for (chunk, slot) in next.chunks.iter().zip(slots) {
+                self.flown.0 += 1;
+                let sequence = self.scheduler.sequence(chunk.id);
+                self.flown.1 += usize::from(sequence.is_none());
+                self.slots[slot] =
+                    sequence.map_or(u64::MAX, |sequence| hash(&sequence.tokens[..=chunk.start]));
+            }
+            std::mem::swap(plan, &mut next);
+            if step == 2 && self.quits {
+                self.cancel(plan.chunks.len());
+            }
+        }
+        self.land(plan);
+    }
+
+    /// Where a sequence's token at `position` goes, which no other sequence has and which is in no block that was filled.
+    fn slot(&self, id: SequenceId, position: usize) -> usize {
+        let sequence = self.scheduler.sequence(id).expect("planned sequences are known");
+        let (index, block) = (position / BLOCK_SIZE, sequence.blocks[position / BLOCK_SIZE]);
+        assert!(index >= sequence.indexed_blocks(), "sequence {id} writes to a block that others may read");
+        let others = self.remaining.keys().filter(|other| **other != id);
+        let held = |other: &SequenceId| self.scheduler.sequence(*other).unwrap().blocks.contains(&block);
+        assert!(!others.into_iter().any(held), "block {block} is another's too");
+        block as usize * BLOCK_SIZE + position % BLOCK_SIZE
     }
 
     /// Of the sequences that begin to run, some find blocks elsewhere and are held.
@@ -338,8 +397,10 @@ proptest! {
         limit in limit(),
         acts in prop::collection::vec(act(), 1..60),
         restoring in any::<bool>(),
+        ahead in any::<bool>(),
     ) {
         let mut world = World::new(config);
+        (world.ahead, world.quits) = (ahead, ahead);
         world.scheduler.limit_prefill(limit);
         world.restoring = restoring && config.prefix_cache;
         for act in acts {
@@ -429,6 +490,24 @@ fn answers_do_not_change_under_preemption_chunking_or_without_prefix_cache() {
     ] {
         let (_, answers) = run_to_end(config, &prompts, 80);
         assert_eq!(answers, expected, "{config:?}");
+    }
+}
+
+#[test]
+fn answers_do_not_change_where_steps_are_planned_before_the_one_before_lands() {
+    let prompts: Vec<Vec<u32>> = (0..6).map(|i| (0..70).map(|t| t * i % 5).collect()).collect();
+    let (_, expected) = run_to_end(ROOMY, &prompts, 80);
+    for config in [ROOMY, SchedulerConfig { blocks: 20, ..ROOMY }] {
+        let mut world = World::new(config);
+        world.ahead = true;
+        prompts.iter().for_each(|prompt| world.arrive(prompt.clone(), 80, false));
+        let mut steps = 0;
+        while !world.remaining.is_empty() {
+            world.step(false);
+            steps += 1;
+        }
+        assert!(world.flown.0 > 2 * steps, "{:?} in {steps}", world.flown);
+        assert_eq!(world.answers.into_values().collect::<Vec<_>>(), expected, "{config:?}");
     }
 }
 

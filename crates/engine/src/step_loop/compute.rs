@@ -2,7 +2,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use rudder_ops::{OpError, SampleRow};
+use rudder_model::Model;
+use rudder_ops::{OpError, SampleRow, Sampled};
 use rudder_scheduler::{Chunk, Sequence, StepPlan};
 
 use super::StepLoop;
@@ -31,11 +32,32 @@ impl StepLoop {
         let (model, batch) = (&mut self.model, &self.batch);
         guarded(|| model.forward(batch))?;
         self.await_masks(plan);
+        let outcome = self.with_rows(plan, |model, rows, sampled| {
+            sampled.clear();
+            if rows.is_empty() { Ok(()) } else { model.sample(rows, sampled) }
+        });
+        let wanted: usize = plan.chunks.iter().map(|chunk| chunk.outputs).sum();
+        match outcome {
+            Ok(()) if self.sampled.len() != wanted => Err("the sampler did not answer every row".into()),
+            outcome => outcome,
+        }
+    }
+
+    /// Has the model do something with the output rows of a step, which it ran last. Those of sequences that are gone count too.
+    pub(super) fn with_rows(
+        &mut self,
+        plan: &StepPlan,
+        work: impl FnOnce(&mut dyn Model, &[SampleRow<'_>], &mut Vec<Sampled>) -> Result<(), OpError>,
+    ) -> Result<(), String> {
         let mut rows = recycle(std::mem::take(&mut self.rows));
         for chunk in plan.chunks.iter().filter(|c| c.outputs > 0) {
             let (Some(sequence), Some(active)) =
                 (self.scheduler.sequence(chunk.id), self.active.get(&chunk.id))
             else {
+                let (params, position) = (&self.nobodys, chunk.start as u64);
+                let (counts, drafted, mask, forced) = (None, &[][..], None, None);
+                let nobodys = SampleRow { params, counts, drafted, position, mask, forced };
+                rows.extend((0..chunk.outputs).map(|_| nobodys));
                 continue;
             };
             let first = chunk.start + chunk.len - chunk.outputs + 1;
@@ -43,14 +65,10 @@ impl StepLoop {
             let row = |row: usize| sample_row(sequence, active, first + row, &draft[..row.min(draft.len())]);
             rows.extend((0..chunk.outputs).map(row));
         }
-        let (model, sampled, wanted) = (&mut self.model, &mut self.sampled, rows.len());
-        sampled.clear();
-        let outcome = if rows.is_empty() { Ok(()) } else { guarded(|| model.sample(&rows, sampled)) };
+        let (model, sampled) = (&mut *self.model, &mut self.sampled);
+        let outcome = guarded(|| work(model, &rows, sampled));
         self.rows = recycle(rows);
-        match outcome {
-            Ok(()) if self.sampled.len() != wanted => Err("the sampler did not answer every row".into()),
-            outcome => outcome,
-        }
+        outcome
     }
 }
 

@@ -43,6 +43,10 @@ impl StepLoop {
     fn deliver_one(&mut self, chunk: &Chunk, row: usize, sampled: Sampled) -> bool {
         let (id, position) = (chunk.id, chunk.start + chunk.len - chunk.outputs + 1 + row);
         let Some(active) = self.active.get_mut(&id) else { return false };
+        let known = self.scheduler.sequence(id).map_or(0, |sequence| sequence.tokens.len());
+        if chunk.outputs == 1 && known > position {
+            return false; // tokens were forced while the step was in flight
+        }
         if let Some(fault) = sampled.fault {
             self.fail(id, fault);
             return false;
@@ -155,6 +159,7 @@ impl StepLoop {
         self.release_guesses(id);
         self.scheduler.remove(id);
         let active = self.active.remove(&id)?;
+        self.disturbed = true;
         let ms = active.submission.submitted.elapsed().as_millis() as u64;
         let mean = self.shared.mean_request_ms.load(Ordering::Relaxed);
         let mean = if mean == 0 { ms } else { (mean * 7 + ms) / 8 };

@@ -17,7 +17,23 @@ const EXPECTED_ANSWER: usize = 16 * 1024;
 impl StepLoop {
     /// Proposes drafts for the sequences that decode, as long as it pays.
     pub(super) fn propose_drafts(&mut self) {
-        let Some(drafting) = &mut self.drafting else { return };
+        if self.drafting.is_none() {
+            return;
+        }
+        let decodes = self.find_drafts();
+        self.guess(decodes);
+        self.propose_chosen();
+    }
+
+    /// Whether drafts would pay by now, while a step is in flight.
+    pub(super) fn look_for_drafts(&mut self) -> bool {
+        self.find_drafts();
+        self.drafting.as_ref().is_some_and(|drafting| drafting.chosen.iter().any(|&len| len > 0))
+    }
+
+    /// Looks up what may follow the sequences that decode, and chooses how much of it to draft. Returns how many decode.
+    fn find_drafts(&mut self) -> usize {
+        let Some(drafting) = &mut self.drafting else { return 0 };
         drafting.begin();
         let mut decodes = 0;
         for (&id, active) in self.active.iter_mut().filter(|(_, active)| active.planned.is_some()) {
@@ -56,8 +72,7 @@ impl StepLoop {
         }
         let prompt_token = self.scheduler.expects_prefill().then(|| self.pace.prefill_limit().token as f32);
         drafting.choose(decodes, prompt_token);
-        self.guess(decodes);
-        self.propose_chosen();
+        decodes
     }
 
     /// Proposes drafts of the lengths chosen.
@@ -97,7 +112,7 @@ impl StepLoop {
             }
         }
         if plan.chunks.iter().all(|chunk| chunk.outputs == chunk.len) {
-            drafting.cost.record(self.batch.rows(), took);
+            drafting.cost.record(plan.chunks.iter().map(|chunk| chunk.len).sum(), took);
             if let Some(drafter) = &mut self.model_drafter {
                 drafter.save(took);
             }

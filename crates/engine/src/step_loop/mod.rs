@@ -1,6 +1,7 @@
 //! The step loop: one thread that plans, runs the model, samples and delivers, step after step.
 
 mod active;
+mod ahead;
 pub(crate) mod compute;
 mod deliver;
 mod drafts;
@@ -12,14 +13,15 @@ mod waiting;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, PoisonError, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rudder_model::Model;
-use rudder_ops::{Batch, SampleRow, Sampled, TokenCounts};
+use rudder_ops::{Batch, SampleRow, Sampled, SamplingParams, TokenCounts};
 use rudder_scheduler::{Pace, Policy, Scheduler, SchedulerConfig, SequenceId, StepPlan};
 use tokio::sync::mpsc::UnboundedSender;
 
 use self::active::{Active, Held};
+use self::ahead::Flight;
 use self::sessions::Sessions;
 use crate::draft::{Drafting, ModelDrafter};
 use crate::draft_model::DraftModel;
@@ -70,11 +72,19 @@ pub(crate) struct StepLoop {
     deadlines: BTreeSet<(Instant, SequenceId)>,
     /// When those that wait were last told where they stand.
     reported: Instant,
+    /// The step whose forward pass was queued and that has not landed.
+    flight: Option<Flight>,
+    /// Whether something came or went since the last full plan.
+    disturbed: bool,
     // Reused from step to step, so that a step allocates nothing of its own.
     plan: StepPlan,
+    /// What is queued behind the step in flight.
+    next: StepPlan,
     batch: Batch,
     chunk: Vec<u32>,
     rows: Vec<SampleRow<'static>>,
+    /// How to draw for sequences that are gone.
+    nobodys: SamplingParams,
     sampled: Vec<Sampled>,
 }
 
@@ -117,10 +127,14 @@ impl StepLoop {
             pace: Pace::new(config.decode_latency_target),
             deadlines: BTreeSet::new(),
             reported: Instant::now(),
+            flight: None,
+            disturbed: false,
             plan: StepPlan::default(),
+            next: StepPlan::default(),
             batch: Batch::default(),
             chunk: Vec::new(),
             rows: Vec::new(),
+            nobodys: SamplingParams::default(),
             sampled: Vec::new(),
         }
     }
@@ -147,6 +161,7 @@ impl StepLoop {
     fn take_commands(&mut self) -> bool {
         loop {
             let command = if self.active.is_empty() {
+                self.go_on();
                 self.check_idle();
                 self.publish_stats();
                 match self.commands.recv() {
@@ -211,6 +226,7 @@ impl StepLoop {
         };
         self.deadlines.extend(active.submission.request.deadline.map(|deadline| (deadline, id)));
         self.active.insert(id, active);
+        self.disturbed = true;
         self.begin_turn(id);
     }
 
@@ -218,10 +234,15 @@ impl StepLoop {
         self.follow_grammars();
         self.fetch_blocks();
         self.end_protections();
-        self.propose_drafts();
         self.look_after_waiting();
+        self.go_on();
+        if self.flight.is_some() {
+            return;
+        }
+        self.propose_drafts();
         let mut plan = std::mem::take(&mut self.plan);
         self.scheduler.plan(&mut plan);
+        self.disturbed = false;
         self.note_admissions(&plan);
         self.find_sessions(&plan);
         self.hold_for_tier(&mut plan);
@@ -233,10 +254,19 @@ impl StepLoop {
 
     fn run_plan(&mut self, plan: &StepPlan) {
         self.fill_batch(plan);
+        if self.can_fly(plan) {
+            return self.take_off(plan);
+        }
         let began = Instant::now();
-        match self.compute(plan) {
+        let outcome = self.compute(plan);
+        self.end_step(plan, outcome, began.elapsed());
+    }
+
+    /// A step ran, or failed, after so long: what it drew is handed out.
+    fn end_step(&mut self, plan: &StepPlan, outcome: Result<(), String>, took: Duration) {
+        let computed = Instant::now();
+        match outcome {
             Ok(()) => {
-                let took = began.elapsed();
                 self.measure(plan, took);
                 self.scheduler.commit(plan);
                 self.deliver(plan);
@@ -250,7 +280,7 @@ impl StepLoop {
             }
         }
         self.stats.steps += 1;
-        self.pace.record(plan, began.elapsed());
+        self.pace.record(plan, took + computed.elapsed());
         self.scheduler.limit_prefill(self.pace.prefill_limit());
     }
 

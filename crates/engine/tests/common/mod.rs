@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use rudder_engine::{
     DraftMode, Engine, EngineConfig, Event, FinishReason, GenerateRequest, Generation, LogitBias,
@@ -218,4 +219,122 @@ pub fn assert_drafted(answers: &[Answer], share: f64) {
     let generated = sum(|a| a.usage.completion_tokens);
     assert!(accepted as f64 >= share * generated as f64, "{accepted} of {generated} accepted");
     assert!(drafted > accepted, "none was rejected");
+}
+
+/// What of the steps went on from tokens that the engine had not seen.
+#[derive(Debug, Default)]
+pub struct Ahead {
+    pub steps: AtomicUsize,
+    pub rows: AtomicUsize,
+}
+
+/// The real model. It keeps what it draws until that is done and asked for, and reads from there what a step goes on from.
+struct Queued {
+    inner: Box<dyn Model>,
+    /// Each step takes so long, one after the other, drafted tokens or not.
+    takes: Duration,
+    busy_until: Instant,
+    ahead: Arc<Ahead>,
+    on_its_way: Option<(Instant, Vec<Sampled>)>,
+    /// What the step before drew, if it has not told.
+    last: Vec<u32>,
+    batch: Batch,
+    /// Fails the first step that goes on from unseen tokens, or what is drawn there.
+    fault: Option<Fault>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Fault {
+    Forward,
+    Panic,
+    Drawn,
+}
+
+impl Model for Queued {
+    fn config(&self) -> &ModelConfig {
+        self.inner.config()
+    }
+    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        self.busy_until = self.busy_until.max(Instant::now()) + self.takes;
+        self.batch.copy_from(batch);
+        if !batch.drawn.is_empty() {
+            match self.fault.take_if(|fault| *fault != Fault::Drawn) {
+                Some(Fault::Panic) => panic!("a fault for the test"),
+                Some(_) => return Err(OpError::Backend("out of memory, say".into())),
+                None => {}
+            }
+            self.ahead.steps.fetch_add(1, Ordering::SeqCst);
+            self.ahead.rows.fetch_add(batch.rows(), Ordering::SeqCst);
+            for (token, &output) in self.batch.tokens.iter_mut().zip(&batch.drawn) {
+                *token = self.last[output as usize];
+            }
+            self.batch.drawn.clear();
+        }
+        self.inner.forward(&self.batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        assert!(self.on_its_way.is_none(), "a step that lands at once, while another is in flight");
+        self.last.clear();
+        wait_until(self.busy_until);
+        self.inner.sample(rows, out)
+    }
+    fn draws_ahead(&self) -> bool {
+        true
+    }
+    fn draw(&mut self, rows: &[SampleRow<'_>]) -> Result<(), OpError> {
+        assert!(self.on_its_way.is_none(), "two draws on their way");
+        assert!(rows.iter().all(|row| row.forced.is_none() && row.params.logprobs.is_none()));
+        let mut drawn = Vec::new();
+        self.inner.sample(rows, &mut drawn)?;
+        self.last = drawn.iter().map(|sampled| sampled.token).collect();
+        self.on_its_way = Some((self.busy_until, drawn));
+        Ok(())
+    }
+    fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        let (done, drawn) = self.on_its_way.take().expect("a draw is on its way");
+        wait_until(done);
+        *out = drawn;
+        self.last.clear();
+        let ahead = self.ahead.steps.load(Ordering::SeqCst) > 0;
+        match self.fault.take_if(|fault| *fault == Fault::Drawn && ahead) {
+            Some(_) => Err(OpError::Backend("the device is gone, say".into())),
+            None => Ok(()),
+        }
+    }
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        self.inner.logits()
+    }
+}
+
+fn wait_until(done: Instant) {
+    std::thread::sleep(done.saturating_duration_since(Instant::now()));
+}
+
+pub fn queued(config: EngineConfig, fault: Option<Fault>) -> (Engine, Arc<Ahead>) {
+    let ahead = Arc::new(Ahead::default());
+    let queued = Queued {
+        inner: model(&config),
+        takes: Duration::from_millis(if config.draft == DraftMode::Off { 0 } else { 2 }),
+        busy_until: Instant::now(),
+        ahead: ahead.clone(),
+        on_its_way: None,
+        last: Vec::new(),
+        batch: Batch::default(),
+        fault,
+    };
+    (Engine::start(Box::new(queued), config), ahead)
+}
+
+/// Asks all at once of an engine whose steps land one by one and of one that queues them ahead. Checks that answers are equal;
+/// returns how many rows were computed ahead.
+pub fn check_ahead(config: EngineConfig, requests: Vec<GenerateRequest>) -> usize {
+    let expected = ask_at_once(&start(config.clone()), &requests);
+    let (engine, ahead) = queued(config, None);
+    let answers = ask_at_once(&engine, &requests);
+    for (answer, expected) in answers.iter().zip(&expected) {
+        assert_eq!((&answer.tokens, &answer.end), (&expected.tokens, &expected.end));
+        assert_eq!(answer.usage.completion_tokens, expected.usage.completion_tokens);
+    }
+    assert_whole(&engine);
+    ahead.rows.load(Ordering::SeqCst)
 }

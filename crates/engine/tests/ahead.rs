@@ -1,0 +1,111 @@
+//! Steps that are queued while the one before them runs change nothing but speed: over a real checkpoint whose draws come a step
+//! later, as those of a device with a queue do.
+
+mod common;
+
+use std::sync::atomic::Ordering;
+
+use common::{
+    CONFIG, Fault, ask, assert_whole, check_ahead as check, collect, penalised, prompt, queued, request,
+    sampled, start,
+};
+use rudder_engine::{DraftMode, EngineConfig, Event, FinishReason, GenerateRequest, SamplingParams};
+
+#[test]
+fn answers_are_the_same_greedy_or_drawn() {
+    let asked = |i| GenerateRequest { sampling: sampled(i), ..request(prompt(i as u32, 70), 100) };
+    assert!(check(CONFIG, (0..6).map(asked).collect()) > 300);
+    assert!(check(CONFIG, (0..6).map(|i| request(prompt(i, 30), 100)).collect()) > 300);
+}
+
+#[test]
+fn penalties_count_what_was_drawn_in_flight() {
+    let sampling = |i| SamplingParams { logprobs: None, ..penalised(i) };
+    let asked = |i| GenerateRequest { sampling: sampling(i), ..request(prompt(i as u32, 30), 100) };
+    assert!(check(CONFIG, (0..6).map(asked).collect()) > 300);
+}
+
+#[test]
+fn answers_end_in_flight_as_they_would_on_the_ground() {
+    let full = ask(&start(CONFIG), request(prompt(0, 70), 100)).ids();
+    let limits = (1..25).map(|max_tokens| request(prompt(0, 70), max_tokens));
+    let stops =
+        (1..25).map(|i| GenerateRequest { stop_tokens: vec![full[3 * i]], ..request(prompt(0, 70), 100) });
+    for asked in [limits.collect::<Vec<_>>(), stops.collect()] {
+        for some in asked.chunks(8) {
+            assert!(check(CONFIG, some.to_vec()) > 0);
+        }
+    }
+}
+
+#[test]
+fn answers_are_the_same_under_preemption_for_few_places_and_without_prefix_cache() {
+    for config in [
+        EngineConfig { kv_blocks: 16, ..CONFIG },
+        EngineConfig { max_sequences: 2, ..CONFIG },
+        EngineConfig { max_batch_tokens: 12, ..CONFIG },
+        EngineConfig { prefix_cache: false, ..CONFIG },
+    ] {
+        let rows = check(config.clone(), (0..8).map(|i| request(prompt(i, 70), 64)).collect());
+        assert!(rows > 0, "{config:?}");
+    }
+}
+
+#[test]
+fn log_probabilities_keep_every_step_on_the_ground() {
+    let scored = GenerateRequest { sampling: penalised(3), ..request(prompt(3, 40), 60) };
+    assert_eq!(check(CONFIG, vec![scored.clone(), request(prompt(4, 40), 60)]), 0);
+    let short = GenerateRequest { max_tokens: 5, ..scored };
+    assert!(check(CONFIG, vec![short, request(prompt(4, 40), 100)]) > 40, "from its end on");
+}
+
+#[test]
+fn drafts_are_made_where_they_pay_and_other_steps_are_queued_ahead() {
+    let config = EngineConfig { draft: DraftMode::Lookup, ..CONFIG };
+    let drawn = GenerateRequest { sampling: sampled(5), ..request(prompt(1, 60), 120) };
+    let expected = ask(&start(CONFIG), drawn.clone());
+    let (engine, ahead) = queued(config, None);
+    // Nothing foretells what is drawn, until it is predicted.
+    let alone = ask(&engine, drawn.clone());
+    let steps = ahead.steps.load(Ordering::SeqCst);
+    assert!(steps > 40, "{ahead:?}");
+    let predicted = ask(&engine, GenerateRequest { prediction: expected.ids().into(), ..drawn });
+    assert!(predicted.usage.accepted_tokens > 30, "{:?}", predicted.usage);
+    assert!(ahead.steps.load(Ordering::SeqCst) < steps + 80, "{ahead:?} after {steps}");
+    assert_eq!([&alone.tokens, &predicted.tokens], [&expected.tokens; 2]);
+}
+
+#[test]
+fn who_goes_away_in_flight_leaves_no_block_held_and_others_their_answers() {
+    let (engine, ahead) = queued(CONFIG, None);
+    let expected = ask(&start(CONFIG), request(prompt(9, 40), 200)).ids();
+    let stays = engine.submit(request(prompt(9, 40), 200)).unwrap();
+    for i in 0..20 {
+        let mut goes = engine.submit(request(prompt(i, 40), 200)).unwrap();
+        let mut tokens = 0;
+        while tokens < i % 5 + 1 {
+            tokens += u32::from(matches!(goes.next_blocking(), Some(Event::Token(_))));
+        }
+    }
+    assert_eq!(collect(stays).ids(), expected);
+    assert_whole(&engine);
+    assert!(ahead.steps.load(Ordering::SeqCst) > 0);
+}
+
+#[test]
+fn a_fault_in_flight_ends_its_requests_and_the_engine_goes_on() {
+    let expected = ask(&start(CONFIG), request(prompt(0, 70), 64)).ids();
+    for fault in [Fault::Forward, Fault::Panic, Fault::Drawn] {
+        let (engine, ahead) = queued(CONFIG, Some(fault));
+        let message = ask(&engine, request(prompt(1, 70), 64)).end.unwrap().expect_err("its step failed");
+        assert!(message.starts_with("the model failed"), "{message}");
+        let answer = ask(&engine, request(prompt(0, 70), 64));
+        assert_eq!(
+            (answer.ids(), answer.end),
+            (expected.clone(), Some(Ok(FinishReason::Length))),
+            "{fault:?}"
+        );
+        assert!(ahead.steps.load(Ordering::SeqCst) > 0);
+        assert_whole(&engine);
+    }
+}
