@@ -6,10 +6,13 @@ mod common;
 use common::{cuda, on_gpu};
 use rudder_comm::Group;
 use rudder_cuda::PeerAccess;
-use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelSource, load};
+use rudder_engine::{DraftMode, Engine, EngineConfig, Event, GenerateRequest};
+use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelConfig, ModelSource, load};
 use rudder_ops::reference::Reference;
-use rudder_ops::{Backend, Batch, SampleRow, SamplingParams};
+use rudder_ops::{Backend, Batch, OpError, SampleRow, Sampled, SamplingParams};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 const OPTIONS: LoadOptions =
     LoadOptions { max_batch_tokens: 80, max_outputs: 80, kv: KvSize::Blocks(8), max_context: 64 };
@@ -299,4 +302,79 @@ fn a_step_goes_on_from_outputs_that_were_drawn_and_a_backend_that_can() {
     let mut behind = model("qwen2", Reference::new(), OPTIONS.kv);
     behind.forward(&prompt).expect("a step");
     assert!(!behind.draws_ahead() && behind.draw(&[row]).is_err() && behind.forward(&next).is_err());
+}
+
+/// Holds its model to steps that land one by one.
+struct Grounded(Box<dyn Model>);
+
+impl Model for Grounded {
+    fn config(&self) -> &ModelConfig {
+        self.0.config()
+    }
+    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        self.0.forward(batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.0.sample(rows, out)
+    }
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        self.0.logits()
+    }
+}
+
+/// What an engine answers to three prompts, one after the other since here the number of rows moves roundings. The third counts its tokens.
+fn answers(model: Box<dyn Model>) -> Vec<Vec<u32>> {
+    let engine = Engine::start(
+        model,
+        EngineConfig {
+            kv_blocks: 16,
+            max_context: 64,
+            max_sequences: 4,
+            max_batch_tokens: 80,
+            decode_latency_target: Duration::from_millis(100),
+            max_waiting: 8,
+            prefix_cache: true,
+            draft: DraftMode::Off,
+        },
+    );
+    let answer = |(i, max_tokens, presence_penalty)| {
+        let sampling =
+            SamplingParams { temperature: 0.7, seed: i, presence_penalty, ..SamplingParams::default() };
+        let request = GenerateRequest {
+            prompt: (0..20).map(|token| token * (i as u32 + 3) % 128).collect(),
+            sampling,
+            max_tokens,
+            stop_tokens: Vec::new(),
+            ignore_eos: false,
+            prompt_logprobs: false,
+            grammar: None,
+            reasoning: None,
+            owner: None,
+            weight: 1,
+            session: None,
+            prediction: Arc::from([]),
+            priority: 0,
+            deadline: None,
+        };
+        let mut generation = engine.submit(request).expect("there is room");
+        std::iter::from_fn(|| generation.next_blocking())
+            .filter_map(|event| match event {
+                Event::Token(token) => Some(token.id),
+                Event::Failed { message } => panic!("{message}"),
+                _ => None,
+            })
+            .collect()
+    };
+    [(0, 40, 0.0), (1, 9, 0.0), (2, 40, 0.5)].map(answer).to_vec()
+}
+
+#[test]
+fn an_engine_answers_the_same_with_steps_in_flight() {
+    let kv = KvSize::Blocks(16);
+    let (Some(one), Some(other)) = (cuda(), cuda()) else { return };
+    let (grounded, flying) = (model("qwen2", one, kv), model("qwen2", other, kv));
+    assert!(flying.draws_ahead());
+    let expected = answers(Box::new(Grounded(grounded)));
+    assert_eq!(expected.iter().map(Vec::len).collect::<Vec<_>>(), [40, 9, 40]);
+    assert_eq!(answers(flying), expected);
 }
