@@ -236,7 +236,7 @@ impl<E: Stored> Job<'_, E> {
                 for (state, partial) in
                     states[first * len..].chunks_exact_mut(len).zip(tile.chunks_exact(len))
                 {
-                    merge(state, partial);
+                    self.op.level.run(Merge { state, piece: partial });
                 }
             });
         }
@@ -269,7 +269,7 @@ impl<E: Stored> Job<'_, E> {
             let task = (block.first_piece + piece) * self.layout.kv_heads + head;
             let partials = &partials[task * self.unit_len()..][..states.len()];
             for (state, partial) in states.chunks_exact_mut(len).zip(partials.chunks_exact(len)) {
-                merge(state, partial);
+                self.op.level.run(Merge { state, piece: partial });
             }
         }
         self.finish(block, head, states, out);
@@ -382,23 +382,37 @@ fn claim(
 }
 
 /// Merges the state of a later piece into a running one. A sum of zero means nothing seen.
-fn merge(state: &mut [f32], piece: &[f32]) {
-    let n = state.len() - 2;
-    let (most, sum) = (state[n], state[n + 1]);
-    let (piece_most, piece_sum) = (piece[n], piece[n + 1]);
-    if piece_sum == 0.0 {
-        return;
+struct Merge<'a> {
+    state: &'a mut [f32],
+    piece: &'a [f32],
+}
+
+impl Kernel for Merge<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Merge { state, piece } = self;
+        let n = state.len() - 2;
+        let (most, sum) = (state[n], state[n + 1]);
+        let (piece_most, piece_sum) = (piece[n], piece[n + 1]);
+        if piece_sum == 0.0 {
+            return;
+        }
+        if sum == 0.0 {
+            return state.copy_from_slice(piece);
+        }
+        let new = if piece_most > most { piece_most } else { most };
+        let (a, b) = ((most - new).exp(), (piece_most - new).exp());
+        for (x, y) in state[..n].chunks_exact_mut(LANES).zip(piece.chunks_exact(LANES)) {
+            // SAFETY: every chunk is a vector; the instructions are the caller's promise.
+            unsafe {
+                let scaled = S::mul(S::load(x.as_ptr()), S::splat(a));
+                S::store(x.as_mut_ptr(), S::add(scaled, S::mul(S::load(y.as_ptr()), S::splat(b))));
+            }
+        }
+        state[n] = new;
+        state[n + 1] = sum * a + piece_sum * b;
     }
-    if sum == 0.0 {
-        return state.copy_from_slice(piece);
-    }
-    let new = if piece_most > most { piece_most } else { most };
-    let (a, b) = ((most - new).exp(), (piece_most - new).exp());
-    for (x, y) in state[..n].iter_mut().zip(piece) {
-        *x = *x * a + y * b;
-    }
-    state[n] = new;
-    state[n + 1] = sum * a + piece_sum * b;
 }
 
 /// How attention reads an element.

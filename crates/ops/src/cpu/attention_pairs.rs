@@ -3,16 +3,20 @@
 //! The same steps as [`attention`](super::attention) takes in f32, with dot products of bf16 pairs in the place of
 //! multiplications: two elements of a query and of sixteen keys at a time, then the probabilities of two keys and sixteen
 //! elements of their values. Queries and probabilities are rounded to bf16; sums, among them the sum of the
-//! probabilities, stay in f32. A query's result depends on no other query of the tile.
+//! probabilities, stay in f32. A query's result depends on no other query of the tile. The keys or values of a block are too
+//! short a run for the hardware to fetch the next ones in time, so each block's are fetched while the one before is computed.
 
 use super::attention::{MAX_TILE, PIECE, Tile};
 use super::kv::Bf16;
-use super::matmul::pair_bf16;
+use super::matmul::{pair_bf16, prefetch};
 use super::simd::{self, Kernel, LANES, Simd};
 use crate::BLOCK_SIZE;
 
 /// Pairs of keys in a piece.
 const PAIRS: usize = PIECE / 2;
+
+/// Keys whose scores become probabilities at a time.
+const STEP: usize = 2 * LANES;
 
 /// Buffers of a tile.
 #[derive(Default)]
@@ -77,19 +81,19 @@ impl PairTile<'_, '_> {
         // SAFETY: the caller's promise is the same.
         unsafe {
             for block in (first..twos).step_by(2) {
-                self.products::<S, T, 2>(block);
+                self.products::<S, T, 2>(block, blocks);
             }
             for block in twos..blocks {
-                self.products::<S, T, 1>(block);
+                self.products::<S, T, 1>(block, blocks);
             }
             for (i, state) in self.tile.states.chunks_exact_mut(padded + 2).enumerate() {
                 let row = &mut self.tile.scores[i * PIECE..(i + 1) * PIECE];
-                let (start, end) = (begins[i] / LANES * LANES, limits[i].next_multiple_of(LANES));
+                let (start, end) = (begins[i] / STEP * STEP, limits[i].next_multiple_of(STEP));
                 row[start..begins[i]].fill(f32::NEG_INFINITY);
                 row[limits[i]..end].fill(f32::NEG_INFINITY);
-                (state[padded], state[padded + 1]) = simd::softmax::<S>(&mut row[start..end]);
                 let pairs = &mut self.pairs.probabilities[i * PAIRS..(i + 1) * PAIRS];
-                pair_bf16(row[start..end].as_chunks::<2>().0, &mut pairs[start / 2..end / 2]);
+                (state[padded], state[padded + 1]) =
+                    softmax::<S>(&row[start..end], &mut pairs[start / 2..end / 2]);
             }
             for part in (0..two_parts).step_by(2) {
                 self.values::<S, T, 2>(begins, limits, part * LANES);
@@ -100,32 +104,40 @@ impl PairTile<'_, '_> {
         }
     }
 
-    /// `scores[i, k] = query i * key k * scale` for the keys of `B` blocks from `block` of the table on.
+    /// `scores[i, k] = query i * key k * scale / ln 2` for the keys of `B` blocks from `block` of the table on; `blocks` is
+    /// how many the piece has.
     #[inline(always)]
-    unsafe fn products<S: Simd, const T: usize, const B: usize>(&mut self, block: usize) {
+    unsafe fn products<S: Simd, const T: usize, const B: usize>(&mut self, block: usize, blocks: usize) {
         let Tile { layout, kv, table, head, scale, ref mut scores, .. } = self.tile;
         let half = layout.head_dim / 2;
         let queries = &self.pairs.queries[..T * half];
-        let keys: [&[Bf16]; B] = std::array::from_fn(|b| {
-            &kv[layout.keys(table[block + b] as usize, head)..][..2 * BLOCK_SIZE * half]
-        });
+        let keys_of = |block: usize| &kv[layout.keys(table[block] as usize, head)..][..2 * BLOCK_SIZE * half];
+        let keys: [&[Bf16]; B] = std::array::from_fn(|b| keys_of(block + b));
+        let ahead: [&[Bf16]; B] = std::array::from_fn(|b| keys_of((block + B + b).min(blocks - 1)));
         // SAFETY: `d` is below the pairs of a query and of each key; as many keys' pairs and scores as a block has are
         // a vector.
         unsafe {
+            let scale = S::splat(scale * std::f32::consts::LOG2_E);
             let mut sums = [[S::splat(0.0); B]; T];
             for d in 0..half {
-                for b in 0..B {
-                    let key = S::load_pairs(keys[b].as_ptr().add(d * 2 * BLOCK_SIZE).cast());
-                    for (i, sums) in sums.iter_mut().enumerate() {
-                        let x = *queries.get_unchecked(i * half + d);
-                        sums[b] = S::dot_pairs(sums[b], key, x);
+                let mut pairs = [S::load_pairs(keys[0].as_ptr().add(d * 2 * BLOCK_SIZE).cast()); B];
+                for ahead in ahead {
+                    prefetch(ahead.as_ptr().wrapping_add(d * 2 * BLOCK_SIZE).cast(), 64);
+                }
+                for b in 1..B {
+                    pairs[b] = S::load_pairs(keys[b].as_ptr().add(d * 2 * BLOCK_SIZE).cast());
+                }
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let x = *queries.get_unchecked(i * half + d);
+                    for b in 0..B {
+                        sums[b] = S::dot_pairs(sums[b], pairs[b], x);
                     }
                 }
             }
             for (i, sums) in sums.into_iter().enumerate() {
                 for (b, sum) in sums.into_iter().enumerate() {
                     let scores = &mut scores[i * PIECE + (block + b) * BLOCK_SIZE..][..BLOCK_SIZE];
-                    S::store(scores.as_mut_ptr(), S::mul(sum, S::splat(scale)));
+                    S::store(scores.as_mut_ptr(), S::mul(sum, scale));
                 }
             }
         }
@@ -154,22 +166,40 @@ impl PairTile<'_, '_> {
             let blocks = table[..most.div_ceil(BLOCK_SIZE)].iter().enumerate();
             for (index, &block) in blocks.skip(earliest / BLOCK_SIZE) {
                 let values = &kv[layout.values(block as usize, head)..][..BLOCK_SIZE * padded];
+                let next = table[(index + 1).min(most.div_ceil(BLOCK_SIZE) - 1)];
+                let ahead = &kv[layout.values(next as usize, head)..][..BLOCK_SIZE * padded];
                 let first = index * BLOCK_SIZE / 2;
-                let last = most.div_ceil(2).min(first + BLOCK_SIZE / 2);
-                for pair in first.max(earliest / 2)..last {
+                // Pairs that some queries see a key of, then those that all see both of, then again some.
+                let end = most.div_ceil(2).min(first + BLOCK_SIZE / 2);
+                let begin = (earliest / 2).clamp(first, end);
+                let all_from = latest.div_ceil(2).clamp(begin, end);
+                let all_to = (least / 2).clamp(all_from, end);
+                let at = |pair: usize| {
                     let value = values[2 * ((pair - first) * padded + part)..][..2 * P * LANES].as_ptr();
-                    let probabilities = probabilities[pair..].as_ptr();
-                    let whole = latest <= 2 * pair && 2 * pair + 2 <= least;
-                    if whole {
-                        add::<S, T, P>(&mut sums, value, probabilities, None);
-                        continue;
-                    }
+                    (value, probabilities[pair..].as_ptr())
+                };
+                let seen = |pair: usize| {
                     let sees = |i: usize, key: usize| begins[i] <= key && key < limits[i];
-                    let seen = std::array::from_fn(|i| {
+                    std::array::from_fn(|i| {
                         let low = if sees(i, 2 * pair) { 0xffff } else { 0 };
                         low | if sees(i, 2 * pair + 1) { 0xffff_0000 } else { 0 }
-                    });
-                    add::<S, T, P>(&mut sums, value, probabilities, Some(seen));
+                    })
+                };
+                for pair in begin..all_from {
+                    let (value, probabilities) = at(pair);
+                    add_seen::<S, T, P>(&mut sums, value, probabilities, seen(pair));
+                }
+                for pair in all_from..all_to {
+                    let (value, probabilities) = at(pair);
+                    prefetch(
+                        ahead.as_ptr().wrapping_add(2 * ((pair - first) * padded + part)).cast(),
+                        P * 64,
+                    );
+                    add::<S, T, P>(&mut sums, value, probabilities);
+                }
+                for pair in all_to..end {
+                    let (value, probabilities) = at(pair);
+                    add_seen::<S, T, P>(&mut sums, value, probabilities, seen(pair));
                 }
             }
             for (i, sums) in sums.into_iter().enumerate() {
@@ -183,7 +213,7 @@ impl PairTile<'_, '_> {
 }
 
 /// `sums[i] += probabilities[i] * values`, of two keys at a time, for `P` vectors of their elements; the probabilities lie
-/// [`PAIRS`] apart. `seen` has the bits of the values that each query sees, all if it is none.
+/// [`PAIRS`] apart.
 ///
 /// # Safety
 /// The CPU has the instructions of `S`; the vectors and probabilities can be read.
@@ -192,23 +222,132 @@ unsafe fn add<S: Simd, const T: usize, const P: usize>(
     sums: &mut [[S::V; P]; T],
     values: *const Bf16,
     probabilities: *const u32,
-    seen: Option<[u32; T]>,
+) {
+    // SAFETY: the caller's promise is the same.
+    unsafe {
+        let mut parts = [S::load_pairs(values.cast()); P];
+        for (p, part) in parts.iter_mut().enumerate() {
+            *part = S::load_pairs(values.add(2 * p * LANES).cast());
+        }
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let x = *probabilities.add(i * PAIRS);
+            for p in 0..P {
+                sums[p] = S::dot_pairs(sums[p], parts[p], x);
+            }
+        }
+    }
+}
+
+/// [`add`] where not every query sees both keys; `seen` has the bits of the values that each one sees.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn add_seen<S: Simd, const T: usize, const P: usize>(
+    sums: &mut [[S::V; P]; T],
+    values: *const Bf16,
+    probabilities: *const u32,
+    seen: [u32; T],
 ) {
     // SAFETY: the caller's promise is the same.
     unsafe {
         for p in 0..P {
             let values = S::load_pairs(values.add(2 * p * LANES).cast());
             for (i, sums) in sums.iter_mut().enumerate() {
-                let x = *probabilities.add(i * PAIRS);
-                match seen {
-                    None => sums[p] = S::dot_pairs(sums[p], values, x),
-                    // A value a query must not see is not even multiplied by zero: it may be NaN.
-                    Some(seen) if seen[i] != 0 => {
-                        sums[p] = S::dot_pairs(sums[p], S::mask(values, seen[i]), x);
-                    }
-                    Some(_) => {}
+                // A value a query must not see is not even multiplied by zero: it may be NaN.
+                if seen[i] != 0 {
+                    let x = *probabilities.add(i * PAIRS);
+                    sums[p] = S::dot_pairs(sums[p], S::mask(values, seen[i]), x);
                 }
             }
+        }
+    }
+}
+
+/// `e^(x[i] ln 2 - max)` in pairs of bf16; returns the maximum of `x` times ln 2 and the sum of what was rounded.
+///
+/// # Safety
+/// The CPU has the instructions of `S`. `x` is whole [`STEP`]s, `pairs` as long in pairs; unused lanes hold minus infinity.
+#[inline(always)]
+unsafe fn softmax<S: Simd>(x: &[f32], pairs: &mut [u32]) -> (f32, f32) {
+    // SAFETY: every chunk is two vectors, or one of pairs; the instructions are the caller's promise.
+    unsafe {
+        let mut most = [S::splat(f32::NEG_INFINITY); 2];
+        for two in x.chunks_exact(STEP) {
+            most[0] = S::max(S::load(two.as_ptr()), most[0]);
+            most[1] = S::max(S::load(two.as_ptr().add(LANES)), most[1]);
+        }
+        let most = simd::max::<S>(S::max(most[0], most[1]));
+        let mut total = S::splat(0.0);
+        for (two, pairs) in x.chunks_exact(STEP).zip(pairs.chunks_exact_mut(LANES)) {
+            let a = exp2::<S>(S::sub(S::load(two.as_ptr()), S::splat(most)));
+            let b = exp2::<S>(S::sub(S::load(two.as_ptr().add(LANES)), S::splat(most)));
+            S::store_pairs(pairs.as_mut_ptr(), S::pair(a, b));
+            total = S::add(S::add(total, a), b);
+        }
+        (most * std::f32::consts::LN_2, simd::sum::<S>(total))
+    }
+}
+
+/// The polynomial of [`exp2`] from its highest power down, without the 1.
+const EXP2: [f32; 4] = [0.009_782_912, 0.055_976_883, 0.240_207_1, 0.693_113_6];
+
+/// `2^x` within 4e-6 relative for `x` up to 127, which is a hundredth of what rounding to bf16 adds; 0 below -127, NaN for NaN.
+///
+/// `2^x = 2^n * 2^f` with `n` the nearest integer and, for |f| <= 1/2, the polynomial of degree 4 with the least
+/// relative error (by Remez's algorithm) among those that are 1 at 0.
+#[inline(always)]
+unsafe fn exp2<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: the caller's promise is the same.
+    unsafe {
+        let x = S::max(S::splat(-127.0), x);
+        // Adding 1.5 * 2^23 leaves the rounded integer in the lowest bits.
+        let magic = S::splat(12_582_912.0);
+        let shifted = S::add(x, magic);
+        let f = S::sub(x, S::sub(shifted, magic));
+        let mut p = S::splat(EXP2[0]);
+        for c in [EXP2[1], EXP2[2], EXP2[3], 1.0] {
+            p = S::fma(p, f, S::splat(c));
+        }
+        S::mul(p, S::exponent(shifted))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::Level;
+    use super::*;
+
+    /// Applies [`exp2`] to whole vectors.
+    struct Exp2<'a>(&'a mut [f32]);
+
+    impl Kernel for Exp2<'_> {
+        type Output = ();
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) {
+            for chunk in self.0.chunks_exact_mut(LANES) {
+                // SAFETY: a chunk is a vector.
+                unsafe { S::store(chunk.as_mut_ptr(), exp2::<S>(S::load(chunk.as_ptr()))) };
+            }
+        }
+    }
+
+    #[test]
+    fn exp2_is_accurate_on_every_level_and_nothing_for_what_is_not_seen() {
+        let grid: Vec<f32> = (-12_600..16).map(|i| i as f32 / 100.0).collect();
+        for level in Level::supported() {
+            let mut y = grid.clone();
+            y.resize(grid.len().next_multiple_of(LANES), 0.0);
+            level.run(Exp2(&mut y));
+            for (&x, &y) in grid.iter().zip(&y) {
+                let exact = f64::from(x).exp2();
+                assert!((f64::from(y) - exact).abs() <= 4e-6 * exact, "{level:?}: {x}: {y}, not {exact}");
+            }
+            let mut ends = [f32::NEG_INFINITY; LANES];
+            ends[..4].copy_from_slice(&[0.0, -127.0, -1e30, f32::NAN]);
+            level.run(Exp2(&mut ends));
+            assert_eq!(ends[..3], [1.0, 0.0, 0.0]);
+            assert!(ends[3].is_nan() && ends[4..] == [0.0; LANES - 4]);
         }
     }
 }

@@ -4,6 +4,8 @@
 //! correctly rounded one, lane by lane, and sums are reduced in one order, so that AVX-512, AVX2
 //! and plain code agree bit for bit.
 
+use super::matmul::pair_bf16;
+
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
 
@@ -45,6 +47,26 @@ pub(super) trait Simd {
     /// Adds to each lane the products of its pair with the pair `x`: the second product, then the first, each fused.
     /// That is what `vdpbf16ps` does, to which subnormals are zeros.
     unsafe fn dot_pairs(sum: Self::V, pairs: Self::Pairs, x: u32) -> Self::V;
+    /// Rounds to pairs of bf16, two neighbouring lanes each, first those of `a`.
+    #[inline(always)]
+    unsafe fn pair(a: Self::V, b: Self::V) -> Self::Pairs {
+        // SAFETY: the caller's promise is the same.
+        unsafe { pair_lanes::<Self>(a, b) }
+    }
+    unsafe fn store_pairs(to: *mut u32, pairs: Self::Pairs);
+}
+
+/// [`Simd::pair`] lane by lane.
+#[inline(always)]
+unsafe fn pair_lanes<S: Simd + ?Sized>(a: S::V, b: S::V) -> S::Pairs {
+    let (mut lanes, mut pairs) = ([0.0; 2 * LANES], [0; LANES]);
+    // SAFETY: there is room for two vectors and for one of pairs; the instructions are the caller's promise.
+    unsafe {
+        S::store(lanes.as_mut_ptr(), a);
+        S::store(lanes.as_mut_ptr().add(LANES), b);
+        pair_bf16(lanes.as_chunks::<2>().0, &mut pairs);
+        S::load_pairs(pairs.as_ptr())
+    }
 }
 
 /// The lanes in memory.
@@ -296,6 +318,10 @@ impl Simd for Plain {
             a.mul_add(first, b.mul_add(second, sum[i]))
         })
     }
+    #[inline(always)]
+    unsafe fn store_pairs(to: *mut u32, pairs: Self::Pairs) {
+        to.cast::<Self::Pairs>().write_unaligned(pairs);
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -407,6 +433,17 @@ mod x86 {
             let first = |pair| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pair));
             _mm512_fmadd_ps(first(pairs), first(x), _mm512_fmadd_ps(second(pairs), second(x), sum))
         }
+        #[inline(always)]
+        unsafe fn pair(a: Self::V, b: Self::V) -> Self::Pairs {
+            if BF16 {
+                return std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
+            }
+            super::pair_lanes::<Self>(a, b)
+        }
+        #[inline(always)]
+        unsafe fn store_pairs(to: *mut u32, pairs: Self::Pairs) {
+            _mm512_storeu_si512(to.cast(), pairs);
+        }
     }
 
     pub struct Avx2;
@@ -489,6 +526,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn dot_pairs(sum: Self::V, pairs: Self::Pairs, x: u32) -> Self::V {
             [dot(sum[0], pairs[0], x), dot(sum[1], pairs[1], x)]
+        }
+        #[inline(always)]
+        unsafe fn store_pairs(to: *mut u32, pairs: Self::Pairs) {
+            _mm256_storeu_si256(to.cast(), pairs[0]);
+            _mm256_storeu_si256(to.add(8).cast(), pairs[1]);
         }
     }
 
@@ -574,5 +616,43 @@ mod tests {
             let bits: Vec<u32> = x.iter().map(|x| x.to_bits()).collect();
             assert_eq!(expected.get_or_insert_with(|| bits.clone()), &bits, "{level:?}");
         }
+    }
+
+    /// Rounds to pairs.
+    struct Pair<'a>(&'a [f32], &'a mut [u32]);
+
+    impl Kernel for Pair<'_> {
+        type Output = ();
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) {
+            for (x, pairs) in self.0.chunks_exact(2 * LANES).zip(self.1.chunks_exact_mut(LANES)) {
+                // SAFETY: a chunk is two vectors, or one of pairs.
+                unsafe {
+                    let (a, b) = (S::load(x.as_ptr()), S::load(x.as_ptr().add(LANES)));
+                    S::store_pairs(pairs.as_mut_ptr(), S::pair(a, b));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn all_levels_round_every_kind_of_number_to_the_same_bf16() {
+        // All exponents, subnormals, infinities and NaN among them, with mantissas on both sides of a tie and at it.
+        let x: Vec<f32> = (0..1u32 << 17)
+            .map(|i| {
+                let mantissa = [0, 0x7fff, 0x8000, 0x8001, 0x1_8000, 0x7f_8000, 0x7f_ffff, 1];
+                f32::from_bits(i >> 3 << 23 | mantissa[i as usize % 8] ^ (i >> 12 & 0x1_0000))
+            })
+            .collect();
+        let expected: Vec<u32> = x.chunks_exact(2).map(|x| rounded(x[0]) | rounded(x[1]) << 16).collect();
+        for level in Level::supported() {
+            let mut pairs = vec![0; x.len() / 2];
+            level.run(Pair(&x, &mut pairs));
+            assert!(pairs == expected, "{level:?}");
+        }
+    }
+
+    fn rounded(x: f32) -> u32 {
+        u32::from(crate::cpu::matmul::round_bf16(x))
     }
 }

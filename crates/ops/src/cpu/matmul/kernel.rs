@@ -111,7 +111,7 @@ pub(super) use with_rows;
 
 /// Starts loading the cache lines of `bytes` bytes at `from`, which need not be mapped.
 #[inline(always)]
-pub(super) fn prefetch(from: *const u8, bytes: usize) {
+pub(in crate::cpu) fn prefetch(from: *const u8, bytes: usize) {
     for at in (0..bytes).step_by(64) {
         // SAFETY: a prefetch reads nothing; SSE is part of x86-64.
         #[cfg(target_arch = "x86_64")]

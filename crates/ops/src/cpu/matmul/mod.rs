@@ -27,6 +27,7 @@ use crate::{DType, OpError, RawTensor, Result};
 use bf16::Compact;
 use compact::Table;
 use isa::Isa;
+pub(super) use kernel::prefetch;
 use kernel::{Input, Job, MANY_ROWS};
 use layout::{BLOCK, LANES, Layout, tile_bytes};
 use memory::Memory;

@@ -2,6 +2,7 @@
 //! 32 inputs of a row, for BF16 weights rounded to pairs of bf16.
 
 use super::layout::BLOCK;
+use crate::cpu::simd::{self, Kernel, Level, Simd};
 
 /// 32 inputs of one row. One cache line.
 #[derive(Clone, Copy, Default)]
@@ -94,29 +95,36 @@ fn quantize_block(x: &[f32; BLOCK], out: &mut Activations) {
 /// Rounds rows of `width` inputs to pairs of bf16, the first in the low half; a row of odd width ends with a
 /// zero.
 pub(super) fn to_bf16(x: &[f32], width: usize, out: &mut [u32]) {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") {
-        // SAFETY: the feature was just detected.
-        unsafe { to_bf16_avx2(x, width, out) };
-        return;
-    }
-    to_bf16_pairs(x, width, out);
+    // Rows of whole pairs are one long row.
+    let row = if width.is_multiple_of(2) { x.len() } else { width };
+    Level::detect().run(ToBf16 { x, row, out });
 }
 
-/// The same code, compiled for AVX2.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn to_bf16_avx2(x: &[f32], width: usize, out: &mut [u32]) {
-    to_bf16_pairs(x, width, out);
+struct ToBf16<'a> {
+    x: &'a [f32],
+    row: usize,
+    out: &'a mut [u32],
 }
 
-#[inline(always)]
-fn to_bf16_pairs(x: &[f32], width: usize, out: &mut [u32]) {
-    for (row, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width.div_ceil(2))) {
-        let (pairs, last) = row.as_chunks::<2>();
-        pair_bf16(pairs, out);
-        if let (&[a], Some(out)) = (last, out.last_mut()) {
-            *out = u32::from(round_bf16(a));
+impl Kernel for ToBf16<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for (row, out) in self.x.chunks_exact(self.row).zip(self.out.chunks_exact_mut(self.row.div_ceil(2))) {
+            let (vectors, rest) = row.as_chunks::<{ 2 * simd::LANES }>();
+            let (to, rest_out) = out.split_at_mut(vectors.len() * simd::LANES);
+            for (two, to) in vectors.iter().zip(to.chunks_exact_mut(simd::LANES)) {
+                // SAFETY: there are two vectors of numbers and one of pairs; the instructions are the caller's promise.
+                unsafe {
+                    let (a, b) = (S::load(two.as_ptr()), S::load(two.as_ptr().add(simd::LANES)));
+                    S::store_pairs(to.as_mut_ptr(), S::pair(a, b));
+                }
+            }
+            let (pairs, last) = rest.as_chunks::<2>();
+            pair_bf16(pairs, rest_out);
+            if let (&[a], Some(out)) = (last, rest_out.last_mut()) {
+                *out = u32::from(round_bf16(a));
+            }
         }
     }
 }
@@ -129,13 +137,17 @@ pub(in crate::cpu) fn pair_bf16(pairs: &[[f32; 2]], out: &mut [u32]) {
     }
 }
 
-/// The nearest bf16, ties to even, as bits; NaN stays NaN.
+/// The nearest bf16, ties to even, as bits; subnormals are zeros and NaN stays NaN, as `vcvtneps2bf16` has it.
 #[inline(always)]
 pub(in crate::cpu) fn round_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
-    let quiet = (bits >> 16 | 0x40) as u16;
-    flush_bf16(if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded })
+    let high = (bits >> 16) as u16;
+    match bits & 0x7fff_ffff {
+        ..0x0080_0000 => high & 0x8000,
+        0x7f80_0001.. => high | 0x40,
+        _ => rounded,
+    }
 }
 
 /// A bf16 with subnormals flushed to zero.
