@@ -7,7 +7,6 @@ use crate::prompt::Fit;
 use crate::record::RequestRecord;
 use rudder_engine::{Engine, Event, GenerateRequest, SamplingParams};
 use serde_json::{Value, json};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What answers requests. Cheap to clone.
@@ -143,22 +142,8 @@ async fn ask_engine(
     output: usize,
     chunk: &(dyn Fn() + Sync),
 ) -> RequestRecord {
-    let request = GenerateRequest {
-        prompt: conversation.tokens.as_slice().into(),
-        sampling: SamplingParams { temperature: 0.0, ..Default::default() },
-        max_tokens: output,
-        stop_tokens: Vec::new(),
-        ignore_eos: true,
-        prompt_logprobs: false,
-        grammar: None,
-        reasoning: None,
-        owner: None,
-        weight: 1,
-        session: None,
-        prediction: Arc::from([]),
-        priority: 0,
-        deadline: None,
-    };
+    let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
+    let request = GenerateRequest::new(conversation.tokens.as_slice(), greedy, output);
     let sent = Instant::now();
     let mut record =
         RequestRecord { error: Some("the engine ended without a word".into()), ..Default::default() };

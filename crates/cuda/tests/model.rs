@@ -11,7 +11,6 @@ use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelConfig, ModelSource,
 use rudder_ops::reference::Reference;
 use rudder_ops::{Backend, Batch, OpError, SampleRow, Sampled, SamplingParams};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 const OPTIONS: LoadOptions =
@@ -340,22 +339,8 @@ fn answers(model: Box<dyn Model>) -> Vec<Vec<u32>> {
     let answer = |(i, max_tokens, presence_penalty)| {
         let sampling =
             SamplingParams { temperature: 0.7, seed: i, presence_penalty, ..SamplingParams::default() };
-        let request = GenerateRequest {
-            prompt: (0..20).map(|token| token * (i as u32 + 3) % 128).collect(),
-            sampling,
-            max_tokens,
-            stop_tokens: Vec::new(),
-            ignore_eos: false,
-            prompt_logprobs: false,
-            grammar: None,
-            reasoning: None,
-            owner: None,
-            weight: 1,
-            session: None,
-            prediction: Arc::from([]),
-            priority: 0,
-            deadline: None,
-        };
+        let prompt: Vec<u32> = (0..20).map(|token| token * (i as u32 + 3) % 128).collect();
+        let request = GenerateRequest::new(prompt, sampling, max_tokens);
         let mut generation = engine.submit(request).expect("there is room");
         std::iter::from_fn(|| generation.next_blocking())
             .filter_map(|event| match event {

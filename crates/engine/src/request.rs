@@ -52,6 +52,26 @@ pub struct GenerateRequest {
 }
 
 impl GenerateRequest {
+    /// A plain request of nobody in particular, for `max_tokens` tokens whatever they are.
+    pub fn new(prompt: impl Into<Arc<[u32]>>, sampling: SamplingParams, max_tokens: usize) -> Self {
+        Self {
+            prompt: prompt.into(),
+            sampling,
+            max_tokens,
+            stop_tokens: Vec::new(),
+            ignore_eos: false,
+            prompt_logprobs: false,
+            grammar: None,
+            reasoning: None,
+            owner: None,
+            weight: 1,
+            session: None,
+            prediction: Arc::from([]),
+            priority: 0,
+            deadline: None,
+        }
+    }
+
     /// Whom it works for, in the scheduler's terms.
     pub(crate) fn origin(&self) -> Origin {
         let hash = |key: &Arc<str>| BuildHasherDefault::<DefaultHasher>::default().hash_one(key);

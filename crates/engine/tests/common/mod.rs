@@ -55,22 +55,8 @@ pub fn start(config: EngineConfig) -> Engine {
 }
 
 pub fn request(prompt: impl Into<Vec<u32>>, max_tokens: usize) -> GenerateRequest {
-    GenerateRequest {
-        prompt: prompt.into().into(),
-        sampling: SamplingParams { temperature: 0.0, ..Default::default() },
-        max_tokens,
-        stop_tokens: Vec::new(),
-        ignore_eos: false,
-        prompt_logprobs: false,
-        grammar: None,
-        reasoning: None,
-        owner: None,
-        weight: 1,
-        session: None,
-        prediction: Arc::from([]),
-        priority: 0,
-        deadline: None,
-    }
+    let greedy = SamplingParams { temperature: 0.0, ..Default::default() };
+    GenerateRequest::new(prompt.into(), greedy, max_tokens)
 }
 
 pub fn prompt(seed: u32, len: usize) -> Vec<u32> {
