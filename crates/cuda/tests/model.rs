@@ -7,7 +7,7 @@ use common::{cuda, on_gpu};
 use rudder_comm::Group;
 use rudder_cuda::PeerAccess;
 use rudder_engine::{DraftMode, Engine, EngineConfig, Event, GenerateRequest};
-use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelConfig, ModelSource, load};
+use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelConfig, ModelSource, load, worst_difference};
 use rudder_ops::reference::Reference;
 use rudder_ops::{Backend, Batch, OpError, SampleRow, Sampled, SamplingParams};
 use std::path::{Path, PathBuf};
@@ -362,4 +362,15 @@ fn an_engine_answers_the_same_with_steps_in_flight() {
     let expected = answers(Box::new(Grounded(grounded)));
     assert_eq!(expected.iter().map(Vec::len).collect::<Vec<_>>(), [40, 9, 40]);
     assert_eq!(answers(flying), expected);
+}
+
+/// What `--device auto` asks of a GPU before it takes it.
+#[test]
+fn the_device_passes_the_check_of_its_backend() {
+    for name in ["tiny", "tiny-fp8"] {
+        let Some(cuda) = cuda() else { return };
+        let source = ModelSource::dummy(name).expect("it is compiled in");
+        let worst = worst_difference(&source, Reference::new(), cuda).expect("both run");
+        assert!(worst < 0.03, "{name}: {worst}");
+    }
 }

@@ -8,11 +8,12 @@ use crate::ModelConfig;
 use crate::arch::Architecture;
 
 /// Configurations that are compiled in, as their checkpoints' config.json has them.
-const PRESETS: [(&str, &str); 4] = [
+const PRESETS: [(&str, &str); 5] = [
     ("llama-3.1-8b", include_str!("../presets/llama-3.1-8b.json")),
     ("qwen3-8b", include_str!("../presets/qwen3-8b.json")),
     ("qwen3-coder-30b-a3b", include_str!("../presets/qwen3-coder-30b-a3b.json")),
     ("gpt-oss-20b", include_str!("../presets/gpt-oss-20b.json")),
+    ("tiny", include_str!("../presets/tiny.json")),
 ];
 /// Tensors begin at different places in their pool, so far apart at most.
 const SHIFT: usize = 1 << 16;

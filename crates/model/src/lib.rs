@@ -8,6 +8,7 @@
 
 mod arch;
 mod batch_bytes;
+mod compare;
 mod config;
 mod crew;
 mod decoder;
@@ -28,6 +29,7 @@ mod safetensors;
 mod shard;
 mod weights;
 
+pub use compare::worst_difference;
 pub use config::{ModelConfig, MoeConfig};
 pub use error::LoadError;
 pub use gguf::{Array, Gguf, Value};

@@ -42,6 +42,12 @@ pub enum Command {
     Bench(BenchArgs),
     /// What this machine offers and what will be used
     Doctor(DoctorArgs),
+    /// Compare what a GPU computes with what the CPU does
+    #[command(hide = true)]
+    CheckGpu {
+        /// Its number
+        index: usize,
+    },
 }
 
 /// `rudder serve`.

@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use rudder_cuda::probe::{Gpu, NoCuda, probe};
 
+use crate::gpu_check;
 use crate::settings::Device;
 
 /// A device that was picked, and the reason in words.
@@ -14,20 +15,22 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// Picks the device that `asked` wants.
+/// Picks the device that `asked` wants. A GPU that nobody named must compute what the CPU does.
 ///
 /// # Errors
 /// If a GPU is asked for and cannot be used; says why.
 pub fn choose(asked: Device) -> Result<Choice> {
-    let choice = pick(asked, probe)?;
-    Ok(match (&choice.gpu, asked) {
-        // No GPU has run the backend yet: whoever wants it says so.
-        (Some(gpu), Device::Auto) => Choice {
-            reason: format!("cpu: the CUDA backend is untried; --device cuda takes {gpu}"),
-            gpu: None,
+    Ok(checked(asked, pick(asked, probe)?, gpu_check::in_process))
+}
+
+fn checked(asked: Device, choice: Choice, check: impl FnOnce(usize) -> Result<()>) -> Choice {
+    match (asked, &choice.gpu) {
+        (Device::Auto, Some(gpu)) => match check(gpu.index) {
+            Ok(()) => choice,
+            Err(error) => Choice { reason: format!("cpu: {gpu} is there, but {error:#}"), gpu: None },
         },
         _ => choice,
-    })
+    }
 }
 
 fn pick(asked: Device, probe: impl FnOnce() -> Result<Vec<Gpu>, NoCuda>) -> Result<Choice> {
@@ -73,6 +76,17 @@ mod tests {
         assert!(old.gpu.is_none() && old.reason.contains("older"), "{}", old.reason);
         let none = pick(Device::Auto, || Err(NoCuda::NoDriver)).unwrap();
         assert!(none.gpu.is_none() && none.reason.contains("no NVIDIA driver"), "{}", none.reason);
+    }
+
+    #[test]
+    fn auto_takes_a_gpu_that_computes_what_the_cpu_does_and_cuda_any() {
+        let found = || pick(Device::Auto, || Ok(vec![gpu(0, (9, 0))])).unwrap();
+        assert_eq!(checked(Device::Auto, found(), |_| Ok(())), found());
+        let failed = checked(Device::Auto, found(), |_| bail!("its check failed"));
+        assert!(failed.gpu.is_none() && failed.reason.contains("its check failed"), "{}", failed.reason);
+        let asked = pick(Device::Cuda(0), || Ok(vec![gpu(0, (9, 0))])).unwrap();
+        let taken = checked(Device::Cuda(0), asked.clone(), |_| unreachable!("it was asked for"));
+        assert_eq!(taken, asked);
     }
 
     #[test]

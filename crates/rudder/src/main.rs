@@ -6,6 +6,7 @@ mod cli;
 mod device;
 mod doctor;
 mod draft_model;
+mod gpu_check;
 mod kv;
 mod launch;
 mod machine;
@@ -62,6 +63,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Models(args) => models::run(args.command, args.cache),
         Command::Bench(args) => bench::run(args.command, config),
         Command::Doctor(args) => doctor::run(&args.model.over(config)?),
+        Command::CheckGpu { index } => gpu_check::run(index),
     }
 }
 

@@ -185,3 +185,9 @@ fn doctor_says_what_will_be_used() {
         assert!(report.contains(part), "{part} is missing:\n{report}");
     }
 }
+
+#[test]
+fn a_gpu_that_is_not_there_does_not_pass_its_check() {
+    let cache = tempfile::tempdir().unwrap();
+    assert!(fail(cache.path(), &["check-gpu", "99"]).starts_with("error: "));
+}
