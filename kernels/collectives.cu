@@ -11,7 +11,7 @@
 //
 // Sums are taken in the order of the ranks: all hold the same bits. The switch (multicast, NVLink SHARP) adds in an order of its own, which may be
 // another one each time: there one rank alone asks for a sum, and all take over what it was told, so that they hold the same bits too.
-#include "common.cuh"
+#include "rows.cuh"
 
 #define MOST_RANKS 8
 // Flags of a block, and its epoch behind them: a line of the cache.
@@ -213,9 +213,9 @@ __device__ __forceinline__ void show_rows(float4* mine, const float* delta, int 
 
 // `rms_norm` of the block's rows and their sums: x += the sum; out = x / sqrt(mean(x^2) + eps) * weight.
 template <class Sums>
-__device__ __forceinline__ void norm_rows(const Sums& sums, float* x, const float* weight, float eps, bf16* out, int rows, int width) {
-    const int vectors = width / 4, step = blockDim.x;
-    for (int row = blockIdx.x; row < rows; row += gridDim.x) {
+__device__ __forceinline__ void norm_rows(const Sums& sums, float* x, const float* weight, float eps, const Narrow& out) {
+    const int vectors = out.width / 4, step = blockDim.x;
+    for (int row = blockIdx.x; row < out.rows; row += gridDim.x) {
         const size_t at = static_cast<size_t>(row) * vectors;
         float4* const residual = reinterpret_cast<float4*>(x) + at;
         float4 held[HELD_VECTORS];
@@ -233,36 +233,39 @@ __device__ __forceinline__ void norm_rows(const Sums& sums, float* x, const floa
             residual[i] = held[j] = v;
             squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
         }
-        const float factor = 1.0f / sqrtf(block_sum(squares) / width + eps);
+        const float factor = 1.0f / sqrtf(block_sum(squares) / out.width + eps);
 #pragma unroll
         for (int j = 0; j < HELD_VECTORS; j++) {
             const int i = threadIdx.x + j * step;
-            if (i >= vectors) continue;
-            const float4 v = held[j], w = reinterpret_cast<const float4*>(weight)[i];
-            uint2 words;
-            words.x = pack(v.x * factor * w.x, v.y * factor * w.y);
-            words.y = pack(v.z * factor * w.z, v.w * factor * w.w);
-            reinterpret_cast<uint2*>(out)[at + i] = words;
+            float normed[4] = {};
+            if (i < vectors) {
+                const float4 v = held[j], w = reinterpret_cast<const float4*>(weight)[i];
+                normed[0] = v.x * factor * w.x, normed[1] = v.y * factor * w.y;
+                normed[2] = v.z * factor * w.z, normed[3] = v.w * factor * w.w;
+            }
+            out.put(normed, row, 4 * i);  // a warp together, past the row's end too
         }
     }
 }
 
-// `all_reduce_once` of delta, then `norm_rows`. A block a row and more, rows of a multiple of four elements, at most HELD_VECTORS vectors a
-// thread. What delta holds stays as it was.
+// `all_reduce_once` of delta, then `norm_rows`, in FP8 too where codes are given (Narrow). A block a row and more, rows of a multiple of four
+// elements, at most HELD_VECTORS vectors a thread. What delta holds stays as it was.
 extern "C" __global__ void __launch_bounds__(512)
-all_reduce_norm(const Peers* peers, const float* delta, float* x, const float* weight, float eps, bf16* out, int rows, int width) {
+all_reduce_norm(const Peers* peers, const float* delta, float* x, const float* weight, float eps, bf16* out, e4m3* codes, float* scales, int rows,
+                int width) {
     const uint32_t epoch = next_epoch(peers);
     if (blockIdx.x >= static_cast<unsigned>(rows)) return;
     const Shown shown(peers, epoch);
     show_rows(shown.mine, delta, rows, width / 4);
     meet(peers, epoch + 1);
-    norm_rows(shown, x, weight, eps, out, rows, width);
+    norm_rows(shown, x, weight, eps, Narrow{out, codes, scales, rows, width});
 }
 KERNEL(all_reduce_norm)
 
 // The same where the switch adds: of each row a rank has a slice added up and written to all.
 extern "C" __global__ void __launch_bounds__(512)
-all_reduce_norm_multicast(const Peers* peers, const float* delta, float* x, const float* weight, float eps, bf16* out, int rows, int width) {
+all_reduce_norm_multicast(const Peers* peers, const float* delta, float* x, const float* weight, float eps, bf16* out, e4m3* codes, float* scales,
+                          int rows, int width) {
     const uint32_t epoch = next_epoch(peers);
     const int vectors = width / 4, slice = (vectors + peers->world - 1) / peers->world, own = peers->rank * slice;
     if (blockIdx.x >= static_cast<unsigned>(rows)) return;
@@ -272,7 +275,7 @@ all_reduce_norm_multicast(const Peers* peers, const float* delta, float* x, cons
     for (int row = blockIdx.x; row < rows; row += gridDim.x)
         for (int j = threadIdx.x; j < slice && own + j < vectors; j += blockDim.x) window.reduce(static_cast<size_t>(row) * vectors + own + j);
     meet_at_window(peers, epoch + 2);
-    norm_rows(window, x, weight, eps, out, rows, width);
+    norm_rows(window, x, weight, eps, Narrow{out, codes, scales, rows, width});
 }
 KERNEL(all_reduce_norm_multicast)
 

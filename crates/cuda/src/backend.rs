@@ -487,6 +487,7 @@ impl Backend for Cuda {
         if let Some(memory) = memory.filter(|memory| memory.can_norm(x.rows, x.width)) {
             expect_normed(x, Some(delta), weight)?;
             out.set(x.rows, x.width, Format::Bf16)?;
+            out.in_fp8 = self.multiplier.reads_fp8(x.rows, x.width);
             return memory.reduce_norm(x, delta, weight, eps, out);
         }
         self.all_reduce(delta)?;
@@ -570,36 +571,81 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
-    /// Rows whose bf16 is wiped out are what is there in FP8.
+    /// A matrix `[1, 64]` of ones in FP8.
+    fn ones_in_fp8(cuda: &mut Cuda) -> Result<Matrix> {
+        let block = [1f32.to_le_bytes().as_slice(), &[0x38; 64]].concat();
+        let raw = RawTensor::new("w", vec![1, 64], DType::F8_E4M3, Arc::new(block), 0).expect("one block");
+        cuda.load_matrix(&[raw])
+    }
+
+    fn ones(shape: &[usize]) -> RawTensor {
+        RawTensor::from_f32("ones", shape.to_vec(), &[1.0; 128][..shape.iter().product()])
+    }
+
+    /// Makes `x` ones, as many rows of them.
+    fn fill(cuda: &mut Cuda, rows: usize, x: &mut Tensor) -> Result<()> {
+        let table = cuda.load_embedding(&ones(&[1, x.width]))?;
+        let mut batch = Batch::default();
+        batch.push(&vec![0; rows], 0, &[0, 1], 0);
+        cuda.begin(&batch)?;
+        cuda.embed(&table, x)
+    }
+
+    /// Whether a product reads these rows, of ones about, in FP8: it does if it finds them after their bf16 was wiped out.
+    fn reads_fp8(cuda: &mut Cuda, made: &Tensor, w: &Matrix) -> Result<bool> {
+        let mut out = cuda.tensor(made.rows, 1)?;
+        made.buffer.write(0, &vec![0; 2 * made.elements()])?;
+        cuda.linear(made, w, None, &mut out)?;
+        let found = cuda.to_host(&out)?;
+        assert!(found.iter().all(|x| (*x > 1.0) == (found[0] > 1.0)));
+        Ok(found[0] > 1.0)
+    }
+
     #[test]
     fn products_read_the_fp8_that_a_norm_or_gate_left() -> Result<()> {
         let mut cuda = Cuda::emulated()?;
         cuda.set_fp8_products(true)?;
-        let block = [1f32.to_le_bytes().as_slice(), &[0x38; 64]].concat();
-        let raw = RawTensor::new("w", vec![1, 64], DType::F8_E4M3, Arc::new(block), 0).expect("one block");
-        let ones = |shape: &[usize]| {
-            RawTensor::from_f32("ones", shape.to_vec(), &[1.0; 128][..shape.iter().product()])
-        };
-        let (w, weight) = (cuda.load_matrix(&[raw])?, cuda.load_vector(&[ones(&[64])])?);
-        for (rows, in_fp8, gates) in
-            [(17, true, false), (17, true, true), (16, false, false), (16, false, true)]
-        {
-            let width = if gates { 128 } else { 64 };
-            let table = cuda.load_embedding(&ones(&[1, width]))?;
-            let (mut x, mut made, mut out) =
-                (cuda.tensor(rows, width)?, cuda.tensor(rows, 64)?, cuda.tensor(rows, 1)?);
-            let mut batch = Batch::default();
-            batch.push(&vec![0; rows], 0, &[0, 1], 0);
-            cuda.begin(&batch)?;
-            cuda.embed(&table, &mut x)?;
-            match gates {
-                true => cuda.silu_mul(&x, &mut made)?,
-                false => cuda.rms_norm(&mut x, None, &weight, 1e-6, &mut made)?,
+        let (w, weight) = (ones_in_fp8(&mut cuda)?, cuda.load_vector(&[ones(&[64])])?);
+        for (rows, in_fp8) in [(17, true), (16, false)] {
+            for gates in [false, true] {
+                let (mut x, mut made) =
+                    (cuda.tensor(rows, if gates { 128 } else { 64 })?, cuda.tensor(rows, 64)?);
+                fill(&mut cuda, rows, &mut x)?;
+                match gates {
+                    true => cuda.silu_mul(&x, &mut made)?,
+                    false => cuda.rms_norm(&mut x, None, &weight, 1e-6, &mut made)?,
+                }
+                assert_eq!(reads_fp8(&mut cuda, &made, &w)?, in_fp8, "{rows} rows, {gates}");
             }
-            made.buffer.write(0, &vec![0; 2 * made.elements()])?;
-            cuda.linear(&made, &w, None, &mut out)?;
-            assert!(cuda.to_host(&out)?.iter().all(|x| (*x > 1.0) == in_fp8), "{rows} rows, {gates}");
         }
         Ok(())
+    }
+
+    #[test]
+    fn products_read_the_fp8_that_a_norm_of_the_sum_over_ranks_left() {
+        let on_rank = |member: Member, access, rows: usize| -> Result<bool> {
+            let mut cuda = Cuda::emulated()?.in_group_by(member, access);
+            cuda.set_fp8_products(true)?;
+            let (w, weight) = (ones_in_fp8(&mut cuda)?, cuda.load_vector(&[ones(&[64])])?);
+            let (mut x, mut delta, mut made) =
+                (cuda.tensor(rows, 64)?, cuda.tensor(rows, 64)?, cuda.tensor(rows, 64)?);
+            fill(&mut cuda, rows, &mut x)?;
+            fill(&mut cuda, rows, &mut delta)?;
+            cuda.reduce_norm(&mut x, &mut delta, &weight, 1e-6, &mut made)?;
+            let found = reads_fp8(&mut cuda, &made, &w)?;
+            cuda.begin(&Batch::default())?; // nobody reads the other's memory any more
+            Ok(found)
+        };
+        for access in [PeerAccess::Always, PeerAccess::Multicast] {
+            for (rows, in_fp8) in [(17, true), (16, false)] {
+                let members = rudder_comm::Group::new(2).members().into_iter();
+                let found: Vec<_> = std::thread::scope(|scope| {
+                    let ranks: Vec<_> =
+                        members.map(|member| scope.spawn(move || on_rank(member, access, rows))).collect();
+                    ranks.into_iter().map(|rank| rank.join().expect("no panic").ok()).collect()
+                });
+                assert_eq!(found, [Some(in_fp8); 2], "{rows} rows, {access:?}");
+            }
+        }
     }
 }

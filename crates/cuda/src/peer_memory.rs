@@ -6,7 +6,7 @@
 //! kernels/collectives.cu says how ranks meet. Not yet run on several GPUs.
 
 use crate::device::{Arg, Buffer, Device, Grid, Staging};
-use crate::matmul::Vector;
+use crate::matmul::{Rows, Vector};
 use crate::multicast::Window;
 use crate::peers::PeerAccess;
 use crate::step::bytes;
@@ -168,7 +168,8 @@ impl PeerMemory {
         held && (1..=NORM_ROWS).contains(&rows) && bytes <= SIDE && self.shots(bytes) != Shots::Twice
     }
 
-    /// The sum of all ranks' `delta`, added to `x`, and `x` normed to `out`, of shapes that fit each other and [`PeerMemory::can_norm`].
+    /// The sum of all ranks' `delta`, added to `x`, and `x` normed to `out`, in FP8 too where that says so; of shapes that fit each
+    /// other and [`PeerMemory::can_norm`].
     pub fn reduce_norm(
         &self,
         x: &Tensor,
@@ -177,16 +178,10 @@ impl PeerMemory {
         eps: f32,
         out: &Tensor,
     ) -> Result<()> {
-        let args = [
-            (&self.table).into(),
-            delta.into(),
-            x.into(),
-            (&weight.buffer).into(),
-            eps.into(),
-            out.into(),
-            x.rows.into(),
-            x.width.into(),
-        ];
+        let [to, codes, scales] = Rows::from(out).targets();
+        let (table, weight) = ((&self.table).into(), (&weight.buffer).into());
+        let (rows, width) = (x.rows.into(), x.width.into());
+        let args = [table, delta.into(), x.into(), weight, eps.into(), to, codes, scales, rows, width];
         let kernel = match self.shots(4 * x.elements()) {
             Shots::Multicast => "all_reduce_norm_multicast",
             _ => "all_reduce_norm",

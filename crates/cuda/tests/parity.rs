@@ -1612,6 +1612,53 @@ fn sums_over_ranks_are_normed_as_by_two_ops() -> Result<()> {
     Ok(())
 }
 
+/// The norm of the ranks' sum puts out rows in FP8 beside bf16: bit for bit what a product makes of the same rows in bf16. Blocks of 128 that are
+/// half there, several rows a block, threads that hold two vectors and such as hold none; rows of zeros and of large numbers.
+#[test]
+fn norms_of_sums_over_ranks_round_to_fp8_as_is_done_after_them() -> Result<()> {
+    let shapes = [(16, 64), (17, 64), (70, 320), (18, 2240)];
+    for (world, access) in [RANKS[0], RANKS[1], RANKS[6]] {
+        let ranks = on_ranks(world, access, |cuda, rank, barrier| {
+            let rounds = cuda.set_fp8_products(true).is_ok();
+            let mut all = Vec::new();
+            for (i, (rows, width)) in shapes.into_iter().enumerate() {
+                let mut random = Random(40 + i as u64);
+                let w = cuda.load_matrix(&[fp8_matrix(&mut random, "w", [24, width], Scales::Rows)])?;
+                let weight = vector(cuda, &random.vec(width, 2.0))?;
+                let scaled = |random: &mut Random| {
+                    let mut data = random.vec(rows * width, 2.0);
+                    data[..width].fill(0.0);
+                    data[width..][..width / 2].iter_mut().for_each(|x| *x *= 1e15);
+                    data
+                };
+                let x = upload(cuda, (&scaled(&mut random), width))?;
+                let delta = upload(cuda, (&scaled(&mut Random(60 + rank as u64)), width))?;
+                all.push((x, delta, weight, w, cuda.tensor(rows, width)?, cuda.tensor(rows, 24)?));
+            }
+            barrier.wait();
+            for (x, delta, weight, w, made, out) in &mut all {
+                cuda.reduce_norm(x, delta, weight, 1e-6, made)?;
+                cuda.linear(made, w, None, out)?;
+            }
+            cuda.synchronize()?;
+            barrier.wait();
+            for ((.., w, made, out), (rows, width)) in all.iter_mut().zip(shapes) {
+                let found = cuda.to_host(out)?;
+                let plain = cuda.to_host(made)?;
+                let plain = upload(cuda, (&plain, width))?;
+                cuda.linear(&plain, w, None, out)?;
+                let what = format!("{world} ranks, {access:?}, [{rows}, {width}]");
+                assert!(!rounds || bits(&found) == bits(&cuda.to_host(out)?), "{what}");
+            }
+            Ok(())
+        })?;
+        if ranks.is_none() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
 /// Parts of uneven widths, in one launch and in several.
 #[test]
 fn parts_of_ranks_are_gathered_side_by_side_on_the_first() -> Result<()> {

@@ -1,0 +1,67 @@
+// Four elements of a row a thread: reading and writing them, and rows as matrices read them, in bf16 and FP8.
+#pragma once
+#include "common.cuh"
+
+// Four elements of a row from `i` on, zeros behind its end.
+__device__ __forceinline__ void read_four(float (&v)[4], const float* row, int i, int width) {
+    if (width % 4 == 0 && i < width) {
+        const float4 four = *reinterpret_cast<const float4*>(row + i);
+        v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] = i + e < width ? row[i + e] : 0.0f;
+    }
+}
+__device__ __forceinline__ void write_four(const float (&v)[4], float* row, int i, int width) {
+    if (width % 4 == 0 && i < width) {
+        *reinterpret_cast<float4*>(row + i) = {v[0], v[1], v[2], v[3]};
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (i + e < width) row[i + e] = v[e];
+    }
+}
+
+// FP8_BLOCK elements of a row to FP8, four a lane, those that are there: codes, and a scale for all. What is below 1e-30 becomes zero.
+__device__ __forceinline__ void quantise(const float (&v)[4], bool there, e4m3* codes, float* scale) {
+    float most = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        if (there) most = fmaxf(most, fabsf(v[e]));
+    most = warp_max(most);
+    const bool some = most > 1e-30f;
+    const float by = some ? FP8_LARGEST / most : 0.0f;
+    if (threadIdx.x % WARP == 0) *scale = some ? most / FP8_LARGEST : 0.0f;
+    union {
+        e4m3 codes[4];
+        uint32_t word;
+    } four;
+#pragma unroll
+    for (int e = 0; e < 4; e++) four.codes[e] = to_e4m3(v[e] * by);
+    if (there) *reinterpret_cast<uint32_t*>(codes) = four.word;
+}
+
+// Rows that matrices read: [rows, width] in bf16, and where codes are given in FP8 too, each FP8_BLOCK elements with a scale; scales lie
+// [width / FP8_BLOCK, rows]. The width is a multiple of 64 then.
+struct Narrow {
+    bf16* elements;
+    e4m3* codes;
+    float* scales;
+    int rows, width;
+
+    // Four elements of a row from `i` on. The lanes of a warp have neighbouring ones from a multiple of FP8_BLOCK on.
+    __device__ __forceinline__ void put(const float (&v)[4], int row, int i) const {
+        const size_t at = static_cast<size_t>(row) * width + i;
+        const uint32_t pairs[2] = {pack(v[0], v[1]), pack(v[2], v[3])};
+        if (width % 4 == 0 && i < width) {
+            *reinterpret_cast<uint2*>(elements + at) = {pairs[0], pairs[1]};
+        } else {
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (i + e < width) elements[at + e] = to_bf16(v[e]);
+        }
+        if (!codes || i / FP8_BLOCK * FP8_BLOCK >= width) return;  // a whole warp
+        const float rounded[4] = {__uint_as_float(pairs[0] << 16), __uint_as_float(pairs[0] & 0xffff0000u), __uint_as_float(pairs[1] << 16), __uint_as_float(pairs[1] & 0xffff0000u)};
+        quantise(rounded, i < width, codes + at, scales + static_cast<size_t>(i / FP8_BLOCK) * rows + row);
+    }
+};
