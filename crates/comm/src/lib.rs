@@ -69,6 +69,12 @@ struct Shared {
     shown: Vec<[RwLock<Vec<f32>>; 2]>,
 }
 
+impl Shared {
+    fn local(&self) -> Range<usize> {
+        self.nodes.as_ref().map_or(0..self.shown.len(), Nodes::local)
+    }
+}
+
 impl Group {
     /// A group of `world` ranks in this process.
     ///
@@ -96,7 +102,7 @@ impl Group {
 
     /// The ranks of this process.
     pub fn local(&self) -> Range<usize> {
-        self.shared.nodes.as_ref().map_or(0..self.world(), Nodes::local)
+        self.shared.local()
     }
 
     /// The members in this process, in order; each is to be used by one thread at a time, and there should be one of each.
@@ -203,9 +209,9 @@ impl Member {
         self.rank
     }
 
-    /// Whether all ranks are in this process.
-    pub fn is_among_threads(&self) -> bool {
-        self.shared.nodes.is_none()
+    /// The ranks of this process.
+    pub fn local(&self) -> Range<usize> {
+        self.shared.local()
     }
 
     /// Whether no rank is known to have failed, nor a node to be gone: for who waits elsewhere than in a collective.

@@ -86,6 +86,15 @@ impl Cuda {
         Self::on("cuda emulated".into(), Device::emulated())
     }
 
+    /// The same in an IMEX channel, which is 0 otherwise: devices of other channels do not reach its memory from other nodes.
+    ///
+    /// # Errors
+    /// If memory is short.
+    #[cfg(feature = "emulate")]
+    pub fn emulated_in(imex_channel: u32) -> Result<Self> {
+        Self::on("cuda emulated".into(), Device::emulated_in(imex_channel))
+    }
+
     fn on(name: String, device: Device) -> Result<Self> {
         let mut step = Step::new();
         step.wgmma = device.has_wgmma();

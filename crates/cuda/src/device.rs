@@ -4,8 +4,10 @@
 
 use crate::cublaslt::CublasLt;
 use crate::gpu::Gpu;
+use crate::mapping::Mapping;
 use crate::queue::{Launch, Product, ProductShape, Queue, Work};
 use rudder_ops::{OpError, Result};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Every kernel that is launched by name, with the dynamic shared memory that it may ask for.
@@ -131,7 +133,9 @@ struct Inner {
 enum Kind {
     Gpu(Gpu),
     #[cfg(feature = "emulate")]
-    Emulated,
+    Emulated {
+        imex_channel: u32,
+    },
 }
 
 /// Memory of a device, zeros at first; given back when dropped.
@@ -139,6 +143,8 @@ pub(crate) struct Buffer {
     device: Device,
     address: u64,
     bytes: usize,
+    /// What it is part of, if it was not allocated for itself.
+    mapping: Option<Mapping>,
 }
 
 /// Page-locked memory of the host: copies between it and the device run beside other work.
@@ -191,7 +197,13 @@ impl Device {
     /// The CPU in a GPU's place.
     #[cfg(feature = "emulate")]
     pub fn emulated() -> Self {
-        Self::new(Kind::Emulated, Queue::default())
+        Self::emulated_in(0)
+    }
+
+    /// The same in an IMEX channel: memory of other channels cannot be imported.
+    #[cfg(feature = "emulate")]
+    pub fn emulated_in(imex_channel: u32) -> Self {
+        Self::new(Kind::Emulated { imex_channel }, Queue::default())
     }
 
     fn new(kind: Kind, queue: Queue) -> Self {
@@ -207,8 +219,27 @@ impl Device {
         match self.kind() {
             Kind::Gpu(gpu) => Some(gpu),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => None,
+            Kind::Emulated { .. } => None,
         }
+    }
+
+    /// The GPU, for what only GPUs do.
+    pub fn expect_gpu(&self) -> Result<&Gpu> {
+        self.on_gpu().ok_or_else(|| OpError::Backend("the device is no GPU".to_owned()))
+    }
+
+    /// The IMEX channel, where no GPU is.
+    #[cfg(feature = "emulate")]
+    pub fn imex_channel(&self) -> Option<u32> {
+        match self.kind() {
+            Kind::Gpu(_) => None,
+            Kind::Emulated { imex_channel } => Some(*imex_channel),
+        }
+    }
+
+    /// The driver's number of it.
+    pub fn ordinal(&self) -> i32 {
+        self.on_gpu().map_or(0, Gpu::device)
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
@@ -232,7 +263,7 @@ impl Device {
         match self.kind() {
             Kind::Gpu(gpu) => queue.run(gpu),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => queue.pending.drain(..).try_for_each(|work| emulate(&work)),
+            Kind::Emulated { .. } => queue.pending.drain(..).try_for_each(|work| emulate(&work)),
         }
     }
 
@@ -254,9 +285,14 @@ impl Device {
         let address = match self.kind() {
             Kind::Gpu(gpu) => gpu.allocate(bytes)?,
             #[cfg(feature = "emulate")]
-            Kind::Emulated => crate::emulated::allocate(bytes)?,
+            Kind::Emulated { .. } => crate::emulated::allocate(bytes)?,
         };
-        Ok(Buffer { device: self.clone(), address, bytes })
+        Ok(Buffer { device: self.clone(), address, bytes, mapping: None })
+    }
+
+    /// The first `bytes` of mapped memory, of any content.
+    pub fn mapped(&self, mapping: Mapping, bytes: usize) -> Buffer {
+        Buffer { device: self.clone(), address: mapping.address(), bytes, mapping: Some(mapping) }
     }
 
     /// Queues a kernel. `args` must be what the kernel's source asks for, in its order.
@@ -273,7 +309,7 @@ impl Device {
         match self.kind() {
             Kind::Gpu(_) => self.queue().cublaslt.as_mut().is_some_and(|cublaslt| cublaslt.can(shape)),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => shape.rows >= crate::emulated::PRODUCT_ROWS,
+            Kind::Emulated { .. } => shape.rows >= crate::emulated::PRODUCT_ROWS,
         }
     }
 
@@ -291,7 +327,7 @@ impl Device {
         match self.kind() {
             Kind::Gpu(gpu) => queue.run_one(gpu, &work),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => emulate(&work),
+            Kind::Emulated { .. } => emulate(&work),
         }
     }
 
@@ -300,7 +336,7 @@ impl Device {
         match self.kind() {
             Kind::Gpu(gpu) => gpu.memory().map(|(free, total)| (free as u64, total as u64)),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => Ok((1 << 20, 2 << 20)),
+            Kind::Emulated { .. } => Ok((1 << 20, 2 << 20)),
         }
     }
 
@@ -309,7 +345,7 @@ impl Device {
         match self.kind() {
             Kind::Gpu(gpu) => gpu.compute_capability() == (9, 0),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => true,
+            Kind::Emulated { .. } => true,
         }
     }
 
@@ -318,7 +354,7 @@ impl Device {
         match self.kind() {
             Kind::Gpu(gpu) => gpu.id(),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => Arc::as_ptr(&self.0).addr() as u64,
+            Kind::Emulated { .. } => Arc::as_ptr(&self.0).addr() as u64,
         }
     }
 
@@ -327,8 +363,14 @@ impl Device {
         match self.kind() {
             Kind::Gpu(gpu) => gpu.reach(id),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => Ok(true),
+            Kind::Emulated { .. } => Ok(true),
         }
+    }
+
+    /// Runs the launches that were kept, and says whether all that was queued is done.
+    pub fn is_idle(&self) -> Result<bool> {
+        self.flush()?;
+        self.on_gpu().map_or(Ok(true), Gpu::is_idle)
     }
 
     /// Waits until all that was queued is done.
@@ -337,7 +379,7 @@ impl Device {
         match self.kind() {
             Kind::Gpu(gpu) => gpu.synchronize(),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => Ok(()),
+            Kind::Emulated { .. } => Ok(()),
         }
     }
 }
@@ -356,6 +398,10 @@ fn emulate(work: &Work) -> Result<()> {
 }
 
 impl Buffer {
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -381,7 +427,7 @@ impl Buffer {
         match self.device.kind() {
             Kind::Gpu(gpu) => gpu.write(self.address + offset as u64, data),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => {
+            Kind::Emulated { .. } => {
                 crate::emulated::write(self.address + offset as u64, data);
                 Ok(())
             }
@@ -395,7 +441,7 @@ impl Buffer {
         match self.device.kind() {
             Kind::Gpu(gpu) => gpu.read(self.address + offset as u64, data),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => {
+            Kind::Emulated { .. } => {
                 crate::emulated::read(self.address + offset as u64, data);
                 Ok(())
             }
@@ -405,13 +451,16 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Err(e) = self.device.flush() {
+        // What is mapped is given back with its mapping, once nothing uses it.
+        let mapped = self.mapping.is_some();
+        if let Err(e) = if mapped { self.device.synchronize() } else { self.device.flush() } {
             tracing::warn!("{e}");
         }
         match self.device.kind() {
+            _ if mapped => {}
             Kind::Gpu(gpu) => gpu.free(self.address),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => crate::emulated::free(self.address, self.bytes),
+            Kind::Emulated { .. } => crate::emulated::free(self.address, self.bytes),
         }
     }
 }
@@ -422,7 +471,9 @@ impl Staging {
         let (at, sent) = match device.kind() {
             Kind::Gpu(gpu) => (gpu.allocate_host(bytes)?, Sent::Gpu(gpu.event()?)),
             #[cfg(feature = "emulate")]
-            Kind::Emulated => (Box::into_raw(vec![0u8; bytes].into_boxed_slice()).cast(), Sent::Emulated),
+            Kind::Emulated { .. } => {
+                (Box::into_raw(vec![0u8; bytes].into_boxed_slice()).cast(), Sent::Emulated)
+            }
         };
         Ok(Self { device: device.clone(), at, bytes, sent })
     }
@@ -434,6 +485,13 @@ impl Staging {
     /// Where it lies, for the host and for every device.
     pub fn address(&self) -> u64 {
         self.at.expose_provenance() as u64
+    }
+
+    /// Makes the first word 1 while kernels look at it.
+    pub fn raise(&self) {
+        assert!(self.bytes >= 4 && self.at.addr().is_multiple_of(4), "a stage with a word");
+        // SAFETY: a word of this value's memory, which kernels and the host only access whole while kernels run.
+        unsafe { AtomicU32::from_ptr(self.at.cast()) }.store(1, Ordering::Release);
     }
 
     /// Its memory, once what was sent last has left it, and what was fetched last has come.

@@ -1,10 +1,16 @@
 //! The CPU in a GPU's place: kernels compiled as C++, memory with a page behind it that faults.
 
 use crate::device::{Arg, Grid, KERNELS};
+use crate::mapping::FabricHandle;
 use crate::queue::{Product, ProductShape};
+use crate::step::{bytes, bytes_mut};
 use half::bf16;
 use rudder_ops::{OpError, Result};
 use std::ffi::{CString, c_char, c_int, c_void};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
 
 unsafe extern "C" {
     fn rudder_emulate(
@@ -53,7 +59,7 @@ pub fn multiply(product: &Product) {
     let ProductShape { rows, n, k, stride } = product.shape;
     let read = |address: u64, count: usize| -> Vec<f32> {
         let mut bits = vec![0u16; count];
-        self::read(address, crate::step::bytes_mut(&mut bits));
+        self::read(address, bytes_mut(&mut bits));
         bits.into_iter().map(|bits| bf16::from_bits(bits).to_f32()).collect()
     };
     let (x, w) = (read(product.x, rows * k), read(product.w, n * k));
@@ -62,14 +68,13 @@ pub fn multiply(product: &Product) {
         for (out, w) in out.iter_mut().zip(w.chunks_exact(k)) {
             *out = x.iter().zip(w).map(|(x, w)| x * w).sum();
         }
-        write(product.out + 4 * (row * stride) as u64, crate::step::bytes(&out));
+        write(product.out + 4 * (row * stride) as u64, bytes(&out));
     }
 }
 
 /// Bytes of the mapping behind `bytes`: whole pages and one that nothing may touch.
 fn mapping(bytes: usize) -> Option<(usize, usize)> {
-    // SAFETY: asks for a constant.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+    let page = page();
     let inside = bytes.checked_next_multiple_of(16)?.checked_next_multiple_of(page)?;
     Some((inside, inside.checked_add(page)?))
 }
@@ -96,38 +101,166 @@ pub fn free(address: u64, bytes: usize) {
     unsafe { libc::munmap(start as *mut c_void, all) };
 }
 
-/// Addresses that reach the memory of several devices at once, for kernels' multicast accesses alone: any other faults.
-pub struct Multicast {
-    address: u64,
+/// What a fabric handle names: memory, or a multicast object, that other processes can map too. It is a file without a name, found by the
+/// process that has it open and by its number there.
+pub struct Shared {
+    file: File,
     bytes: usize,
+    /// Who imports it must have the same.
+    channel: u32,
+    /// Of a multicast object, how many devices it is for. Its file has a slot for each.
+    devices: usize,
 }
 
-impl Multicast {
-    /// Such addresses of `bytes` bytes at each of `memory`, which outlives their use.
-    pub fn new(memory: &[u64], bytes: usize) -> Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a new mapping, which nothing may touch.
-        let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0) };
+/// A slot of a multicast object: whether its device was added, then the name of the memory that is bound.
+const SLOT: usize = 8 * (1 + size_of::<FabricHandle>() / 8);
+
+/// Addresses with shared memory behind them; or those that reach the memory of several devices at once, for kernels' multicast accesses alone:
+/// any other faults.
+pub struct Mapped {
+    at: u64,
+    /// With the page that faults.
+    bytes: usize,
+    parts: Vec<Mapped>,
+}
+
+pub fn page() -> usize {
+    // SAFETY: asks for a constant.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
+
+fn os_failed(what: &str) -> impl Fn(io::Error) -> OpError + '_ {
+    move |e| OpError::Backend(format!("{what}: {e}"))
+}
+
+impl Shared {
+    /// Memory of so many bytes, whole pages.
+    pub fn memory(bytes: usize, channel: u32) -> Result<Self> {
+        Ok(Self { file: file(bytes)?, bytes, channel, devices: 0 })
+    }
+
+    /// A multicast object for memory of so many bytes a device.
+    pub fn multicast(devices: usize, bytes: usize, channel: u32) -> Result<Self> {
+        Ok(Self { file: file(devices * SLOT)?, bytes, channel, devices })
+    }
+
+    pub fn export(&self) -> FabricHandle {
+        let (process, file) = (u64::from(std::process::id()), self.file.as_raw_fd() as u64);
+        [process, file, self.bytes as u64, u64::from(self.channel), self.devices as u64, 0, 0, 0]
+    }
+
+    pub fn import(name: FabricHandle, channel: u32) -> Result<Self> {
+        let [process, file, bytes, of, devices, ..] = name;
+        if of != u64::from(channel) {
+            return Err(OpError::Backend(format!("memory of IMEX channel {of} in channel {channel}")));
+        }
+        let path = format!("/proc/{process}/fd/{file}");
+        let file = File::options().read(true).write(true).open(path);
+        let file = file.map_err(os_failed("memory of another node cannot be imported"))?;
+        Ok(Self { file, bytes: bytes as usize, channel, devices: devices as usize })
+    }
+
+    fn slot(&self, rank: usize) -> Result<(bool, FabricHandle)> {
+        let mut words = [0u64; SLOT / 8];
+        let read = self.file.read_exact_at(bytes_mut(&mut words), (rank * SLOT) as u64);
+        read.map_err(os_failed("a multicast object cannot be read"))?;
+        let [added, name @ ..] = words;
+        Ok((added != 0, name))
+    }
+
+    fn set(&self, rank: usize, word: usize, words: &[u64]) -> Result<()> {
+        let set = self.file.write_all_at(bytes(words), (rank * SLOT + 8 * word) as u64);
+        set.map_err(os_failed("a multicast object cannot be written"))
+    }
+
+    pub fn add(&self, rank: usize) -> Result<()> {
+        self.set(rank, 0, &[1])
+    }
+
+    pub fn bind(&self, rank: usize, memory: &Self) -> Result<()> {
+        for other in 0..self.devices {
+            if !self.slot(other)?.0 {
+                return Err(OpError::Backend(format!("memory is bound before rank {other} was added")));
+            }
+        }
+        self.set(rank, 1, &memory.export())
+    }
+
+    /// Maps memory; or, of a multicast object, what is bound to it. There sums begin with the rank that asks, so that each is told another: a
+    /// switch keeps to no order either.
+    pub fn map(&self, rank: usize) -> Result<Mapped> {
+        let mapped = Mapped::reserve(self.bytes)?;
+        if self.devices == 0 {
+            return mapped.with(&self.file);
+        }
+        let part = |turn: usize| {
+            let part = Self::import(self.slot((rank + turn) % self.devices)?.1, self.channel)?;
+            Mapped::reserve(self.bytes)?.with(&part.file)
+        };
+        mapped.with_parts((0..self.devices).map(part).collect::<Result<_>>()?)
+    }
+}
+
+/// A file of so many zeros that has no name.
+fn file(bytes: usize) -> Result<File> {
+    // SAFETY: the name, which only shows in lists, is a string; the number is that of a new file, which nobody else closes.
+    let file = unsafe {
+        match libc::memfd_create(c"rudder".as_ptr(), libc::MFD_CLOEXEC) {
+            -1 => Err(io::Error::last_os_error()),
+            file => Ok(File::from_raw_fd(file)),
+        }
+    };
+    let sized = file.and_then(|file| file.set_len(bytes as u64).map(|()| file));
+    sized.map_err(os_failed("no memory to share"))
+}
+
+impl Mapped {
+    /// Addresses that nothing may touch, and a page more.
+    fn reserve(bytes: usize) -> Result<Self> {
+        let (all, flags) = (bytes.saturating_add(page()), libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping, touched by nobody else.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), all, libc::PROT_NONE, flags, -1, 0) };
         if at == libc::MAP_FAILED {
             return Err(OpError::Backend(format!("no addresses for {bytes} bytes")));
         }
-        let address = at as u64;
+        Ok(Self { at: at as u64, bytes: all, parts: Vec::new() })
+    }
+
+    /// Puts a file's memory there.
+    fn with(self, file: &File) -> Result<Self> {
+        let (access, bytes) = (libc::PROT_READ | libc::PROT_WRITE, self.bytes - page());
+        let (at, flags) = (self.at as *mut c_void, libc::MAP_SHARED | libc::MAP_FIXED);
+        // SAFETY: over addresses that were just reserved, in this mapping.
+        let mapped = unsafe { libc::mmap(at, bytes, access, flags, file.as_raw_fd(), 0) };
+        if mapped == libc::MAP_FAILED {
+            return Err(os_failed("shared memory cannot be mapped")(io::Error::last_os_error()));
+        }
+        Ok(self)
+    }
+
+    /// Lets multicast accesses there reach all of these.
+    fn with_parts(mut self, parts: Vec<Mapped>) -> Result<Self> {
+        let memory: Vec<u64> = parts.iter().map(Mapped::address).collect();
+        let bytes = (self.bytes - page()) as u64;
         // SAFETY: takes the list over before it returns.
-        unsafe { rudder_multicast(address, bytes as u64, memory.as_ptr(), memory.len() as u32) };
-        Ok(Self { address, bytes })
+        unsafe { rudder_multicast(self.at, bytes, memory.as_ptr(), memory.len() as u32) };
+        self.parts = parts;
+        Ok(self)
     }
 
     pub fn address(&self) -> u64 {
-        self.address
+        self.at
     }
 }
 
-impl Drop for Multicast {
+impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: no kernel uses them any more; the mapping is the one that `new` made.
+        // SAFETY: no kernel uses them any more; the mapping is the one that `reserve` made.
         unsafe {
-            rudder_multicast(self.address, self.bytes as u64, std::ptr::null(), 0);
-            libc::munmap(self.address as *mut c_void, self.bytes);
+            if !self.parts.is_empty() {
+                rudder_multicast(self.at, 0, std::ptr::null(), 0);
+            }
+            libc::munmap(self.at as *mut c_void, self.bytes);
         }
     }
 }

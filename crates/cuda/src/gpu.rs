@@ -83,6 +83,14 @@ impl Gpu {
         has.map(|has| has != 0).map_err(failed("the driver knows of no multicast"))
     }
 
+    /// Whether memory can be allocated that GPUs of other processes, on other machines too, reach by a fabric handle.
+    pub fn has_fabric_handles(&self) -> Result<bool> {
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED;
+        // SAFETY: the device exists.
+        let has = unsafe { result::device::get_attribute(self.device, attribute) };
+        has.map(|has| has != 0).map_err(failed("the driver knows of no fabric handles"))
+    }
+
     /// The stream that all work is queued on.
     pub fn stream(&self) -> sys::CUstream {
         self.stream

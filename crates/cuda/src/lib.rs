@@ -9,11 +9,13 @@ mod cublaslt;
 mod device;
 #[cfg(feature = "emulate")]
 mod emulated;
+mod fabric;
 mod fp8;
 mod gpu;
 mod int4;
 pub mod kernels;
 mod kv;
+mod mapping;
 mod matmul;
 mod moe;
 mod multicast;

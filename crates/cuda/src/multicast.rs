@@ -1,31 +1,25 @@
 //! A window of each rank's memory that one address reaches on all ranks, through the switch that connects them (NVLink SHARP): what is read
 //! there is the sum of what all have there, added up on the way, and what is written there all get.
 //!
-//! The ranks are threads of one process, so that they hold the multicast object in common. GPUs of other processes, such as another tray's of
-//! a rack, would import it by its fabric handle; that is not built. Not yet run on several GPUs.
+//! The ranks of one node hold the multicast object in common; those of other nodes import it by its fabric handle. Not yet run on several GPUs.
 
-#[cfg(feature = "emulate")]
-use crate::device::Buffer;
-use crate::device::Device;
-use crate::gpu::{Gpu, failed};
-use cudarc::driver::sys;
+use crate::device::{Buffer, Device};
+use crate::fabric::{agree, agree_on, tell};
+use crate::mapping::{Binding, Handle, Mapping, Reach, multicast_granularity};
 use rudder_comm::Member;
 use rudder_ops::{OpError, Result};
 use std::sync::Arc;
 
 /// NCCL's variable that keeps it from using the switch so; 0 keeps us too.
 const VARIABLE: &str = "NCCL_NVLS_ENABLE";
+/// What ranks do without where a step towards it fails.
+const WHAT: &str = "ranks do not add up in the switch";
 
-/// A rank's window.
+/// A rank's window. The order counts: it is given back from the first on.
 pub(crate) struct Window {
-    kind: Kind,
-    device: Device,
-}
-
-enum Kind {
-    Gpu(OnGpu),
-    #[cfg(feature = "emulate")]
-    Emulated(crate::emulated::Multicast, Buffer),
+    all: Mapping,
+    _part: Binding,
+    own: Buffer,
 }
 
 impl Window {
@@ -34,292 +28,95 @@ impl Window {
     /// # Errors
     /// If a rank failed.
     pub fn connect(device: &Device, member: &Member, bytes: usize) -> Result<Option<Self>> {
-        let kind = match device.on_gpu() {
-            Some(gpu) => OnGpu::connect(gpu, member, bytes)?.map(Kind::Gpu),
-            #[cfg(feature = "emulate")]
-            None => emulated(device, member, bytes)?,
-            #[cfg(not(feature = "emulate"))]
-            None => None,
-        };
-        Ok(kind.map(|kind| Self { kind, device: device.clone() }))
+        let rank = member.rank();
+        let reach = if member.local().len() < rank.world { Reach::Fabric } else { Reach::Process };
+        let size = size(device, rank.world, bytes, reach).map(|size| size as u64);
+        let Some(sizes) = agree(member, WHAT, size.as_ref().copied())? else { return Ok(None) };
+        let size = sizes.into_iter().max().unwrap_or(0) as usize;
+        let Some(object) = object(device, member, size, reach)? else { return Ok(None) };
+        // Memory is bound only once all devices are there, and mapped once all of it is bound.
+        if agree_on(member, WHAT, object.add(device, rank.index))?.is_none() {
+            return Ok(None);
+        }
+        let bound = bind(&object, device, size, reach, rank.index);
+        let Some((part, own)) = agree_on(member, WHAT, bound)? else { return Ok(None) };
+        let all = Mapping::new(&object, size, &[device.ordinal()], rank.index);
+        let Some(all) = agree_on(member, WHAT, all)? else { return Ok(None) };
+        Ok(Some(Self { all, _part: part, own: device.mapped(own, bytes) }))
     }
 
     /// Where this rank's own memory begins, for its own kernels' usual accesses.
     pub fn own(&self) -> u64 {
-        match &self.kind {
-            Kind::Gpu(window) => window.own.addresses.at,
-            #[cfg(feature = "emulate")]
-            Kind::Emulated(_, own) => own.address(),
-        }
+        self.own.address()
     }
 
     /// Where all ranks' memory begins, for `multimem` instructions alone.
     pub fn all(&self) -> u64 {
-        match &self.kind {
-            Kind::Gpu(window) => window.all.addresses.at,
-            #[cfg(feature = "emulate")]
-            Kind::Emulated(all, _) => all.address(),
-        }
+        self.all.address()
     }
 }
 
 impl Drop for Window {
     fn drop(&mut self) {
         // No kernel of this rank uses it any more; nor do the others', which a kernel meets before it ends.
-        if let Err(e) = self.device.synchronize() {
+        if let Err(e) = self.own.device().synchronize() {
             tracing::warn!("{e}");
         }
     }
 }
 
-/// What all ranks got in a step that every one of them got through, which is not 0.
-fn agree(member: &Member, step: std::result::Result<u64, &OpError>) -> Result<Option<Vec<u64>>> {
-    let rank = member.rank();
-    let mut told = vec![0; rank.world];
-    member.share(step.unwrap_or(0), &mut told)?;
-    let first = told.iter().position(|&got| got == 0);
-    if let Err(reason) = step
-        && first == Some(rank.index)
-    {
-        tracing::info!("ranks do not add up in the switch: {reason}");
-    }
-    Ok(first.is_none().then_some(told))
-}
-
-/// Keeps what a step made, if all ranks got through it.
-fn agree_on<T>(member: &Member, step: Result<T>) -> Result<Option<T>> {
-    let agreed = agree(member, step.as_ref().map(|_| 1))?;
-    Ok(agreed.and(step.ok()))
-}
-
-/// Windows on the CPU. Sums begin with whoever asks, so that each rank is told another: a switch keeps to no order either.
-#[cfg(feature = "emulate")]
-fn emulated(device: &Device, member: &Member, bytes: usize) -> Result<Option<Kind>> {
-    let own = device.buffer(bytes);
-    let Some(mut all) = agree(member, own.as_ref().map(Buffer::address))? else { return Ok(None) };
-    all.rotate_left(member.rank().index);
-    let all = agree_on(member, crate::emulated::Multicast::new(&all, bytes))?;
-    Ok(all.zip(own.ok()).map(|(all, own)| Kind::Emulated(all, own)))
-}
-
-/// A GPU's window. The order counts: it is given back from the first on.
-struct OnGpu {
-    all: Mapping,
-    _part: Part,
-    own: Mapping,
-}
-
-/// Memory, or a multicast object; given back when it is mapped and bound nowhere any more.
-struct Handle(sys::CUmemGenericAllocationHandle);
-
-/// Memory's place in a multicast object.
-struct Part {
-    object: Arc<Handle>,
-    device: sys::CUdevice,
-    size: usize,
-}
-
-/// Addresses that memory is reached by.
-struct Mapping {
-    addresses: Addresses,
-    /// What they reach.
-    _handle: Arc<Handle>,
-}
-
-/// Addresses, whether or not anything lies there.
-struct Addresses {
-    at: sys::CUdeviceptr,
-    size: usize,
-}
-
-fn call(what: &str, status: sys::CUresult) -> Result<()> {
-    status.result().map_err(failed(what))
-}
-
-/// Nothing can be done about what is not given back but to say so.
-fn given_back(what: &str, status: sys::CUresult) {
-    if let Err(e) = call(what, status) {
-        tracing::warn!("{e}");
-    }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        // SAFETY: released once, by its owner.
-        given_back("memory of the ranks cannot be released", unsafe { sys::cuMemRelease(self.0) });
-    }
-}
-
-impl Drop for Part {
-    fn drop(&mut self) {
-        // SAFETY: bound once, at this place, by this device; the object lives.
-        let status = unsafe { sys::cuMulticastUnbind(self.object.0, self.device, 0, self.size) };
-        given_back("memory of the ranks cannot be unbound", status);
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: mapped once; no kernel uses it any more, since the window waits for them before it is dropped.
-        let status = unsafe { sys::cuMemUnmap(self.addresses.at, self.addresses.size) };
-        given_back("memory of the ranks cannot be unmapped", status);
-    }
-}
-
-impl Drop for Addresses {
-    fn drop(&mut self) {
-        // SAFETY: reserved once; nothing is mapped there any more.
-        let status = unsafe { sys::cuMemAddressFree(self.at, self.size) };
-        given_back("addresses of the ranks cannot be freed", status);
-    }
-}
-
-impl Addresses {
-    fn reserve(size: usize) -> Result<Self> {
-        let mut at = 0;
-        // Of the granularity too, which is a power of two that divides the size.
-        let alignment = 1 << size.trailing_zeros();
-        // SAFETY: `at` outlives the call.
-        let status = unsafe { sys::cuMemAddressReserve(&mut at, size, alignment, 0, 0) };
-        call("no addresses for the ranks' memory", status)?;
-        Ok(Self { at, size })
-    }
-}
-
-impl Mapping {
-    /// Lets a device reach what a handle stands for, all of it.
-    fn new(handle: &Arc<Handle>, size: usize, device: sys::CUdevice) -> Result<Self> {
-        let addresses = Addresses::reserve(size)?;
-        // SAFETY: the addresses are free, and as many as the memory.
-        let status = unsafe { sys::cuMemMap(addresses.at, size, 0, handle.0, 0) };
-        call("memory of the ranks cannot be mapped", status)?;
-        let mapping = Self { addresses, _handle: Arc::clone(handle) };
-        let access = sys::CUmemAccessDesc {
-            location: location(device),
-            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-        };
-        // SAFETY: just mapped.
-        let status = unsafe { sys::cuMemSetAccess(mapping.addresses.at, size, &access, 1) };
-        call("a GPU is refused memory of the ranks", status)?;
-        Ok(mapping)
-    }
-}
-
-fn location(device: sys::CUdevice) -> sys::CUmemLocation {
-    sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: device }
-}
-
-/// A device's memory, shared with no other process.
-fn memory(device: sys::CUdevice) -> sys::CUmemAllocationProp {
-    sys::CUmemAllocationProp {
-        type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
-        requestedHandleTypes: NO_HANDLES,
-        location: location(device),
-        win32HandleMetaData: std::ptr::null_mut(),
-        allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
-            compressionType: 0,
-            gpuDirectRDMACapable: 0,
-            usage: 0,
-            reserved: [0; 4],
-        },
-    }
-}
-
-const NO_HANDLES: sys::CUmemAllocationHandleType = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE;
-
-/// A multicast object of so many devices.
-fn object(world: usize, size: usize) -> sys::CUmulticastObjectProp {
-    sys::CUmulticastObjectProp {
-        numDevices: world as u32,
-        size,
-        handleTypes: u64::from(NO_HANDLES.0),
-        flags: 0,
-    }
-}
-
-impl OnGpu {
-    fn connect(gpu: &Gpu, member: &Member, bytes: usize) -> Result<Option<Self>> {
-        let rank = member.rank();
-        let size = size(gpu, rank.world, bytes);
-        let Some(sizes) = agree(member, size.as_ref().map(|&size| size as u64))? else { return Ok(None) };
-        let size = sizes.into_iter().max().unwrap_or(0) as usize;
-        let made = match rank.index {
-            0 => create(rank.world, size).map(Some),
-            _ => Ok(None),
-        };
-        let Some(made) = agree_on(member, made)? else { return Ok(None) };
-        let Some(object) = hand_out(member, made)? else { return Ok(None) };
-        // SAFETY: the object lives.
-        let added = call("a GPU cannot be multicast to", unsafe {
-            sys::cuMulticastAddDevice(object.0, gpu.device())
-        });
-        // Memory is bound only once all devices are there.
-        if agree_on(member, added)?.is_none() {
-            return Ok(None);
-        }
-        agree_on(member, Self::new(&object, gpu.device(), size))
-    }
-
-    fn new(object: &Arc<Handle>, device: sys::CUdevice, size: usize) -> Result<Self> {
-        let mut handle = 0;
-        // SAFETY: the properties outlive the call.
-        let status = unsafe { sys::cuMemCreate(&mut handle, size, &memory(device), 0) };
-        call("no GPU memory for what the ranks share", status)?;
-        let handle = Arc::new(Handle(handle));
-        let own = Mapping::new(&handle, size, device)?;
-        // SAFETY: both live, and are of this size.
-        let status = unsafe { sys::cuMulticastBindMem(object.0, 0, handle.0, 0, size, 0) };
-        call("memory of the ranks cannot be bound", status)?;
-        let part = Part { object: Arc::clone(object), device, size };
-        Ok(Self { all: Mapping::new(object, size, device)?, _part: part, own })
-    }
-}
-
 /// The size of a window of so many bytes and more.
-fn size(gpu: &Gpu, world: usize, bytes: usize) -> Result<usize> {
+fn size(device: &Device, world: usize, bytes: usize, reach: Reach) -> Result<usize> {
     if std::env::var_os(VARIABLE).is_some_and(|value| value == "0") {
         return Err(OpError::Backend(format!("{VARIABLE} is 0")));
     }
-    if !gpu.has_multicast()? {
-        return Err(OpError::Backend("a GPU has no multicast".into()));
+    Ok(bytes.next_multiple_of(multicast_granularity(device, world, bytes, reach)?))
+}
+
+/// The ranks' multicast object, which rank 0 makes and the first rank of each other node imports.
+fn object(device: &Device, member: &Member, size: usize, reach: Reach) -> Result<Option<Arc<Handle>>> {
+    let (rank, local) = (member.rank(), member.local());
+    let made = (rank.index == 0).then(|| Handle::multicast(device, rank.world, size, reach)).transpose();
+    let made = made.and_then(|object| match &object {
+        Some(made) if reach == Reach::Fabric => Ok((made.export()?, object)),
+        _ => Ok(([0; 8], object)),
+    });
+    let Some((name, mut made)) = agree_on(member, WHAT, made)? else { return Ok(None) };
+    if reach == Reach::Fabric {
+        let name = tell(member, name)?[0];
+        let imports = rank.index == local.start && rank.index > 0;
+        let imported = imports.then(|| Handle::import(device, name)).transpose();
+        let Some(imported) = agree_on(member, WHAT, imported)? else { return Ok(None) };
+        made = made.or(imported);
     }
-    let (mut of_memory, mut of_object) = (0, 0);
-    let memory_option = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
-    // What is recommended may be hundreds of MiB.
-    let object_option = sys::CUmulticastGranularity_flags::CU_MULTICAST_GRANULARITY_MINIMUM;
-    // SAFETY: all of these outlive the calls.
-    let (memory, object) = unsafe {
-        (
-            sys::cuMemGetAllocationGranularity(&mut of_memory, &memory(gpu.device()), memory_option),
-            sys::cuMulticastGetGranularity(&mut of_object, &object(world, bytes), object_option),
-        )
-    };
-    call("the granularity of memory is unknown", memory)?;
-    call("the granularity of multicast is unknown", object)?;
-    // Both are powers of two.
-    Ok(bytes.next_multiple_of(of_memory.max(of_object).max(1)))
+    hand_out(member, made.map(Arc::new))
 }
 
-/// Makes the multicast object.
-fn create(world: usize, size: usize) -> Result<Arc<Handle>> {
-    let mut handle = 0;
-    // SAFETY: the properties outlive the call.
-    let status = unsafe { sys::cuMulticastCreate(&mut handle, &object(world, size)) };
-    call("no multicast object", status)?;
-    Ok(Arc::new(Handle(handle)))
+/// Memory of this rank, bound to the object and mapped for its own accesses.
+fn bind(
+    object: &Arc<Handle>,
+    device: &Device,
+    size: usize,
+    reach: Reach,
+    rank: usize,
+) -> Result<(Binding, Mapping)> {
+    let memory = Arc::new(Handle::memory(device, size, reach)?);
+    let own = Mapping::new(&memory, size, &[device.ordinal()], rank)?;
+    Ok((Binding::new(object, &memory, size, device, rank)?, own))
 }
 
-/// Gives all ranks what rank 0 has made; the last that has it releases it.
+/// Gives all ranks of a node what the first of them has; the last that has it releases it.
 fn hand_out(member: &Member, made: Option<Arc<Handle>>) -> Result<Option<Arc<Handle>>> {
-    let rank = member.rank();
+    let local = member.local();
     // One for each rank: if one fails before it takes its own, the object stays, and nobody finds it gone.
     let raw = made.map_or(1, |object| {
-        (1..rank.world).for_each(|_| std::mem::forget(Arc::clone(&object)));
+        (1..local.len()).for_each(|_| std::mem::forget(Arc::clone(&object)));
         Arc::into_raw(object).expose_provenance() as u64
     });
-    let Some(told) = agree(member, Ok(raw))? else { return Ok(None) };
-    // SAFETY: rank 0's pointer, of this process; each rank takes over one of the counts that rank 0 made.
-    Ok(Some(unsafe { Arc::from_raw(std::ptr::with_exposed_provenance(told[0] as usize)) }))
+    let Some(told) = agree(member, WHAT, Ok(raw))? else { return Ok(None) };
+    let first = std::ptr::with_exposed_provenance(told[local.start] as usize);
+    // SAFETY: the first rank's pointer, of this process; each rank here takes over one of the counts that it made.
+    Ok(Some(unsafe { Arc::from_raw(first) }))
 }
 
 #[cfg(all(test, feature = "emulate"))]
@@ -352,7 +149,8 @@ mod tests {
     #[test]
     fn what_one_rank_made_all_have_and_the_last_releases() {
         let group = Group::new(3);
-        let made = Arc::new(Handle(0));
+        let made = Handle::memory(&Device::emulated(), 4096, Reach::Process).expect("a page");
+        let made = Arc::new(made);
         std::thread::scope(|scope| {
             for member in group.members() {
                 let made = (member.rank().index == 0).then(|| Arc::clone(&made));
@@ -364,6 +162,5 @@ mod tests {
             }
         });
         assert_eq!(Arc::strong_count(&made), 1);
-        std::mem::forget(made); // no driver knows of it
     }
 }

@@ -1,11 +1,14 @@
 //! Sums over ranks, and the gathering of their logits, by kernels that read each other's memory: nothing comes by the host, and a decode
 //! step stays one graph.
 //!
+//! Ranks of one process reach each other's memory as it is, those of several nodes over the fabric that their GPUs share ([`crate::fabric`]).
 //! Where a switch between the GPUs adds up by itself ([`crate::multicast`]), long sums go through it, in an order of its own.
 //!
 //! kernels/collectives.cu says how ranks meet. Not yet run on several GPUs.
 
 use crate::device::{Arg, Buffer, Device, Grid, Staging};
+use crate::fabric::Regions;
+use crate::mapping::Mapping;
 use crate::matmul::{Rows, Vector};
 use crate::multicast::Window;
 use crate::peers::PeerAccess;
@@ -26,6 +29,8 @@ const THREADS: usize = 512;
 const HELD_VECTORS: usize = 8;
 /// Bytes of what a rank shows at a time. Longer messages take several launches.
 pub(crate) const SIDE: usize = 8 << 20;
+/// Bytes of a region: flags and epochs, then two sides.
+const REGION: usize = 4 * BLOCKS * FLAG_WORDS + 2 * SIDE;
 /// Where epochs begin: so that they soon wrap, and not after a day.
 const START: u32 = 128u32.wrapping_neg();
 /// How long a kernel waits for another rank's. Longer than any rank is late, for allocations and files too.
@@ -54,6 +59,8 @@ pub(crate) struct PeerMemory {
     rank: Rank,
     /// What the other ranks reach: flags and epochs, then two sides.
     region: Buffer,
+    /// The regions of ranks of other nodes, mapped. What other ranks here have is reached as it is.
+    _others: Vec<Mapping>,
     /// Two more sides, which the switch reaches on all ranks at once, if it does.
     window: Option<Window>,
     /// Whether all sums go through the switch that can.
@@ -68,8 +75,8 @@ pub(crate) struct PeerMemory {
 
 impl PeerMemory {
     /// Shows the ranks each other's memory. All of them call it, with the same `access`, and all get it or none: where there are too many, or
-    /// a device does not reach another, or, unless tests ask for it, ranks share a device, where a kernel that waits for another could keep
-    /// it from running.
+    /// a device does not reach another, on another node too, or, unless tests ask for it, ranks share a device, where a kernel that waits for
+    /// another could keep it from running.
     ///
     /// # Errors
     /// If a rank failed.
@@ -89,11 +96,14 @@ impl PeerMemory {
         }
         let (mut ids, mut regions) = ([0; MOST_RANKS], [0; MOST_RANKS]);
         member.share(device.id(), &mut ids[..rank.world])?;
-        let region = region(device, &ids[..rank.world], access != PeerAccess::Auto);
-        let region =
-            region.inspect_err(|e| tracing::warn!("ranks add up through the host: {e}")).ok().flatten();
-        member.share(region.as_ref().map_or(0, Buffer::address), &mut regions[..rank.world])?;
-        let Some(region) = region.filter(|_| !regions[..rank.world].contains(&0)) else { return Ok(None) };
+        let apart = access != PeerAccess::Auto || all_differ(&ids[member.local()]);
+        let shown = match member.local().len() < rank.world {
+            true => Regions::connect(device, member, REGION, apart.then_some(()).ok_or_else(share_a_gpu))?,
+            false => in_one_process(device, member, &ids[..rank.world], apart)?,
+        };
+        let Some(Regions { own: region, others, addresses }) = shown else { return Ok(None) };
+        regions[..rank.world].copy_from_slice(&addresses);
+        write_flags(&region)?;
         let wanted = match access {
             PeerAccess::Auto => shots(rank.world, SIDE, true) == Shots::Multicast,
             access => access == PeerAccess::Multicast,
@@ -110,7 +120,17 @@ impl PeerMemory {
         // Nobody leaves before all have what their kernels need.
         member.share(0, &mut ids[..rank.world])?;
         let (device, always_multicast) = (device.clone(), access == PeerAccess::Multicast);
-        Ok(Some(Self { device, rank, region, window, always_multicast, table, broken, widths: None }))
+        Ok(Some(Self {
+            device,
+            rank,
+            region,
+            _others: others,
+            window,
+            always_multicast,
+            table,
+            broken,
+            widths: None,
+        }))
     }
 
     /// Sets everything back after a step that some ranks did not end. All call it; nobody waits for ever in what they left.
@@ -131,6 +151,11 @@ impl PeerMemory {
     /// Whether a kernel waited in vain, of all that were waited for.
     pub fn is_broken(&mut self) -> Result<bool> {
         Ok(self.broken.memory()?[..4] != [0; 4])
+    }
+
+    /// Has kernels that run wait for no other rank any more; what they put out means nothing until [`PeerMemory::reset`].
+    pub fn give_up(&self) {
+        self.broken.raise();
     }
 
     /// Makes `x` the sum over the ranks.
@@ -236,21 +261,32 @@ impl PeerMemory {
     }
 }
 
+/// Shows ranks of one process each other's memory. All get it or none.
+fn in_one_process(device: &Device, member: &Member, ids: &[u64], apart: bool) -> Result<Option<Regions>> {
+    let own = if apart { region(device, ids) } else { Ok(None) };
+    let own = own.inspect_err(|e| tracing::warn!("ranks add up through the host: {e}")).ok().flatten();
+    let mut addresses = vec![0; ids.len()];
+    member.share(own.as_ref().map_or(0, Buffer::address), &mut addresses)?;
+    let own = own.filter(|_| !addresses.contains(&0));
+    Ok(own.map(|own| Regions { own, others: Vec::new(), addresses }))
+}
+
+fn all_differ(ids: &[u64]) -> bool {
+    (1..ids.len()).all(|i| !ids[..i].contains(&ids[i]))
+}
+
+fn share_a_gpu() -> OpError {
+    OpError::Backend("ranks share a GPU".into())
+}
+
 /// What the other ranks are to reach, if all devices reach each other.
-fn region(device: &Device, ids: &[u64], on_one: bool) -> Result<Option<Buffer>> {
-    let shared = (1..ids.len()).any(|i| ids[..i].contains(&ids[i]));
-    if shared && !on_one {
-        return Ok(None);
-    }
+fn region(device: &Device, ids: &[u64]) -> Result<Option<Buffer>> {
     for &id in ids {
         if id != device.id() && !device.reach(id)? {
             return Ok(None);
         }
     }
-    let region = device.buffer(4 * BLOCKS * FLAG_WORDS + 2 * SIDE)?;
-    write_flags(&region)?;
-    device.synchronize()?;
-    Ok(Some(region))
+    device.buffer(REGION).map(Some)
 }
 
 /// Sets flags and epochs to where they begin.
@@ -306,30 +342,25 @@ mod tests {
     #[cfg(feature = "emulate")]
     mod emulated {
         use super::*;
+        use crate::fabric::tests::{groups, on_all};
         use crate::step::bytes_mut;
         use crate::tensor::Format;
         use rudder_comm::Group;
 
         const KERNELS: [&str; 3] = ["all_reduce_once", "all_reduce_twice", "all_reduce_multicast"];
 
-        /// Runs `work` on a thread for each rank, each with a device of its own.
+        /// Runs `work` on a thread for each rank, which so many nodes share, each with a device of its own.
         fn on_ranks<T: Send>(
-            world: usize,
+            (nodes, world): (usize, usize),
             access: PeerAccess,
             patience: Duration,
             work: impl Fn(PeerMemory, Member) -> Result<T> + Sync,
         ) -> Vec<T> {
-            let (group, work) = (Group::new(world), &work);
-            std::thread::scope(|scope| {
-                let ranks = group.members().into_iter().map(|member| {
-                    scope.spawn(move || {
-                        let memory = PeerMemory::connect_for(&Device::emulated(), &member, access, patience)?;
-                        work(memory.expect("emulated devices reach each other"), member)
-                    })
-                });
-                let ranks = ranks.collect::<Vec<_>>().into_iter();
-                ranks.map(|rank| rank.join().expect("no panic").expect("no rank fails")).collect()
-            })
+            let ran = on_all(&groups(nodes, world), |member| {
+                let memory = PeerMemory::connect_for(&Device::emulated(), &member, access, patience)?;
+                work(memory.expect("emulated devices reach each other"), member)
+            });
+            ran.into_iter().collect::<Result<_>>().expect("no rank fails")
         }
 
         fn number(rank: usize, launch: usize, i: usize) -> f32 {
@@ -359,8 +390,8 @@ mod tests {
             let sizes = [1, 3, 4, 5, 7, 63, 257, 1000, 8193, 140_001];
             // All in turn, from one size to another: each kernel meets each size.
             let launches = || (0..3 * sizes.len()).map(|launch| (launch, launch % 3, sizes[launch * 3 % 10]));
-            for world in [2, 3, 4, 8] {
-                let found = on_ranks(world, PeerAccess::Multicast, PATIENCE, |memory, member| {
+            for (nodes, world) in [(1, 2), (1, 3), (1, 4), (1, 8), (2, 2), (3, 3), (2, 8)] {
+                let found = on_ranks((nodes, world), PeerAccess::Multicast, PATIENCE, |memory, member| {
                     let (rank, device) = (member.rank().index, memory.device.clone());
                     let mut bits = Vec::new();
                     for (launch, kernel, n) in launches() {
@@ -377,7 +408,8 @@ mod tests {
                 for (launch, kernel, n) in launches() {
                     let expected = sum(world, launch, n, kernel == 2);
                     for (rank, found) in found.iter().enumerate() {
-                        let what = format!("{} of {n}, {world} ranks, rank {rank}", KERNELS[kernel]);
+                        let what =
+                            format!("{} of {n}, {nodes} nodes, {world} ranks, rank {rank}", KERNELS[kernel]);
                         assert!(found[launch] == expected, "{what}");
                     }
                 }
@@ -389,13 +421,14 @@ mod tests {
             use PeerAccess::{Always, Auto, Multicast};
             // Too short, long enough, and in pieces.
             let sizes = [57_000, 57_800, SIDE / 4 + 57_001];
-            for (world, access, by_switch) in [
-                (8, Auto, [false, true, true]),
-                (8, Always, [false; 3]),
-                (3, Auto, [false; 3]),
-                (2, Multicast, [true; 3]),
+            for (nodes, world, access, by_switch) in [
+                (1, 8, Auto, [false, true, true]),
+                (2, 8, Auto, [false, true, true]),
+                (1, 8, Always, [false; 3]),
+                (1, 3, Auto, [false; 3]),
+                (1, 2, Multicast, [true; 3]),
             ] {
-                let found = on_ranks(world, access, PATIENCE, |memory, member| {
+                let found = on_ranks((nodes, world), access, PATIENCE, |memory, member| {
                     let rank = member.rank().index;
                     let mut right = Vec::new();
                     for (launch, n) in sizes.into_iter().enumerate() {
@@ -413,14 +446,14 @@ mod tests {
                     member.share(0, &mut vec![0; world])?;
                     Ok(right)
                 });
-                assert_eq!(found, vec![vec![true; 3]; world], "{world} ranks, {access:?}");
+                assert_eq!(found, vec![vec![true; 3]; world], "{nodes} nodes, {world} ranks, {access:?}");
             }
         }
 
         #[test]
         fn epochs_wrap() {
             let launches = START.wrapping_neg() / 2 + 20;
-            let found = on_ranks(2, PeerAccess::Multicast, PATIENCE, |memory, member| {
+            let found = on_ranks((1, 2), PeerAccess::Multicast, PATIENCE, |memory, member| {
                 let buffer = memory.device.buffer(16)?;
                 buffer.write(0, bytes(&[1.0f32, 0.0, 0.5, 3.0]))?;
                 for launch in 0..launches {
@@ -445,30 +478,53 @@ mod tests {
 
         #[test]
         fn a_rank_that_does_not_come_is_given_up_and_all_go_on_after_a_reset() {
-            on_ranks(3, PeerAccess::Multicast, Duration::from_millis(20), |mut memory, member| {
-                let buffer = memory.device.buffer(4 * 100)?;
-                for round in 0..3 {
-                    assert!(!memory.is_broken()?);
-                    let absent = member.rank().index == round;
-                    if !absent {
-                        // Whichever comes first finds the rank gone.
-                        for kernel in 0..KERNELS.len() {
-                            memory.sum(KERNELS[(round + kernel) % 3], (&buffer).into(), 100)?;
+            for nodes in [1, 3] {
+                on_ranks(
+                    (nodes, 3),
+                    PeerAccess::Multicast,
+                    Duration::from_millis(20),
+                    |mut memory, member| {
+                        let buffer = memory.device.buffer(4 * 100)?;
+                        for round in 0..3 {
+                            assert!(!memory.is_broken()?);
+                            let absent = member.rank().index == round;
+                            if !absent {
+                                // Whichever comes first finds the rank gone.
+                                for kernel in 0..KERNELS.len() {
+                                    memory.sum(KERNELS[(round + kernel) % 3], (&buffer).into(), 100)?;
+                                }
+                            }
+                            assert_eq!(memory.is_broken()?, !absent);
+                            memory.reset(&member)?;
                         }
-                    }
-                    assert_eq!(memory.is_broken()?, !absent);
-                    memory.reset(&member)?;
+                        // Emulated ranks take turns on few processors, so that from here on nobody is given up.
+                        memory.table.write(8 * (MOST_RANKS + 1), bytes(&[PATIENCE.as_nanos() as u64]))?;
+                        buffer.write(0, bytes(&[1.5f32; 100]))?;
+                        for (kernel, sum) in KERNELS.into_iter().zip([4.5, 13.5, 40.5]) {
+                            memory.sum(kernel, (&buffer).into(), 100)?;
+                            let mut sums = [0f32; 100];
+                            buffer.read(0, bytes_mut(&mut sums))?;
+                            assert_eq!((memory.is_broken()?, sums), (false, [sum; 100]), "{kernel}");
+                        }
+                        member.share(0, &mut [0; 3])?;
+                        Ok(())
+                    },
+                );
+            }
+        }
+
+        #[test]
+        fn kernels_that_were_given_up_wait_for_nobody() {
+            let hour = Duration::from_secs(3600);
+            on_ranks((1, 2), PeerAccess::Multicast, hour, |mut memory, member| {
+                let buffer = memory.device.buffer(16)?;
+                if member.rank().index == 0 {
+                    memory.give_up();
+                    KERNELS.iter().try_for_each(|kernel| memory.sum(kernel, (&buffer).into(), 4))?;
+                    assert!(memory.is_broken()?);
                 }
-                // Emulated ranks take turns on few processors, so that from here on nobody is given up.
-                memory.table.write(8 * (MOST_RANKS + 1), bytes(&[PATIENCE.as_nanos() as u64]))?;
-                buffer.write(0, bytes(&[1.5f32; 100]))?;
-                for (kernel, sum) in KERNELS.into_iter().zip([4.5, 13.5, 40.5]) {
-                    memory.sum(kernel, (&buffer).into(), 100)?;
-                    let mut sums = [0f32; 100];
-                    buffer.read(0, bytes_mut(&mut sums))?;
-                    assert_eq!((memory.is_broken()?, sums), (false, [sum; 100]), "{kernel}");
-                }
-                member.share(0, &mut [0; 3])?;
+                memory.reset(&member)?;
+                assert!(!memory.is_broken()?);
                 Ok(())
             });
         }

@@ -1,7 +1,7 @@
 //! Ranks of a model that is cut: what they add up, and by which way.
 //!
-//! Where every device reaches the others' memory, kernels add up ([`crate::peer_memory`]), but for the long sums of prompts. These, and all sums
-//! elsewhere, ranks of several nodes among them, are NCCL's ([`crate::nccl`]). Without that library, what ranks add up is copied to the host,
+//! Where every device reaches the others' memory, on other nodes too, kernels add up ([`crate::peer_memory`]), but for the long sums of prompts.
+//! These, and all sums elsewhere, are NCCL's ([`crate::nccl`]). Without that library, what ranks add up is copied to the host,
 //! summed there in the order of the ranks and copied back: that works between any devices and is slow, two copies and a wait for each of a
 //! layer's two sums. The kernels and the host give the same bits, NCCL others, and so do kernels that have a switch add up.
 
@@ -11,7 +11,11 @@ use crate::peer_memory::{MOST_RANKS, PeerMemory, SIDE, late};
 use crate::step::{bytes, bytes_mut};
 use crate::tensor::{Format, Tensor};
 use rudder_comm::Member;
-use rudder_ops::{Rank, Result};
+use rudder_ops::{OpError, Rank, Result};
+use std::time::{Duration, Instant};
+
+/// How often who waits for kernels asks whether a rank has failed.
+const CHECK: Duration = Duration::from_millis(1);
 
 /// Whether ranks add up in each other's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -200,19 +204,23 @@ impl Peers {
 
     /// Waits until all of the step is done that this rank has queued, and ends it.
     fn end(&mut self) -> Result<()> {
-        match &self.nccl {
-            Some(nccl) => {
-                if let Err(error) = nccl.wait(&self.member) {
-                    self.nccl = None;
-                    return Err(error);
-                }
-                self.library = Library::Ready;
-            }
-            None => self.device.synchronize()?,
+        let waited = match (&self.nccl, self.direct) {
+            (Some(nccl), _) => nccl.wait(&self.member),
+            (None, true) => self.wait(),
+            (None, false) => self.device.synchronize(),
+        };
+        if let Err(error) = waited {
+            self.memory().into_iter().for_each(PeerMemory::give_up);
+            self.nccl = None;
+            return Err(error);
+        }
+        if self.nccl.is_some() {
+            self.library = Library::Ready;
         }
         match &mut self.memory {
             Some(memory) if self.direct => {
                 if memory.is_broken()? {
+                    self.member.check()?; // a node that is gone has a name
                     return Err(late());
                 }
                 self.state = State::Ready;
@@ -221,6 +229,24 @@ impl Peers {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Waits for what was queued, kernels that wait for other ranks among it, as long as no rank is known to have failed and no node to be gone.
+    fn wait(&self) -> Result<()> {
+        let mut checked = Instant::now();
+        loop {
+            match self.device.is_idle() {
+                Ok(true) => return Ok(()),
+                Ok(false) if checked.elapsed() < CHECK => {}
+                Ok(false) => {
+                    self.member.check()?;
+                    checked = Instant::now();
+                }
+                // What was mapped of a node that is gone is an error to the kernels that use it.
+                Err(error) => return Err(self.member.check().err().map_or(error, OpError::from)),
+            }
+            std::thread::yield_now();
+        }
     }
 
     /// The kernels' way, if the open step takes it.
@@ -263,9 +289,9 @@ impl Peers {
     }
 }
 
-/// Whether there can be ranks whose memory is reached: of this process, where addresses mean the same to all.
+/// Whether there can be ranks whose memory is reached.
 fn connects(member: &Member) -> bool {
-    (2..=MOST_RANKS).contains(&member.rank().world) && member.is_among_threads()
+    (2..=MOST_RANKS).contains(&member.rank().world)
 }
 
 /// The first `len` elements, growing the buffer when it was never that long.
@@ -299,12 +325,19 @@ mod choices {
 #[cfg(all(test, feature = "emulate"))]
 mod tests {
     use super::*;
+    use crate::fabric::tests::{groups, on_all, terms};
     use rudder_comm::Group;
-    use rudder_ops::OpError;
+    use std::net::TcpListener;
+    use std::process::{Command, Stdio};
 
-    /// Runs steps on two ranks. `work` is told the step, and says whether its rank ends it; returns by which way each step's sums went.
-    fn steps(access: PeerAccess, count: usize, work: impl Fn(usize, Rank) -> bool + Sync) -> Vec<bool> {
-        let (group, work) = (Group::new(2), &work);
+    /// Runs steps on two ranks, of one node or two. `work` is told the step, and says whether its rank ends it; returns by which way each step's
+    /// sums went.
+    fn steps(
+        nodes: usize,
+        access: PeerAccess,
+        count: usize,
+        work: impl Fn(usize, Rank) -> bool + Sync,
+    ) -> Vec<bool> {
         let run = |member: Member| {
             let device = Device::emulated();
             let mut x = Tensor::new(&device, 2, 3)?;
@@ -338,33 +371,77 @@ mod tests {
             peers.member.share(0, &mut [0; 2])?; // nobody reads the other's memory any more
             Ok::<_, OpError>(ways)
         };
-        let found: Vec<_> = std::thread::scope(|scope| {
-            let ranks: Vec<_> =
-                group.members().into_iter().map(|member| scope.spawn(|| run(member))).collect();
-            ranks.into_iter().map(|rank| rank.join().expect("no panic").expect("no rank fails")).collect()
-        });
+        let found = on_all(&groups(nodes, 2), run).into_iter().collect::<Result<Vec<_>>>();
+        let found = found.expect("no rank fails");
         assert_eq!(found[0], found[1]);
         found.into_iter().next().expect("two ranks")
     }
 
     #[test]
     fn sums_go_through_the_host_until_a_step_has_ended_on_all_ranks() {
-        assert_eq!(steps(PeerAccess::Auto, 3, |_, _| true), [false, true, true]);
-        assert_eq!(
-            steps(PeerAccess::Auto, 4, |step, rank| step > 0 || rank.index > 0),
-            [false, false, true, true]
-        );
-        assert_eq!(steps(PeerAccess::Never, 2, |_, _| true), [false; 2]);
-        assert_eq!(steps(PeerAccess::Always, 2, |_, _| true), [true; 2]);
-        assert_eq!(steps(PeerAccess::Multicast, 2, |_, _| true), [true; 2]);
+        for nodes in [1, 2] {
+            assert_eq!(steps(nodes, PeerAccess::Auto, 3, |_, _| true), [false, true, true]);
+            assert_eq!(
+                steps(nodes, PeerAccess::Auto, 4, |step, rank| step > 0 || rank.index > 0),
+                [false, false, true, true]
+            );
+            assert_eq!(steps(nodes, PeerAccess::Never, 2, |_, _| true), [false; 2]);
+            assert_eq!(steps(nodes, PeerAccess::Always, 2, |_, _| true), [true; 2]);
+            assert_eq!(steps(nodes, PeerAccess::Multicast, 2, |_, _| true), [true; 2]);
+        }
     }
 
     #[test]
     fn a_step_that_a_rank_did_not_end_is_followed_by_whole_ones() {
-        for faulty in 0..2 {
+        for (nodes, faulty) in [(1, 0), (1, 1), (2, 0), (2, 1)] {
             let ended = |step: usize, rank: Rank| step % 2 == 1 || rank.index != faulty;
-            assert_eq!(steps(PeerAccess::Always, 5, ended), [true; 5]);
-            assert_eq!(steps(PeerAccess::Multicast, 5, ended), [true; 5]);
+            assert_eq!(steps(nodes, PeerAccess::Always, 5, ended), [true; 5]);
+            assert_eq!(steps(nodes, PeerAccess::Multicast, 5, ended), [true; 5]);
         }
+    }
+
+    /// Begins a step and sums in it; what is gathered ends it.
+    fn sum(peers: &mut Peers, x: &mut Tensor) -> Result<()> {
+        peers.begin()?;
+        peers.memory().expect("the nodes reach each other").all_reduce(x)
+    }
+
+    /// Tells the other process of the test where node 0 is.
+    const VARIABLE: &str = "RUDDER_TEST_PEERS_NODE_0";
+
+    #[test]
+    fn a_node_that_dies_while_a_kernel_waits_for_it_fails_the_step_and_is_named() {
+        let patience = Duration::from_secs(60);
+        let device = Device::emulated();
+        let mut x = Tensor::new(&device, 1, 4).expect("memory");
+        x.set(1, 4, Format::F32).expect("it fits");
+        let mut whole = Tensor::new(&device, 1, 8).expect("memory");
+        let peers = |group: &Group| {
+            let member = group.members().pop().expect("one rank a node");
+            Peers::new(member, &device, PeerAccess::Always)
+        };
+        if let Ok(address) = std::env::var(VARIABLE) {
+            let group = Group::follow(&address, 1, &terms(2, 2), patience).expect("it joins");
+            let mut peers = peers(&group);
+            sum(&mut peers, &mut x).and_then(|()| peers.gather_columns(&x, None)).expect("a whole step");
+            peers.begin().expect("node 0 is there");
+            std::process::abort();
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let name = "peers::tests::a_node_that_dies_while_a_kernel_waits_for_it_fails_the_step_and_is_named";
+        let mut other = Command::new(std::env::current_exe().expect("this test's program"));
+        other.args(["--exact", name]).env(VARIABLE, listener.local_addr().expect("an address").to_string());
+        let mut other = other.stdout(Stdio::null()).spawn().expect("another process");
+        let group = Group::lead(listener, &terms(2, 2), patience).expect("it joins");
+        let mut peers = peers(&group);
+        sum(&mut peers, &mut x)
+            .and_then(|()| peers.gather_columns(&x, Some(&mut whole)))
+            .expect("a whole step");
+        // Here the kernel waits until it gives up.
+        sum(&mut peers, &mut x).expect("it is launched");
+        let error = peers.gather_columns(&x, Some(&mut whole)).expect_err("a rank is gone").to_string();
+        assert!(error.contains("node 1 at 127.0.0.1 is gone"), "{error}");
+        assert!(group.lost().is_some_and(|failed| failed.rank == 1));
+        assert!(!other.wait().expect("it has ended").success());
     }
 }
