@@ -358,6 +358,15 @@ impl Device {
         }
     }
 
+    /// What tells this device from all others, of other processes and machines too.
+    pub fn uuid(&self) -> u64 {
+        match self.kind() {
+            Kind::Gpu(gpu) => gpu.uuid(),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated { .. } => self.id() ^ u64::from(std::process::id()) << 48,
+        }
+    }
+
     /// Lets kernels here use the memory of the device of this id; false if the machine does not connect the two so.
     pub fn reach(&self, id: u64) -> Result<bool> {
         match self.kind() {

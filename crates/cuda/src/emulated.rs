@@ -106,8 +106,8 @@ pub fn free(address: u64, bytes: usize) {
 pub struct Shared {
     file: File,
     bytes: usize,
-    /// Who imports it must have the same.
-    channel: u32,
+    /// Who imports it must have the same; none can where there is none.
+    channel: Option<u32>,
     /// Of a multicast object, how many devices it is for. Its file has a slot for each.
     devices: usize,
 }
@@ -135,29 +135,41 @@ fn os_failed(what: &str) -> impl Fn(io::Error) -> OpError + '_ {
 
 impl Shared {
     /// Memory of so many bytes, whole pages.
-    pub fn memory(bytes: usize, channel: u32) -> Result<Self> {
+    pub fn memory(bytes: usize, channel: Option<u32>) -> Result<Self> {
         Ok(Self { file: file(bytes)?, bytes, channel, devices: 0 })
     }
 
     /// A multicast object for memory of so many bytes a device.
-    pub fn multicast(devices: usize, bytes: usize, channel: u32) -> Result<Self> {
+    pub fn multicast(devices: usize, bytes: usize, channel: Option<u32>) -> Result<Self> {
         Ok(Self { file: file(devices * SLOT)?, bytes, channel, devices })
     }
 
-    pub fn export(&self) -> FabricHandle {
-        let (process, file) = (u64::from(std::process::id()), self.file.as_raw_fd() as u64);
-        [process, file, self.bytes as u64, u64::from(self.channel), self.devices as u64, 0, 0, 0]
+    pub fn export(&self) -> Result<FabricHandle> {
+        match self.channel {
+            Some(_) => Ok(self.name()),
+            None => Err(OpError::Backend("memory that is exported was made for one process".into())),
+        }
     }
 
     pub fn import(name: FabricHandle, channel: u32) -> Result<Self> {
-        let [process, file, bytes, of, devices, ..] = name;
-        if of != u64::from(channel) {
-            return Err(OpError::Backend(format!("memory of IMEX channel {of} in channel {channel}")));
+        if name[3] != u64::from(channel) {
+            return Err(OpError::Backend(format!("memory of IMEX channel {} in channel {channel}", name[3])));
         }
+        Self::open(name)
+    }
+
+    fn name(&self) -> FabricHandle {
+        let (process, file) = (u64::from(std::process::id()), self.file.as_raw_fd() as u64);
+        let channel = self.channel.map_or(u64::MAX, u64::from);
+        [process, file, self.bytes as u64, channel, self.devices as u64, 0, 0, 0]
+    }
+
+    fn open([process, file, bytes, channel, devices, ..]: FabricHandle) -> Result<Self> {
         let path = format!("/proc/{process}/fd/{file}");
         let file = File::options().read(true).write(true).open(path);
         let file = file.map_err(os_failed("memory of another node cannot be imported"))?;
-        Ok(Self { file, bytes: bytes as usize, channel, devices: devices as usize })
+        let (bytes, channel) = (bytes as usize, u32::try_from(channel).ok());
+        Ok(Self { file, bytes, channel, devices: devices as usize })
     }
 
     fn slot(&self, rank: usize) -> Result<(bool, FabricHandle)> {
@@ -183,7 +195,10 @@ impl Shared {
                 return Err(OpError::Backend(format!("memory is bound before rank {other} was added")));
             }
         }
-        self.set(rank, 1, &memory.export())
+        if memory.bytes != self.bytes || memory.channel != self.channel {
+            return Err(OpError::Backend("memory is bound that the object is not for".into()));
+        }
+        self.set(rank, 1, &memory.name())
     }
 
     /// Maps memory; or, of a multicast object, what is bound to it. There sums begin with the rank that asks, so that each is told another: a
@@ -194,7 +209,7 @@ impl Shared {
             return mapped.with(&self.file);
         }
         let part = |turn: usize| {
-            let part = Self::import(self.slot((rank + turn) % self.devices)?.1, self.channel)?;
+            let part = Self::open(self.slot((rank + turn) % self.devices)?.1)?;
             Mapped::reserve(self.bytes)?.with(&part.file)
         };
         mapped.with_parts((0..self.devices).map(part).collect::<Result<_>>()?)

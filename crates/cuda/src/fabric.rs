@@ -161,19 +161,21 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn ranks_of_a_node_that_share_a_device_are_left_to_the_hosts() {
+    fn ranks_that_share_a_device_are_left_to_the_hosts_on_whichever_nodes_they_are() {
         let shared = Device::emulated();
-        let connect = |access| {
+        let connect = |access, sharing: [usize; 2]| {
             on_all(&groups(2, 4), |member| {
                 let own = Device::emulated();
-                let device = if member.rank().index < 2 { &shared } else { &own };
+                let device = if sharing.contains(&member.rank().index) { &shared } else { &own };
                 let memory = PeerMemory::connect(device, &member, access).expect("no rank fails");
                 member.share(0, &mut [0; 4]).expect("no rank fails");
                 memory.is_some()
             })
         };
-        assert_eq!(connect(PeerAccess::Auto), [false; 4]);
-        assert_eq!(connect(PeerAccess::Always), [true; 4]);
+        for sharing in [[0, 1], [1, 2]] {
+            assert_eq!(connect(PeerAccess::Auto, sharing), [false; 4]);
+            assert_eq!(connect(PeerAccess::Always, sharing), [true; 4]);
+        }
     }
 
     #[test]

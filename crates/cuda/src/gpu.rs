@@ -16,6 +16,7 @@ pub(crate) struct Gpu {
     stream: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
     compute_capability: (i32, i32),
+    uuid: u64,
 }
 
 /// A point in the queue of work.
@@ -52,6 +53,9 @@ impl Gpu {
         })?;
         let what = gpu.to_string();
         let device = result::device::get(index as i32).map_err(failed(&what))?;
+        let uuid = result::device::get_uuid(device).map_err(failed(&what))?;
+        let uuid = uuid.bytes.iter().enumerate();
+        let uuid = uuid.fold(0, |folded, (i, &byte)| folded ^ u64::from(byte as u8) << (8 * (i % 8)));
         // SAFETY: the device exists; its primary context lives until the process ends.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed(&what))?;
         // SAFETY: just retained.
@@ -62,12 +66,17 @@ impl Gpu {
         if let Some((name, _)) = KERNELS.iter().find(|(name, _)| !functions.contains_key(name)) {
             return Err(OpError::Backend(format!("kernel {name} is in none of the embedded images")));
         }
-        Ok(Self { device, context, stream, functions, compute_capability: gpu.compute_capability })
+        Ok(Self { device, context, stream, functions, compute_capability: gpu.compute_capability, uuid })
     }
 
     /// Major and minor number of its architecture.
     pub fn compute_capability(&self) -> (i32, i32) {
         self.compute_capability
+    }
+
+    /// Its UUID's halves, one over the other: what tells it from others, of other machines too.
+    pub fn uuid(&self) -> u64 {
+        self.uuid
     }
 
     /// The driver's number of it.

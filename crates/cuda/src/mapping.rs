@@ -191,6 +191,7 @@ impl Handle {
     pub fn memory(device: &Device, size: usize, reach: Reach) -> Result<Self> {
         #[cfg(feature = "emulate")]
         if let Some(channel) = device.imex_channel() {
+            let channel = (reach == Reach::Fabric).then_some(channel);
             return Ok(Self(Kind::Emulated(emulated::Shared::memory(size, channel)?)));
         }
         let (gpu, mut handle) = (device.expect_gpu()?, 0);
@@ -205,6 +206,7 @@ impl Handle {
     pub fn multicast(device: &Device, world: usize, size: usize, reach: Reach) -> Result<Self> {
         #[cfg(feature = "emulate")]
         if let Some(channel) = device.imex_channel() {
+            let channel = (reach == Reach::Fabric).then_some(channel);
             return Ok(Self(Kind::Emulated(emulated::Shared::multicast(world, size, channel)?)));
         }
         device.expect_gpu()?.bind()?;
@@ -227,7 +229,7 @@ impl Handle {
                 Ok(name)
             }
             #[cfg(feature = "emulate")]
-            Kind::Emulated(shared) => Ok(shared.export()),
+            Kind::Emulated(shared) => shared.export(),
         }
     }
 

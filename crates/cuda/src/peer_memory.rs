@@ -95,11 +95,13 @@ impl PeerMemory {
             return Ok(None);
         }
         let (mut ids, mut regions) = ([0; MOST_RANKS], [0; MOST_RANKS]);
-        member.share(device.id(), &mut ids[..rank.world])?;
-        let apart = access != PeerAccess::Auto || all_differ(&ids[member.local()]);
-        let shown = match member.local().len() < rank.world {
+        let over_nodes = member.local().len() < rank.world;
+        member.share(if over_nodes { device.uuid() } else { device.id() }, &mut ids[..rank.world])?;
+        let ids = &ids[..rank.world];
+        let apart = access != PeerAccess::Auto || (1..ids.len()).all(|i| !ids[..i].contains(&ids[i]));
+        let shown = match over_nodes {
             true => Regions::connect(device, member, REGION, apart.then_some(()).ok_or_else(share_a_gpu))?,
-            false => in_one_process(device, member, &ids[..rank.world], apart)?,
+            false => in_one_process(device, member, ids, apart)?,
         };
         let Some(Regions { own: region, others, addresses }) = shown else { return Ok(None) };
         regions[..rank.world].copy_from_slice(&addresses);
@@ -118,7 +120,7 @@ impl PeerMemory {
         table.write(WINDOW, bytes(&window.as_ref().map_or([0; 2], |window| [window.own(), window.all()])))?;
         device.synchronize()?;
         // Nobody leaves before all have what their kernels need.
-        member.share(0, &mut ids[..rank.world])?;
+        member.share(0, &mut regions[..rank.world])?;
         let (device, always_multicast) = (device.clone(), access == PeerAccess::Multicast);
         Ok(Some(Self {
             device,
@@ -269,10 +271,6 @@ fn in_one_process(device: &Device, member: &Member, ids: &[u64], apart: bool) ->
     member.share(own.as_ref().map_or(0, Buffer::address), &mut addresses)?;
     let own = own.filter(|_| !addresses.contains(&0));
     Ok(own.map(|own| Regions { own, others: Vec::new(), addresses }))
-}
-
-fn all_differ(ids: &[u64]) -> bool {
-    (1..ids.len()).all(|i| !ids[..i].contains(&ids[i]))
 }
 
 fn share_a_gpu() -> OpError {
