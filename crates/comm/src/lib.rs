@@ -214,7 +214,7 @@ impl Member {
         self.shared.local()
     }
 
-    /// Whether no rank is known to have failed, nor a node to be gone: for who waits elsewhere than in a collective.
+    /// Whether no rank is known to have failed, on another node neither, nor a node to be gone: for who waits elsewhere than in a collective.
     ///
     /// # Errors
     /// If one has, or is.
@@ -224,7 +224,8 @@ impl Member {
             End::Lost(failed) => Some(failed),
             End::Bye => None,
         };
-        failed.or_else(lost).map_or(Ok(()), Err)
+        let heard = || self.shared.nodes.as_ref()?.heard();
+        failed.or_else(lost).or_else(heard).map_or(Ok(()), Err)
     }
 
     /// Makes `x` the sum of all ranks' `x`, added in the order of the ranks: the same bits on each.

@@ -13,6 +13,9 @@ use crate::Failed;
 use crate::frame::{self, Kind, MOST};
 use crate::pulse::{End, Health};
 
+/// Longest frame that is looked at before it is received.
+const MOST_HEARD: usize = 4 << 10;
+
 /// What each rank of the world shows, on two sides.
 pub(crate) type Shown = [[RwLock<Vec<f32>>; 2]];
 
@@ -72,6 +75,19 @@ impl Link {
 
     fn receive(&mut self) -> io::Result<(Kind, u32)> {
         frame::receive(&mut self.stream, MOST, &mut self.body)
+    }
+
+    /// What the other side says has failed in this step, if that is what comes next; it stays to be received.
+    fn heard(&mut self, step: u32) -> Option<Failed> {
+        let mut bytes = [0; MOST_HEARD];
+        self.stream.set_nonblocking(true).ok()?;
+        let came = self.stream.peek(&mut bytes);
+        // Errors are those of whoever receives next.
+        self.stream.set_nonblocking(false).ok()?;
+        match frame::receive(&mut &bytes[..came.ok()?], MOST_HEARD, &mut self.body) {
+            Ok((Kind::Failed, of)) if of == step => Some(self.failed()),
+            _ => None,
+        }
     }
 
     /// What the other side says has failed.
@@ -312,6 +328,14 @@ impl Nodes {
             None => link.send(Kind::Done, step, &[]),
         };
         sent.map_err(|error| self.lose(link, &error))
+    }
+
+    /// What has failed in the open step on a node that has said so already; waits for nobody.
+    pub fn heard(&self) -> Option<Failed> {
+        // Who holds it hears for itself.
+        let mut wire = self.wire.try_lock().ok()?;
+        let Wire { step, links } = &mut *wire;
+        links.iter_mut().find_map(|link| link.heard(*step))
     }
 
     /// Tells the others that this process cannot go on, before steps begin.

@@ -143,6 +143,47 @@ fn a_step_that_fails_on_one_node_fails_on_all_and_no_other_does() {
     }
 }
 
+/// Waits as for work that only the other ranks could end.
+fn wait(group: &Group) -> Failed {
+    let members = group.members();
+    loop {
+        match members[0].check() {
+            Ok(()) => std::thread::yield_now(),
+            Err(failed) => return failed,
+        }
+    }
+}
+
+#[test]
+fn who_waits_elsewhere_than_in_a_collective_hears_of_a_rank_that_failed_on_another_node() {
+    let groups = join(3, 3);
+    let failed = |rank| Failed { rank, reason: "no memory".into() };
+    for faulty in [0, 1, 2] {
+        groups[0].begin(&[]);
+        std::thread::scope(|scope| {
+            for node in [1, 2] {
+                let group = &groups[node];
+                scope.spawn(move || {
+                    assert_eq!(group.next(&mut Vec::new()), Ok(true));
+                    if node != faulty {
+                        assert_eq!(wait(group), failed(faulty));
+                    }
+                    group.fail(faulty, "no memory".into());
+                    group.done().expect("node 0 stays");
+                });
+            }
+            if faulty != 0 {
+                assert_eq!(wait(&groups[0]), failed(faulty));
+            }
+            groups[0].fail(faulty, "no memory".into());
+            groups[0].end();
+        });
+        assert_eq!(groups[0].mend(), Some(failed(faulty)));
+    }
+    // What was heard and what was left over is of no other step.
+    assert_eq!(steps(&groups, 2, &[]), [Ok(()), Ok(())]);
+}
+
 #[test]
 fn nodes_agree_and_hear_of_one_that_withdraws() {
     let groups = join(3, 3);
