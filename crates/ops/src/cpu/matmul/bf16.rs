@@ -153,15 +153,15 @@ unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
     }
 }
 
-/// Rows that go over all tiles together. Their activations stay in the second-level cache; where tiles are widened for
-/// them, they are as many as it has room for, in blocks of one size, so that this costs little beside what follows.
+/// Rows that go over all tiles together: where tiles are widened for them, many, so that widening, which waits for
+/// memory, costs little beside what follows; their activations come from the second- or third-level cache, two bytes a dot
+/// product. Plain tiles are read anew for each block and not waited for, if its activations stay in the second-level cache.
 fn row_block(job: &Job<'_>) -> usize {
-    const CACHE: usize = 512 << 10;
-    const LEAST: usize = 10 * ROWS;
+    const MOST: usize = 86 * ROWS;
     match job.compact {
-        None => LEAST,
+        None => 10 * ROWS,
         Some(_) => {
-            let blocks = job.rows.div_ceil((CACHE / (4 * pairs(job))).max(LEAST));
+            let blocks = job.rows.div_ceil(MOST);
             job.rows.div_ceil(blocks).next_multiple_of(ROWS)
         }
     }
