@@ -27,7 +27,7 @@ pub struct ModelSettings {
     #[arg(long, env = "RUDDER_CACHE", value_name = "FOLDER")]
     pub cache: Option<PathBuf>,
     /// Where weights come from: the model's files, or random numbers in its shape (auto, dummy), to measure with
-    /// `rudder bench throughput`; the model is then llama-3.1-8b, qwen3-8b, qwen3-coder-30b-a3b (each also with -fp8), gpt-oss-20b or
+    /// `rudder bench throughput`; the model is then llama-3.1-8b, qwen3-8b, qwen3-coder-30b-a3b (each also with -fp8), gpt-oss-20b, tiny or
     /// a folder with a config.json [default: auto]
     #[arg(long, env = "RUDDER_LOAD_FORMAT", value_name = "FORMAT", value_enum)]
     pub load_format: Option<LoadFormat>,
