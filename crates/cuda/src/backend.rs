@@ -510,6 +510,13 @@ impl Backend for Cuda {
         }
     }
 
+    fn end(&mut self) -> Result<()> {
+        match &mut self.peers {
+            Some(peers) => peers.end(),
+            None => self.device.flush(),
+        }
+    }
+
     fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()> {
         self.expect_rows(logits, rows)?;
         if rows.is_empty() {
@@ -608,6 +615,25 @@ mod tests {
         let found = cuda.to_host(&out)?;
         assert!(found.iter().all(|x| (*x > 1.0) == (found[0] > 1.0)));
         Ok(found[0] > 1.0)
+    }
+
+    #[test]
+    fn what_a_decode_step_kept_back_is_queued_when_it_ends() -> Result<()> {
+        let mut cuda = Cuda::emulated()?;
+        let (table, mut x) = (cuda.load_embedding(&ones(&[1, 64]))?, cuda.tensor(1, 64)?);
+        let mut batch = Batch::default();
+        batch.push(&[0], 0, &[0], 1);
+        cuda.begin(&batch)?;
+        cuda.embed(&table, &mut x)?;
+        let found = || {
+            let mut found = [0f32; 64];
+            crate::emulated::read(x.buffer.address(), crate::step::bytes_mut(&mut found));
+            found
+        };
+        assert_eq!(found(), [0.0; 64]);
+        cuda.end()?;
+        assert_eq!(found(), [1.0; 64]);
+        Ok(())
     }
 
     #[test]

@@ -203,7 +203,7 @@ impl Peers {
     }
 
     /// Waits until all of the step is done that this rank has queued, and ends it.
-    fn end(&mut self) -> Result<()> {
+    pub fn end(&mut self) -> Result<()> {
         let waited = match (&self.nccl, self.direct) {
             (Some(nccl), _) => nccl.wait(&self.member),
             (None, true) => self.wait(),
@@ -262,7 +262,7 @@ impl Peers {
         x.buffer.write(0, bytes(part))
     }
 
-    /// Puts the ranks' parts side by side on rank 0, and ends the step.
+    /// Puts the ranks' parts side by side on rank 0.
     pub fn gather_columns(&mut self, x: &Tensor, mut whole: Option<&mut Tensor>) -> Result<()> {
         x.expect_f32("what ranks gather")?;
         if let Some(out) = &mut whole {
@@ -271,14 +271,11 @@ impl Peers {
         if let Some(memory) = self.memory.as_mut().filter(|_| self.direct)
             && memory.can_gather(&self.member, x.width)?
         {
-            memory.gather(x, whole.as_deref())?;
-            return self.end();
+            return memory.gather(x, whole.as_deref());
         }
         if let Some(nccl) = &mut self.nccl {
-            nccl.gather(&self.member, x, whole.as_deref())?;
-            return self.end();
+            return nccl.gather(&self.member, x, whole.as_deref());
         }
-        self.end()?;
         let part = sized(&mut self.part, x.elements());
         x.buffer.read(0, bytes_mut(part))?;
         let part = &self.part[..x.elements()];
@@ -359,6 +356,7 @@ mod tests {
                 // Where one rank alone does not end a step, it was after the gathering.
                 let state = peers.state;
                 peers.gather_columns(&x, whole.as_mut())?;
+                peers.end()?;
                 if let Some(whole) = &whole {
                     let mut columns = [0f32; 12];
                     whole.buffer.read(0, bytes_mut(&mut columns))?;

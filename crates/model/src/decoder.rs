@@ -265,10 +265,10 @@ impl<B: Backend> Model for Decoder<B> {
             false => backend.rms_norm(&mut w.output, None, norm, eps, &mut w.output_normed)?,
         }
         backend.linear(&w.output_normed, &self.output, None, &mut w.logits)?;
-        match backend.rank().world {
-            1 => Ok(()),
-            _ => backend.gather_columns(&w.logits, w.all_logits.as_mut()),
+        if backend.rank().world > 1 {
+            backend.gather_columns(&w.logits, w.all_logits.as_mut())?;
         }
+        backend.end()
     }
 
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {

@@ -342,6 +342,13 @@ pub trait Backend: Send + Sized + 'static {
     fn gather_columns(&mut self, _part: &Self::Tensor, _whole: Option<&mut Self::Tensor>) -> Result<()> {
         Err(OpError::Backend(format!("{} runs a model on one rank", self.name())))
     }
+    /// Ends the step after its last op: what was kept back of it is queued. It may still run.
+    ///
+    /// # Errors
+    /// If the step failed; where it still runs, that is told when something of it is read.
+    fn end(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Draws one token from every row of `logits` as `rows` ask; writes one [`Sampled`] a row.
     /// A row whose logits are not finite reports [`Sampled::fault`] and harms no other row.
     fn sample(
