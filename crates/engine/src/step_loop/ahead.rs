@@ -60,7 +60,7 @@ impl StepLoop {
     pub(super) fn take_off(&mut self, plan: &StepPlan) {
         match self.queue_forward() {
             Ok(()) => self.flight = Some(Flight { began: Instant::now(), steps: 0 }),
-            Err(message) => self.end_step(plan, Err(message), Duration::ZERO),
+            Err(message) => self.end_step(plan, Err(message), Duration::ZERO, false),
         }
     }
 
@@ -73,20 +73,20 @@ impl StepLoop {
         let (mut plan, mut next) = (std::mem::take(&mut self.plan), std::mem::take(&mut self.next));
         self.await_masks(&plan);
         if let Err(message) = self.with_rows(&plan, |model, rows, _| model.draw(rows)) {
-            self.end_step(&plan, Err(message), Duration::ZERO);
+            self.end_step(&plan, Err(message), Duration::ZERO, false);
         } else {
             let queued = self.plan_next(flight, &plan, &mut next).then(|| {
                 self.fill_drawn(&plan, &next);
                 self.queue_forward()
             });
-            let landed = self.land(&plan, flight);
+            let landed = self.land(&plan, flight, matches!(queued, Some(Ok(()))));
             match queued {
                 Some(Ok(())) => {
                     std::mem::swap(&mut plan, &mut next);
                     self.flight = Some(Flight { began: landed, steps: flight.steps + 1 });
                     self.disturbed |= self.look_for_drafts();
                 }
-                Some(Err(message)) => self.end_step(&next, Err(message), Duration::ZERO),
+                Some(Err(message)) => self.end_step(&next, Err(message), Duration::ZERO, false),
                 None => {}
             }
         }
@@ -126,8 +126,8 @@ impl StepLoop {
         guarded(|| model.forward(batch))
     }
 
-    /// Waits for what a step drew and hands it out; returns when it came.
-    fn land(&mut self, plan: &StepPlan, flight: Flight) -> Instant {
+    /// Waits for what a step drew and hands it out, beside the next step if that runs; returns when it came.
+    fn land(&mut self, plan: &StepPlan, flight: Flight, next_runs: bool) -> Instant {
         let (model, sampled) = (&mut self.model, &mut self.sampled);
         let outcome =
             guarded(|| model.drawn(sampled)).and_then(|()| match sampled.len() == plan.chunks.len() {
@@ -135,7 +135,7 @@ impl StepLoop {
                 false => Err("the sampler did not answer every row".into()),
             });
         let landed = Instant::now();
-        self.end_step(plan, outcome, landed - flight.began);
+        self.end_step(plan, outcome, landed - flight.began, next_runs);
         landed
     }
 }

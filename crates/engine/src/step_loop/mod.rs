@@ -259,11 +259,11 @@ impl StepLoop {
         }
         let began = Instant::now();
         let outcome = self.compute(plan);
-        self.end_step(plan, outcome, began.elapsed());
+        self.end_step(plan, outcome, began.elapsed(), false);
     }
 
-    /// A step ran, or failed, after so long: what it drew is handed out.
-    fn end_step(&mut self, plan: &StepPlan, outcome: Result<(), String>, took: Duration) {
+    /// A step ran, or failed, after so long: what it drew is handed out, while the next one runs or before.
+    fn end_step(&mut self, plan: &StepPlan, outcome: Result<(), String>, took: Duration, next_runs: bool) {
         let computed = Instant::now();
         match outcome {
             Ok(()) => {
@@ -280,7 +280,9 @@ impl StepLoop {
             }
         }
         self.stats.steps += 1;
-        self.pace.record(plan, took + computed.elapsed());
+        // What is done beside the next step is part of its time.
+        let after = if next_runs { Duration::ZERO } else { computed.elapsed() };
+        self.pace.record(plan, took + after);
         self.scheduler.limit_prefill(self.pace.prefill_limit());
     }
 
