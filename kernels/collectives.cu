@@ -1,4 +1,5 @@
-// Sums over ranks whose GPUs read each other's memory, for what tensor parallelism adds up twice a layer, and the gathering of their logits.
+// Sums over ranks whose GPUs read each other's memory, for what tensor parallelism adds up twice a layer, the gathering of their logits, and the
+// telling of the tokens that one of them draws from these.
 //
 // Every rank has a region that all others reach: flags, then two sides that its parts are shown on, used in turn. A block of a rank meets the
 // same block of all others, so that no grid waits as a whole; what a block shows is what the same block of the others reads. Launches
@@ -278,6 +279,23 @@ all_reduce_norm_multicast(const Peers* peers, const float* delta, float* x, cons
     norm_rows(window, x, weight, eps, Narrow{out, codes, scales, rows, width});
 }
 KERNEL(all_reduce_norm_multicast)
+
+// `embed` (rows.cu) of the tokens that rank 0 knows or drew, which it shows to all.
+extern "C" __global__ void __launch_bounds__(256)
+embed_from_first(const Peers* peers, const uint32_t* tokens, const uint32_t* drawn, const uint4* results, const void* table, int table_f32, float* out,
+                 int rows, int width) {
+    const uint32_t epoch = next_epoch(peers);
+    if (blockIdx.x >= static_cast<unsigned>(rows)) return;
+    const Shown shown(peers, epoch);
+    // The block's rows, a thread each.
+    const int first = blockIdx.x + threadIdx.x * gridDim.x, step = blockDim.x * gridDim.x;
+    if (peers->rank == 0)
+        for (int row = first; row < rows; row += step) reinterpret_cast<uint32_t*>(shown.mine)[row] = token_of(row, tokens, drawn, results);
+    meet(peers, epoch + 1);
+    for (int row = blockIdx.x; row < rows; row += gridDim.x)
+        embed_row(reinterpret_cast<const uint32_t*>(shown.of[0])[row], table, table_f32, out + static_cast<size_t>(row) * width, width);
+}
+KERNEL(embed_from_first)
 
 // Puts the ranks' parts, each `rows` rows of its width that fit a side, side by side into `whole` on the rank that gives it.
 extern "C" __global__ void __launch_bounds__(512) gather_parts(const Peers* peers, const float* part, float* whole, int rows) {

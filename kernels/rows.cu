@@ -3,16 +3,10 @@
 // All are bound by memory. A row's result is computed the same way whatever other rows there are.
 #include "rows.cuh"
 
-#define KNOWN 0xffffffffu
-
-// out[row] = table[token of the row]: tokens[row], or what the step before drew for its output drawn[row], the first word of its Result
-// (sample.cu), which the host may not have seen yet. One block a row.
+// out[row] = table[token of the row], which may have been drawn (token_of). One block a row.
 extern "C" __global__ void embed(const uint32_t* tokens, const uint32_t* drawn, const uint4* results, const void* table, int table_f32,
                                  float* out, int width) {
-    uint32_t token = tokens[blockIdx.x];
-    if (drawn && drawn[blockIdx.x] != KNOWN) token = results[drawn[blockIdx.x]].x;
-    const size_t from = static_cast<size_t>(token) * width, to = static_cast<size_t>(blockIdx.x) * width;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) out[to + i] = load(table, table_f32, from + i);
+    embed_row(token_of(blockIdx.x, tokens, drawn, results), table, table_f32, out + static_cast<size_t>(blockIdx.x) * width, width);
 }
 KERNEL(embed)
 

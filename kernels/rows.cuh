@@ -1,6 +1,20 @@
-// Four elements of a row a thread: reading and writing them, and rows as matrices read them, in bf16 and FP8.
+// Rows of activations as they come, by tokens, and as matrices read them, in bf16 and FP8, four elements a thread.
 #pragma once
 #include "common.cuh"
+
+#define KNOWN 0xffffffffu
+
+// A row's token: tokens[row], or what the step before drew for its output drawn[row], the first word of its Result (sample.cu), which the host
+// may not have seen yet.
+__device__ __forceinline__ uint32_t token_of(int row, const uint32_t* tokens, const uint32_t* drawn, const uint4* results) {
+    return drawn && drawn[row] != KNOWN ? results[drawn[row]].x : tokens[row];
+}
+
+// A token's row of the table, by the whole block.
+__device__ __forceinline__ void embed_row(uint32_t token, const void* table, int table_f32, float* out, int width) {
+    const size_t from = static_cast<size_t>(token) * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) out[i] = load(table, table_f32, from + i);
+}
 
 // Four elements of a row from `i` on, zeros behind its end.
 __device__ __forceinline__ void read_four(float (&v)[4], const float* row, int i, int width) {

@@ -350,12 +350,19 @@ impl Backend for Cuda {
         if let Some(peers) = &mut self.peers {
             peers.give_up_unfinished();
         }
-        self.answers = self.sampler.answers(&batch.drawn)?;
+        self.answers = match self.rank().index {
+            0 => self.sampler.answers(&batch.drawn)?,
+            _ => Arg::NULL, // rank 0 shows what it drew
+        };
         self.step.set(batch, &self.device)?;
-        if let Some(peers) = &mut self.peers {
-            peers.begin()?;
-        }
         self.gathers = is_decode(batch);
+        if let Some(peers) = &mut self.peers {
+            peers.begin(self.gathers)?;
+            check(batch.drawn.is_empty() || peers.in_flight().is_some(), || {
+                "tokens that rank 0 drew are told in each other's memory, which the ranks do not reach"
+                    .to_owned()
+            })?;
+        }
         self.gather_on()
     }
 
@@ -372,8 +379,13 @@ impl Backend for Cuda {
             (&table.buffer).into(),
             table.is_f32.into(),
             (&*out).into(),
-            table.hidden.into(),
         ];
+        let width = table.hidden;
+        if let Some(memory) = self.peers.as_ref().and_then(Peers::in_flight) {
+            return memory.embed(args, rows, width);
+        }
+        let [tokens, drawn, answers, table, is_f32, out] = args;
+        let args = [tokens, drawn, answers, table, is_f32, out, width.into()];
         self.device.launch("embed", Grid::new(rows, 256), 0, &args)
     }
 
@@ -530,7 +542,7 @@ impl Backend for Cuda {
     }
 
     fn draws_ahead(&self) -> bool {
-        true
+        self.peers.as_ref().is_none_or(Peers::draws_ahead)
     }
 
     fn draw(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<()> {
@@ -540,6 +552,10 @@ impl Backend for Cuda {
 
     fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<()> {
         self.sampler.drawn(out)
+    }
+
+    fn landed(&mut self) -> Result<()> {
+        self.peers.as_mut().map_or(Ok(()), Peers::landed)
     }
 
     fn to_host(&mut self, x: &Tensor) -> Result<Vec<f32>> {

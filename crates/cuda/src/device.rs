@@ -98,6 +98,7 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("all_reduce_norm", 0),
     ("all_reduce_norm_multicast", 0),
     ("gather_parts", 0),
+    ("embed_from_first", 0),
 ];
 
 /// Three stages of two tiles of 128 x 64 bf16.

@@ -141,6 +141,7 @@ impl PeerMemory {
     /// If a rank failed.
     pub fn reset(&mut self, member: &Member) -> Result<()> {
         let mut all = [0; MOST_RANKS];
+        self.give_up(); // what is still queued may wait for what others did not queue
         self.device.synchronize()?;
         member.share(0, &mut all[..self.rank.world])?; // no kernel of theirs writes to the region any more
         self.broken.memory()?[..4].fill(0);
@@ -218,6 +219,15 @@ impl PeerMemory {
 }
 
 impl PeerMemory {
+    /// `embed` of the tokens that rank 0 knows or drew, into so many rows of such a width. The arguments are what the kernel takes between the
+    /// ranks and these.
+    pub fn embed(&self, args: [Arg; 6], rows: usize, width: usize) -> Result<()> {
+        let [tokens, drawn, results, table, is_f32, out] = args;
+        let args =
+            [(&self.table).into(), tokens, drawn, results, table, is_f32, out, rows.into(), width.into()];
+        self.device.launch("embed_from_first", Grid::new(BLOCKS, 256), 0, &args)
+    }
+
     /// Whether parts of such a width on this rank can be gathered. Ranks that gather for the first time tell each other their widths: all call
     /// it, and all are told the same.
     ///

@@ -4,6 +4,9 @@
 //! These, and all sums elsewhere, are NCCL's ([`crate::nccl`]). Without that library, what ranks add up is copied to the host,
 //! summed there in the order of the ranks and copied back: that works between any devices and is slow, two copies and a wait for each of a
 //! layer's two sums. The kernels and the host give the same bits, NCCL others, and so do kernels that have a switch add up.
+//!
+//! A decode step of kernels alone flies: nobody waits for its end. What it draws tells that it has come ([`Peers::landed`]), and the step after it may
+//! be queued before, on tokens that rank 0 shows. Everything else is waited for.
 
 use crate::device::Device;
 use crate::nccl::Nccl;
@@ -92,7 +95,7 @@ enum State {
     New,
     /// The ranks can be connected.
     Settled,
-    /// They are, and the last step ended well.
+    /// They are, and the last step ended well, or is in flight.
     Ready,
     /// They are, and it did not.
     Broken,
@@ -109,6 +112,8 @@ pub(crate) struct Peers {
     memory: Option<PeerMemory>,
     /// Whether the open step's sums are the kernels'.
     direct: bool,
+    /// Whether nobody waits for the open step at its end.
+    flies: bool,
     library: Library,
     /// The communicator, if the ranks have one.
     nccl: Option<Nccl>,
@@ -137,6 +142,7 @@ impl Peers {
             state,
             memory: None,
             direct: false,
+            flies: false,
             library,
             nccl: None,
             part: Vec::new(),
@@ -155,9 +161,9 @@ impl Peers {
         }
     }
 
-    /// Begins a step: decides with the other ranks by which ways its sums go.
-    pub fn begin(&mut self) -> Result<()> {
-        self.direct = false;
+    /// Begins a step, which only decodes or does not: decides with the other ranks by which ways its sums go.
+    pub fn begin(&mut self, decodes: bool) -> Result<()> {
+        (self.direct, self.flies) = (false, false);
         self.member.share(self.state as u64 | (self.library as u64) << 32, &mut self.told)?;
         match Connection::of(self.told.iter().map(|told| told >> 32)) {
             Connection::Keep => self.library = Library::Broken, // until the step has ended well
@@ -187,14 +193,15 @@ impl Peers {
             }
         }
         self.direct = self.memory.is_some();
+        self.flies = self.direct && decodes && self.is_one_process();
         // Until the step has ended well.
         self.state = if self.direct { State::Broken } else { State::Host };
         Ok(())
     }
 
-    /// The way of a sum of so many bytes in the open step.
+    /// The way of a sum of so many bytes in the open step. NCCL's have to be waited for.
     pub fn way(&self, bytes: usize) -> Way {
-        way(self.direct, self.nccl.is_some(), bytes)
+        way(self.direct, self.nccl.is_some() && !self.flies, bytes)
     }
 
     /// The communicator.
@@ -202,8 +209,36 @@ impl Peers {
         self.nccl.as_ref()
     }
 
-    /// Waits until all of the step is done that this rank has queued, and ends it.
+    /// Whether steps may go on from tokens that nobody has seen.
+    pub fn draws_ahead(&self) -> bool {
+        self.state == State::Ready && self.is_one_process()
+    }
+
+    /// Whether all ranks are of this process, so that it knows of all of them whether they waited in vain.
+    fn is_one_process(&self) -> bool {
+        self.member.local().len() == self.rank().world
+    }
+
+    /// Whether what was queued up to the draw that has come was right, of the kernels' ways. What it says of a later step counts for nothing.
+    pub fn landed(&mut self) -> Result<()> {
+        let Some(memory) = &mut self.memory else { return Ok(()) };
+        if memory.is_broken()? {
+            self.state = State::Broken;
+            return Err(late());
+        }
+        Ok(())
+    }
+
+    /// Ends the step, all of which this rank has queued: waits until it is done, unless it flies.
     pub fn end(&mut self) -> Result<()> {
+        if self.flies {
+            self.device.flush()?;
+            self.state = State::Ready;
+            if self.nccl.is_some() {
+                self.library = Library::Ready;
+            }
+            return Ok(());
+        }
         let waited = match (&self.nccl, self.direct) {
             (Some(nccl), _) => nccl.wait(&self.member),
             (None, true) => self.wait(),
@@ -254,6 +289,11 @@ impl Peers {
         self.memory.as_ref().filter(|_| self.direct)
     }
 
+    /// The same, if nobody waits for the open step at its end.
+    pub fn in_flight(&self) -> Option<&PeerMemory> {
+        self.memory.as_ref().filter(|_| self.flies)
+    }
+
     /// Makes `x` the sum over the ranks, through the host.
     pub fn all_reduce_on_host(&mut self, x: &Tensor) -> Result<()> {
         let part = sized(&mut self.part, x.elements());
@@ -273,6 +313,7 @@ impl Peers {
         {
             return memory.gather(x, whole.as_deref());
         }
+        self.flies = false; // what else gathers is waited for
         if let Some(nccl) = &mut self.nccl {
             return nccl.gather(&self.member, x, whole.as_deref());
         }
@@ -327,10 +368,13 @@ mod tests {
     use std::net::TcpListener;
     use std::process::{Command, Stdio};
 
-    /// Runs steps on two ranks, of one node or two. `work` is told the step, and says whether its rank ends it; returns by which way each step's
-    /// sums went.
+    /// Nodes, and whether steps only decode.
+    const KINDS: [(usize, bool); 4] = [(1, false), (1, true), (2, false), (2, true)];
+
+    /// Runs steps on two ranks, of one node or two, which only decode or do not. `work` is told the step, and says whether its rank ends it; returns
+    /// by which way each step's sums went.
     fn steps(
-        nodes: usize,
+        (nodes, decodes): (usize, bool),
         access: PeerAccess,
         count: usize,
         work: impl Fn(usize, Rank) -> bool + Sync,
@@ -343,8 +387,10 @@ mod tests {
             let mut peers = Peers::new(member, &device, access);
             let mut ways = Vec::new();
             for step in 0..count {
-                peers.begin()?;
+                peers.begin(decodes)?;
                 ways.push(peers.memory().is_some());
+                let connected = peers.memory().is_some();
+                assert_eq!(peers.in_flight().is_some(), connected && decodes && nodes == 1);
                 x.buffer.write(0, bytes(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0]))?;
                 match peers.memory() {
                     Some(memory) => memory.all_reduce(&x)?,
@@ -357,6 +403,8 @@ mod tests {
                 let state = peers.state;
                 peers.gather_columns(&x, whole.as_mut())?;
                 peers.end()?;
+                assert_eq!(peers.draws_ahead(), connected && nodes == 1);
+                peers.landed()?;
                 if let Some(whole) = &whole {
                     let mut columns = [0f32; 12];
                     whole.buffer.read(0, bytes_mut(&mut columns))?;
@@ -377,31 +425,67 @@ mod tests {
 
     #[test]
     fn sums_go_through_the_host_until_a_step_has_ended_on_all_ranks() {
+        for kind in KINDS {
+            let steps = |access, count| steps(kind, access, count, |_, _| true);
+            assert_eq!(steps(PeerAccess::Auto, 3), [false, true, true]);
+            assert_eq!(steps(PeerAccess::Never, 2), [false; 2]);
+            assert_eq!(steps(PeerAccess::Always, 2), [true; 2]);
+            assert_eq!(steps(PeerAccess::Multicast, 2), [true; 2]);
+        }
         for nodes in [1, 2] {
-            assert_eq!(steps(nodes, PeerAccess::Auto, 3, |_, _| true), [false, true, true]);
-            assert_eq!(
-                steps(nodes, PeerAccess::Auto, 4, |step, rank| step > 0 || rank.index > 0),
-                [false, false, true, true]
-            );
-            assert_eq!(steps(nodes, PeerAccess::Never, 2, |_, _| true), [false; 2]);
-            assert_eq!(steps(nodes, PeerAccess::Always, 2, |_, _| true), [true; 2]);
-            assert_eq!(steps(nodes, PeerAccess::Multicast, 2, |_, _| true), [true; 2]);
+            let ended = |step: usize, rank: Rank| step > 0 || rank.index > 0;
+            assert_eq!(steps((nodes, false), PeerAccess::Auto, 4, ended), [false, false, true, true]);
         }
     }
 
     #[test]
     fn a_step_that_a_rank_did_not_end_is_followed_by_whole_ones() {
-        for (nodes, faulty) in [(1, 0), (1, 1), (2, 0), (2, 1)] {
+        for (kind, faulty) in KINDS.into_iter().flat_map(|kind| [(kind, 0), (kind, 1)]) {
             let ended = |step: usize, rank: Rank| step % 2 == 1 || rank.index != faulty;
-            assert_eq!(steps(nodes, PeerAccess::Always, 5, ended), [true; 5]);
-            assert_eq!(steps(nodes, PeerAccess::Multicast, 5, ended), [true; 5]);
+            assert_eq!(steps(kind, PeerAccess::Always, 5, ended), [true; 5]);
+            assert_eq!(steps(kind, PeerAccess::Multicast, 5, ended), [true; 5]);
         }
     }
 
-    /// Begins a step and sums in it; what is gathered ends it.
+    #[test]
+    fn a_rank_that_waited_in_vain_says_so_when_the_draw_has_come_and_all_go_on() {
+        let run = |member: Member| {
+            let device = Device::emulated();
+            let (mut x, rank) = (Tensor::new(&device, 1, 4)?, member.rank().index);
+            x.set(1, 4, Format::F32)?;
+            let mut whole = (rank == 0).then(|| Tensor::new(&device, 1, 8)).transpose()?;
+            let mut peers = Peers::new(member, &device, PeerAccess::Always);
+            for faulty in [None, Some(0), None, None, Some(1), None] {
+                peers.begin(true)?;
+                let memory = peers.in_flight().expect("they reach each other");
+                memory.all_reduce(&x)?;
+                peers.gather_columns(&x, whole.as_mut())?;
+                peers.end()?;
+                if faulty == Some(rank) {
+                    peers.memory().expect("as above").give_up();
+                }
+                assert_eq!(
+                    (peers.landed().is_ok(), peers.draws_ahead()),
+                    (faulty != Some(rank), faulty != Some(rank))
+                );
+            }
+            peers.member.share(0, &mut [0; 2])?; // nobody reads the other's memory any more
+            Ok::<_, OpError>(())
+        };
+        let ended = on_all(&groups(1, 2), run).into_iter().collect::<Result<Vec<_>>>();
+        ended.expect("no rank fails");
+    }
+
+    /// Begins a step and sums in it.
     fn sum(peers: &mut Peers, x: &mut Tensor) -> Result<()> {
-        peers.begin()?;
+        peers.begin(false)?;
         peers.memory().expect("the nodes reach each other").all_reduce(x)
+    }
+
+    /// Ends it.
+    fn gather(peers: &mut Peers, x: &Tensor, whole: Option<&mut Tensor>) -> Result<()> {
+        peers.gather_columns(x, whole)?;
+        peers.end()
     }
 
     /// Tells the other process of the test where node 0 is.
@@ -421,8 +505,8 @@ mod tests {
         if let Ok(address) = std::env::var(VARIABLE) {
             let group = Group::follow(&address, 1, &terms(2, 2), patience).expect("it joins");
             let mut peers = peers(&group);
-            sum(&mut peers, &mut x).and_then(|()| peers.gather_columns(&x, None)).expect("a whole step");
-            peers.begin().expect("node 0 is there");
+            sum(&mut peers, &mut x).and_then(|()| gather(&mut peers, &x, None)).expect("a whole step");
+            peers.begin(false).expect("node 0 is there");
             std::process::abort();
         }
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
@@ -433,11 +517,11 @@ mod tests {
         let group = Group::lead(listener, &terms(2, 2), patience).expect("it joins");
         let mut peers = peers(&group);
         sum(&mut peers, &mut x)
-            .and_then(|()| peers.gather_columns(&x, Some(&mut whole)))
+            .and_then(|()| gather(&mut peers, &x, Some(&mut whole)))
             .expect("a whole step");
         // Here the kernel waits until it gives up.
         sum(&mut peers, &mut x).expect("it is launched");
-        let error = peers.gather_columns(&x, Some(&mut whole)).expect_err("a rank is gone").to_string();
+        let error = gather(&mut peers, &x, Some(&mut whole)).expect_err("a rank is gone").to_string();
         assert!(error.contains("node 1 at 127.0.0.1 is gone"), "{error}");
         assert!(group.lost().is_some_and(|failed| failed.rank == 1));
         assert!(!other.wait().expect("it has ended").success());

@@ -1659,6 +1659,43 @@ fn norms_of_sums_over_ranks_round_to_fp8_as_is_done_after_them() -> Result<()> {
     Ok(())
 }
 
+/// In decode steps all ranks embed the tokens that the first is told, whatever they are: more rows than blocks of the kernel, and fewer.
+#[test]
+fn ranks_embed_the_tokens_of_the_first_in_decode_steps() -> Result<()> {
+    const ROWS: [usize; 6] = [1, 7, 64, 65, 1, 150];
+    let table = RawTensor::from_f32("table", vec![50, 33], &Random(9).vec(50 * 33, 1.0));
+    let token = |rank: usize, row: usize| ((31 * row + 7 + 11 * rank) % 50) as u32;
+    for (world, access) in [RANKS[0], RANKS[1], RANKS[6], RANKS[3]] {
+        let ranks = on_ranks(world, access, |cuda, rank, barrier| {
+            let table = cuda.load_embedding(&table)?;
+            let mut outs = ROWS.map(|rows| cuda.tensor(rows, 33)).into_iter().collect::<Result<Vec<_>>>()?;
+            cuda.begin(&plain_batch(150))?;
+            cuda.end()?;
+            barrier.wait();
+            for (rows, out) in ROWS.into_iter().zip(&mut outs) {
+                let mut batch = Batch::default();
+                (0..rows).for_each(|row| batch.push(&[token(rank, row)], 0, &[0], 1));
+                cuda.begin(&batch)?;
+                cuda.embed(&table, out)?;
+                cuda.end()?;
+            }
+            cuda.synchronize()?;
+            barrier.wait();
+            outs.iter().map(|out| cuda.to_host(out)).collect::<Result<Vec<_>>>()
+        })?;
+        let Some(ranks) = ranks else { return Ok(()) };
+        let values: Vec<f32> = Random(9).vec(50 * 33, 1.0);
+        for (rank, found) in ranks.iter().enumerate() {
+            for (rows, found) in ROWS.into_iter().zip(found) {
+                let row = |row| values[33 * token(0, row) as usize..][..33].to_vec();
+                let expected: Vec<f32> = (0..rows).flat_map(row).collect();
+                assert_eq!(*found, expected, "{world} ranks, {access:?}, {rows} rows on rank {rank}");
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Parts of uneven widths, in one launch and in several.
 #[test]
 fn parts_of_ranks_are_gathered_side_by_side_on_the_first() -> Result<()> {

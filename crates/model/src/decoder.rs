@@ -277,16 +277,20 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn draws_ahead(&self) -> bool {
-        // Other ranks would have to hear of the tokens.
-        self.backend.rank().world == 1 && self.backend.draws_ahead()
+        self.backend.draws_ahead()
     }
 
     fn draw(&mut self, rows: &[SampleRow<'_>]) -> Result<(), OpError> {
-        self.backend.draw(&mut self.workspace.logits, rows)
+        let w = &mut self.workspace;
+        self.backend.draw(w.all_logits.as_mut().unwrap_or(&mut w.logits), rows)
     }
 
     fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<(), OpError> {
         self.backend.drawn(out)
+    }
+
+    fn landed(&mut self) -> Result<(), OpError> {
+        self.backend.landed()
     }
 
     fn kv_block(&self) -> Option<KvBlock> {

@@ -63,7 +63,7 @@ pub trait Model: Send {
     /// # Errors
     /// If the backend fails.
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), rudder_ops::OpError>;
-    /// Whether [`Model::draw`] works, so that a step can be queued while the one before it runs.
+    /// Whether [`Model::draw`] works, so that a step can be queued while the one before it runs. It may begin and cease to between steps.
     fn draws_ahead(&self) -> bool {
         false
     }
@@ -82,6 +82,14 @@ pub trait Model: Send {
     /// If the backend failed; the draw then is not on its way any more.
     fn drawn(&mut self, _out: &mut Vec<Sampled>) -> Result<(), rudder_ops::OpError> {
         Err(rudder_ops::OpError::Backend("this model does not draw ahead".into()))
+    }
+    /// Of a rank's part of a model that is cut: whether all went well here that led to what rank 0 drew, which has come. Only then can this
+    /// be told of steps that were queued and not waited for.
+    ///
+    /// # Errors
+    /// If it did not.
+    fn landed(&mut self) -> Result<(), rudder_ops::OpError> {
+        Ok(())
     }
     /// What a KV block is, if blocks can be taken out and put back.
     fn kv_block(&self) -> Option<KvBlock> {

@@ -266,7 +266,25 @@ impl Model for Ranks {
     }
 
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
-        self.first().sample(rows, out)
+        self.first().sample(rows, out)?;
+        self.landed()
+    }
+
+    fn draws_ahead(&self) -> bool {
+        self.first().draws_ahead()
+    }
+
+    fn draw(&mut self, rows: &[SampleRow<'_>]) -> Result<(), OpError> {
+        self.first().draw(rows)
+    }
+
+    fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.first().drawn(out)?;
+        self.landed()
+    }
+
+    fn landed(&mut self) -> Result<(), OpError> {
+        self.crew.parts.iter().try_for_each(|part| lock(part).landed())
     }
 
     fn kv_block(&self) -> Option<KvBlock> {

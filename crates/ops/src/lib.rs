@@ -357,11 +357,11 @@ pub trait Backend: Send + Sized + 'static {
         rows: &[SampleRow<'_>],
         out: &mut Vec<Sampled>,
     ) -> Result<()>;
-    /// Whether [`Backend::draw`] works, so that a step can be queued while the one before it runs.
+    /// Whether [`Backend::draw`] works, so that a step can be queued while the one before it runs. It may begin and cease to between steps.
     fn draws_ahead(&self) -> bool {
         false
     }
-    /// Queues what [`Backend::sample`] does and does not wait for it. The next step may be begun, and name the tokens ([`Batch::drawn`]), before
+    /// Queues what [`Backend::sample`] does and does not wait for it. Of several ranks rank 0 alone draws; all go on from that. The next step may be begun, and name the tokens ([`Batch::drawn`]), before
     /// [`Backend::drawn`] gives what was drawn; another draw may not. No row may be forced or ask for log-probabilities.
     fn draw(&mut self, _logits: &mut Self::Tensor, _rows: &[SampleRow<'_>]) -> Result<()> {
         Err(OpError::Backend(format!("{} does not draw ahead", self.name())))
@@ -369,6 +369,11 @@ pub trait Backend: Send + Sized + 'static {
     /// Waits for the draw on its way.
     fn drawn(&mut self, _out: &mut Vec<Sampled>) -> Result<()> {
         Err(OpError::Backend(format!("{} does not draw ahead", self.name())))
+    }
+    /// Of a rank: whether all went well here that led to what rank 0 drew, which has come. Only then can this be told of a step that
+    /// [`Backend::end`] did not wait for.
+    fn landed(&mut self) -> Result<()> {
+        Ok(())
     }
     /// Copies a tensor's rows to the host; for tests and logit parity, not for the hot path.
     fn to_host(&mut self, x: &Self::Tensor) -> Result<Vec<f32>>;

@@ -1,17 +1,17 @@
 //! Whole models on the cuda backend: tiny checkpoints of every architecture against the reference backend, however a sequence is
 //! cut into steps.
 
+mod ahead;
+#[path = "../common/mod.rs"]
 mod common;
 
 use common::{cuda, on_gpu};
 use rudder_comm::Group;
 use rudder_cuda::PeerAccess;
-use rudder_engine::{DraftMode, Engine, EngineConfig, Event, GenerateRequest};
-use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelConfig, ModelSource, load, worst_difference};
+use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelSource, load, worst_difference};
 use rudder_ops::reference::Reference;
-use rudder_ops::{Backend, Batch, OpError, SampleRow, Sampled, SamplingParams};
+use rudder_ops::{Backend, Batch, SampleRow, SamplingParams};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 const OPTIONS: LoadOptions =
     LoadOptions { max_batch_tokens: 80, max_outputs: 80, kv: KvSize::Blocks(8), max_context: 64 };
@@ -103,8 +103,7 @@ fn models_of_fp8_say_what_the_reference_says() {
 }
 
 /// A model in ranks, all on one device where there is one: what several devices do, but for the way between them.
-fn in_ranks(name: &str, world: usize, kv: KvSize, access: PeerAccess) -> Option<Loaded> {
-    let group = Group::new(world);
+fn in_ranks(name: &str, group: Group, kv: KvSize, access: PeerAccess) -> Option<Loaded> {
     let members = group.members().into_iter();
     let backends = members.map(|member| Some(cuda()?.in_group_by(member, access))).collect::<Option<_>>()?;
     let source = ModelSource::open(&fixture(name)).expect("the fixture is there");
@@ -121,7 +120,7 @@ fn ranks_say_what_one_device_says() {
         // Through the host, which ranks on one GPU always go through, after the first step in each other's memory, and by a switch if there is
         // one.
         for (world, access) in [(2, PeerAccess::Never), (2, PeerAccess::Auto), (4, PeerAccess::Multicast)] {
-            let Some(mut ranks) = in_ranks(name, world, OPTIONS.kv, access) else { return };
+            let Some(mut ranks) = in_ranks(name, Group::new(world), OPTIONS.kv, access) else { return };
             for chunks in [[LENGTH, LENGTH], [16, 7], [1, 1]] {
                 let found = logits(&mut *ranks.model, chunks);
                 let pairs = found.iter().flatten().zip(expected.iter().flatten());
@@ -131,7 +130,9 @@ fn ranks_say_what_one_device_says() {
             }
         }
     }
-    let Some(shared) = in_ranks("qwen2", 2, KvSize::DeviceShare(0.75), PeerAccess::Auto) else { return };
+    let Some(shared) = in_ranks("qwen2", Group::new(2), KvSize::DeviceShare(0.75), PeerAccess::Auto) else {
+        return;
+    };
     assert!(shared.kv_blocks > 8);
 }
 
@@ -202,166 +203,6 @@ fn padded_decode_steps_draw_what_plain_ones_draw() {
             assert_eq!(decode(&mut *graphs, 9, 8), expected, "{name}");
         }
     }
-}
-
-/// How the drawn tokens of a sequence come about, from its two prompts on: each is known before the step that reads it is queued, or is not.
-fn continued(model: &mut dyn Model, ahead: bool) -> [Vec<u32>; 2] {
-    const STEPS: usize = 20;
-    let prompts: [Vec<u32>; 2] = [(3..12).collect(), (40..57).collect()];
-    // The first ends before the second does.
-    let last = [STEPS / 2, STEPS];
-    let params = |s| SamplingParams { temperature: 0.8, seed: 5 + s as u64, ..Default::default() };
-    let params = [params(0), params(1)];
-    let row = |s: usize, step: usize| SampleRow {
-        params: &params[s],
-        counts: None,
-        drafted: &[],
-        position: (prompts[s].len() + step) as u64,
-        mask: None,
-        forced: None,
-    };
-    let live = |step: usize| (0..2).filter(move |&s| step < last[s]);
-    let (mut found, mut drawn) = ([Vec::new(), Vec::new()], Vec::new());
-    let mut batch = Batch::default();
-    for step in 0..STEPS {
-        batch.clear();
-        for s in live(step) {
-            let computed = prompts[s].len() + step - 1;
-            match (step, ahead) {
-                (0, _) => batch.push(&prompts[s], 0, &BLOCKS[s], 1),
-                (_, false) => batch.push(&[found[s][step - 1]], computed, &BLOCKS[s], 1),
-                (_, true) => {
-                    let output = live(step - 1).position(|other| other == s).expect("it lived before");
-                    batch.push_drawn(output as u32, computed, &BLOCKS[s]);
-                }
-            }
-        }
-        model.forward(&batch).expect("a step");
-        let rows: Vec<_> = live(step).map(|s| row(s, step)).collect();
-        let mut keep = |step: usize, drawn: &[rudder_ops::Sampled]| {
-            assert_eq!(drawn.len(), live(step).count());
-            for (s, sampled) in live(step).zip(drawn) {
-                assert_eq!(sampled.fault, None);
-                found[s].push(sampled.token);
-            }
-        };
-        if !ahead {
-            model.sample(&rows, &mut drawn).expect("a draw");
-            keep(step, &drawn);
-            continue;
-        }
-        // The last step's forward pass is queued; what it goes on from arrives only now.
-        if step > 0 {
-            model.drawn(&mut drawn).expect("what was drawn");
-            keep(step - 1, &drawn);
-        }
-        model.draw(&rows).expect("a draw");
-        if step + 1 == STEPS {
-            model.drawn(&mut drawn).expect("what was drawn last");
-            keep(step, &drawn);
-        }
-    }
-    found
-}
-
-#[test]
-fn steps_that_go_on_from_tokens_nobody_has_seen_draw_the_same() {
-    for name in ["qwen2", "gptoss"] {
-        let (Some(one), Some(other)) = (cuda(), cuda()) else { return };
-        let expected = continued(&mut *model(name, one, OPTIONS.kv), false);
-        assert_eq!(continued(&mut *model(name, other, OPTIONS.kv), true), expected, "{name}");
-    }
-}
-
-#[test]
-fn a_step_goes_on_from_outputs_that_were_drawn_and_a_backend_that_can() {
-    let Some(cuda) = cuda() else { return };
-    let mut ahead = model("qwen2", cuda, OPTIONS.kv);
-    let params = SamplingParams::default();
-    let row =
-        SampleRow { params: &params, counts: None, drafted: &[], position: 9, mask: None, forced: None };
-    let (mut prompt, mut next) = (Batch::default(), Batch::default());
-    prompt.push(&[3; 9], 0, &BLOCKS[0], 1);
-    next.push_drawn(0, 9, &BLOCKS[0]);
-    assert!(ahead.draws_ahead() && ahead.drawn(&mut Vec::new()).is_err(), "nothing was drawn");
-    ahead.forward(&prompt).expect("a step");
-    ahead.sample(&[row], &mut Vec::new()).expect("a draw");
-    assert!(ahead.forward(&next).is_err(), "the step before has told what it drew");
-    ahead.forward(&prompt).expect("a step");
-    ahead.draw(&[row]).expect("a draw");
-    let mut beyond = Batch::default();
-    beyond.push_drawn(1, 9, &BLOCKS[0]);
-    assert!(ahead.forward(&beyond).is_err(), "of one output, the second");
-    ahead.forward(&next).expect("the model stays usable");
-    assert!(ahead.draw(&[row]).is_err(), "two on their way");
-    assert!(ahead.drawn(&mut Vec::new()).is_ok() && ahead.drawn(&mut Vec::new()).is_err());
-    assert!(ahead.draw(&[SampleRow { forced: Some(7), ..row }]).is_err());
-    assert!(ahead.draw(&[row]).is_ok() && ahead.drawn(&mut Vec::new()).is_ok());
-
-    let mut behind = model("qwen2", Reference::new(), OPTIONS.kv);
-    behind.forward(&prompt).expect("a step");
-    assert!(!behind.draws_ahead() && behind.draw(&[row]).is_err() && behind.forward(&next).is_err());
-}
-
-/// Holds its model to steps that land one by one.
-struct Grounded(Box<dyn Model>);
-
-impl Model for Grounded {
-    fn config(&self) -> &ModelConfig {
-        self.0.config()
-    }
-    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
-        self.0.forward(batch)
-    }
-    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
-        self.0.sample(rows, out)
-    }
-    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
-        self.0.logits()
-    }
-}
-
-/// What an engine answers to three prompts, one after the other since here the number of rows moves roundings. The third counts its tokens.
-fn answers(model: Box<dyn Model>) -> Vec<Vec<u32>> {
-    let engine = Engine::start(
-        model,
-        EngineConfig {
-            kv_blocks: 16,
-            max_context: 64,
-            max_sequences: 4,
-            max_batch_tokens: 80,
-            decode_latency_target: Duration::from_millis(100),
-            max_waiting: 8,
-            prefix_cache: true,
-            draft: DraftMode::Off,
-        },
-    );
-    let answer = |(i, max_tokens, presence_penalty)| {
-        let sampling =
-            SamplingParams { temperature: 0.7, seed: i, presence_penalty, ..SamplingParams::default() };
-        let prompt: Vec<u32> = (0..20).map(|token| token * (i as u32 + 3) % 128).collect();
-        let request = GenerateRequest::new(prompt, sampling, max_tokens);
-        let mut generation = engine.submit(request).expect("there is room");
-        std::iter::from_fn(|| generation.next_blocking())
-            .filter_map(|event| match event {
-                Event::Token(token) => Some(token.id),
-                Event::Failed { message } => panic!("{message}"),
-                _ => None,
-            })
-            .collect()
-    };
-    [(0, 40, 0.0), (1, 9, 0.0), (2, 40, 0.5)].map(answer).to_vec()
-}
-
-#[test]
-fn an_engine_answers_the_same_with_steps_in_flight() {
-    let kv = KvSize::Blocks(16);
-    let (Some(one), Some(other)) = (cuda(), cuda()) else { return };
-    let (grounded, flying) = (model("qwen2", one, kv), model("qwen2", other, kv));
-    assert!(flying.draws_ahead());
-    let expected = answers(Box::new(Grounded(grounded)));
-    assert_eq!(expected.iter().map(Vec::len).collect::<Vec<_>>(), [40, 9, 40]);
-    assert_eq!(answers(flying), expected);
 }
 
 /// What `--device auto` asks of a GPU before it takes it.

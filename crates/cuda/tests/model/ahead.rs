@@ -1,0 +1,385 @@
+//! Steps that are queued while the one before them runs: they draw what steps draw that land one by one, on one device and over ranks.
+
+use super::common::on_gpu;
+use super::{BLOCKS, OPTIONS, cuda, in_ranks, model};
+use rudder_comm::Group;
+use rudder_cuda::PeerAccess;
+use rudder_engine::{DraftMode, Engine, EngineConfig, Event, GenerateRequest};
+use rudder_model::{KvSize, Model, ModelConfig};
+use rudder_ops::reference::Reference;
+use rudder_ops::{Batch, OpError, SampleRow, Sampled, SamplingParams};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// How ranks reach each other's memory: from the second step on, and at once, a switch adding up.
+const RANKS: [(usize, PeerAccess); 2] = [(2, PeerAccess::Auto), (4, PeerAccess::Multicast)];
+
+/// Whether ranks are all on one GPU, which land every step unless they are told to reach each other's memory.
+fn lands(access: PeerAccess) -> bool {
+    access == PeerAccess::Auto && cuda().is_none_or(|cuda| on_gpu(&cuda))
+}
+
+/// How the drawn tokens of a sequence come about, from its two prompts on: each is known before the step that reads it is queued, or is not.
+fn continued(model: &mut dyn Model, ahead: bool) -> [Vec<u32>; 2] {
+    const STEPS: usize = 20;
+    let prompts: [Vec<u32>; 2] = [(3..12).collect(), (40..57).collect()];
+    // The first ends before the second does.
+    let last = [STEPS / 2, STEPS];
+    let params = |s| SamplingParams { temperature: 0.8, seed: 5 + s as u64, ..Default::default() };
+    let params = [params(0), params(1)];
+    let row = |s: usize, step: usize| SampleRow {
+        params: &params[s],
+        counts: None,
+        drafted: &[],
+        position: (prompts[s].len() + step) as u64,
+        mask: None,
+        forced: None,
+    };
+    let live = |step: usize| (0..2).filter(move |&s| step < last[s]);
+    let (mut found, mut drawn) = ([Vec::new(), Vec::new()], Vec::new());
+    let mut batch = Batch::default();
+    for step in 0..STEPS {
+        batch.clear();
+        for s in live(step) {
+            let computed = prompts[s].len() + step - 1;
+            match (step, ahead) {
+                (0, _) => batch.push(&prompts[s], 0, &BLOCKS[s], 1),
+                (_, false) => batch.push(&[found[s][step - 1]], computed, &BLOCKS[s], 1),
+                (_, true) => {
+                    let output = live(step - 1).position(|other| other == s).expect("it lived before");
+                    batch.push_drawn(output as u32, computed, &BLOCKS[s]);
+                }
+            }
+        }
+        model.forward(&batch).expect("a step");
+        let rows: Vec<_> = live(step).map(|s| row(s, step)).collect();
+        let mut keep = |step: usize, drawn: &[Sampled]| {
+            assert_eq!(drawn.len(), live(step).count());
+            for (s, sampled) in live(step).zip(drawn) {
+                assert_eq!(sampled.fault, None);
+                found[s].push(sampled.token);
+            }
+        };
+        if !ahead {
+            model.sample(&rows, &mut drawn).expect("a draw");
+            keep(step, &drawn);
+            continue;
+        }
+        // The last step's forward pass is queued; what it goes on from arrives only now.
+        if step > 0 {
+            model.drawn(&mut drawn).expect("what was drawn");
+            keep(step - 1, &drawn);
+        }
+        model.draw(&rows).expect("a draw");
+        if step + 1 == STEPS {
+            model.drawn(&mut drawn).expect("what was drawn last");
+            keep(step, &drawn);
+        }
+    }
+    found
+}
+
+#[test]
+fn steps_that_go_on_from_tokens_nobody_has_seen_draw_the_same() {
+    for name in ["qwen2", "gptoss"] {
+        let (Some(one), Some(other)) = (cuda(), cuda()) else { return };
+        let expected = continued(&mut *model(name, one, OPTIONS.kv), false);
+        assert_eq!(continued(&mut *model(name, other, OPTIONS.kv), true), expected, "{name}");
+    }
+    for (name, (world, access)) in ["qwen2", "qwen3moe"].into_iter().zip(RANKS) {
+        let Some(mut ranks) = in_ranks(name, Group::new(world), OPTIONS.kv, access) else { return };
+        let expected = continued(&mut *ranks.model, false);
+        assert!(ranks.model.draws_ahead() || lands(access));
+        if ranks.model.draws_ahead() {
+            assert_eq!(continued(&mut *ranks.model, true), expected, "{name}, {world} ranks");
+        }
+    }
+}
+
+#[test]
+fn a_step_goes_on_from_outputs_that_were_drawn_and_a_backend_that_can() {
+    let Some(cuda) = cuda() else { return };
+    let mut ahead = model("qwen2", cuda, OPTIONS.kv);
+    let params = SamplingParams::default();
+    let row =
+        SampleRow { params: &params, counts: None, drafted: &[], position: 9, mask: None, forced: None };
+    let [prompt, next] = two_steps();
+    assert!(ahead.draws_ahead() && ahead.drawn(&mut Vec::new()).is_err(), "nothing was drawn");
+    ahead.forward(&prompt).expect("a step");
+    ahead.sample(&[row], &mut Vec::new()).expect("a draw");
+    assert!(ahead.forward(&next).is_err(), "the step before has told what it drew");
+    ahead.forward(&prompt).expect("a step");
+    ahead.draw(&[row]).expect("a draw");
+    let mut beyond = Batch::default();
+    beyond.push_drawn(1, 9, &BLOCKS[0]);
+    assert!(ahead.forward(&beyond).is_err(), "of one output, the second");
+    ahead.forward(&next).expect("the model stays usable");
+    assert!(ahead.draw(&[row]).is_err(), "two on their way");
+    assert!(ahead.drawn(&mut Vec::new()).is_ok() && ahead.drawn(&mut Vec::new()).is_err());
+    assert!(ahead.draw(&[SampleRow { forced: Some(7), ..row }]).is_err());
+    assert!(ahead.draw(&[row]).is_ok() && ahead.drawn(&mut Vec::new()).is_ok());
+
+    let mut behind = model("qwen2", Reference::new(), OPTIONS.kv);
+    behind.forward(&prompt).expect("a step");
+    assert!(!behind.draws_ahead() && behind.draw(&[row]).is_err() && behind.forward(&next).is_err());
+}
+
+/// A prompt, and the step that goes on from what is drawn for it.
+fn two_steps() -> [Batch; 2] {
+    let (mut prompt, mut next) = (Batch::default(), Batch::default());
+    prompt.push(&[3; 9], 0, &BLOCKS[0], 1);
+    next.push_drawn(0, 9, &BLOCKS[0]);
+    [prompt, next]
+}
+
+#[test]
+fn ranks_draw_ahead_once_they_have_met_in_each_others_memory_and_only_there() {
+    let [prompt, next] = two_steps();
+    let params = SamplingParams::default();
+    let row =
+        SampleRow { params: &params, counts: None, drafted: &[], position: 9, mask: None, forced: None };
+    for (access, flies) in [
+        (PeerAccess::Never, [false; 3]),
+        (PeerAccess::Auto, [false, false, true]),
+        (PeerAccess::Always, [false, true, true]),
+    ] {
+        let Some(mut ranks) = in_ranks("qwen2", Group::new(2), OPTIONS.kv, access) else { return };
+        for flies in flies.map(|flies| flies && !lands(access)) {
+            assert_eq!(ranks.model.draws_ahead(), flies, "{access:?}");
+            ranks.model.forward(&prompt).expect("a step");
+            ranks.model.draw(&[row]).expect("rank 0 draws");
+            assert_eq!(ranks.model.forward(&next).is_ok(), ranks.model.draws_ahead(), "{access:?}");
+            ranks.model.drawn(&mut Vec::new()).expect("what was drawn");
+        }
+    }
+}
+
+/// Holds its model to steps that land one by one.
+struct Grounded(Box<dyn Model>);
+
+impl Model for Grounded {
+    fn config(&self) -> &ModelConfig {
+        self.0.config()
+    }
+    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        self.0.forward(batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.0.sample(rows, out)
+    }
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        self.0.logits()
+    }
+}
+
+/// Where a model of ranks fails: as a step goes on from tokens that nobody has seen, or as what it drew comes.
+#[derive(Clone, Copy, PartialEq)]
+enum Fault {
+    /// This rank, before the step that has so many such before it.
+    Rank(usize, usize),
+    Landing,
+}
+
+/// Counts what goes on from tokens that nobody has seen, and fails there once.
+struct Watched {
+    inner: Box<dyn Model>,
+    group: Group,
+    flights: Arc<AtomicUsize>,
+    fault: Option<Fault>,
+}
+
+impl Model for Watched {
+    fn config(&self) -> &ModelConfig {
+        self.inner.config()
+    }
+    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        if !batch.drawn.is_empty() {
+            let before = self.flights.fetch_add(1, Ordering::SeqCst);
+            if let Some(Fault::Rank(rank, _)) =
+                self.fault.take_if(|fault| matches!(fault, Fault::Rank(_, flights) if *flights == before))
+            {
+                self.group.fail(rank, "no memory, say".into());
+            }
+        }
+        self.inner.forward(batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.inner.sample(rows, out)
+    }
+    fn draws_ahead(&self) -> bool {
+        self.inner.draws_ahead()
+    }
+    fn draw(&mut self, rows: &[SampleRow<'_>]) -> Result<(), OpError> {
+        self.inner.draw(rows)
+    }
+    fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.inner.drawn(out)?;
+        let flown = self.flights.load(Ordering::SeqCst) > 3;
+        match self.fault.take_if(|fault| flown && *fault == Fault::Landing) {
+            Some(_) => Err(OpError::Backend("a rank waited in vain, say".into())),
+            None => Ok(()),
+        }
+    }
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        self.inner.logits()
+    }
+}
+
+/// A model of ranks that is watched, and its count; nothing where its ranks do not draw ahead.
+fn watched(
+    (world, access): (usize, PeerAccess),
+    kv_blocks: usize,
+    fault: Option<Fault>,
+) -> Option<(Watched, Arc<AtomicUsize>)> {
+    let (group, flights) = (Group::new(world), Arc::<AtomicUsize>::default());
+    let inner = in_ranks("qwen2", group.clone(), KvSize::Blocks(kv_blocks), access)?.model;
+    Some((Watched { inner, group, flights: flights.clone(), fault }, flights))
+}
+
+fn engine(model: Box<dyn Model>, kv_blocks: usize) -> Engine {
+    Engine::start(
+        model,
+        EngineConfig {
+            kv_blocks,
+            max_context: 64,
+            max_sequences: 4,
+            max_batch_tokens: 80,
+            decode_latency_target: Duration::from_millis(100),
+            max_waiting: 8,
+            prefix_cache: true,
+            draft: DraftMode::Off,
+        },
+    )
+}
+
+fn prompt(i: u64) -> Vec<u32> {
+    (0..20).map(|token| token * (i as u32 + 3) % 128).collect()
+}
+
+/// A request whose tokens are drawn; every third counts its tokens.
+fn drawn(i: u64, max_tokens: usize) -> GenerateRequest {
+    let presence_penalty = if i % 3 == 2 { 0.5 } else { 0.0 };
+    let sampling =
+        SamplingParams { temperature: 0.7, seed: i, presence_penalty, ..SamplingParams::default() };
+    GenerateRequest::new(prompt(i), sampling, max_tokens)
+}
+
+fn greedy(i: u64, max_tokens: usize) -> GenerateRequest {
+    let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    GenerateRequest::new(prompt(i), sampling, max_tokens)
+}
+
+/// What an engine answers to requests, some of them at the same time.
+fn ask(engine: &Engine, requests: &[GenerateRequest]) -> Vec<Result<Vec<u32>, String>> {
+    let submitted = requests.iter().map(|request| engine.submit(request.clone()).expect("there is room"));
+    let answer = |mut generation: rudder_engine::Generation| {
+        let mut tokens = Vec::new();
+        while let Some(event) = generation.next_blocking() {
+            match event {
+                Event::Token(token) => tokens.push(token.id),
+                Event::Failed { message } => return Err(message),
+                _ => {}
+            }
+        }
+        Ok(tokens)
+    };
+    submitted.collect::<Vec<_>>().into_iter().map(answer).collect()
+}
+
+/// The same, one after the other, since here the number of rows moves roundings.
+fn in_turn(model: Box<dyn Model>, requests: &[GenerateRequest]) -> Vec<Vec<u32>> {
+    let engine = engine(model, 16);
+    let one = |request| ask(&engine, std::slice::from_ref(request)).remove(0).expect("it is answered");
+    requests.iter().map(one).collect()
+}
+
+#[test]
+fn an_engine_answers_the_same_with_steps_in_flight() {
+    let kv = KvSize::Blocks(16);
+    let (Some(one), Some(other)) = (cuda(), cuda()) else { return };
+    let (grounded, flying) = (model("qwen2", one, kv), model("qwen2", other, kv));
+    assert!(flying.draws_ahead());
+    let requests = [(0, 40), (1, 9), (2, 40)].map(|(i, max_tokens)| drawn(i, max_tokens));
+    let expected = in_turn(Box::new(Grounded(grounded)), &requests);
+    assert_eq!(expected.iter().map(Vec::len).collect::<Vec<_>>(), [40, 9, 40]);
+    assert_eq!(in_turn(flying, &requests), expected);
+}
+
+#[test]
+fn an_engine_over_ranks_answers_the_same_with_steps_in_flight_to_every_limit_and_stop() {
+    for ranks in RANKS {
+        let grounded = || Some(Box::new(Grounded(Box::new(watched(ranks, 16, None)?.0))));
+        let Some(model) = grounded() else { return };
+        let full = in_turn(model, &[drawn(2, 24)]).remove(0);
+        assert_eq!(full.len(), 24);
+        let limits = (1..4).map(|max_tokens| drawn(2, max_tokens));
+        let stops = [1, 2, 13].map(|i| GenerateRequest { stop_tokens: vec![full[i]], ..drawn(2, 24) });
+        let requests: Vec<_> = [drawn(0, 24), drawn(2, 24)].into_iter().chain(limits).chain(stops).collect();
+        let (Some(grounded), Some((flying, flights))) = (grounded(), watched(ranks, 16, None)) else {
+            return;
+        };
+        let expected = in_turn(grounded, &requests);
+        assert_eq!(in_turn(Box::new(flying), &requests), expected, "{ranks:?}");
+        assert!(flights.load(Ordering::SeqCst) > 40 || lands(ranks.1));
+    }
+}
+
+/// Refuses tokens that the reference, given those before them, has by more than roundings below others.
+fn expect_greedy(prompt: &[u32], answer: &[u32]) {
+    let mut reference = model("qwen2", Reference::new(), OPTIONS.kv);
+    let (all, mut batch) = ([prompt, answer].concat(), Batch::default());
+    batch.push(&all[..all.len() - 1], 0, &[0, 1, 2, 3], answer.len());
+    reference.forward(&batch).expect("a step");
+    let logits = reference.logits().expect("logits");
+    let largest = logits.iter().fold(0f32, |a, x| a.max(x.abs()));
+    for (i, (logits, &token)) in logits.chunks(reference.config().vocab).zip(answer).enumerate() {
+        let most = logits.iter().fold(f32::NEG_INFINITY, |a, &x| a.max(x));
+        assert!(logits[token as usize] > most - 0.05 * largest, "token {i} of {answer:?}");
+    }
+}
+
+#[test]
+fn an_engine_over_ranks_answers_each_its_own_side_by_side_and_preempted() {
+    for ranks in RANKS {
+        let Some((flying, flights)) = watched(ranks, 8, None) else { return };
+        let engine = engine(Box::new(flying), 8);
+        let requests: Vec<_> = (0..6).map(|i| greedy(i, 36 + i as usize)).collect();
+        for (request, answer) in requests.iter().zip(ask(&engine, &requests)) {
+            let answer = answer.expect("it is answered");
+            assert_eq!(answer.len(), request.max_tokens);
+            expect_greedy(&request.prompt, &answer);
+        }
+        assert!(engine.stats().preemptions > 0, "{:?}", engine.stats());
+        let flights = flights.load(Ordering::SeqCst);
+        assert!(flights > 10 || lands(ranks.1), "{flights}");
+    }
+}
+
+#[test]
+fn a_rank_that_fails_in_flight_ends_its_requests_and_the_engine_goes_on() {
+    for (ranks, faulty) in RANKS.into_iter().zip([1, 3]) {
+        let faults = [Fault::Rank(faulty, 0), Fault::Rank(0, 5), Fault::Landing];
+        for fault in faults {
+            let Some((flying, flights)) = watched(ranks, 16, Some(fault)) else { return };
+            let engine = engine(Box::new(flying), 16);
+            let requests = [greedy(1, 30), greedy(4, 30)];
+            let failed = ask(&engine, &requests);
+            if lands(ranks.1) {
+                continue;
+            }
+            let said = if fault == Fault::Landing { "in vain" } else { "no memory" };
+            assert!(
+                failed.iter().any(|answer| answer.as_ref().is_err_and(|m| m.contains(said))),
+                "{failed:?}"
+            );
+            let before = flights.load(Ordering::SeqCst);
+            for (request, answer) in requests.iter().zip(ask(&engine, &requests)) {
+                let answer = answer.expect("it is answered");
+                assert_eq!(answer.len(), 30);
+                expect_greedy(&request.prompt, &answer);
+            }
+            assert!(flights.load(Ordering::SeqCst) > before + 10);
+        }
+    }
+}
