@@ -103,7 +103,7 @@ impl Cuda {
             uploader: Uploader::new(&device)?,
             multiplier: Multiplier::new(&device),
             moe: moe::Buffers::default(),
-            sampler: Sampler::default(),
+            sampler: Sampler::new(&device),
             scratch: SamplerScratch::default(),
             step,
             rope: None,
@@ -538,7 +538,7 @@ impl Backend for Cuda {
         if !rows.iter().all(Sampler::can) {
             return self.sample_on_host(logits, rows, out);
         }
-        self.sampler.run(&self.device, &logits.buffer, logits.width, rows, out)
+        self.sampler.run(logits, rows, out)
     }
 
     fn draws_ahead(&self) -> bool {
@@ -547,7 +547,7 @@ impl Backend for Cuda {
 
     fn draw(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<()> {
         self.expect_rows(logits, rows)?;
-        self.sampler.draw(&self.device, &logits.buffer, logits.width, rows)
+        self.sampler.draw(logits, rows)
     }
 
     fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use crate::device::{Arg, Buffer, Device, Grid, Inlet, Staging};
 use crate::step::{bytes, bytes_mut};
-use crate::tensor::check;
+use crate::tensor::{Tensor, check};
 use rudder_ops::{OpError, Result, SampleRow, Sampled, TokenLogprob, uniform};
 
 /// The most alternatives that the kernel reports; a row that wants more is sampled on the host.
@@ -41,8 +41,8 @@ struct Answer {
 }
 
 /// Lists of all rows, reused from step to step.
-#[derive(Default)]
 pub(crate) struct Sampler {
+    device: Device,
     requests: Vec<Request>,
     masks: Vec<u32>,
     /// Token and the bits of its bias.
@@ -62,6 +62,24 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
+    pub fn new(device: &Device) -> Self {
+        Self {
+            device: device.clone(),
+            requests: Vec::new(),
+            masks: Vec::new(),
+            biases: Vec::new(),
+            counts: Vec::new(),
+            packed: Vec::new(),
+            input: Inlet::default(),
+            raw: None,
+            output: None,
+            answers: Vec::new(),
+            tops: Vec::new(),
+            landing: None,
+            on_its_way: None,
+        }
+    }
+
     /// Whether the kernel can draw this row.
     pub fn can(row: &SampleRow<'_>) -> bool {
         row.params.logprobs.is_none_or(|n| n as usize <= MOST_ALTERNATIVES)
@@ -73,15 +91,8 @@ impl Sampler {
     }
 
     /// Draws from every row of `logits`, `[rows.len(), vocab]`.
-    pub fn run(
-        &mut self,
-        device: &Device,
-        logits: &Buffer,
-        vocab: usize,
-        rows: &[SampleRow<'_>],
-        out: &mut Vec<Sampled>,
-    ) -> Result<()> {
-        self.queue(device, logits, vocab, rows)?;
+    pub fn run(&mut self, logits: &Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()> {
+        self.queue(logits, rows)?;
         let (n, most) = (rows.len(), MOST_ALTERNATIVES);
         let output = self.output.as_ref().expect("what was queued has its place");
         self.answers.resize(n, Answer::default());
@@ -96,19 +107,13 @@ impl Sampler {
     }
 
     /// Queues the same; [`Sampler::drawn`] gives what was drawn, and the next step finds it on the device.
-    pub fn draw(
-        &mut self,
-        device: &Device,
-        logits: &Buffer,
-        vocab: usize,
-        rows: &[SampleRow<'_>],
-    ) -> Result<()> {
+    pub fn draw(&mut self, logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<()> {
         check(rows.iter().all(Self::can_ahead), || "a row that cannot be drawn ahead".to_owned())?;
         check(self.on_its_way.is_none(), || "a second draw on its way".to_owned())?;
-        self.queue(device, logits, vocab, rows)?;
+        self.queue(logits, rows)?;
         let (output, len) = (self.output.as_ref().expect("queued above"), rows.len() * size_of::<Answer>());
         if self.landing.as_ref().is_none_or(|landing| landing.bytes() < len) {
-            self.landing = Some(Staging::new(device, len.next_power_of_two().max(4096))?);
+            self.landing = Some(Staging::new(&self.device, len.next_power_of_two().max(4096))?);
         }
         self.landing.as_mut().expect("allocated above").fetch(output, len)?;
         self.on_its_way = Some(rows.len());
@@ -142,14 +147,9 @@ impl Sampler {
     }
 
     /// Queues the kernel over every row.
-    fn queue(
-        &mut self,
-        device: &Device,
-        logits: &Buffer,
-        vocab: usize,
-        rows: &[SampleRow<'_>],
-    ) -> Result<()> {
+    fn queue(&mut self, logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<()> {
         self.collect(rows);
+        let (device, vocab) = (&self.device, logits.width);
         let (n, most) = (rows.len(), MOST_ALTERNATIVES);
         self.packed.clear();
         let mut offsets = [0; 4];
