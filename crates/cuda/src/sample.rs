@@ -3,10 +3,10 @@
 use crate::device::{Arg, Buffer, Device, Grid, Inlet, Staging};
 use crate::step::{bytes, bytes_mut};
 use crate::tensor::{Tensor, check};
-use rudder_ops::{OpError, Result, SampleRow, Sampled, TokenLogprob, uniform};
+use rudder_ops::{MOST_DRAWN_AHEAD, OpError, Result, SampleRow, Sampled, TokenLogprob, uniform};
 
 /// The most alternatives that the kernel reports; a row that wants more is sampled on the host.
-pub(crate) const MOST_ALTERNATIVES: usize = 32;
+const MOST_ALTERNATIVES: usize = MOST_DRAWN_AHEAD as usize;
 const NONE: u32 = u32::MAX;
 
 #[derive(Debug, Clone, Copy)]
@@ -54,11 +54,13 @@ pub(crate) struct Sampler {
     raw: Option<Buffer>,
     /// The answers of the rows drawn last, then their alternatives.
     output: Option<Buffer>,
+    /// Of as many rows as were drawn last.
     answers: Vec<Answer>,
+    /// Their alternatives, [`MOST_ALTERNATIVES`] a row, if any row wants some.
     tops: Vec<[u32; 2]>,
-    /// Where the answers of a draw arrive that goes on without anybody waiting for it, and of how many rows one is on its way.
+    /// Where the answers of a draw arrive that goes on without anybody waiting for it, and whether one is on its way.
     landing: Option<Staging>,
-    on_its_way: Option<usize>,
+    on_its_way: bool,
 }
 
 impl Sampler {
@@ -76,7 +78,7 @@ impl Sampler {
             answers: Vec::new(),
             tops: Vec::new(),
             landing: None,
-            on_its_way: None,
+            on_its_way: false,
         }
     }
 
@@ -85,62 +87,52 @@ impl Sampler {
         row.params.logprobs.is_none_or(|n| n as usize <= MOST_ALTERNATIVES)
     }
 
-    /// Whether a step may follow this row's draw before it is known: there is nothing but its token to tell.
-    fn can_ahead(row: &SampleRow<'_>) -> bool {
-        row.params.logprobs.is_none() && row.forced.is_none()
-    }
-
     /// Draws from every row of `logits`, `[rows.len(), vocab]`.
     pub fn run(&mut self, logits: &Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()> {
         self.queue(logits, rows)?;
-        let (n, most) = (rows.len(), MOST_ALTERNATIVES);
         let output = self.output.as_ref().expect("what was queued has its place");
-        self.answers.resize(n, Answer::default());
         output.read(0, bytes_mut(&mut self.answers))?;
-        if rows.iter().any(|row| row.params.logprobs.is_some_and(|n| n > 0)) {
-            self.tops.resize(n * most, [0; 2]);
-            output.read(n * size_of::<Answer>(), bytes_mut(&mut self.tops))?;
+        if !self.tops.is_empty() {
+            output.read(size_of_val(&*self.answers), bytes_mut(&mut self.tops))?;
         }
-        out.clear();
-        out.extend(rows.iter().enumerate().map(|(i, row)| self.answer(i, row)));
+        self.tell(out);
         Ok(())
     }
 
     /// Queues the same; [`Sampler::drawn`] gives what was drawn, and the next step finds it on the device.
     pub fn draw(&mut self, logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<()> {
-        check(rows.iter().all(Self::can_ahead), || "a row that cannot be drawn ahead".to_owned())?;
-        check(self.on_its_way.is_none(), || "a second draw on its way".to_owned())?;
+        check(rows.iter().all(Self::can), || {
+            format!("a row with more than {MOST_ALTERNATIVES} alternatives is drawn ahead")
+        })?;
+        check(!self.on_its_way, || "a second draw on its way".to_owned())?;
         self.queue(logits, rows)?;
-        let (output, len) = (self.output.as_ref().expect("queued above"), rows.len() * size_of::<Answer>());
+        let output = self.output.as_ref().expect("what was queued has its place");
+        let len = size_of_val(&*self.answers) + size_of_val(&*self.tops);
         if self.landing.as_ref().is_none_or(|landing| landing.bytes() < len) {
             self.landing = Some(Staging::new(&self.device, len.next_power_of_two().max(4096))?);
         }
         self.landing.as_mut().expect("allocated above").fetch(output, len)?;
-        self.on_its_way = Some(rows.len());
+        self.on_its_way = true;
         Ok(())
     }
 
     /// Waits for the draw on its way.
     pub fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<()> {
-        let (Some(landing), Some(rows)) = (&mut self.landing, self.on_its_way.take()) else {
+        let on_its_way = std::mem::take(&mut self.on_its_way);
+        let Some(landing) = self.landing.as_mut().filter(|_| on_its_way) else {
             return Err(OpError::Backend("no draw is on its way".to_owned()));
         };
-        self.answers.resize(rows, Answer::default());
-        let answers = bytes_mut(&mut self.answers);
-        answers.copy_from_slice(&landing.memory()?[..answers.len()]);
-        out.clear();
-        out.extend(self.answers.iter().map(|answer| Sampled {
-            token: answer.token,
-            logprob: None,
-            top: Vec::new(),
-            fault: fault(answer),
-        }));
+        let (answers, tops) = (bytes_mut(&mut self.answers), bytes_mut(&mut self.tops));
+        let landed = landing.memory()?;
+        answers.copy_from_slice(&landed[..answers.len()]);
+        tops.copy_from_slice(&landed[answers.len()..][..tops.len()]);
+        self.tell(out);
         Ok(())
     }
 
     /// The answers of the draw on its way, for a step whose tokens are `drawn`, if it names any.
     pub fn answers(&self, drawn: &[u32]) -> Result<Arg> {
-        let rows = self.on_its_way.unwrap_or(0);
+        let rows = if self.on_its_way { self.answers.len() } else { 0 };
         let known = drawn.iter().all(|&output| (output as usize) < rows);
         check(known, || format!("a step goes on from an output that the {rows} on their way are not"))?;
         Ok(self.output.as_ref().map_or(Arg::NULL, Arg::from))
@@ -151,6 +143,9 @@ impl Sampler {
         self.collect(rows);
         let (device, vocab) = (&self.device, logits.width);
         let (n, most) = (rows.len(), MOST_ALTERNATIVES);
+        let tops = rows.iter().any(|row| row.params.logprobs.is_some_and(|n| n > 0));
+        self.answers.resize(n, Answer::default());
+        self.tops.resize(if tops { n * most } else { 0 }, [0; 2]);
         self.packed.clear();
         let mut offsets = [0; 4];
         let lists = [bytes(&self.requests), bytes(&self.masks), bytes(&self.biases), bytes(&self.counts)];
@@ -159,7 +154,7 @@ impl Sampler {
             self.packed.extend_from_slice(list);
             self.packed.resize(self.packed.len().next_multiple_of(16), 0);
         }
-        let answer_bytes = n * size_of::<Answer>();
+        let answer_bytes = size_of_val(&*self.answers);
         let input = self.input.send(device, &self.packed)?;
         let raw = room(&mut self.raw, device, 4 * (self.biases.len() + self.counts.len()))?;
         let output = room(&mut self.output, device, answer_bytes + n * most * 8)?;
@@ -213,19 +208,22 @@ impl Sampler {
         }
     }
 
-    fn answer(&self, i: usize, row: &SampleRow<'_>) -> Sampled {
-        let answer = &self.answers[i];
-        let fault = fault(answer);
-        let reported = row.params.logprobs.is_some() || row.forced.is_some();
-        let alternatives = if self.tops.is_empty() { 0 } else { answer.alternatives as usize };
-        let first = i * MOST_ALTERNATIVES;
-        let top = (first..first + alternatives).map(|i| self.tops[i]);
-        Sampled {
-            token: answer.token,
-            logprob: (reported && fault.is_none()).then_some(answer.logprob),
-            top: top.map(|[token, bits]| TokenLogprob { token, logprob: f32::from_bits(bits) }).collect(),
-            fault,
-        }
+    /// Gives what the rows queued last were answered.
+    fn tell(&self, out: &mut Vec<Sampled>) {
+        out.clear();
+        out.extend(self.requests.iter().zip(&self.answers).enumerate().map(|(i, (request, answer))| {
+            let fault = fault(answer);
+            let reported = request.logprobs != NONE || request.forced != NONE;
+            let alternatives = if self.tops.is_empty() { 0 } else { answer.alternatives as usize };
+            let first = i * MOST_ALTERNATIVES;
+            let top = (first..first + alternatives).map(|i| self.tops[i]);
+            Sampled {
+                token: answer.token,
+                logprob: (reported && fault.is_none()).then_some(answer.logprob),
+                top: top.map(|[token, bits]| TokenLogprob { token, logprob: f32::from_bits(bits) }).collect(),
+                fault,
+            }
+        }));
     }
 }
 

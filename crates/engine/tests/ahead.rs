@@ -20,8 +20,7 @@ fn answers_are_the_same_greedy_or_drawn() {
 
 #[test]
 fn penalties_count_what_was_drawn_in_flight() {
-    let sampling = |i| SamplingParams { logprobs: None, ..penalised(i) };
-    let asked = |i| GenerateRequest { sampling: sampling(i), ..request(prompt(i as u32, 30), 100) };
+    let asked = |i| GenerateRequest { sampling: penalised(i), ..request(prompt(i as u32, 30), 100) };
     assert!(check(CONFIG, (0..6).map(asked).collect()) > 300);
 }
 
@@ -52,10 +51,16 @@ fn answers_are_the_same_under_preemption_for_few_places_and_without_prefix_cache
 }
 
 #[test]
-fn log_probabilities_keep_every_step_on_the_ground() {
-    let scored = GenerateRequest { sampling: penalised(3), ..request(prompt(3, 40), 60) };
-    assert_eq!(check(CONFIG, vec![scored.clone(), request(prompt(4, 40), 60)]), 0);
-    let short = GenerateRequest { max_tokens: 5, ..scored };
+fn log_probabilities_come_with_what_was_drawn_in_flight_but_for_very_many() {
+    let scored = |logprobs| GenerateRequest {
+        sampling: SamplingParams { logprobs: Some(logprobs), ..penalised(3) },
+        ..request(prompt(3, 40), 60)
+    };
+    for logprobs in [0, 3, 32] {
+        assert!(check(CONFIG, vec![scored(logprobs), request(prompt(4, 40), 60)]) > 60);
+    }
+    assert_eq!(check(CONFIG, vec![scored(33), request(prompt(4, 40), 60)]), 0);
+    let short = GenerateRequest { max_tokens: 5, ..scored(33) };
     assert!(check(CONFIG, vec![short, request(prompt(4, 40), 100)]) > 40, "from its end on");
 }
 

@@ -68,8 +68,8 @@ pub trait Model: Send {
         false
     }
     /// Queues what [`Model::sample`] does and does not wait for it. The next `forward` may be of a batch that names the tokens
-    /// ([`Batch::drawn`]) before [`Model::drawn`] gives what was drawn; another draw must come after. No row may be forced or ask for
-    /// log-probabilities.
+    /// ([`Batch::drawn`]) before [`Model::drawn`] gives what was drawn; another draw must come after. No row may ask for more than
+    /// [`rudder_ops::MOST_DRAWN_AHEAD`] alternatives.
     ///
     /// # Errors
     /// If the backend fails or does not draw ahead.

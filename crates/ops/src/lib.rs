@@ -27,8 +27,8 @@ pub use batch::{BLOCK_SIZE, Batch, Span};
 pub use raw::{DType, RawTensor, UnsupportedDType};
 pub use rudder_comm::Rank;
 pub use sampling::{
-    LogitBias, SampleRow, Sampled, SamplerScratch, SamplingParams, TokenCounts, TokenLogprob, sample_row,
-    uniform,
+    LogitBias, MOST_DRAWN_AHEAD, SampleRow, Sampled, SamplerScratch, SamplingParams, TokenCounts,
+    TokenLogprob, sample_row, uniform,
 };
 
 /// What an op or a weight upload can fail with.
@@ -361,8 +361,9 @@ pub trait Backend: Send + Sized + 'static {
     fn draws_ahead(&self) -> bool {
         false
     }
-    /// Queues what [`Backend::sample`] does and does not wait for it. Of several ranks rank 0 alone draws; all go on from that. The next step may be begun, and name the tokens ([`Batch::drawn`]), before
-    /// [`Backend::drawn`] gives what was drawn; another draw may not. No row may be forced or ask for log-probabilities.
+    /// Queues what [`Backend::sample`] does and does not wait for it. Of several ranks rank 0 alone draws; all go on from that. The next step may
+    /// be begun, and name the tokens ([`Batch::drawn`]), before [`Backend::drawn`] gives what was drawn; another draw may not. No row may ask
+    /// for more than [`MOST_DRAWN_AHEAD`] alternatives.
     fn draw(&mut self, _logits: &mut Self::Tensor, _rows: &[SampleRow<'_>]) -> Result<()> {
         Err(OpError::Backend(format!("{} does not draw ahead", self.name())))
     }

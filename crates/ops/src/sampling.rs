@@ -15,6 +15,9 @@ pub struct LogitBias {
     pub bias: f32,
 }
 
+/// Most alternatives that a row may ask for which is drawn ahead ([`crate::Backend::draw`]).
+pub const MOST_DRAWN_AHEAD: u32 = 32;
+
 /// How a request wants its tokens drawn. Ranges are checked by whoever builds one from input.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {

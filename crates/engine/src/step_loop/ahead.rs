@@ -6,11 +6,11 @@
 //! long as a forward pass takes, and penalties count every token.
 //!
 //! The loop lands what is in flight and plans in full again as soon as something may change what runs: a request came or ended, tokens
-//! were forced, blocks arrived from disk, a draft would pay. One sequence whose log-probabilities are wanted, or a draft model, keeps all on
-//! the ground. Of a sequence that turns out to have ended, or to go on otherwise than by what was drawn, what is in flight is dropped.
+//! were forced, blocks arrived from disk, a draft would pay. A draft model keeps all on the ground. Of a sequence that turns out to have ended, or to go on otherwise than by what was drawn, what is in flight is dropped.
 
 use std::time::{Duration, Instant};
 
+use rudder_ops::MOST_DRAWN_AHEAD;
 use rudder_scheduler::StepPlan;
 
 use super::StepLoop;
@@ -33,7 +33,8 @@ pub(super) struct Flight {
 impl Active {
     /// Whether its tokens can be drawn before it is known which they are.
     fn flies(&self) -> bool {
-        !self.is_scoring() && self.submission.request.sampling.logprobs.is_none()
+        let alternatives = self.submission.request.sampling.logprobs.unwrap_or(0);
+        !self.is_scoring() && alternatives <= MOST_DRAWN_AHEAD
     }
 
     /// Whether the token that is about to be drawn is its next one, and not its last.

@@ -269,7 +269,7 @@ impl Model for Queued {
     }
     fn draw(&mut self, rows: &[SampleRow<'_>]) -> Result<(), OpError> {
         assert!(self.on_its_way.is_none(), "two draws on their way");
-        assert!(rows.iter().all(|row| row.forced.is_none() && row.params.logprobs.is_none()));
+        assert!(rows.iter().all(|row| row.forced.is_none()));
         let mut drawn = Vec::new();
         self.inner.sample(rows, &mut drawn)?;
         self.last = drawn.iter().map(|sampled| sampled.token).collect();
