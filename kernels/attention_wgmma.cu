@@ -21,7 +21,7 @@ __device__ void attention_wgmma(const float* qkv, const KV* keys, const KV* valu
     constexpr bool WIDE = sizeof(KV) == 2;
     constexpr int SLOTS = WIDE ? 2 : 1, CHUNK = 16 / sizeof(KV);
     DYNAMIC_SHARED(memory);
-    unsigned char* const queries = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    unsigned char* const queries = first_panel(memory);
     unsigned char* const key_slots = queries + Queries::BYTES;
     unsigned char* const value_slots = key_slots + SLOTS * Tile::BYTES;
     unsigned char* const arriving = value_slots + SLOTS * Tile::BYTES;
@@ -82,7 +82,7 @@ __device__ void attention_wgmma(const float* qkv, const KV* keys, const KV* valu
     auto multiply = [&](int step) {
         const uint32_t q = shared_address(queries), k = shared_address(slot(key_slots, step));
 #pragma unroll
-        for (int c = 0; c < DIM; c += 16) multiply_rows(s, Queries::columns(q, warp / 4 * 64, c), Tile::columns(k, 0, c), c > 0);
+        for (int c = 0; c < DIM; c += 16) multiply_rows(s, describe_columns<Queries>(q, warp / 4 * 64, c), describe_columns<Tile>(k, 0, c), c > 0);
         products_commit();
     };
     float o[DIM / 8][4] = {};
@@ -90,7 +90,7 @@ __device__ void attention_wgmma(const float* qkv, const KV* keys, const KV* valu
     auto add = [&](int step) {
         const uint32_t v = shared_address(slot(value_slots, step));
 #pragma unroll
-        for (int t = 0; t < TOKENS / 16; t++) add_weighted(o, weights[t], Tile::rows(v, 16 * t));
+        for (int t = 0; t < TOKENS / 16; t++) add_weighted(o, weights[t], describe_rows<Tile>(v, 16 * t));
         products_commit();
     };
 

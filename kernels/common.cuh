@@ -39,11 +39,15 @@ __device__ __forceinline__ uint4 load_again(const void* from) {
     return v;
 }
 
-// Copies 16 bytes from global to shared memory without waiting; writes zeros where `valid` is false.
+// Copies 16 bytes, or 8, from global to shared memory without waiting; writes zeros where `valid` is false.
+template <int BYTES = 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
     uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+    int bytes = valid ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global), "r"(bytes), "n"(BYTES) : "memory");
 }
 // Closes a group of copies.
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

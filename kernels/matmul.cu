@@ -8,7 +8,7 @@
 // widen_*: the same to bf16 in memory, for cuBLASLt.
 //
 // Each column of a fragment is computed by itself: a row's result does not depend on the rows beside it.
-#include "formats.cuh"
+#include "tiles.cuh"
 
 #define FEW_WARPS 8
 
@@ -203,111 +203,48 @@ FEW_OF(fp8, Fp8)
 FEW_OF(int4, Int4)
 FEW_OF(nvfp4, Nvfp4)
 
-#define TILE 128
-#define TILE_K 64
 #define STAGES 3
 
-// Where a chunk of 8 elements lies in a tile in shared memory: swizzled, so that eight rows' chunks lie in all banks.
-__device__ __forceinline__ int swizzle(int row, int chunk) { return row * TILE_K + (chunk ^ (row % 8)) * 8; }
-
-// A tile of 128 rows by 128 features a block; of its 8 warps each computes 64 rows by 32 features.
-// Without groups: grid (rows / 128, n / 128). With groups, a mixture of experts: tile blockIdx.x is rows
-// `first .. first + count` of the sorted order, all of one expert; sorted row i is x's row index[i] / share where index
-// is given.
-// A group: {expert, first, count, unused}; tiles beyond the last have no rows.
-// Weights of a format (`codes`, `scales`) are read into registers while a tile is computed, and widened into shared memory after it.
+// A tile of 128 rows by 128 features a block; of its 8 warps each computes 64 rows by 32 features. Rows, groups and index as of TileRows. Weights of a
+// format (`codes`, `scales`) are read into registers while a tile is computed, and widened into shared memory after it.
 template <class F>
 __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) {
-    constexpr int PIECES = 32 / F::COLUMNS;
+    using Copies = TileCopies<F>;
+    using Tile = typename Copies::Place;
     DYNAMIC_SHARED(memory);
-    bf16* stage_memory = reinterpret_cast<bf16*>(memory);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
-    int first = blockIdx.x * TILE, count = min(TILE, rows - first);
-    if (groups) {
-        uint4 g = groups[blockIdx.x];
-        first = g.y, count = g.z;
-        const size_t skipped = static_cast<size_t>(g.x) * n;
-        if constexpr (F::PACKED)
-            codes += skipped * (k / F::COLUMNS), scales += skipped * stride;
-        else
-            w += skipped * k;
-        if (bias) bias += skipped;
-    }
-    if (count <= 0) return;
+    const TileRows tile(rows, n, groups, index, share);
+    if (tile.count <= 0) return;
     const int feature = blockIdx.y * TILE;
-
-    // A thread copies chunk threadIdx % 8 of rows threadIdx / 8, + 32, + 64, + 96 of both tiles.
-    const int chunk = threadIdx.x % 8, copied = threadIdx.x / 8;
-    const bf16* from_x[4];
-    [[maybe_unused]] const bf16* from_w[4] = {};
-    for (int i = 0; i < 4; i++) {
-        int row = min(copied + i * 32, count - 1);
-        size_t source = index ? index[first + row] / share : first + row;
-        from_x[i] = x + source * k + chunk * 8;
-        if constexpr (!F::PACKED) from_w[i] = w + static_cast<size_t>(min(feature + copied + i * 32, n - 1)) * k + chunk * 8;
-    }
-    auto copy = [&](int step) {
-        bf16* xs = stage_memory + step % STAGES * 2 * TILE * TILE_K;
-        bf16* ws = xs + TILE * TILE_K;
-        for (int i = 0; i < 4; i++) {
-            int row = copied + i * 32;
-            copy_async(xs + swizzle(row, chunk), from_x[i] + step * TILE_K, row < count);
-            if constexpr (!F::PACKED) copy_async(ws + swizzle(row, chunk), from_w[i] + step * TILE_K, feature + row < n);
-        }
-    };
-    // A thread widens half threadIdx % 2 of row threadIdx / 2 of the tile's weights.
-    [[maybe_unused]] const int wide_row = threadIdx.x / 2, half = threadIdx.x % 2;
-    [[maybe_unused]] const size_t wide_from = min(feature + wide_row, n - 1);
-    [[maybe_unused]] uint4 held[PIECES] = {};
-    [[maybe_unused]] uint32_t held_scale = 0;
-    auto hold = [&](int step) {
-        if constexpr (F::PACKED) {
-            if (feature + wide_row >= n) return;
-            const int column = step * TILE_K + half * 32;
-#pragma unroll
-            for (int p = 0; p < PIECES; p++) held[p] = load_once(codes + wide_from * (k / F::COLUMNS) + column / F::COLUMNS + p);
-            held_scale = F::scale(scales + wide_from * stride, column, shift);
-        }
-    };
-    auto widen = [&](int step) {
-        if constexpr (F::PACKED) {
-            bf16* ws = stage_memory + (step % STAGES * 2 + 1) * TILE * TILE_K;
-#pragma unroll
-            for (int p = 0; p < PIECES; p++) {
-                uint32_t to[F::COLUMNS / 2];
-                widen_piece<F>(held[p], held_scale, to);
-#pragma unroll
-                for (int i = 0; i < F::COLUMNS / 8; i++)
-                    *reinterpret_cast<uint4*>(ws + swizzle(wide_row, half * 4 + p * (F::COLUMNS / 8) + i)) = make_uint4(to[4 * i], to[4 * i + 1], to[4 * i + 2], to[4 * i + 3]);
-            }
-        }
-    };
+    Copies copies(tile, x, w, codes, scales, stride, shift, feature, n, k);
+    auto stage = [&](int step) { return memory + step % STAGES * 2 * Tile::BYTES; };
+    auto copy = [&](int step) { copies.copy(step, stage(step), stage(step) + Tile::BYTES); };
+    auto widen = [&](int step) { copies.widen(stage(step) + Tile::BYTES); };
 
     const int steps = k / TILE_K, warp_row = warp / 4 * 64, warp_feature = warp % 4 * 32;
     // Of the warp's four fragments of 16 rows, those that have any.
-    const int fragments = min(4, (count - warp_row + 15) / 16);
+    const int fragments = min(4, (tile.count - warp_row + 15) / 16);
     float sums[4][4][4] = {};
     for (int step = 0; step < STAGES - 1; step++) {
-        if (step < steps) copy(step), hold(step), widen(step);
+        if (step < steps) copy(step), copies.hold(step), widen(step);
         copy_commit();
     }
     for (int step = 0; step < steps; step++) {
         copy_wait<STAGES - 2>();
         __syncthreads();  // this step's tile is here for all, and all have read the one that is overwritten next
-        if (step + STAGES - 1 < steps) copy(step + STAGES - 1), hold(step + STAGES - 1);
+        if (step + STAGES - 1 < steps) copy(step + STAGES - 1), copies.hold(step + STAGES - 1);
         copy_commit();
-        const bf16* xs = stage_memory + step % STAGES * 2 * TILE * TILE_K;
-        const bf16* ws = xs + TILE * TILE_K;
+        const unsigned char *xs = stage(step), *ws = xs + Tile::BYTES;
 #pragma unroll
         for (int kk = 0; kk < TILE_K / 16; kk++) {
             uint32_t a[4][4], b[4][2];
 #pragma unroll
             for (int m = 0; m < 4; m++)
-                if (m < fragments) load_matrices(a[m], xs + swizzle(warp_row + m * 16 + lane % 16, kk * 2 + lane / 16));
+                if (m < fragments) load_matrices(a[m], xs + Tile::place(warp_row + m * 16 + lane % 16, kk * 16 + lane / 16 * 8));
 #pragma unroll
             for (int f = 0; f < 4; f += 2) {
                 uint32_t r[4];
-                load_matrices(r, ws + swizzle(warp_feature + f * 8 + lane / 16 * 8 + lane % 8, kk * 2 + lane / 8 % 2));
+                load_matrices(r, ws + Tile::place(warp_feature + f * 8 + lane / 16 * 8 + lane % 8, kk * 16 + lane / 8 % 2 * 8));
                 b[f][0] = r[0], b[f][1] = r[1], b[f + 1][0] = r[2], b[f + 1][1] = r[3];
             }
 #pragma unroll
@@ -326,10 +263,11 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int row = warp_row + m * 16 + group + i / 2 * 8, column = feature + warp_feature + f * 8 + quad * 2 + i % 2;
-                if (row >= count || column >= n) continue;
+                if (row >= tile.count || column >= n) continue;
+                const size_t weights = tile.skipped + column;
                 float sum = sums[m][f][i];
-                if constexpr (F::ROW_SCALED) sum *= F::row_factor(scales + static_cast<size_t>(column) * stride);
-                out[static_cast<size_t>(first + row) * n + column] = bias ? sum + bias[column] : sum;
+                if constexpr (F::ROW_SCALED) sum *= F::row_factor(scales + weights * stride);
+                out[static_cast<size_t>(tile.first + row) * n + column] = bias ? sum + bias[weights] : sum;
             }
 }
 

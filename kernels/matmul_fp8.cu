@@ -2,66 +2,41 @@
 // DeepSeek-V3 does it (arXiv:2412.19437, 3.3). For sm_90a; elsewhere the product is there and traps.
 //
 // The tensor cores keep sums of FP8 with fewer bits than f32, so that every 128 elements a sum is scaled and added up outside of them.
+#include "tiles.cuh"
 #include "wgmma.cuh"
 
-#define FP8_TILE 128
 #define FP8_STAGES 4
 
 // out [rows, n] = x * w^T + bias: x as rows.cu's Narrow has it, `x_rows` rows; w's codes [n, k], its scales `w_stride` bytes a row, an f32 for
 // 64 << shift elements, at least 128. Two warpgroups have 64 rows by 128 features each. Grid, block, groups and index as of matmul_tiles.
 extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* x, const float* x_scales, int x_rows, const e4m3* w, const unsigned char* w_scales, int w_stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) {
 #ifdef RUDDER_WGMMA
-    using Tile = Panels<FP8_BLOCK, FP8_TILE, 1>;
+    using Tile = NarrowPlace;
     DYNAMIC_SHARED(memory);
-    __shared__ float w_scale[2][FP8_TILE];
-    unsigned char* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    __shared__ float w_scale[2][TILE];
+    unsigned char* const stages = first_panel(memory);
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, quad = threadIdx.x % 4;
-    int first = blockIdx.x * FP8_TILE, count = min(FP8_TILE, rows - first);
-    if (groups) {
-        const uint4 g = groups[blockIdx.x];
-        first = g.y, count = g.z;
-        const size_t skipped = static_cast<size_t>(g.x) * n;
-        w += skipped * k, w_scales += skipped * w_stride;
-        if (bias) bias += skipped;
-    }
-    if (count <= 0) return;
-    const int feature = blockIdx.y * FP8_TILE, steps = (k + FP8_BLOCK - 1) / FP8_BLOCK;
-    const bool full = count > 64, has_rows = warp < 4 || full;  // the second warpgroup; this one
-    auto source = [&](int row) {
-        const int sorted = first + min(row, count - 1);
-        return static_cast<size_t>(index ? index[sorted] / share : sorted);
-    };
+    const TileRows tile(rows, n, groups, index, share);
+    if (tile.count <= 0) return;
+    const int count = tile.count, feature = blockIdx.y * TILE, steps = (k + FP8_BLOCK - 1) / FP8_BLOCK;
+    const bool has_rows = warp < 4 || count > 64;  // this warpgroup
+    w += tile.skipped * k, w_scales += tile.skipped * w_stride;
+    if (bias) bias += tile.skipped;
 
-    // A thread copies 16 bytes, from `element` on, of rows threadIdx / 8, + 32, + 64, + 96 of both tiles.
-    const int element = threadIdx.x % 8 * 16, copied = threadIdx.x / 8;
-    const e4m3 *from_x[4], *from_w[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        from_x[i] = x + source(copied + i * 32) * k;
-        from_w[i] = w + static_cast<size_t>(min(feature + copied + i * 32, n - 1)) * k;
-    }
+    auto weights = [&](int row) { return static_cast<size_t>(min(feature + row, n - 1)); };
+    const NarrowCopies<16> copies_x(x, count, k, [&](int row) { return tile.source(row); }), copies_w(w, n - feature, k, weights);
     auto stage = [&](int step) { return stages + step % FP8_STAGES * 2 * Tile::BYTES; };
-    auto copy = [&](int step) {
-        unsigned char* const to = stage(step);
-        // Past the ends zeros arrive.
-        const int column = step * FP8_BLOCK + element, from = min(column, k - 16);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int row = copied + i * 32, place = Tile::place(row, element);
-            if (i < 2 || full) copy_async(to + place, from_x[i] + from, column < k && row < count);
-            copy_async(to + Tile::BYTES + place, from_w[i] + from, column < k && feature + row < n);
-        }
-    };
+    auto copy = [&](int step) { copies_x.copy(step, stage(step)), copies_w.copy(step, stage(step) + Tile::BYTES); };
     // A step's scales are read while the one before it is multiplied: of one feature a thread of the first half, of its two rows every one.
-    const float* const my_scales = reinterpret_cast<const float*>(w_scales + static_cast<size_t>(min(feature + static_cast<int>(threadIdx.x), n - 1)) * w_stride);
-    const float* const row_scales[2] = {x_scales + source(warp * 16 + group), x_scales + source(warp * 16 + group + 8)};
+    const float* const my_scales = reinterpret_cast<const float*>(w_scales + weights(threadIdx.x) * w_stride);
+    const float* const row_scales[2] = {x_scales + tile.source(warp * 16 + group), x_scales + tile.source(warp * 16 + group + 8)};
     float held_feature = 0.0f, held_row[2] = {};
     auto hold = [&](int step) {
-        if (threadIdx.x < FP8_TILE) held_feature = my_scales[step * (FP8_BLOCK / 64) >> shift];
+        if (threadIdx.x < TILE) held_feature = my_scales[step * (FP8_BLOCK / 64) >> shift];
         for (int r = 0; r < 2; r++) held_row[r] = row_scales[r][static_cast<size_t>(step) * x_rows];
     };
 
-    float sums[FP8_TILE / 8][4] = {}, s[FP8_TILE / 8][4];
+    float sums[TILE / 8][4] = {}, s[TILE / 8][4];
     for (int step = 0; step < FP8_STAGES - 1; step++) {
         if (step < steps) copy(step);
         copy_commit();
@@ -69,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* 
     hold(0);
     for (int step = 0; step < steps; step++) {
         copy_wait<FP8_STAGES - 2>();
-        if (threadIdx.x < FP8_TILE) w_scale[step % 2][threadIdx.x] = held_feature;
+        if (threadIdx.x < TILE) w_scale[step % 2][threadIdx.x] = held_feature;
         publish_shared();
         __syncthreads();  // this step is here for all, and all are done with the one that is overwritten next
         if (step + FP8_STAGES - 1 < steps) copy(step + FP8_STAGES - 1);
@@ -80,21 +55,21 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* 
         const uint32_t a = shared_address(stage(step)), b = a + Tile::BYTES;
         products_begin();
 #pragma unroll
-        for (int c = 0; c < FP8_BLOCK; c += 32) multiply_rows_fp8(s, Tile::columns(a, warp / 4 * 64, c), Tile::columns(b, 0, c), c > 0);
+        for (int c = 0; c < FP8_BLOCK; c += 32) multiply_rows_fp8(s, describe_columns<Tile>(a, warp / 4 * 64, c), describe_columns<Tile>(b, 0, c), c > 0);
         products_commit();
         products_wait<0>();
         products_done(s);
 #pragma unroll
-        for (int c = 0; c < FP8_TILE / 8; c++)
+        for (int c = 0; c < TILE / 8; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[c][i] += s[c][i] * row_scale[i / 2] * w_scale[step % 2][c * 8 + quad * 2 + i % 2];
     }
 #pragma unroll
-    for (int c = 0; c < FP8_TILE / 8; c++)
+    for (int c = 0; c < TILE / 8; c++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int row = warp * 16 + group + i / 2 * 8, column = feature + c * 8 + quad * 2 + i % 2;
-            if (row < count && column < n) out[static_cast<size_t>(first + row) * n + column] = sums[c][i] + (bias ? bias[column] : 0.0f);
+            if (row < count && column < n) out[static_cast<size_t>(tile.first + row) * n + column] = sums[c][i] + (bias ? bias[column] : 0.0f);
         }
 #else
     __trap();

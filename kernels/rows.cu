@@ -111,6 +111,42 @@ extern "C" __global__ void __launch_bounds__(256) quantise_rows(const bf16* x, e
 }
 KERNEL(quantise_rows)
 
+// Rows of bf16, k a multiple of 64, as MXFP8 (OCP Microscaling Formats 1.0): codes of E4M3, 32 with a scale, the smallest power of two 2^(e - 127)
+// by which none is too large; e of four such blocks is a word of scales [k / 128, rows]. Of each eight codes the even ones come first, then the odd
+// ones, as nibbles of MXFP4's words. What is below 1e-30 becomes zero. A thread has eight elements, sixteen 128; block: 256.
+extern "C" __global__ void __launch_bounds__(256) quantise_rows_mx(const bf16* x, e4m3* codes, uint32_t* scales, int rows, int k) {
+    const int blocks = (k + FP8_BLOCK - 1) / FP8_BLOCK, part = threadIdx.x % 16;
+    const size_t unit = static_cast<size_t>(blockIdx.x) * 16 + threadIdx.x / 16, row = unit / blocks;
+    const int block = unit % blocks, i = block * FP8_BLOCK + part * 8;
+    const bool there = row < static_cast<size_t>(rows) && i < k;
+    const uint4 read = there ? *reinterpret_cast<const uint4*>(x + row * k + i) : make_uint4(0, 0, 0, 0);
+    const uint32_t pairs[4] = {read.x, read.y, read.z, read.w};
+    float v[8], most = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        v[e] = __uint_as_float(e % 2 ? pairs[e / 2] & 0xffff0000u : pairs[e / 2] << 16);
+        most = fmaxf(most, fabsf(v[e]));
+    }
+    most = fmaxf(most, __shfl_xor_sync(FULL, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(FULL, most, 2));
+    // The exponent of most / 448, rounded up.
+    const bool some = most > 1e-30f;
+    const uint32_t bits = __float_as_uint(most / FP8_LARGEST), exponent = some ? (bits >> 23) + ((bits & 0x7fffff) != 0) : 0;
+    const float by = some ? __uint_as_float((254 - exponent) << 23) : 0.0f;
+    union {
+        e4m3 codes[8];
+        uint2 words;
+    } eight;
+#pragma unroll
+    for (int e = 0; e < 8; e++) eight.codes[e % 2 * 4 + e / 2] = to_e4m3(v[e] * by);
+    if (there) *reinterpret_cast<uint2*>(codes + row * k + i) = eight.words;
+    uint32_t word = exponent << part / 4 * 8;
+    word |= __shfl_xor_sync(FULL, word, 4);
+    word |= __shfl_xor_sync(FULL, word, 8);
+    if (part == 0 && row < static_cast<size_t>(rows)) scales[static_cast<size_t>(block) * rows + row] = word;
+}
+KERNEL(quantise_rows_mx)
+
 // out[i] = x[indices[i]] + delta[indices[i]], or without delta; out is of x's format. One block a row.
 extern "C" __global__ void gather(const void* x, int is_f32, const float* delta, const uint32_t* indices, void* out, int width) {
     size_t from = static_cast<size_t>(indices[blockIdx.x]) * width, to = static_cast<size_t>(blockIdx.x) * width;

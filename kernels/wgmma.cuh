@@ -4,51 +4,29 @@
 // Results d are as mma's: thread t of the group has of rows t / 32 * 16 + t % 32 / 4 and that + 8 the columns c * 8 + t % 4 * 2 and that + 1 of
 // every c, as d[c][0..1] and d[c][2..3]. They must not be touched between a product and the wait for its group.
 #pragma once
-#include "common.cuh"
+#include "panels.cuh"
 
-// Rows that wgmma reads lie in panels as wide as a swizzle, 128 bytes or 64, a row after another; of each eight rows the 16-byte pieces are
-// exchanged so that reads along a row and down a column find different banks. What is exchanged depends on the address, so that panels must
-// begin where the pattern does, every 1024 bytes.
-template <int DIM, int ROWS, int SIZE = 2>
-struct Panels {
-    static constexpr int WIDTH = (DIM * SIZE % 128 ? 64 : 128) / SIZE;  // elements, of SIZE bytes
-    static constexpr int ROW = WIDTH * SIZE;                            // bytes
-    static constexpr int PANEL = ROWS * ROW;
-    static constexpr int BYTES = DIM / WIDTH * PANEL;
-    static_assert(DIM % WIDTH == 0 && PANEL % 1024 == 0, "whole panels and patterns");
-
-    // The byte where 16 bytes begin, of a row's elements from `element` on.
-    static __device__ __forceinline__ int place(int row, int element) {
-        const int linear = element / WIDTH * PANEL + row * ROW + element % WIDTH * SIZE;
-        return linear ^ ((linear >> 7 & (ROW / 16 - 1)) << 4);
-    }
-
-    // A descriptor: bits 0 to 13 begin, 16 to 29 the leading dimension's offset, 32 to 45 the stride dimension's, all in units of 16
-    // bytes; 62 and 63 the swizzle: 1 of 128 bytes, 2 of 64.
-    static __device__ __forceinline__ uint64_t describe(uint32_t begin, int leading) {
-        const uint64_t stride = 8 * ROW, swizzle = ROW == 128 ? 1 : 2;
-        return (begin & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | (stride >> 4) << 32 | swizzle << 62;
-    }
-    // 32 bytes of columns of rows from `row` on, a multiple of 8, by which rows are multiplied with rows (K-major; the leading offset counts for nothing).
-    static __device__ __forceinline__ uint64_t columns(uint32_t panels, int row, int first) {
-        return describe(panels + first / WIDTH * PANEL + row * ROW + first % WIDTH * SIZE, 16);
-    }
-    // 16 rows, all their columns, which weights are multiplied with (MN-major: panels follow in the leading dimension).
-    static __device__ __forceinline__ uint64_t rows(uint32_t panels, int row) { return describe(panels + row * ROW, PANEL); }
-};
+// A descriptor of Panels P: bits 0 to 13 begin, 16 to 29 the leading dimension's offset, 32 to 45 the stride dimension's, all in units of 16
+// bytes; 62 and 63 the swizzle: 1 of 128 bytes, 2 of 64.
+template <class P>
+__device__ __forceinline__ uint64_t describe(uint32_t begin, int leading) {
+    const uint64_t stride = 8 * P::ROW, swizzle = P::ROW == 128 ? 1 : 2;
+    return (begin & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | (stride >> 4) << 32 | swizzle << 62;
+}
+// 32 bytes of columns of rows from `row` on, a multiple of 8, by which rows are multiplied with rows (K-major; the leading offset counts for nothing).
+template <class P>
+__device__ __forceinline__ uint64_t describe_columns(uint32_t panels, int row, int first) { return describe<P>(panels + P::begin(row, first), 16); }
+// 16 rows, all their columns, which weights are multiplied with (MN-major: panels follow in the leading dimension).
+template <class P>
+__device__ __forceinline__ uint64_t describe_rows(uint32_t panels, int row) { return describe<P>(panels + P::begin(row, 0), P::PANEL); }
 
 #ifdef RUDDER_EMULATE
 #include "emulate/wgmma.h"
 #else
 
-// An address as descriptors have it.
-__device__ __forceinline__ uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define RUDDER_WGMMA
 
-// What this thread wrote to shared memory is seen by products that begin after the next barrier.
-__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Registers that were written before are seen by products that begin after.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Closes a group of products.

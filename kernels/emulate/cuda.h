@@ -197,7 +197,8 @@ inline void fence_alias() {}
 
 // ---- copies that arrive late: as late as the kernel allows ----
 
-void copy_async(void* shared, const void* global, bool valid);
+void copy_async_bytes(void* shared, const void* global, unsigned bytes, bool valid);
+template <int BYTES = 16> void copy_async(void* shared, const void* global, bool valid) { copy_async_bytes(shared, global, BYTES, valid); }
 void copy_commit();
 void copy_wait_for(int pending);
 template <int PENDING> void copy_wait() { copy_wait_for(PENDING); }

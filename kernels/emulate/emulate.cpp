@@ -2,6 +2,8 @@
 #include "emulate/cuda.h"
 
 #include <csetjmp>
+#include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -11,6 +13,8 @@
 #include "../rows.cu"
 #include "../matmul.cu"
 #include "../matmul_fp8.cu"
+#include "../matmul_fp8_tcgen05.cu"
+#include "../matmul_tcgen05.cu"
 #include "../matmul_wgmma.cu"
 #include "../attention.cu"
 #include "../attention_wgmma.cu"
@@ -22,12 +26,13 @@ __thread dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
+enum State { READY, AT_WARP, AT_BLOCK, AT_BARRIER, DONE };
 const std::size_t STACK = 256 * 1024;
 
 struct Copy {
     void* to;
     const void* from;
+    unsigned bytes;
     bool valid;
 };
 struct Fiber {
@@ -38,10 +43,29 @@ struct Fiber {
     std::unique_ptr<unsigned char[]> stack;
     std::vector<std::vector<Copy>> groups;  // copies under way, the last group still open
     std::vector<std::vector<std::function<void()>>> products;  // products under way, the same
+    bool unpublished;                                          // copies arrived that other units may not see yet
+    // Blackwell's: what is not committed yet; loads under way; which fences are due; the barrier that is waited for.
+    std::vector<std::function<void()>> operations, loads;
+    bool fence_after_due, fence_before_due;
+    uint64_t* barrier;
+    uint32_t parity;
 };
+
+// What a commit has completed.
+struct Commit {
+    std::vector<std::function<void()>> operations;
+    uint64_t* barrier;
+};
+
+const unsigned TENSOR_COLUMNS = 512;
 
 thread_local std::vector<Fiber> fibers;
 thread_local std::vector<unsigned char> shared_memory;
+// The block's tensor memory, which of its columns are allocated, its barriers and how often each was completed, commits under way.
+thread_local std::vector<uint32_t> tensor_memory;
+__thread unsigned tensor_begin, tensor_end;
+thread_local std::map<uint64_t*, unsigned> barriers;
+thread_local std::deque<Commit> commits;
 __thread unsigned char slots[32][32][64];
 __thread jmp_buf scheduler;
 __thread unsigned running;
@@ -92,13 +116,37 @@ bool release(unsigned begin, unsigned end, State barrier) {
     return any;
 }
 
-void run_block(unsigned threads) {
-    for (unsigned t = 0; t < threads; t++) {
-        fibers[t].state = READY;
-        fibers[t].begun = false;
-        fibers[t].groups.assign(1, {});
-        fibers[t].products.assign(1, {});
+// Whether a barrier was completed as a thread waits for it; has commits done that lead there, and those before them.
+bool completed(uint64_t* barrier, uint32_t parity) {
+    const auto found = barriers.find(barrier);
+    if (found == barriers.end()) fail("a barrier that was not made");
+    if (found->second % 2 != parity) return true;
+    bool leads = false;
+    for (const Commit& commit : commits) leads |= commit.barrier == barrier;
+    while (leads) {
+        const Commit commit = std::move(commits.front());
+        commits.pop_front();
+        for (const auto& operation : commit.operations) operation();
+        barriers[commit.barrier]++;
+        leads = commit.barrier != barrier;
     }
+    return found->second % 2 != parity;
+}
+
+void begin_block(unsigned threads) {
+    for (unsigned t = 0; t < threads; t++) {
+        Fiber& fiber = fibers[t];
+        fiber.state = READY;
+        fiber.begun = fiber.unpublished = fiber.fence_after_due = fiber.fence_before_due = false;
+        fiber.groups.assign(1, {});
+        fiber.products.assign(1, {});
+        fiber.operations.clear(), fiber.loads.clear();
+    }
+    barriers.clear();
+}
+
+void run_block(unsigned threads) {
+    begin_block(threads);
     for (;;) {
         bool moved = false;
         unsigned done = 0;
@@ -109,8 +157,14 @@ void run_block(unsigned threads) {
                     if (fibers[t].state == READY) resume(t), moved = true;
             } while (release(warp, end, AT_WARP));
         }
-        for (unsigned t = 0; t < threads; t++) done += fibers[t].state == DONE;
-        if (done == threads) return;
+        for (unsigned t = 0; t < threads; t++) {
+            done += fibers[t].state == DONE;
+            if (fibers[t].state == AT_BARRIER && completed(fibers[t].barrier, fibers[t].parity)) fibers[t].state = READY, moved = true;
+        }
+        if (done == threads) {
+            if (tensor_begin < tensor_end) fail("tensor memory that is not given back");
+            return;
+        }
         if (!release(0, threads, AT_BLOCK) && !moved) fail("deadlock: threads wait for a barrier that others do not reach");
     }
 }
@@ -145,7 +199,11 @@ void fail(const char* what) {
     abort();
 }
 
-void __syncthreads() { leave(AT_BLOCK); }
+void __syncthreads() {
+    if (fibers[running].fence_before_due) fail("a barrier behind loads of tensor memory, and no fence between");
+    fibers[running].fence_after_due = true;
+    leave(AT_BLOCK);
+}
 void wait_for_warp() { leave(AT_WARP); }
 unsigned char (*lane_slots())[64] { return slots[running / 32]; }
 unsigned char* dynamic_shared() { return shared_memory.data() + (16 - reinterpret_cast<uintptr_t>(shared_memory.data()) % 16) % 16; }
@@ -161,19 +219,71 @@ void products_wait_for(int pending) {
     wait_for_warp();
 }
 
-void copy_async(void* shared, const void* global, bool valid) {
-    if (reinterpret_cast<uintptr_t>(shared) % 16 || (valid && reinterpret_cast<uintptr_t>(global) % 16))
-        fail("a copy of 16 bytes that is not aligned");
-    fibers[running].groups.back().push_back({shared, global, valid});
+void copy_async_bytes(void* shared, const void* global, unsigned bytes, bool valid) {
+    if (reinterpret_cast<uintptr_t>(shared) % bytes || (valid && reinterpret_cast<uintptr_t>(global) % bytes))
+        fail("a copy of 8 or 16 bytes that is not aligned");
+    fibers[running].groups.back().push_back({shared, global, bytes, valid});
 }
 void copy_commit() { fibers[running].groups.emplace_back(); }
 void copy_wait_for(int pending) {
     auto& groups = fibers[running].groups;
     while (static_cast<int>(groups.size()) - 1 > pending) {
         for (const Copy& copy : groups.front())
-            copy.valid ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+            copy.valid ? memcpy(copy.to, copy.from, copy.bytes) : memset(copy.to, 0, copy.bytes);
+        fibers[running].unpublished |= !groups.front().empty();
         groups.erase(groups.begin());
     }
+}
+void publish_shared() { fibers[running].unpublished = false; }
+
+uint32_t& tensor_word(unsigned lane, unsigned column) {
+    if (lane >= 128 || column < tensor_begin || column >= tensor_end) fail("tensor memory that is not allocated");
+    return tensor_memory[lane * TENSOR_COLUMNS + column];
+}
+void tensor_allocate_columns(uint32_t* address, unsigned columns) {
+    if (columns < 32 || columns > TENSOR_COLUMNS || columns & (columns - 1) || tensor_begin < tensor_end) fail("an allocation of tensor memory that the emulation does not know");
+    tensor_memory.assign(128 * TENSOR_COLUMNS, 0xffffffff);
+    tensor_end = TENSOR_COLUMNS, tensor_begin = *address = tensor_end - columns;
+}
+void tensor_free_columns(uint32_t address, unsigned columns) {
+    tensor_use();
+    if (address != tensor_begin || columns != tensor_end - tensor_begin) fail("tensor memory that was not allocated so is given back");
+    bool idle = commits.empty();
+    for (const Fiber& fiber : fibers) idle &= fiber.operations.empty() && fiber.loads.empty();
+    if (!idle) fail("tensor memory is given back while it is used");
+    tensor_begin = tensor_end;
+}
+void tensor_before_sync() { fibers[running].fence_before_due = false; }
+void tensor_after_sync() { fibers[running].fence_after_due = false; }
+void tensor_use() {
+    if (fibers[running].fence_after_due) fail("tensor memory is used behind a barrier, and no fence between");
+}
+void tensor_push(std::function<void()> operation) {
+    tensor_use();
+    for (const Fiber& fiber : fibers)
+        if (fiber.state != DONE && fiber.unpublished) fail("a product begins, and copies are not published");
+    fibers[running].operations.push_back(std::move(operation));
+}
+void tensor_commit(uint64_t* barrier) {
+    if (!barriers.count(barrier)) fail("a barrier that was not made");
+    commits.push_back({std::move(fibers[running].operations), barrier});
+    fibers[running].operations.clear();
+}
+void barrier_init(uint64_t* barrier) { barriers[barrier] = 0; }
+void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    while (!completed(barrier, parity)) {
+        fibers[running].barrier = barrier, fibers[running].parity = parity;
+        leave(AT_BARRIER);
+    }
+    fibers[running].fence_after_due = true;
+}
+void tensor_load_later(std::function<void()> load) {
+    fibers[running].fence_before_due = true;
+    fibers[running].loads.push_back(std::move(load));
+}
+void tensor_load_now() {
+    for (const auto& load : fibers[running].loads) load();
+    fibers[running].loads.clear();
 }
 
 float4 multimem_sum(const float4* from) {

@@ -22,10 +22,11 @@ const ROUNDS: usize = 7;
 const LLAMA: AttentionShape = AttentionShape { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088_388_35 };
 
 /// The ways to multiply many rows, where a GPU has several.
-const WAYS: [(&str, PrefillKernel, bool); 3] = [
+const WAYS: [(&str, PrefillKernel, bool); 4] = [
     ("mma", PrefillKernel::Mma, false),
     ("wgmma", PrefillKernel::Wgmma, false),
-    ("fp8 x fp8", PrefillKernel::Auto, true),
+    ("tcgen05", PrefillKernel::Tcgen05, false),
+    ("rows rounded to fp8", PrefillKernel::Auto, true),
 ];
 
 /// One line of the table.
@@ -116,7 +117,7 @@ impl Bench {
             for rows in [1, 8, 16, 17, 64, 256, 511, 512, 4096] {
                 for (way, kernel, products) in WAYS {
                     let same = match kernel {
-                        PrefillKernel::Wgmma => !(17..512).contains(&rows),
+                        PrefillKernel::Wgmma | PrefillKernel::Tcgen05 => !(17..512).contains(&rows),
                         _ => products && rows <= 16,
                     };
                     if same || !self.choose(kernel, products) {
@@ -308,6 +309,8 @@ impl Bench {
         let (experts, top_k, hidden, inner) = (128, 8, up.shape[1], up.shape[0]);
         let (up, down) = (vec![up; experts], vec![down; experts]);
         let weights = self.cuda.load_experts(&ExpertWeights::plain(&up, &up, &down))?;
+        let on_blackwell = self.choose(PrefillKernel::Tcgen05, false);
+        let rounds = format == "fp8" || (format == "mxfp4" && on_blackwell);
         for rows in [1, 4, 8, 16, 64, 256, 4096] {
             let logits: Vec<f32> = (0..rows * experts).map(|i| (i * 7919 % 1009) as f32 / 300.0).collect();
             let table =
@@ -317,7 +320,7 @@ impl Bench {
             let read = experts as f64 * (1.0 - (1.0 - top_k as f64 / experts as f64).powi(rows as i32));
             let (bytes, operations) = (weight_bytes * read * one as f64, 2.0 * (rows * top_k * one) as f64);
             for (way, kernel, products) in WAYS {
-                if (products && (format != "fp8" || rows <= 16)) || !self.choose(kernel, products) {
+                if (products && (!rounds || rows <= 16)) || !self.choose(kernel, products) {
                     continue;
                 }
                 let [x, _] = self.rows(rows, hidden)?;

@@ -5,7 +5,7 @@
 
 use crate::device::{Arg, Buffer, Device, Grid};
 use crate::kv::{self, KvCache, KvDType, Parts, PrefillKernel, Rotations, half_block};
-use crate::matmul::{Matrix, Multiplier, Rows, Vector};
+use crate::matmul::{Instructions, Matrix, Multiplier, Rows, Vector};
 use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack};
 use crate::peers::{PeerAccess, Peers, Way};
 use crate::sample::Sampler;
@@ -162,23 +162,34 @@ impl Cuda {
     /// # Errors
     /// If the device does not have it.
     pub fn set_prefill_kernel(&mut self, kernel: PrefillKernel) -> Result<()> {
-        let has = self.device.has_wgmma();
-        check(has || kernel != PrefillKernel::Wgmma, || {
-            format!("{} has no products of warpgroups; Hopper alone has", self.name)
+        let instructions = match kernel {
+            PrefillKernel::Auto => Instructions::of(&self.device),
+            PrefillKernel::Mma => Instructions::Mma,
+            PrefillKernel::Wgmma => Instructions::Wgmma,
+            PrefillKernel::Tcgen05 => Instructions::Tcgen05,
+        };
+        let has = match instructions {
+            Instructions::Mma => true,
+            Instructions::Wgmma => self.device.has_wgmma(),
+            Instructions::Tcgen05 => self.device.has_tcgen05(),
+        };
+        check(has, || {
+            format!("{} has no {kernel:?}: Hopper has Wgmma, Blackwell Tcgen05, each alone", self.name)
         })?;
-        self.step.wgmma = has && kernel != PrefillKernel::Mma;
-        self.multiplier.wgmma = self.step.wgmma;
+        self.step.wgmma = instructions == Instructions::Wgmma;
+        self.multiplier.instructions = instructions;
         Ok(())
     }
 
     /// Whether more than 16 rows are rounded to FP8 too, each 128 of their elements with a scale, where weights are FP8 with scales for 128
-    /// inputs or more: twice the arithmetic, and answers that differ by that rounding. They are not unless told otherwise.
+    /// inputs or more; and on Blackwell to MXFP8 where weights are MXFP4: twice the arithmetic, and answers that differ by that rounding. They
+    /// are not unless told otherwise.
     ///
     /// # Errors
-    /// If the device does not have the kernel, which is for Hopper.
+    /// If the device does not have the kernels, which are for Hopper and Blackwell.
     pub fn set_fp8_products(&mut self, on: bool) -> Result<()> {
-        check(!on || self.device.has_wgmma(), || {
-            format!("{} has no products of warpgroups; Hopper alone has", self.name)
+        check(!on || self.device.has_wgmma() || self.device.has_tcgen05(), || {
+            format!("{} has no kernels for products of FP8; Hopper and Blackwell have", self.name)
         })?;
         self.multiplier.fp8_products = on;
         Ok(())

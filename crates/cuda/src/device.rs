@@ -23,32 +23,40 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("matmul_few_experts", 0),
     ("matmul_tiles", MATMUL_TILES_SHARED),
     ("matmul_wgmma", MATMUL_WGMMA_SHARED),
+    ("matmul_tcgen05", MATMUL_TCGEN05_SHARED),
     ("matmul_few_8_mxfp4", 0),
     ("matmul_few_16_mxfp4", 0),
     ("matmul_few_experts_mxfp4", 0),
     ("matmul_tiles_mxfp4", MATMUL_TILES_SHARED),
     ("matmul_wgmma_mxfp4", MATMUL_WGMMA_SHARED),
+    ("matmul_tcgen05_mxfp4", MATMUL_TCGEN05_SHARED),
     ("widen_mxfp4", 0),
     ("matmul_few_8_fp8", 0),
     ("matmul_few_16_fp8", 0),
     ("matmul_few_experts_fp8", 0),
     ("matmul_tiles_fp8", MATMUL_TILES_SHARED),
     ("matmul_wgmma_fp8", MATMUL_WGMMA_SHARED),
+    ("matmul_tcgen05_fp8", MATMUL_TCGEN05_SHARED),
     ("widen_fp8", 0),
     ("matmul_few_8_int4", 0),
     ("matmul_few_16_int4", 0),
     ("matmul_few_experts_int4", 0),
     ("matmul_tiles_int4", MATMUL_TILES_SHARED),
     ("matmul_wgmma_int4", MATMUL_WGMMA_SHARED),
+    ("matmul_tcgen05_int4", MATMUL_TCGEN05_SHARED),
     ("widen_int4", 0),
     ("matmul_few_8_nvfp4", 0),
     ("matmul_few_16_nvfp4", 0),
     ("matmul_few_experts_nvfp4", 0),
     ("matmul_tiles_nvfp4", MATMUL_TILES_SHARED),
     ("matmul_wgmma_nvfp4", MATMUL_WGMMA_SHARED),
+    ("matmul_tcgen05_nvfp4", MATMUL_TCGEN05_SHARED),
     ("widen_nvfp4", 0),
     ("quantise_rows", 0),
     ("matmul_fp8_fp8", MATMUL_FP8_SHARED),
+    ("matmul_fp8_tcgen05", MATMUL_FP8_TCGEN05_SHARED),
+    ("quantise_rows_mx", 0),
+    ("matmul_mxfp4_mxfp8", MATMUL_MXFP4_MXFP8_SHARED),
     ("rope_and_cache", 0),
     ("attention_combine", 0),
     ("attention_any", 0),
@@ -107,8 +115,17 @@ pub(crate) const MATMUL_TILES_SHARED: u32 = 3 * 2 * 128 * 64 * 2;
 /// Six stages of two tiles of 128 x 64 bf16, and room for them to begin on 1 KiB.
 pub(crate) const MATMUL_WGMMA_SHARED: u32 = 6 * 2 * 128 * 64 * 2 + 1024;
 
+/// Three stages of the same.
+pub(crate) const MATMUL_TCGEN05_SHARED: u32 = 3 * 2 * 128 * 64 * 2 + 1024;
+
 /// Four stages of two tiles of 128 x 128 FP8, and room for them to begin on 1 KiB.
 pub(crate) const MATMUL_FP8_SHARED: u32 = 4 * 2 * 128 * 128 + 1024;
+
+/// Three stages of the same.
+pub(crate) const MATMUL_FP8_TCGEN05_SHARED: u32 = 3 * 2 * 128 * 128 + 1024;
+
+/// The same, and two words of scales a row.
+pub(crate) const MATMUL_MXFP4_MXFP8_SHARED: u32 = MATMUL_FP8_TCGEN05_SHARED + 3 * 2 * 128 * 4;
 
 /// Two stages of 64 keys and values, each row of bf16 padded by 16 bytes. Keys and values of FP8 take a little less: one such stage, and two of
 /// FP8.
@@ -345,6 +362,15 @@ impl Device {
     pub fn has_wgmma(&self) -> bool {
         match self.kind() {
             Kind::Gpu(gpu) => gpu.compute_capability() == (9, 0),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated { .. } => true,
+        }
+    }
+
+    /// Whether it has the tensor cores of Blackwell that have a memory of their own.
+    pub fn has_tcgen05(&self) -> bool {
+        match self.kind() {
+            Kind::Gpu(gpu) => matches!(gpu.compute_capability(), (10, 0 | 3)),
             #[cfg(feature = "emulate")]
             Kind::Emulated { .. } => true,
         }

@@ -37,13 +37,15 @@ macro_rules! kernels {
 /// Which kernels compute prompts: their attention, and products of many rows that cuBLASLt does not do.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum PrefillKernel {
-    /// Those of warpgroups where the GPU has them.
+    /// Those made for the GPU.
     #[default]
     Auto,
     /// Those of warps (`mma.sync`), which every GPU runs.
     Mma,
     /// Those of Hopper's warpgroups (`wgmma`).
     Wgmma,
+    /// Products by Blackwell's tensor cores (`tcgen05`), attention as [`PrefillKernel::Mma`].
+    Tcgen05,
 }
 
 /// How keys and values are stored.

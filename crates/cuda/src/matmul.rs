@@ -1,10 +1,13 @@
 //! `x * w^T + bias`: which kernel multiplies, and the weights it reads.
 
-use crate::device::{Arg, Buffer, Device, Grid, MATMUL_FP8_SHARED, MATMUL_TILES_SHARED, MATMUL_WGMMA_SHARED};
+use crate::device::{
+    Arg, Buffer, Device, Grid, MATMUL_FP8_SHARED, MATMUL_FP8_TCGEN05_SHARED, MATMUL_MXFP4_MXFP8_SHARED,
+    MATMUL_TCGEN05_SHARED, MATMUL_TILES_SHARED, MATMUL_WGMMA_SHARED,
+};
 use crate::queue::{MOST_ARGS, Product, ProductShape};
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
-use crate::weights::{Packed, Packing, Weights};
+use crate::weights::{Packed, Packing, TileKernels, Weights};
 use rudder_ops::Result;
 
 /// Rows of weights and activations are padded with zeros to a multiple of this.
@@ -42,14 +45,47 @@ pub(crate) const fn padded(k: usize) -> usize {
     k.next_multiple_of(STEP)
 }
 
+/// The instructions of tensor cores that tiles are multiplied by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Instructions {
+    /// `mma.sync`, which every GPU has.
+    Mma,
+    /// Hopper's.
+    Wgmma,
+    /// Blackwell's.
+    Tcgen05,
+}
+
+impl Instructions {
+    /// The best that a device has.
+    pub fn of(device: &Device) -> Self {
+        match (device.has_wgmma(), device.has_tcgen05()) {
+            (true, _) => Self::Wgmma,
+            (_, true) => Self::Tcgen05,
+            _ => Self::Mma,
+        }
+    }
+
+    /// Which of the kernels does it by them, and its shared memory.
+    fn kernel(self, kernels: TileKernels) -> (&'static str, u32) {
+        match self {
+            Self::Mma => (kernels.mma, MATMUL_TILES_SHARED),
+            Self::Wgmma => (kernels.wgmma, MATMUL_WGMMA_SHARED),
+            Self::Tcgen05 => (kernels.tcgen05, MATMUL_TCGEN05_SHARED),
+        }
+    }
+}
+
 /// What multiplications need beside their operands.
 pub(crate) struct Multiplier {
     device: Device,
     packed: Option<Buffer>,
     widened: Option<Buffer>,
-    /// Whether tiles are multiplied by warpgroups.
-    pub wgmma: bool,
-    /// Whether rows of x too become FP8 where weights are.
+    /// Rows in MXFP8: codes, then scales `[k / 128, rows]`, a word for four blocks.
+    microscaled: Option<Buffer>,
+    /// What tiles are multiplied by.
+    pub instructions: Instructions,
+    /// Whether rows of x too are rounded to FP8, where weights are FP8 or, on Blackwell, MXFP4.
     pub fp8_products: bool,
 }
 
@@ -118,7 +154,8 @@ impl Multiplier {
             device: device.clone(),
             packed: None,
             widened: None,
-            wgmma: device.has_wgmma(),
+            microscaled: None,
+            instructions: Instructions::of(device),
             fp8_products: false,
         }
     }
@@ -151,7 +188,7 @@ impl Multiplier {
         }
         let multiplied = match &w.weights {
             Weights::Bf16(buffer) => self.product(x, buffer, w.n, out)?,
-            Weights::Packed(_) if self.multiplies_fp8(&w.weights, x.rows) => false,
+            Weights::Packed(packed) if self.rounds(packed, x.rows) => false,
             Weights::Packed(packed) => x.rows >= WIDEN && self.widened_product(x, packed, w.n, out)?,
         };
         if !multiplied {
@@ -174,43 +211,61 @@ impl Multiplier {
         self.device.launch(if x.rows <= 8 { few_8 } else { few_16 }, grid, 0, &args[..count])
     }
 
-    /// Whether so many rows of x become FP8 for such weights.
+    /// Whether so many rows of x become FP8, 128 elements with a scale, for such weights.
     pub fn multiplies_fp8(&self, w: &Weights, rows: usize) -> bool {
         let fits = |w: &Packed| w.packing == Packing::Fp8 && w.shift > 0;
         self.fp8_products && rows > FEW && matches!(w, Weights::Packed(w) if fits(w))
     }
 
+    /// Whether so many rows of x are rounded for such weights.
+    fn rounds(&self, w: &Packed, rows: usize) -> bool {
+        let has_kernel = match w.packing {
+            Packing::Fp8 => w.shift > 0,
+            Packing::Mxfp4 => self.rounds_for_tcgen05(),
+            Packing::Int4 | Packing::Nvfp4 => false,
+        };
+        self.fp8_products && rows > FEW && has_kernel
+    }
+
+    /// Whether Blackwell's kernels multiply what is rounded, not Hopper's: always where there are no others.
+    fn rounds_for_tcgen05(&self) -> bool {
+        self.instructions == Instructions::Tcgen05 || !self.device.has_wgmma()
+    }
+
     /// Any number of rows, of experts too, on a kernel of ours: `out = x * w^T + bias`, `n` features of it.
-    pub fn tiles(&self, x: Rows, w: &Weights, bias: Arg, out: Arg, n: usize, tiles: Tiles) -> Result<()> {
+    pub fn tiles(&mut self, x: Rows, w: &Weights, bias: Arg, out: Arg, n: usize, tiles: Tiles) -> Result<()> {
         let grid = Grid::of([tiles.count, n.div_ceil(TILE), 1], 256);
         let Tiles { rows, groups, index, share, .. } = tiles;
         let (rows, n, k, share) = (rows.into(), n.into(), x.k.into(), share.into());
         match w {
             Weights::Bf16(w) => {
                 let args = [x.data, w.into(), bias, out, rows, n, k, groups, index, share];
-                match self.wgmma {
-                    true => self.device.launch("matmul_wgmma", grid, MATMUL_WGMMA_SHARED, &args),
-                    false => self.device.launch("matmul_tiles", grid, MATMUL_TILES_SHARED, &args),
-                }
+                let (kernel, shared) = self.instructions.kernel(TileKernels::BF16);
+                self.device.launch(kernel, grid, shared, &args)
             }
-            Weights::Packed(packed) if self.multiplies_fp8(w, x.rows) => {
-                let [codes, scales] = self.in_fp8(x)?;
+            Weights::Packed(packed) if self.rounds(packed, x.rows) => {
+                let (kernel, shared) = match packed.packing {
+                    Packing::Mxfp4 => ("matmul_mxfp4_mxfp8", MATMUL_MXFP4_MXFP8_SHARED),
+                    _ if self.rounds_for_tcgen05() => ("matmul_fp8_tcgen05", MATMUL_FP8_TCGEN05_SHARED),
+                    _ => ("matmul_fp8_fp8", MATMUL_FP8_SHARED),
+                };
+                let [codes, scales] = match packed.packing {
+                    Packing::Mxfp4 => self.in_mxfp8(x)?,
+                    _ => self.in_fp8(x)?,
+                };
                 let [w, w_scales, stride, shift] = packed.args();
                 let x_rows = x.rows.into();
                 let args = [
                     codes, scales, x_rows, w, w_scales, stride, shift, bias, out, rows, n, k, groups, index,
                     share,
                 ];
-                self.device.launch("matmul_fp8_fp8", grid, MATMUL_FP8_SHARED, &args)
+                self.device.launch(kernel, grid, shared, &args)
             }
             Weights::Packed(packed) => {
                 let [w, scales, stride, shift] = packed.args();
                 let args = [x.data, w, scales, stride, shift, bias, out, rows, n, k, groups, index, share];
-                let kernels = packed.packing.kernels();
-                match self.wgmma {
-                    true => self.device.launch(kernels.wgmma, grid, MATMUL_WGMMA_SHARED, &args),
-                    false => self.device.launch(kernels.tiles, grid, MATMUL_TILES_SHARED, &args),
-                }
+                let (kernel, shared) = self.instructions.kernel(packed.packing.kernels().tiles);
+                self.device.launch(kernel, grid, shared, &args)
             }
         }
     }
@@ -222,6 +277,17 @@ impl Multiplier {
             let args = [x.data, codes, scales, x.rows.into(), x.k.into()];
             self.device.launch("quantise_rows", x.blocks(), 0, &args)?;
         }
+        Ok([codes, scales])
+    }
+
+    /// Codes and scales of rows in MXFP8.
+    fn in_mxfp8(&mut self, x: Rows) -> Result<[Arg; 2]> {
+        let (elements, blocks) = (x.rows * x.k, x.rows * x.k.div_ceil(FP8_BLOCK));
+        let buffer = room(&mut self.microscaled, &self.device, elements + 4 * blocks)?;
+        let [codes, scales] = [buffer.into(), Arg::at(buffer, elements)];
+        let args = [x.data, codes, scales, x.rows.into(), x.k.into()];
+        // Sixteen threads make 128 elements.
+        self.device.launch("quantise_rows_mx", Grid::new(blocks.div_ceil(16), 256), 0, &args)?;
         Ok([codes, scales])
     }
 

@@ -158,7 +158,7 @@ impl Moe<'_> {
         let gated = room(&mut self.buffers.gated, device, bytes)?.into();
         let gated = Rows { data: gated, rows: pairs, k: width, in_fp8 };
         let made: Arg = room(&mut self.buffers.made, device, 4 * pairs * hidden)?.into();
-        let product = Product { device, multiplier: &*self.multiplier, pairs, chosen, order };
+        let mut product = Product { device, multiplier: &mut *self.multiplier, pairs, chosen, order };
         // The pairs of a row share its activations.
         product.run(x, Some(self.top_k), &experts.gate_up, 2 * intermediate, gate_up)?;
         gate(device, gate_up, intermediate, experts.activation, gated)?;
@@ -170,7 +170,7 @@ impl Moe<'_> {
 /// Products of each pair's activations with its expert's matrix.
 struct Product<'a> {
     device: &'a Device,
-    multiplier: &'a Multiplier,
+    multiplier: &'a mut Multiplier,
     pairs: usize,
     chosen: Arg,
     order: Option<&'a Order>,
@@ -179,7 +179,7 @@ struct Product<'a> {
 impl Product<'_> {
     /// `out[pair] = x[pair] * w[expert of pair]^T + bias[expert of pair]`, pairs in sorted order where there is one. `shared_by`: `x` has a row for so
     /// many consecutive pairs, in the order of rows; else one a pair, in the order of `out`.
-    fn run(&self, x: Rows, shared_by: Option<usize>, w: &Stack, n: usize, out: Arg) -> Result<()> {
+    fn run(&mut self, x: Rows, shared_by: Option<usize>, w: &Stack, n: usize, out: Arg) -> Result<()> {
         let bias = w.bias.as_ref().map_or(Arg::NULL, |bias| (&bias.buffer).into());
         let share = shared_by.unwrap_or(1);
         let Some(order) = self.order else {

@@ -35,14 +35,35 @@ pub(crate) enum Packing {
     Nvfp4,
 }
 
+/// The kernels that multiply a format's tiles, by the instructions that they do it with.
+#[derive(Clone, Copy)]
+pub(crate) struct TileKernels {
+    pub mma: &'static str,
+    pub wgmma: &'static str,
+    pub tcgen05: &'static str,
+}
+
+/// Those of a format with this suffix.
+macro_rules! tile_kernels {
+    ($suffix:literal) => {
+        TileKernels {
+            mma: concat!("matmul_tiles", $suffix),
+            wgmma: concat!("matmul_wgmma", $suffix),
+            tcgen05: concat!("matmul_tcgen05", $suffix),
+        }
+    };
+}
+
+impl TileKernels {
+    pub const BF16: Self = tile_kernels!("");
+}
+
 /// A format's kernels.
 pub(crate) struct Kernels {
     /// For up to 8 rows and up to 16.
     pub few: [&'static str; 2],
     pub few_experts: &'static str,
-    pub tiles: &'static str,
-    /// The same by warpgroups.
-    pub wgmma: &'static str,
+    pub tiles: TileKernels,
     pub widen: &'static str,
 }
 
@@ -71,29 +92,25 @@ impl Packing {
             Self::Mxfp4 => Kernels {
                 few: ["matmul_few_8_mxfp4", "matmul_few_16_mxfp4"],
                 few_experts: "matmul_few_experts_mxfp4",
-                tiles: "matmul_tiles_mxfp4",
-                wgmma: "matmul_wgmma_mxfp4",
+                tiles: tile_kernels!("_mxfp4"),
                 widen: "widen_mxfp4",
             },
             Self::Fp8 => Kernels {
                 few: ["matmul_few_8_fp8", "matmul_few_16_fp8"],
                 few_experts: "matmul_few_experts_fp8",
-                tiles: "matmul_tiles_fp8",
-                wgmma: "matmul_wgmma_fp8",
+                tiles: tile_kernels!("_fp8"),
                 widen: "widen_fp8",
             },
             Self::Int4 => Kernels {
                 few: ["matmul_few_8_int4", "matmul_few_16_int4"],
                 few_experts: "matmul_few_experts_int4",
-                tiles: "matmul_tiles_int4",
-                wgmma: "matmul_wgmma_int4",
+                tiles: tile_kernels!("_int4"),
                 widen: "widen_int4",
             },
             Self::Nvfp4 => Kernels {
                 few: ["matmul_few_8_nvfp4", "matmul_few_16_nvfp4"],
                 few_experts: "matmul_few_experts_nvfp4",
-                tiles: "matmul_tiles_nvfp4",
-                wgmma: "matmul_wgmma_nvfp4",
+                tiles: tile_kernels!("_nvfp4"),
                 widen: "widen_nvfp4",
             },
         }

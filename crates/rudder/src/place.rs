@@ -64,7 +64,9 @@ impl Place {
             bail!("kv_cache_dtype = fp8 is for GPUs (device = cuda); on the CPU leave it out");
         }
         if settings.fp8_activations == Some(true) {
-            bail!("fp8_activations is for Hopper GPUs (device = cuda); on the CPU leave it out");
+            bail!(
+                "fp8_activations is for Hopper and Blackwell GPUs (device = cuda); on the CPU leave it out"
+            );
         }
         let kv_dtype = KvDType::of_model(source.is_bf16());
         let nodes = group.nodes() as u64;

@@ -174,7 +174,7 @@ fn what_only_gpus_do_is_refused_on_the_cpu() {
         assert!(error.contains(&format!("{setting} = fp8 is for GPUs")), "{error}");
     }
     let error = fail(cache.path(), &[&load[..], &["--fp8-activations=on"]].concat());
-    assert!(error.contains("fp8_activations is for Hopper GPUs"), "{error}");
+    assert!(error.contains("fp8_activations is for Hopper and Blackwell GPUs"), "{error}");
 }
 
 #[test]

@@ -86,7 +86,7 @@ fn models_of_fp8_say_what_the_reference_says() {
         let [expected, _] = logits(&mut *reference, [LENGTH; 2]);
         let largest = expected.iter().fold(0f32, |a, x| a.max(x.abs()));
         let Some(mut rounding) = common::cuda() else { return };
-        // On Hopper, where steps of many rows may be rounded to FP8 too.
+        // On Hopper and Blackwell, where steps of many rows may be rounded to FP8 too.
         let rounds = rounding.set_fp8_products(true).is_ok();
         for (cuda, tolerance) in
             [Some((cuda, 0.03)), rounds.then_some((rounding, 0.12))].into_iter().flatten()
