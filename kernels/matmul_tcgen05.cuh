@@ -1,4 +1,4 @@
-// What the products on Blackwell's tcgen05 share: a block's sums in tensor memory, and how they leave it.
+// What the products on Blackwell's tcgen05 share: how a tile's sums lie in tensor memory, and how they leave it.
 //
 // A product is the transposed one, weights times rows: a lane of tensor memory is a feature, a column a row of x. So a group of few rows is
 // a narrow product, and a warp writes 32 neighbouring features of a row at once.
@@ -7,38 +7,6 @@
 #include "tiles.cuh"
 
 #ifdef RUDDER_TCGEN05
-// A block's place in tensor memory, and a barrier for each stage's products. All threads make, and drop, them together.
-template <int SLOTS, int COLUMNS>
-struct Products {
-    uint64_t* done;
-    uint32_t address;
-
-    __device__ __forceinline__ Products() {
-        __shared__ uint64_t barriers[SLOTS];
-        __shared__ uint32_t place;
-        if (threadIdx.x < WARP) tensor_allocate<COLUMNS>(&place);
-        if (threadIdx.x < SLOTS) barrier_init(barriers + threadIdx.x);
-        tensor_before_sync();
-        __syncthreads();
-        tensor_after_sync();
-        done = barriers, address = place;
-    }
-    __device__ __forceinline__ void commit(int step) const { tensor_commit(done + step % SLOTS); }
-    // Waits for the products of a step; all threads do, of one step after another.
-    __device__ __forceinline__ void wait(int step) const {
-        barrier_wait(done + step % SLOTS, step / SLOTS % 2);
-        tensor_after_sync();
-    }
-    // Where this thread's feature lies, of columns from `column` on: warps 0 and 4 have lanes 0 to 31 and so on.
-    __device__ __forceinline__ uint32_t lanes(int column) const { return address + column + (threadIdx.x / WARP % 4 * WARP << 16); }
-    __device__ __forceinline__ void drop() const {
-        tensor_before_sync();
-        __syncthreads();
-        tensor_after_sync();
-        if (threadIdx.x < WARP) tensor_free<COLUMNS>(address);
-    }
-};
-
 // Rows of b for a tile's rows.
 __device__ __forceinline__ int tile_width(int count) { return (count + 15) / 16 * 16; }
 

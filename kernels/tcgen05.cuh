@@ -15,20 +15,27 @@
 
 // What Blackwell's descriptors of shared memory have in common: bits 0 to 13 begin, 16 to 29 the leading dimension's offset, 32 to 45 the
 // stride dimension's, all in units of 16 bytes; 46 to 48 are 1; 61 to 63 the swizzle: 0 none, 2 of 128 bytes, 4 of 64.
-__device__ __forceinline__ uint64_t tensor_describe(uint32_t begin, uint64_t stride, uint64_t swizzle) {
-    return (begin & 0x3ffff) >> 4 | (stride >> 4) << 32 | 1ull << 46 | swizzle << 61;
+__device__ __forceinline__ uint64_t tensor_describe(uint32_t begin, uint64_t leading, uint64_t stride, uint64_t swizzle) {
+    return (begin & 0x3ffff) >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32 | 1ull << 46 | swizzle << 61;
 }
 // 32 bytes of columns of rows of Panels P from `row` on, a multiple of 8 (K-major; the leading offset counts for nothing).
 template <class P>
 __device__ __forceinline__ uint64_t tensor_columns(uint32_t panels, int row, int first) {
-    return tensor_describe(panels + P::begin(row, first), 8 * P::ROW, P::ROW == 128 ? 2 : 4);
+    return tensor_describe(panels + P::begin(row, first), 16, 8 * P::ROW, P::ROW == 128 ? 2 : 4);
+}
+// 16 rows, all their columns, which weights are multiplied with (MN-major: panels follow in the leading dimension).
+template <class P>
+__device__ __forceinline__ uint64_t tensor_rows(uint32_t panels, int row) {
+    return tensor_describe(panels + P::begin(row, 0), P::PANEL, 8 * P::ROW, P::ROW == 128 ? 2 : 4);
 }
 
-// An instruction descriptor: sums of f32 (bits 4 and 5), a's format from bit 7 on, b's from 10, b's rows / 8 from 17, 128 rows of a / 16 from 24.
+// An instruction descriptor: sums of f32 (bits 4 and 5), a's format from bit 7 on, b's from 10, b's rows / 8 from 17, 128 rows of a / 16 from 24. With
+// TENSOR_COLUMNS_OF_B added b is MN-major.
 __device__ __forceinline__ uint32_t tensor_instruction(uint32_t a, uint32_t b, int rows_of_b) {
     return 1u << 4 | a << 7 | b << 10 | static_cast<uint32_t>(rows_of_b / 8) << 17 | 128u / 16 << 24;
 }
 
+#define TENSOR_COLUMNS_OF_B (1u << 16)
 // The same of products whose blocks of 32 elements have scales, powers of two (UE8M0, bit 23): those that a row has for four blocks lie in one word
 // of tensor memory, and `block` of them is taken (bits 29 and 4).
 __device__ __forceinline__ uint32_t tensor_instruction_scaled(uint32_t a, uint32_t b, int rows_of_b, uint32_t block) {
@@ -98,7 +105,7 @@ __device__ __forceinline__ void tensor_multiply_scaled(uint32_t d, uint64_t a, u
 }
 // Copies 128 rows' words of scales from shared memory to where products that this thread begins later take them.
 __device__ __forceinline__ void tensor_copy_scales(uint32_t columns, uint32_t from) {
-    asm volatile("tcgen05.cp.cta_group::1.32x128b.warpx4 [%0], %1;" ::"r"(columns), "l"(tensor_describe(from, 128, 0)) : "memory");
+    asm volatile("tcgen05.cp.cta_group::1.32x128b.warpx4 [%0], %1;" ::"r"(columns), "l"(tensor_describe(from, 0, 128, 0)) : "memory");
 }
 // Has the barrier completed when all products of this thread so far are done, and what they read may be written over.
 __device__ __forceinline__ void tensor_commit(uint64_t* barrier) {
@@ -120,4 +127,38 @@ __device__ __forceinline__ void tensor_loaded(float (&r)[16]) {
     for (int i = 0; i < 16; i++) asm volatile("" : "+f"(r[i])::"memory");
 }
 #endif
+#endif
+
+#ifdef RUDDER_TCGEN05
+// A block's place in tensor memory, and a barrier for each stage's products. All threads make, and drop, them together.
+template <int SLOTS, int COLUMNS>
+struct Products {
+    uint64_t* done;
+    uint32_t address;
+
+    __device__ __forceinline__ Products() {
+        __shared__ uint64_t barriers[SLOTS];
+        __shared__ uint32_t place;
+        if (threadIdx.x < WARP) tensor_allocate<COLUMNS>(&place);
+        if (threadIdx.x < SLOTS) barrier_init(barriers + threadIdx.x);
+        tensor_before_sync();
+        __syncthreads();
+        tensor_after_sync();
+        done = barriers, address = place;
+    }
+    __device__ __forceinline__ void commit(int step) const { tensor_commit(done + step % SLOTS); }
+    // Waits for the products of a step; all threads do, of one step after another.
+    __device__ __forceinline__ void wait(int step) const {
+        barrier_wait(done + step % SLOTS, step / SLOTS % 2);
+        tensor_after_sync();
+    }
+    // Where this thread's feature lies, of columns from `column` on: warps 0 and 4 have lanes 0 to 31 and so on.
+    __device__ __forceinline__ uint32_t lanes(int column) const { return address + column + (threadIdx.x / WARP % 4 * WARP << 16); }
+    __device__ __forceinline__ void drop() const {
+        tensor_before_sync();
+        __syncthreads();
+        tensor_after_sync();
+        if (threadIdx.x < WARP) tensor_free<COLUMNS>(address);
+    }
+};
 #endif

@@ -18,6 +18,7 @@
 #include "../matmul_wgmma.cu"
 #include "../attention.cu"
 #include "../attention_wgmma.cu"
+#include "../attention_tcgen05.cu"
 #include "../moe.cu"
 #include "../sample.cu"
 #include "../collectives.cu"

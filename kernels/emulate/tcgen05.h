@@ -66,7 +66,7 @@ void tensor_product(uint32_t d, int rows_of_b, int elements, bool added, A a, B 
 }
 
 // The number of b's rows, of an instruction's descriptor that must have these bits beside.
-inline int tensor_rows(uint32_t instruction, uint32_t others) {
+inline int tensor_rows_of_b(uint32_t instruction, uint32_t others) {
     const int rows = static_cast<int>(instruction >> 17 & 63) * 8;
     if ((instruction & ~(63u << 17)) != others || rows % 16 || rows == 0 || rows > 256) fail("an instruction descriptor that the product does not take");
     return rows;
@@ -75,12 +75,13 @@ inline int tensor_rows(uint32_t instruction, uint32_t others) {
 inline void tensor_multiply(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool added) {
     const SharedMatrix left = tensor_matrix(a), right = tensor_matrix(b);
     // Sums of f32, bf16 times bf16, 128 rows.
-    const int rows = tensor_rows(instruction, 1u << 4 | 1u << 7 | 1u << 10 | 8u << 24);
+    const bool by_columns = instruction >> 16 & 1;
+    const int rows = tensor_rows_of_b(instruction & ~(1u << 16), 1u << 4 | 1u << 7 | 1u << 10 | 8u << 24);
     tensor_push([=] {
         float of_a[128][16];
         for (int i = 0; i < 128; i++)
             for (int k = 0; k < 16; k++) of_a[i][k] = left.k_major<bf16>(i, k);
-        tensor_product(d, rows, 16, added, [&](int i, int k) { return of_a[i][k]; }, [&](int j, int k) { return right.k_major<bf16>(j, k); });
+        tensor_product(d, rows, 16, added, [&](int i, int k) { return of_a[i][k]; }, [&](int j, int k) { return by_columns ? right.mn_major(j, k) : right.k_major<bf16>(j, k); });
     });
 }
 
@@ -105,13 +106,13 @@ void tensor_multiply_narrow(uint32_t d, uint64_t a, uint64_t b, uint32_t instruc
     });
 }
 inline void tensor_multiply_fp8(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool added) {
-    const int rows = tensor_rows(instruction & ~(63u << 7), 1u << 4 | 8u << 24);
+    const int rows = tensor_rows_of_b(instruction & ~(63u << 7), 1u << 4 | 8u << 24);
     const auto none = [](int) { return 1.0f; };
     tensor_multiply_narrow(d, a, b, instruction, rows, added, none, none);
 }
 inline void tensor_multiply_scaled(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, uint32_t a_scales, uint32_t b_scales, bool added) {
     const uint32_t block_a = instruction >> 29 & 3, block_b = instruction >> 4 & 3;
-    const int rows = tensor_rows(instruction & ~(63u << 7 | 3u << 29 | 3u << 4), 1u << 23 | 1u << 27);
+    const int rows = tensor_rows_of_b(instruction & ~(63u << 7 | 3u << 29 | 3u << 4), 1u << 23 | 1u << 27);
     // A row's scales lie in its own quarter of the lanes as in the others.
     const auto scale = [](uint32_t columns, uint32_t block) {
         return [=](int row) {
@@ -122,7 +123,7 @@ inline void tensor_multiply_scaled(uint32_t d, uint64_t a, uint64_t b, uint32_t 
     tensor_multiply_narrow(d, a, b, instruction, rows, added, scale(a_scales, block_a), scale(b_scales, block_b));
 }
 inline void tensor_copy_scales(uint32_t columns, uint32_t from) {
-    const SharedMatrix matrix = tensor_matrix(tensor_describe(from, 128, 0));
+    const SharedMatrix matrix = tensor_matrix(tensor_describe(from, 0, 128, 0));
     tensor_push([=] {
         for (int lane = 0; lane < 128; lane++)
             for (int column = 0; column < 4; column++) memcpy(&tensor_word(lane, columns + column), matrix.k_major_byte(lane % 32, column * 4), 4);

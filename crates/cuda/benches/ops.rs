@@ -239,7 +239,7 @@ impl Bench {
             self.cuda.begin(&batch)?;
             let pairs = (new * context - new * (new - 1) / 2) as f64;
             let operations = 4.0 * pairs * LLAMA.out_width() as f64;
-            for kernel in [PrefillKernel::Mma, PrefillKernel::Wgmma] {
+            for kernel in [PrefillKernel::Mma, PrefillKernel::Wgmma, PrefillKernel::Tcgen05] {
                 if self.cuda.set_prefill_kernel(kernel).is_err() {
                     continue;
                 }

@@ -97,7 +97,7 @@ impl Cuda {
 
     fn on(name: String, device: Device) -> Result<Self> {
         let mut step = Step::new();
-        step.wgmma = device.has_wgmma();
+        step.instructions = Instructions::of(&device);
         Ok(Self {
             name,
             uploader: Uploader::new(&device)?,
@@ -176,7 +176,7 @@ impl Cuda {
         check(has, || {
             format!("{} has no {kernel:?}: Hopper has Wgmma, Blackwell Tcgen05, each alone", self.name)
         })?;
-        self.step.wgmma = instructions == Instructions::Wgmma;
+        self.step.instructions = instructions;
         self.multiplier.instructions = instructions;
         Ok(())
     }

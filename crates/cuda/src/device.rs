@@ -90,10 +90,18 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("attention_wgmma_96", attention_wgmma_shared(96)),
     ("attention_wgmma_128", attention_wgmma_shared(128)),
     ("attention_wgmma_256", attention_wgmma_shared(256)),
+    ("attention_tcgen05_64", attention_tcgen05_shared(64)),
+    ("attention_tcgen05_96", attention_tcgen05_shared(96)),
+    ("attention_tcgen05_128", attention_tcgen05_shared(128)),
+    ("attention_tcgen05_256", attention_tcgen05_shared(256)),
     ("attention_wgmma_64_fp8", attention_wgmma_shared(64)),
     ("attention_wgmma_96_fp8", attention_wgmma_shared(96)),
     ("attention_wgmma_128_fp8", attention_wgmma_shared(128)),
     ("attention_wgmma_256_fp8", attention_wgmma_shared(256)),
+    ("attention_tcgen05_64_fp8", attention_tcgen05_shared(64)),
+    ("attention_tcgen05_96_fp8", attention_tcgen05_shared(96)),
+    ("attention_tcgen05_128_fp8", attention_tcgen05_shared(128)),
+    ("attention_tcgen05_256_fp8", attention_tcgen05_shared(256)),
     ("moe_route", 0),
     ("moe_count", 0),
     ("moe_offsets", 0),
@@ -137,6 +145,12 @@ pub(crate) const fn attention_prefill_shared(head_dim: u32) -> u32 {
 pub(crate) const fn attention_wgmma_shared(head_dim: u32) -> u32 {
     let tokens = if head_dim > 128 { 64 } else { 128 };
     (128 + 4 * tokens) * head_dim * 2 + 1024
+}
+
+/// The same, and weights of 128 rows in bf16.
+pub(crate) const fn attention_tcgen05_shared(head_dim: u32) -> u32 {
+    let tokens = if head_dim > 128 { 64 } else { 128 };
+    attention_wgmma_shared(head_dim) + 128 * tokens * 2
 }
 
 /// A device; clones are the same one.

@@ -3,8 +3,10 @@
 //! Keys and values of a layer are arrays `[blocks, kv_heads, BLOCK_SIZE, head_dim]` of bf16 or FP8; the layers of each lie one after
 //! another.
 
-use crate::device::{Arg, Buffer, Device, Grid, attention_prefill_shared, attention_wgmma_shared};
-use crate::matmul::Vector;
+use crate::device::{
+    Arg, Buffer, Device, Grid, attention_prefill_shared, attention_tcgen05_shared, attention_wgmma_shared,
+};
+use crate::matmul::{Instructions, Vector};
 use crate::step::{List, SPLIT, Step};
 use crate::tensor::{Format, Tensor, check};
 use rudder_ops::{AttentionOptions, AttentionShape, BLOCK_SIZE, OpError, QkNorm, Result, Rope, RopePairing};
@@ -20,6 +22,7 @@ struct Kernels {
     shared: &'static str,
     prefill: &'static str,
     wgmma: &'static str,
+    tcgen05: &'static str,
 }
 
 /// Their names.
@@ -30,6 +33,7 @@ macro_rules! kernels {
             shared: concat!("attention_shared_", $of),
             prefill: concat!("attention_prefill_", $of),
             wgmma: concat!("attention_wgmma_", $of),
+            tcgen05: concat!("attention_tcgen05_", $of),
         }
     };
 }
@@ -44,7 +48,7 @@ pub enum PrefillKernel {
     Mma,
     /// Those of Hopper's warpgroups (`wgmma`).
     Wgmma,
-    /// Products by Blackwell's tensor cores (`tcgen05`), attention as [`PrefillKernel::Mma`].
+    /// Those of Blackwell's tensor cores (`tcgen05`).
     Tcgen05,
 }
 
@@ -350,9 +354,10 @@ impl Call<'_> {
             self.sinks,
             self.window(),
         ];
-        let (kernel, threads, shared) = match self.step.wgmma {
-            true => (kernels.wgmma, 256, attention_wgmma_shared(head_dim as u32)),
-            false => (kernels.prefill, 128, attention_prefill_shared(head_dim as u32)),
+        let (kernel, threads, shared) = match self.step.instructions {
+            Instructions::Mma => (kernels.prefill, 128, attention_prefill_shared(head_dim as u32)),
+            Instructions::Wgmma => (kernels.wgmma, 256, attention_wgmma_shared(head_dim as u32)),
+            Instructions::Tcgen05 => (kernels.tcgen05, 256, attention_tcgen05_shared(head_dim as u32)),
         };
         let grid = Grid::of([kv_heads, self.step.len(List::Tiles) / 4, 1], threads);
         self.device.launch(kernel, grid, shared, &args)

@@ -1,12 +1,13 @@
 //! A step's batch on the device: what the kernels need to know of it, in one buffer, brought there by one copy.
 
 use crate::device::{Arg, Device, Inlet};
+use crate::matmul::Instructions;
 use crate::shared_prefix::{Alone, SharedPrefix};
 use rudder_ops::{AttentionShape, BLOCK_SIZE, Batch, OpError, Result};
 
-/// (token, head) rows that a tile of prefill attention holds, and one of the kernel of warpgroups.
+/// (token, head) rows that a tile of prefill attention holds, and one of the kernels made for a GPU.
 const TILE_ROWS: usize = 64;
-const WGMMA_ROWS: usize = 128;
+const WIDE_TILE_ROWS: usize = 128;
 /// Tokens in one split of decode attention; `SPLIT` in attention.cu.
 pub(crate) const SPLIT: usize = 256;
 /// The longest context that counts as short.
@@ -73,8 +74,8 @@ pub(crate) struct Step {
     pub splits: usize,
     /// For which attention the rows were divided into tiles.
     pub shape: Option<AttentionShape>,
-    /// Whether the kernel of warpgroups computes the tiles.
-    pub wgmma: bool,
+    /// What computes the tiles.
+    pub instructions: Instructions,
     /// What the rows computed alone have in common.
     pub prefix: SharedPrefix,
 }
@@ -93,7 +94,7 @@ impl Step {
             blocks: 0,
             splits: 1,
             shape: None,
-            wgmma: false,
+            instructions: Instructions::Mma,
             prefix: SharedPrefix::default(),
         }
     }
@@ -147,7 +148,10 @@ impl Step {
             self.lists[list as usize].resize(self.rows, 0);
         }
         self.lists[List::Slots as usize].resize(self.rows, NO_SLOT);
-        let rows_a_tile = if self.wgmma { WGMMA_ROWS } else { TILE_ROWS };
+        let rows_a_tile = match self.instructions {
+            Instructions::Mma => TILE_ROWS,
+            Instructions::Wgmma | Instructions::Tcgen05 => WIDE_TILE_ROWS,
+        };
         let tokens_a_tile = self.shape.as_ref().map_or(0, |shape| tile_tokens(shape, rows_a_tile));
         let mut longest = 0;
         self.prefix.clear();

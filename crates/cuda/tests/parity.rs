@@ -775,7 +775,7 @@ fn attention_over_fp8_agrees_with_and_without_roundings() -> Result<()> {
     Ok(())
 }
 
-/// Prompts by both kernels, where the GPU has both: tiles of one row and of all, groups of heads that do and do not fill a tile,
+/// Prompts by every kernel that the device has: tiles of one row and of all, groups of heads that do and do not fill a tile,
 /// windows and sinks, contexts that end on a tile's bound and one before and behind it, bf16 and FP8.
 #[test]
 fn prompts_agree_by_every_kernel() -> Result<()> {
@@ -816,10 +816,9 @@ fn prompts_agree_by_every_kernel() -> Result<()> {
         let numbers = random.vec(rows * shape.qkv_width(), 2.0);
         case.qkv = numbers.into_iter().map(|x| (x * 7.5).round() / 8.0).collect();
         let [_, expected] = case.run(&mut Reference::new())?;
-        for kernel in [PrefillKernel::Mma, PrefillKernel::Wgmma] {
+        for kernel in [PrefillKernel::Mma, PrefillKernel::Wgmma, PrefillKernel::Tcgen05] {
             let Some(cuda) = cuda() else { return Ok(()) };
             let mut cuda = cuda.with_kv_dtype(dtype);
-            // Only Hopper has both.
             if cuda.set_prefill_kernel(kernel).is_err() {
                 continue;
             }
