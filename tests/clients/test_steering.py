@@ -238,7 +238,8 @@ class Session:
             self._response, self.ended = None, self.ended + 1
             steered = (response["incomplete_details"] or {}).get("reason") == "steered"
             assert not steered or self._pending, "ended for a steer that was not sent"
-            if steered:
+            # It may have ended by itself right after it had taken the correction, which its successor then takes up.
+            if steered or self._pending == 2:
                 self.steered, self._pending = self.steered + 1, 0
                 return False
             return True
