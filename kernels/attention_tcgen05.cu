@@ -140,16 +140,4 @@ __device__ void attention_tcgen05(const float* qkv, const KV* keys, const KV* va
 #endif
 }
 
-#define TCGEN05_FOR(D, NAME, KV)                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256, 1) attention_tcgen05_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) { \
-        attention_tcgen05<D, KV>(qkv, keys, values, tiles, tables, out, heads, kv_heads, scale, sinks, window);                                     \
-    }                                                                                                                                               \
-    KERNEL(attention_tcgen05_##D##NAME)
-TCGEN05_FOR(64, , bf16)
-TCGEN05_FOR(96, , bf16)
-TCGEN05_FOR(128, , bf16)
-TCGEN05_FOR(256, , bf16)
-TCGEN05_FOR(64, _fp8, e4m3)
-TCGEN05_FOR(96, _fp8, e4m3)
-TCGEN05_FOR(128, _fp8, e4m3)
-TCGEN05_FOR(256, _fp8, e4m3)
+ATTENTION_OF_HEADS(attention_tcgen05)

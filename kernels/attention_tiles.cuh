@@ -89,3 +89,19 @@ private:
         }
     }
 };
+
+// The kernels NAME_D of all sizes of heads, and NAME_D_fp8 of FP8 keys and values, each of which is NAME<D, KV>.
+#define ATTENTION_OF(NAME, D, SUFFIX, KV)                                                                                                                                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256, 1) NAME##_##D##SUFFIX(const float* qkv, const KV* keys, const KV* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) { \
+        NAME<D, KV>(qkv, keys, values, tiles, tables, out, heads, kv_heads, scale, sinks, window);                                                                                                                                                             \
+    }                                                                                                                                                                                                                                                          \
+    KERNEL(NAME##_##D##SUFFIX)
+#define ATTENTION_OF_HEADS(NAME)        \
+    ATTENTION_OF(NAME, 64, , bf16)      \
+    ATTENTION_OF(NAME, 96, , bf16)      \
+    ATTENTION_OF(NAME, 128, , bf16)     \
+    ATTENTION_OF(NAME, 256, , bf16)     \
+    ATTENTION_OF(NAME, 64, _fp8, e4m3)  \
+    ATTENTION_OF(NAME, 96, _fp8, e4m3)  \
+    ATTENTION_OF(NAME, 128, _fp8, e4m3) \
+    ATTENTION_OF(NAME, 256, _fp8, e4m3)

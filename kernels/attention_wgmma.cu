@@ -103,16 +103,4 @@ __device__ void attention_wgmma(const float* qkv, const KV* keys, const KV* valu
 #endif
 }
 
-#define WGMMA_FOR(D, NAME, KV)                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256, 1) attention_wgmma_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint4* tiles, const uint32_t* tables, bf16* out, int heads, int kv_heads, float scale, const float* sinks, int window) { \
-        attention_wgmma<D, KV>(qkv, keys, values, tiles, tables, out, heads, kv_heads, scale, sinks, window);                                     \
-    }                                                                                                                                             \
-    KERNEL(attention_wgmma_##D##NAME)
-WGMMA_FOR(64, , bf16)
-WGMMA_FOR(96, , bf16)
-WGMMA_FOR(128, , bf16)
-WGMMA_FOR(256, , bf16)
-WGMMA_FOR(64, _fp8, e4m3)
-WGMMA_FOR(96, _fp8, e4m3)
-WGMMA_FOR(128, _fp8, e4m3)
-WGMMA_FOR(256, _fp8, e4m3)
+ATTENTION_OF_HEADS(attention_wgmma)

@@ -276,12 +276,4 @@ extern "C" __global__ void __launch_bounds__(256) matmul_tiles(const bf16* x, co
 }
 KERNEL(matmul_tiles)
 
-#define TILES_OF(NAME, F)                                                                                                                                                                                                                                                                               \
-    extern "C" __global__ void __launch_bounds__(256, 2) matmul_tiles_##NAME(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) { \
-        tiles<F>(x, nullptr, codes, scales, stride, shift, bias, out, rows, n, k, groups, index, share);                                                                                                                                                                                \
-    }                                                                                                                                                                                                                                                                                           \
-    KERNEL(matmul_tiles_##NAME)
-TILES_OF(mxfp4, Mxfp4)
-TILES_OF(fp8, Fp8)
-TILES_OF(int4, Int4)
-TILES_OF(nvfp4, Nvfp4)
+TILES_OF_FORMATS(matmul_tiles, tiles, 2)

@@ -68,12 +68,4 @@ extern "C" __global__ void __launch_bounds__(256, 2) matmul_tcgen05(const bf16* 
 }
 KERNEL(matmul_tcgen05)
 
-#define TCGEN05_OF(NAME, F)                                                                                                                                                                                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(256, 2) matmul_tcgen05_##NAME(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) { \
-        tcgen05_tiles<F>(x, nullptr, codes, scales, stride, shift, bias, out, rows, n, k, groups, index, share);                                                                                                                                                                          \
-    }                                                                                                                                                                                                                                                                                             \
-    KERNEL(matmul_tcgen05_##NAME)
-TCGEN05_OF(mxfp4, Mxfp4)
-TCGEN05_OF(fp8, Fp8)
-TCGEN05_OF(int4, Int4)
-TCGEN05_OF(nvfp4, Nvfp4)
+TILES_OF_FORMATS(matmul_tcgen05, tcgen05_tiles, 2)

@@ -76,12 +76,4 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_wgmma(const bf16* x,
 }
 KERNEL(matmul_wgmma)
 
-#define WGMMA_OF(NAME, F)                                                                                                                                                                                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(256, 1) matmul_wgmma_##NAME(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) { \
-        wgmma_tiles<F>(x, nullptr, codes, scales, stride, shift, bias, out, rows, n, k, groups, index, share);                                                                                                                                                                          \
-    }                                                                                                                                                                                                                                                                                           \
-    KERNEL(matmul_wgmma_##NAME)
-WGMMA_OF(mxfp4, Mxfp4)
-WGMMA_OF(fp8, Fp8)
-WGMMA_OF(int4, Int4)
-WGMMA_OF(nvfp4, Nvfp4)
+TILES_OF_FORMATS(matmul_wgmma, wgmma_tiles, 1)

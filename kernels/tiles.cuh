@@ -114,3 +114,15 @@ struct NarrowCopies {
             if (i * 32 < there) copy_async<BYTES>(to + NarrowPlace::place(threadIdx.x / 8 + i * 32, element), from[i] + min(column, k - 16) / 16 * BYTES, column < k);
     }
 };
+
+// The kernels NAME_FORMAT of all formats, each of which is MULTIPLY of its format; so many blocks are to share a multiprocessor.
+#define TILES_OF(NAME, FORMAT, F, MULTIPLY, BLOCKS)                                                                                                                                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_##FORMAT(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) { \
+        MULTIPLY<F>(x, nullptr, codes, scales, stride, shift, bias, out, rows, n, k, groups, index, share);                                                                                                                                                                          \
+    }                                                                                                                                                                                                                                                                                \
+    KERNEL(NAME##_##FORMAT)
+#define TILES_OF_FORMATS(NAME, MULTIPLY, BLOCKS)   \
+    TILES_OF(NAME, mxfp4, Mxfp4, MULTIPLY, BLOCKS) \
+    TILES_OF(NAME, fp8, Fp8, MULTIPLY, BLOCKS)     \
+    TILES_OF(NAME, int4, Int4, MULTIPLY, BLOCKS)   \
+    TILES_OF(NAME, nvfp4, Nvfp4, MULTIPLY, BLOCKS)
