@@ -110,8 +110,9 @@ def test_codex_interrupts_its_turn_and_the_correction_alone_is_prefilled(client,
     codex.notify("initialized")
     # Nothing is forced here, so nothing may be harmed by what the model thinks up.
     settings = {"cwd": str(work.repo), "approvalPolicy": "never", "sandbox": "read-only"}
-    thread = codex.call("thread/start", settings)["thread"]["id"]
     for _ in range(ATTEMPTS):
+        # Each in a thread of its own: after a short answer in the context the model would go on to say little.
+        thread = codex.call("thread/start", settings)["thread"]["id"]
         turn = codex.call("turn/start", {"threadId": thread, "input": [{"type": "text", "text": TASK}]})["turn"]["id"]
         if codex.speaks():
             break
@@ -124,7 +125,8 @@ def test_codex_interrupts_its_turn_and_the_correction_alone_is_prefilled(client,
     assert ended["status"] == "completed", ended
     assert codex.close() == 0
 
-    (socket,) = [exchange for exchange in line.exchanges() if exchange.path.startswith("/v1/responses")]
+    sockets = [exchange for exchange in line.exchanges() if exchange.path.startswith("/v1/responses")]
+    (socket,) = [each for each in sockets if any(message["type"] == "response.interrupt" for message in each.sent)]
     kinds = [message["type"] for message in socket.sent]
     at = kinds.index("response.interrupt")
     interrupt, follow = socket.sent[at : at + 2]
