@@ -238,6 +238,9 @@ impl Cuda {
         rows: &[SampleRow<'_>],
         out: &mut Vec<Sampled>,
     ) -> Result<()> {
+        if let Some(peers) = &mut self.peers {
+            peers.wait_in_flight(|| self.device.is_idle())?;
+        }
         let mut data = self.to_host(logits)?;
         let scratch = &mut self.scratch;
         out.clear();
@@ -549,7 +552,8 @@ impl Backend for Cuda {
         if !rows.iter().all(Sampler::can) {
             return self.sample_on_host(logits, rows, out);
         }
-        self.sampler.run(logits, rows, out)
+        self.draw(logits, rows)?;
+        self.drawn(out)
     }
 
     fn draws_ahead(&self) -> bool {
@@ -562,7 +566,11 @@ impl Backend for Cuda {
     }
 
     fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<()> {
-        self.sampler.drawn(out)
+        let waited = match &mut self.peers {
+            Some(peers) => peers.wait_in_flight(|| self.sampler.has_come()),
+            None => Ok(()),
+        };
+        waited.and(self.sampler.drawn(out))
     }
 
     fn landed(&mut self) -> Result<()> {

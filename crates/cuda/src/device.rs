@@ -544,6 +544,15 @@ impl Staging {
         unsafe { AtomicU32::from_ptr(self.at.cast()) }.store(1, Ordering::Release);
     }
 
+    /// Whether [`Staging::memory`] has nothing to wait for.
+    pub fn has_come(&self) -> Result<bool> {
+        match (self.device.kind(), &self.sent) {
+            (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.has_come(event),
+            #[cfg(feature = "emulate")]
+            _ => Ok(true),
+        }
+    }
+
     /// Its memory, once what was sent last has left it, and what was fetched last has come.
     pub fn memory(&mut self) -> Result<&mut [u8]> {
         match (self.device.kind(), &self.sent) {

@@ -198,6 +198,13 @@ impl Gpu {
         unsafe { result::event::synchronize(event.0) }.map_err(failed("work on the GPU failed"))
     }
 
+    /// Whether an event has come.
+    pub fn has_come(&self, event: &Event) -> Result<bool> {
+        self.bind()?;
+        // SAFETY: the event lives as long as its owner.
+        is_done(unsafe { sys::cuEventQuery(event.0) })
+    }
+
     pub fn write(&self, address: u64, data: &[u8]) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller checked the range; pageable memory is taken over before the call returns, page-locked memory is
@@ -272,10 +279,7 @@ impl Gpu {
     pub fn is_idle(&self) -> Result<bool> {
         self.bind()?;
         // SAFETY: the stream lives as long as this.
-        match unsafe { sys::cuStreamQuery(self.stream) } {
-            sys::cudaError_enum::CUDA_ERROR_NOT_READY => Ok(false),
-            done => done.result().map(|()| true).map_err(failed("work on the GPU failed")),
-        }
+        is_done(unsafe { sys::cuStreamQuery(self.stream) })
     }
 
     /// Queues a copy of `rows` rows of `bytes` each, which lie without gaps, to the rows that begin at an address and lie so many bytes apart.
@@ -310,6 +314,14 @@ impl Gpu {
     pub fn memory(&self) -> Result<(usize, usize)> {
         self.bind()?;
         result::mem_get_info().map_err(failed("the GPU's memory is unknown"))
+    }
+}
+
+/// What a query says of work that was queued.
+fn is_done(status: sys::CUresult) -> Result<bool> {
+    match status {
+        sys::cudaError_enum::CUDA_ERROR_NOT_READY => Ok(false),
+        done => done.result().map(|()| true).map_err(failed("work on the GPU failed")),
     }
 }
 

@@ -218,6 +218,13 @@ impl PeerMemory {
     }
 }
 
+impl Drop for PeerMemory {
+    /// What still runs here is of use to nobody, and memory is given back only when it has ended.
+    fn drop(&mut self) {
+        self.give_up();
+    }
+}
+
 impl PeerMemory {
     /// `embed` of the tokens that rank 0 knows or drew, into so many rows of such a width. The arguments are what the kernel takes between the
     /// ranks and these.

@@ -6,7 +6,7 @@
 //! layer's two sums. The kernels and the host give the same bits, NCCL others, and so do kernels that have a switch add up.
 //!
 //! A decode step of kernels alone flies: nobody waits for its end. What it draws tells that it has come ([`Peers::landed`]), and the step after it may
-//! be queued before, on tokens that rank 0 shows. Everything else is waited for.
+//! be queued before, on tokens that rank 0 shows, on other nodes too. Everything else is waited for.
 
 use crate::device::Device;
 use crate::nccl::Nccl;
@@ -193,7 +193,7 @@ impl Peers {
             }
         }
         self.direct = self.memory.is_some();
-        self.flies = self.direct && decodes && self.is_one_process();
+        self.flies = self.direct && decodes;
         // Until the step has ended well.
         self.state = if self.direct { State::Broken } else { State::Host };
         Ok(())
@@ -211,12 +211,18 @@ impl Peers {
 
     /// Whether steps may go on from tokens that nobody has seen.
     pub fn draws_ahead(&self) -> bool {
-        self.state == State::Ready && self.is_one_process()
+        self.state == State::Ready
     }
 
-    /// Whether all ranks are of this process, so that it knows of all of them whether they waited in vain.
-    fn is_one_process(&self) -> bool {
-        self.member.local().len() == self.rank().world
+    /// Waits until something of a step that may fly has `come`. Where a rank is known to have failed before, or a node to be gone, kernels wait for nobody
+    /// any more.
+    pub fn wait_in_flight(&mut self, come: impl Fn() -> Result<bool>) -> Result<()> {
+        let waited = self.wait(come);
+        if let (Err(_), Some(memory)) = (&waited, &self.memory) {
+            memory.give_up();
+            self.state = State::Broken;
+        }
+        waited
     }
 
     /// Whether what was queued up to the draw that has come was right, of the kernels' ways. What it says of a later step counts for nothing.
@@ -241,7 +247,7 @@ impl Peers {
         }
         let waited = match (&self.nccl, self.direct) {
             (Some(nccl), _) => nccl.wait(&self.member),
-            (None, true) => self.wait(),
+            (None, true) => self.wait(|| self.device.is_idle()),
             (None, false) => self.device.synchronize(),
         };
         if let Err(error) = waited {
@@ -266,11 +272,12 @@ impl Peers {
         Ok(())
     }
 
-    /// Waits for what was queued, kernels that wait for other ranks among it, as long as no rank is known to have failed and no node to be gone.
-    fn wait(&self) -> Result<()> {
+    /// Waits for what was queued to be `done`, kernels that wait for other ranks among it, as long as no rank is known to have failed and no node to be
+    /// gone.
+    fn wait(&self, done: impl Fn() -> Result<bool>) -> Result<()> {
         let mut checked = Instant::now();
         loop {
-            match self.device.is_idle() {
+            match done() {
                 Ok(true) => return Ok(()),
                 Ok(false) if checked.elapsed() < CHECK => {}
                 Ok(false) => {
@@ -390,7 +397,7 @@ mod tests {
                 peers.begin(decodes)?;
                 ways.push(peers.memory().is_some());
                 let connected = peers.memory().is_some();
-                assert_eq!(peers.in_flight().is_some(), connected && decodes && nodes == 1);
+                assert_eq!(peers.in_flight().is_some(), connected && decodes);
                 x.buffer.write(0, bytes(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0]))?;
                 match peers.memory() {
                     Some(memory) => memory.all_reduce(&x)?,
@@ -403,7 +410,7 @@ mod tests {
                 let state = peers.state;
                 peers.gather_columns(&x, whole.as_mut())?;
                 peers.end()?;
-                assert_eq!(peers.draws_ahead(), connected && nodes == 1);
+                assert_eq!(peers.draws_ahead(), connected);
                 peers.landed()?;
                 if let Some(whole) = &whole {
                     let mut columns = [0f32; 12];
@@ -472,8 +479,30 @@ mod tests {
             peers.member.share(0, &mut [0; 2])?; // nobody reads the other's memory any more
             Ok::<_, OpError>(())
         };
-        let ended = on_all(&groups(1, 2), run).into_iter().collect::<Result<Vec<_>>>();
-        ended.expect("no rank fails");
+        for nodes in [1, 2] {
+            let ended = on_all(&groups(nodes, 2), run).into_iter().collect::<Result<Vec<_>>>();
+            ended.expect("no rank fails");
+        }
+    }
+
+    #[test]
+    fn who_waits_for_a_draw_hears_of_a_node_that_is_gone_and_waits_for_nobody_after() {
+        let run = |member: Member| {
+            let device = Device::emulated();
+            let mut peers = Peers::new(member, &device, PeerAccess::Always);
+            peers.begin(true)?;
+            peers.end()?;
+            peers.wait_in_flight(|| Ok(true))?;
+            Ok::<_, OpError>(peers)
+        };
+        let mut groups = groups(2, 2);
+        let peers = on_all(&groups, run).into_iter().collect::<Result<Vec<_>>>().expect("no rank fails");
+        let [mut first, other]: [Peers; 2] = peers.try_into().ok().expect("two ranks");
+        assert!(first.draws_ahead());
+        drop((other, groups.pop()));
+        let error = first.wait_in_flight(|| Ok(false)).expect_err("a node is gone").to_string();
+        assert!(error.contains("node 1 at 127.0.0.1 is gone"), "{error}");
+        assert!(!first.draws_ahead() && first.landed().is_err());
     }
 
     /// Begins a step and sums in it.

@@ -87,19 +87,8 @@ impl Sampler {
         row.params.logprobs.is_none_or(|n| n as usize <= MOST_ALTERNATIVES)
     }
 
-    /// Draws from every row of `logits`, `[rows.len(), vocab]`.
-    pub fn run(&mut self, logits: &Tensor, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<()> {
-        self.queue(logits, rows)?;
-        let output = self.output.as_ref().expect("what was queued has its place");
-        output.read(0, bytes_mut(&mut self.answers))?;
-        if !self.tops.is_empty() {
-            output.read(size_of_val(&*self.answers), bytes_mut(&mut self.tops))?;
-        }
-        self.tell(out);
-        Ok(())
-    }
-
-    /// Queues the same; [`Sampler::drawn`] gives what was drawn, and the next step finds it on the device.
+    /// Queues a draw from every row of `logits`, `[rows.len(), vocab]`; [`Sampler::drawn`] gives what was drawn, and the next step finds it on
+    /// the device.
     pub fn draw(&mut self, logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<()> {
         check(rows.iter().all(Self::can), || {
             format!("a row with more than {MOST_ALTERNATIVES} alternatives is drawn ahead")
@@ -114,6 +103,11 @@ impl Sampler {
         self.landing.as_mut().expect("allocated above").fetch(output, len)?;
         self.on_its_way = true;
         Ok(())
+    }
+
+    /// Whether [`Sampler::drawn`] has nothing to wait for.
+    pub fn has_come(&self) -> Result<bool> {
+        self.landing.as_ref().filter(|_| self.on_its_way).map_or(Ok(true), Staging::has_come)
     }
 
     /// Waits for the draw on its way.

@@ -2,24 +2,32 @@
 //! over TCP as two machines do.
 #![cfg(feature = "emulate")]
 
+mod common;
+#[path = "common/flights.rs"]
+mod flights;
+
+use common::{OPTIONS, fixture};
+use flights::{
+    Grounded, Watched, When, ask, drawn, engine, expect_answers, expect_preempted, faults, greedy, in_turn,
+    limits_and_stops,
+};
 use rudder_comm::{Group, Terms};
 use rudder_cuda::{Cuda, PeerAccess};
 use rudder_model::{KvSize, LoadOptions, Model, ModelSource};
 use rudder_ops::Batch;
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-const OPTIONS: LoadOptions =
-    LoadOptions { max_batch_tokens: 80, max_outputs: 80, kv: KvSize::Blocks(8), max_context: 64 };
+/// More blocks than any node 0 of these tests has, which decides.
+const OPTIONS_OF_NODE_1: LoadOptions = LoadOptions { kv: KvSize::Blocks(32), ..OPTIONS };
+/// How two processes' ranks reach each other's memory: from the second step on, and at once, a switch adding up.
+const RANKS: [(usize, &str); 2] = [(2, "auto"), (4, "multicast")];
 const PATIENCE: Duration = Duration::from_secs(60);
 /// What tells the other process what to do: node 0's address, the fixture, the ranks, how they add up, and its IMEX channel.
 const VARIABLE: &str = "RUDDER_TEST_NODE_1";
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures").join(name)
-}
 
 fn cudas(group: &Group, access: PeerAccess, imex_channel: u32) -> Vec<Cuda> {
     let cuda =
@@ -57,7 +65,11 @@ fn node_1_runs_what_it_is_told() {
     let group = Group::follow(address, 1, &terms(world), PATIENCE).expect("it joins");
     let cudas = cudas(&group, access(how), imex_channel);
     let source = ModelSource::open(&fixture(name)).expect("a fixture");
-    source.load_node(group, cudas, OPTIONS, |_, _| ()).expect("it loads").run().expect("node 0 stays");
+    source
+        .load_node(group, cudas, OPTIONS_OF_NODE_1, |_, _| ())
+        .expect("it loads")
+        .run()
+        .expect("node 0 stays");
 }
 
 /// Logits of a prompt in two chunks, a neighbour beside them, then of some tokens: steps of many rows and of few.
@@ -77,22 +89,40 @@ fn logits(model: &mut dyn Model) -> Vec<u32> {
     bits
 }
 
-/// What the ranks of one process say.
-fn in_one_process(name: &str, world: usize, how: &str) -> Vec<u32> {
-    let (group, source) = (Group::new(world), ModelSource::open(&fixture(name)).expect("a fixture"));
-    let loaded = source.load_ranks(group.clone(), cudas(&group, access(how), 0), OPTIONS, |_, _| ());
-    logits(&mut *loaded.expect("it loads").model)
+/// Held by each test: what is mapped is the process's.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What those of two processes say, whose devices are in channel 0 and in this, and whether they reached each other's memory.
-fn in_two_processes(name: &str, world: usize, how: &str, imex_channel: u32) -> (Vec<u32>, bool) {
+/// The ranks of one process, with so many KV blocks.
+fn one_process(name: &str, world: usize, how: &str, kv_blocks: usize) -> Box<dyn Model> {
+    let (group, source) = (Group::new(world), ModelSource::open(&fixture(name)).expect("a fixture"));
+    let options = LoadOptions { kv: KvSize::Blocks(kv_blocks), ..OPTIONS };
+    let loaded = source.load_ranks(group.clone(), cudas(&group, access(how), 0), options, |_, _| ());
+    loaded.expect("it loads").model
+}
+
+/// Those of two processes, of which the other's devices are in this channel and node 0's in channel 0; their group here, and the other process.
+fn two_processes(
+    name: &str,
+    (world, how): (usize, &str),
+    imex_channel: u32,
+    kv_blocks: usize,
+) -> (Box<dyn Model>, Group, Child) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = listener.local_addr().expect("an address").to_string();
-    let mut other = other_process(&address, name, world, how, imex_channel);
+    let other = other_process(&address, name, world, how, imex_channel);
     let group = Group::lead(listener, &terms(world), PATIENCE).expect("node 1 joins");
     let source = ModelSource::open(&fixture(name)).expect("a fixture");
-    let loaded = source.load_ranks(group.clone(), cudas(&group, access(how), 0), OPTIONS, |_, _| ());
-    let mut model = loaded.expect("it loads").model;
+    let options = LoadOptions { kv: KvSize::Blocks(kv_blocks), ..OPTIONS };
+    let loaded = source.load_ranks(group.clone(), cudas(&group, access(how), 0), options, |_, _| ());
+    (loaded.expect("it loads").model, group, other)
+}
+
+/// What those of two processes say, and whether they reached each other's memory.
+fn in_two_processes(name: &str, world: usize, how: &str, imex_channel: u32) -> (Vec<u32>, bool) {
+    let (mut model, group, mut other) = two_processes(name, (world, how), imex_channel, 8);
     let bits = logits(&mut *model);
     // Devices' memory is mapped from a file only where other processes can map it too, and stays so only where all have.
     let maps = std::fs::read_to_string("/proc/self/maps").expect("what this process maps");
@@ -101,16 +131,105 @@ fn in_two_processes(name: &str, world: usize, how: &str, imex_channel: u32) -> (
     (bits, maps.contains("memfd:rudder"))
 }
 
-/// One test, since what is mapped is the process's.
 #[test]
 fn ranks_of_two_processes_add_up_in_each_others_memory_to_the_bits_of_one_or_all_through_the_hosts() {
+    let _alone = alone();
     for (name, world) in [("qwen2", 4), ("qwen3moe", 2)] {
         for how in ["auto", "multicast"] {
-            let expected = in_one_process(name, world, how);
+            let expected = logits(&mut *one_process(name, world, how, 8));
             assert!(in_two_processes(name, world, how, 0) == (expected, true), "{name}, {how}");
         }
-        let expected = in_one_process(name, world, "never");
+        let expected = logits(&mut *one_process(name, world, "never", 8));
         // Neither node can import what the other has.
         assert!(in_two_processes(name, world, "multicast", 1) == (expected, false), "{name}");
+    }
+}
+
+#[test]
+fn an_engine_over_two_processes_answers_as_over_one_with_steps_in_flight_to_every_limit_and_stop() {
+    let _alone = alone();
+    for (world, how) in RANKS {
+        let grounded = || Box::new(Grounded(one_process("qwen2", world, how, 16)));
+        let full = in_turn(grounded(), &[drawn(2, 24)]).remove(0);
+        assert_eq!(full.len(), 24);
+        let requests = limits_and_stops(&full);
+        let expected = in_turn(grounded(), &requests);
+        // To land each step over two processes takes long, and the way of sums makes no difference there.
+        for flies in [true, false].into_iter().filter(|flies| *flies || how == "auto") {
+            let (model, group, mut other) = two_processes("qwen2", (world, how), 0, 16);
+            let (watched, flights) = Watched::new(model, None);
+            let model: Box<dyn Model> =
+                if flies { Box::new(watched) } else { Box::new(Grounded(Box::new(watched))) };
+            assert_eq!(in_turn(model, &requests), expected, "{world} ranks, {how}");
+            assert_eq!(flights.load(Ordering::SeqCst) > 40, flies);
+            drop(group);
+            assert!(other.wait().expect("it ends").success());
+        }
+    }
+}
+
+#[test]
+fn an_engine_over_two_processes_answers_each_its_own_side_by_side_and_preempted() {
+    let _alone = alone();
+    let (model, group, mut other) = two_processes("qwen2", (2, "auto"), 0, 8);
+    let (flying, flights) = Watched::new(model, None);
+    expect_preempted(&engine(Box::new(flying), 8));
+    assert!(flights.load(Ordering::SeqCst) > 10);
+    drop(group);
+    assert!(other.wait().expect("it ends").success());
+}
+
+#[test]
+fn steps_land_one_by_one_over_two_processes_that_do_not_reach_each_others_memory() {
+    let _alone = alone();
+    let (model, group, mut other) = two_processes("qwen2", (2, "auto"), 1, 16);
+    let (grounded, flights) = Watched::new(model, None);
+    expect_answers(&engine(Box::new(grounded), 16), &[greedy(1, 12)]);
+    assert_eq!(flights.load(Ordering::SeqCst), 0);
+    drop(group);
+    assert!(other.wait().expect("it ends").success());
+}
+
+#[test]
+fn a_rank_that_fails_in_flight_ends_its_requests_on_both_nodes_and_the_engine_goes_on() {
+    let _alone = alone();
+    for (ranks, fault) in RANKS.into_iter().flat_map(|ranks| [0, 1, 2].map(|fault| (ranks, fault))) {
+        let (model, group, mut other) = two_processes("qwen2", ranks, 0, 16);
+        let (when, what, said) =
+            faults(&group, ranks.0 / 2 - 1).into_iter().nth(fault).expect("one of three");
+        let (flying, flights) = Watched::new(model, Some((when, what)));
+        let engine = engine(Box::new(flying), 16);
+        let requests = [greedy(1, 12), greedy(4, 12)];
+        let failed = ask(&engine, &requests);
+        assert!(failed.iter().any(|answer| answer.as_ref().is_err_and(|m| m.contains(said))), "{failed:?}");
+        let before = flights.load(Ordering::SeqCst);
+        expect_answers(&engine, &requests);
+        assert!(flights.load(Ordering::SeqCst) > before + 4);
+        drop((engine, group));
+        assert!(other.wait().expect("it ends").success());
+    }
+}
+
+#[test]
+fn a_node_that_dies_with_a_step_in_flight_ends_the_requests_with_its_name_and_not_the_engine() {
+    let _alone = alone();
+    for when in [When::Queued(3), When::Landing] {
+        let (model, group, mut other) = two_processes("qwen2", (2, "auto"), 0, 16);
+        let dies = move || {
+            other.kill().expect("it runs");
+            assert!(!other.wait().expect("it has ended").success());
+            Ok(())
+        };
+        let (flying, _) = Watched::new(model, Some((when, Box::new(dies))));
+        let engine = engine(Box::new(flying), 16);
+        let requests = [greedy(1, 12), greedy(4, 12)];
+        // Those that come after it as well.
+        for _ in 0..2 {
+            for answer in ask(&engine, &requests) {
+                let message = answer.expect_err("a node is gone");
+                assert!(message.contains("node 1 at 127.0.0.1 is gone"), "{message}");
+            }
+        }
+        assert!(group.lost().is_some_and(|failed| failed.rank == 1));
     }
 }

@@ -59,6 +59,13 @@ impl Crew {
         run(&self.group, first, &self.parts[0], batch);
         self.workers.iter().for_each(Worker::wait);
     }
+
+    /// Asks all ranks here whether what was queued went well ([`Model::landed`]). That it did not on one is known to the group.
+    pub fn landed(&self) {
+        for (rank, part) in self.group.local().zip(&self.parts) {
+            attempt(&self.group, rank, || lock(part).landed());
+        }
+    }
 }
 
 impl Worker {

@@ -1,7 +1,8 @@
 //! A model made of ranks: each holds a part of every layer, and all run every step together.
 //!
 //! The ranks may be of several processes (nodes). Then node 0 has the model, as far as anybody above can see, and tells the others each step's
-//! batch; a [`Node`] runs what it is told.
+//! batch; a [`Node`] runs what it is told. Where steps are queued ahead, it is told a step before anybody knows the tokens, and is asked whether
+//! the one before went well there when rank 0's draw has come.
 
 use std::panic::resume_unwind;
 use std::sync::{Mutex, MutexGuard};
@@ -9,7 +10,7 @@ use std::sync::{Mutex, MutexGuard};
 use rudder_comm::{Failed, Group, Rank};
 use rudder_ops::{Backend, Batch, OpError, SampleRow, Sampled};
 
-use crate::batch_bytes;
+use crate::batch_bytes::{self, Told};
 use crate::crew::{Crew, attempt, lock};
 use crate::decoder::Decoder;
 use crate::fingerprint::Fingerprint;
@@ -21,7 +22,7 @@ pub(crate) struct Ranks {
     config: ModelConfig,
     kv_block: Option<KvBlock>,
     crew: Crew,
-    /// A step as other nodes are told it.
+    /// What other nodes are told.
     bytes: Vec<u8>,
 }
 
@@ -247,6 +248,13 @@ impl Ranks {
             None => Err(OpError::Backend("this model does not move KV blocks".into())),
         }
     }
+
+    /// Waits for the other nodes to have done what they were told, and says what failed, here or there.
+    fn ended(&self) -> Result<(), OpError> {
+        let group = &self.crew.group;
+        group.end();
+        group.mend().map_or(Ok(()), |failed| Err(OpError::Backend(failed.reason)))
+    }
 }
 
 impl Model for Ranks {
@@ -261,13 +269,13 @@ impl Model for Ranks {
             group.begin(&self.bytes);
         }
         self.crew.run(batch);
-        group.end();
-        group.mend().map_or(Ok(()), |failed| Err(OpError::Backend(failed.reason)))
+        self.ended()
     }
 
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
         self.first().sample(rows, out)?;
-        self.landed()
+        // Of ranks that do not draw ahead nothing is left to be told.
+        if self.draws_ahead() { self.landed() } else { Ok(()) }
     }
 
     fn draws_ahead(&self) -> bool {
@@ -284,7 +292,9 @@ impl Model for Ranks {
     }
 
     fn landed(&mut self) -> Result<(), OpError> {
-        self.crew.parts.iter().try_for_each(|part| lock(part).landed())
+        self.crew.group.begin(&batch_bytes::landed());
+        self.crew.landed();
+        self.ended()
     }
 
     fn kv_block(&self) -> Option<KvBlock> {
@@ -309,7 +319,7 @@ impl Model for Ranks {
 }
 
 impl Node {
-    /// Runs every step that node 0 begins, until it ends.
+    /// Does what node 0 tells it, step after step, until node 0 ends.
     ///
     /// # Errors
     /// If node 0 is gone.
@@ -319,7 +329,8 @@ impl Node {
         let (mut bytes, mut words, mut batch) = (Vec::new(), Vec::new(), Batch::default());
         while group.next(&mut bytes).map_err(gone)? {
             match batch_bytes::read(&bytes, &mut words, &mut batch) {
-                Ok(()) => self.crew.run(&batch),
+                Ok(Told::Step) => self.crew.run(&batch),
+                Ok(Told::Landed) => self.crew.landed(),
                 Err(reason) => group.fail(group.local().start, reason),
             }
             group.done().map_err(gone)?;
@@ -332,7 +343,9 @@ impl Node {
 mod tests {
     use super::*;
     use crate::hf_config;
-    use rudder_comm::Member;
+    use rudder_comm::{Member, Terms};
+    use std::net::TcpListener;
+    use std::time::Duration;
 
     fn config() -> ModelConfig {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/qwen2/config.json");
@@ -344,10 +357,13 @@ mod tests {
     enum Fault {
         Error(usize),
         Panic(usize),
+        /// When it is asked whether it went well.
+        Landing(usize),
         None,
     }
 
-    /// A model of one collective a layer that fails in the middle of a step.
+    /// A model of one collective a layer that fails in the middle of a step, or afterwards. It sums known tokens, or the numbers of the outputs
+    /// that are to draw them and 5.
     struct Fake {
         config: ModelConfig,
         member: Member,
@@ -362,7 +378,7 @@ mod tests {
         }
         fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
             self.steps += 1;
-            let mut x = [batch.tokens[0] as f32];
+            let mut x = [batch.drawn.first().map_or(batch.tokens[0], |output| output + 5) as f32];
             for layer in 0..10 {
                 if layer == 4 && self.fault == Fault::Error(self.steps) {
                     return Err(OpError::Backend("no memory".into()));
@@ -376,18 +392,60 @@ mod tests {
         fn sample(&mut self, _: &[SampleRow<'_>], _: &mut Vec<Sampled>) -> Result<(), OpError> {
             Ok(())
         }
+        fn draws_ahead(&self) -> bool {
+            true
+        }
+        fn draw(&mut self, _: &[SampleRow<'_>]) -> Result<(), OpError> {
+            Ok(())
+        }
+        fn drawn(&mut self, _: &mut Vec<Sampled>) -> Result<(), OpError> {
+            Ok(())
+        }
+        fn landed(&mut self) -> Result<(), OpError> {
+            match self.fault == Fault::Landing(self.steps) {
+                true => Err(OpError::Backend("it waited in vain".into())),
+                false => Ok(()),
+            }
+        }
         fn logits(&mut self) -> Result<Vec<f32>, OpError> {
             Ok(vec![self.sum])
         }
     }
 
+    fn parts(group: &Group, faults: &[Fault]) -> Vec<Box<dyn Model>> {
+        let members = group.members().into_iter();
+        let part = |member: Member| {
+            let fault = faults[member.rank().index];
+            Box::new(Fake { config: config(), member, fault, steps: 0, sum: 0.0 }) as Box<dyn Model>
+        };
+        members.map(part).collect()
+    }
+
     fn ranks(faults: [Fault; 3]) -> Ranks {
         let group = Group::new(3);
-        let parts = group.members().into_iter().zip(faults).map(|(member, fault)| {
-            Box::new(Fake { config: config(), member, fault, steps: 0, sum: 0.0 }) as Box<dyn Model>
-        });
-        let parts = parts.collect();
+        let parts = parts(&group, &faults);
         Ranks::new(group, config(), parts).expect("threads start")
+    }
+
+    /// Has `work` do something with three ranks, each a node of its own; here these are threads that talk over TCP.
+    fn over_nodes(faults: [Fault; 3], work: impl FnOnce(&mut Ranks)) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = &listener.local_addr().expect("an address").to_string();
+        let terms = &Terms { nodes: 3, world: 3, others: Vec::new() };
+        let patience = Duration::from_secs(30);
+        std::thread::scope(|scope| {
+            for node in 1..3 {
+                scope.spawn(move || {
+                    let group = Group::follow(address, node, terms, patience).expect("it joins");
+                    let parts = parts(&group, &faults);
+                    let crew = Crew::new(group, parts).expect("threads start");
+                    Node { crew, kv_blocks: 0 }.run().expect("node 0 stays");
+                });
+            }
+            let group = Group::lead(listener, terms, patience).expect("all join");
+            let parts = parts(&group, &faults);
+            work(&mut Ranks::new(group, config(), parts).expect("threads start"));
+        });
     }
 
     fn step(model: &mut Ranks) -> Result<f32, String> {
@@ -421,5 +479,48 @@ mod tests {
         assert_eq!(step(&mut model), Err("no memory".into()));
         assert!(step(&mut model).is_ok());
         assert!(model.kv_block().is_none() && model.export_block(0, &mut []).is_err());
+    }
+
+    /// A step that goes on from what the second output of the one before draws.
+    fn fly(model: &mut Ranks) -> Result<f32, String> {
+        let mut batch = Batch::default();
+        batch.push_drawn(1, 9, &[0]);
+        model.forward(&batch).map_err(|error| error.to_string())?;
+        Ok(model.logits().expect("logits")[0])
+    }
+
+    #[test]
+    fn ranks_go_on_from_what_is_drawn_and_what_failed_meanwhile_on_one_is_told_when_it_lands() {
+        let (known, drawn) = (Ok(2.0 * 3f32.powi(10)), Ok(6.0 * 3f32.powi(10)));
+        let work = |faulty: Option<usize>, model: &mut Ranks| {
+            let landed = |model: &mut Ranks, whole: bool| match model.drawn(&mut Vec::new()) {
+                Ok(()) => assert!(whole, "{faulty:?}"),
+                Err(error) => assert!(!whole && error.to_string().contains("in vain"), "{error}"),
+            };
+            assert_eq!((step(model), fly(model)), (known.clone(), drawn.clone()));
+            landed(model, faulty.is_none());
+            assert_eq!((step(model), fly(model)), (known.clone(), drawn.clone()));
+            landed(model, true);
+        };
+        for faulty in [None, Some(0), Some(1), Some(2)] {
+            let fault = |rank| if faulty == Some(rank) { Fault::Landing(2) } else { Fault::None };
+            let faults = [0, 1, 2].map(fault);
+            work(faulty, &mut ranks(faults));
+            over_nodes(faults, |model| work(faulty, model));
+        }
+    }
+
+    #[test]
+    fn a_step_that_fails_behind_one_in_flight_leaves_that_one_whole() {
+        for faulty in 0..3 {
+            let mut faults = [Fault::None; 3];
+            faults[faulty] = Fault::Error(2);
+            over_nodes(faults, |model| {
+                assert!(step(model).is_ok());
+                assert_eq!(fly(model), Err("no memory".into()));
+                assert!(model.drawn(&mut Vec::new()).is_ok());
+                assert!(step(model).is_ok() && fly(model).is_ok() && model.drawn(&mut Vec::new()).is_ok());
+            });
+        }
     }
 }

@@ -1,16 +1,18 @@
 //! Steps that are queued while the one before them runs: they draw what steps draw that land one by one, on one device and over ranks.
 
-use super::common::on_gpu;
-use super::{BLOCKS, OPTIONS, cuda, in_ranks, model};
+use super::common::{OPTIONS, cuda, model, on_gpu};
+use super::flights::{
+    Grounded, Happening, Watched, When, ask, drawn, engine, expect_answers, expect_preempted, faults, greedy,
+    in_turn, limits_and_stops,
+};
+use super::{BLOCKS, in_ranks};
 use rudder_comm::Group;
 use rudder_cuda::PeerAccess;
-use rudder_engine::{DraftMode, Engine, EngineConfig, Event, GenerateRequest, Token};
-use rudder_model::{KvSize, Model, ModelConfig};
+use rudder_model::{KvSize, Model};
 use rudder_ops::reference::Reference;
-use rudder_ops::{Batch, OpError, SampleRow, Sampled, SamplingParams};
+use rudder_ops::{Batch, SampleRow, Sampled, SamplingParams};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 /// How ranks reach each other's memory: from the second step on, and at once, a switch adding up.
 const RANKS: [(usize, PeerAccess); 2] = [(2, PeerAccess::Auto), (4, PeerAccess::Multicast)];
@@ -156,143 +158,15 @@ fn ranks_draw_ahead_once_they_have_met_in_each_others_memory_and_only_there() {
     }
 }
 
-/// Holds its model to steps that land one by one.
-struct Grounded(Box<dyn Model>);
-
-impl Model for Grounded {
-    fn config(&self) -> &ModelConfig {
-        self.0.config()
-    }
-    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
-        self.0.forward(batch)
-    }
-    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
-        self.0.sample(rows, out)
-    }
-    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
-        self.0.logits()
-    }
-}
-
-/// Where a model of ranks fails: as a step goes on from tokens that nobody has seen, or as what it drew comes.
-#[derive(Clone, Copy, PartialEq)]
-enum Fault {
-    /// This rank, before the step that has so many such before it.
-    Rank(usize, usize),
-    Landing,
-}
-
-/// Counts what goes on from tokens that nobody has seen, and fails there once.
-struct Watched {
-    inner: Box<dyn Model>,
-    group: Group,
-    flights: Arc<AtomicUsize>,
-    fault: Option<Fault>,
-}
-
-impl Model for Watched {
-    fn config(&self) -> &ModelConfig {
-        self.inner.config()
-    }
-    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
-        if !batch.drawn.is_empty() {
-            let before = self.flights.fetch_add(1, Ordering::SeqCst);
-            if let Some(Fault::Rank(rank, _)) =
-                self.fault.take_if(|fault| matches!(fault, Fault::Rank(_, flights) if *flights == before))
-            {
-                self.group.fail(rank, "no memory, say".into());
-            }
-        }
-        self.inner.forward(batch)
-    }
-    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
-        self.inner.sample(rows, out)
-    }
-    fn draws_ahead(&self) -> bool {
-        self.inner.draws_ahead()
-    }
-    fn draw(&mut self, rows: &[SampleRow<'_>]) -> Result<(), OpError> {
-        self.inner.draw(rows)
-    }
-    fn drawn(&mut self, out: &mut Vec<Sampled>) -> Result<(), OpError> {
-        self.inner.drawn(out)?;
-        let flown = self.flights.load(Ordering::SeqCst) > 3;
-        match self.fault.take_if(|fault| flown && *fault == Fault::Landing) {
-            Some(_) => Err(OpError::Backend("a rank waited in vain, say".into())),
-            None => Ok(()),
-        }
-    }
-    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
-        self.inner.logits()
-    }
-}
-
-/// A model of ranks that is watched, and its count; nothing where its ranks do not draw ahead.
+/// A model of ranks that is watched, and its count.
 fn watched(
     (world, access): (usize, PeerAccess),
     kv_blocks: usize,
-    fault: Option<Fault>,
+    happening: impl FnOnce(&Group) -> Option<(When, Happening)>,
 ) -> Option<(Watched, Arc<AtomicUsize>)> {
-    let (group, flights) = (Group::new(world), Arc::<AtomicUsize>::default());
+    let group = Group::new(world);
     let inner = in_ranks("qwen2", group.clone(), KvSize::Blocks(kv_blocks), access)?.model;
-    Some((Watched { inner, group, flights: flights.clone(), fault }, flights))
-}
-
-fn engine(model: Box<dyn Model>, kv_blocks: usize) -> Engine {
-    Engine::start(
-        model,
-        EngineConfig {
-            kv_blocks,
-            max_context: 64,
-            max_sequences: 4,
-            max_batch_tokens: 80,
-            decode_latency_target: Duration::from_millis(100),
-            max_waiting: 8,
-            prefix_cache: true,
-            draft: DraftMode::Off,
-        },
-    )
-}
-
-fn prompt(i: u64) -> Vec<u32> {
-    (0..20).map(|token| token * (i as u32 + 3) % 128).collect()
-}
-
-/// A request whose tokens are drawn; every third counts its tokens and tells what else was likely.
-fn drawn(i: u64, max_tokens: usize) -> GenerateRequest {
-    let (presence_penalty, logprobs) = if i % 3 == 2 { (0.5, Some(i as u32)) } else { (0.0, None) };
-    let sampling =
-        SamplingParams { temperature: 0.7, seed: i, presence_penalty, logprobs, ..SamplingParams::default() };
-    GenerateRequest::new(prompt(i), sampling, max_tokens)
-}
-
-fn greedy(i: u64, max_tokens: usize) -> GenerateRequest {
-    let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-    GenerateRequest::new(prompt(i), sampling, max_tokens)
-}
-
-/// What an engine answers to requests, some of them at the same time.
-fn ask(engine: &Engine, requests: &[GenerateRequest]) -> Vec<Result<Vec<Token>, String>> {
-    let submitted = requests.iter().map(|request| engine.submit(request.clone()).expect("there is room"));
-    let answer = |mut generation: rudder_engine::Generation| {
-        let mut tokens = Vec::new();
-        while let Some(event) = generation.next_blocking() {
-            match event {
-                Event::Token(token) => tokens.push(token),
-                Event::Failed { message } => return Err(message),
-                _ => {}
-            }
-        }
-        Ok(tokens)
-    };
-    submitted.collect::<Vec<_>>().into_iter().map(answer).collect()
-}
-
-/// The same, one after the other, since here the number of rows moves roundings.
-fn in_turn(model: Box<dyn Model>, requests: &[GenerateRequest]) -> Vec<Vec<Token>> {
-    let engine = engine(model, 16);
-    let one = |request| ask(&engine, std::slice::from_ref(request)).remove(0).expect("it is answered");
-    requests.iter().map(one).collect()
+    Some(Watched::new(inner, happening(&group)))
 }
 
 #[test]
@@ -310,14 +184,12 @@ fn an_engine_answers_the_same_with_steps_in_flight() {
 #[test]
 fn an_engine_over_ranks_answers_the_same_with_steps_in_flight_to_every_limit_and_stop() {
     for ranks in RANKS {
-        let grounded = || Some(Box::new(Grounded(Box::new(watched(ranks, 16, None)?.0))));
+        let grounded = || Some(Box::new(Grounded(Box::new(watched(ranks, 16, |_| None)?.0))));
         let Some(model) = grounded() else { return };
         let full = in_turn(model, &[drawn(2, 24)]).remove(0);
         assert_eq!(full.len(), 24);
-        let limits = (1..4).map(|max_tokens| drawn(2, max_tokens));
-        let stops = [1, 2, 13].map(|i| GenerateRequest { stop_tokens: vec![full[i].id], ..drawn(2, 24) });
-        let requests: Vec<_> = [drawn(0, 24), drawn(2, 24)].into_iter().chain(limits).chain(stops).collect();
-        let (Some(grounded), Some((flying, flights))) = (grounded(), watched(ranks, 16, None)) else {
+        let requests = limits_and_stops(&full);
+        let (Some(grounded), Some((flying, flights))) = (grounded(), watched(ranks, 16, |_| None)) else {
             return;
         };
         let expected = in_turn(grounded, &requests);
@@ -326,33 +198,11 @@ fn an_engine_over_ranks_answers_the_same_with_steps_in_flight_to_every_limit_and
     }
 }
 
-/// Refuses tokens that the reference, given those before them, has by more than roundings below others.
-fn expect_greedy(prompt: &[u32], answer: &[Token]) {
-    let answer: Vec<u32> = answer.iter().map(|token| token.id).collect();
-    let mut reference = model("qwen2", Reference::new(), OPTIONS.kv);
-    let (all, mut batch) = ([prompt, &answer].concat(), Batch::default());
-    batch.push(&all[..all.len() - 1], 0, &[0, 1, 2, 3], answer.len());
-    reference.forward(&batch).expect("a step");
-    let logits = reference.logits().expect("logits");
-    let largest = logits.iter().fold(0f32, |a, x| a.max(x.abs()));
-    for (i, (logits, &token)) in logits.chunks(reference.config().vocab).zip(&answer).enumerate() {
-        let most = logits.iter().fold(f32::NEG_INFINITY, |a, &x| a.max(x));
-        assert!(logits[token as usize] > most - 0.05 * largest, "token {i} of {answer:?}");
-    }
-}
-
 #[test]
 fn an_engine_over_ranks_answers_each_its_own_side_by_side_and_preempted() {
     for ranks in RANKS {
-        let Some((flying, flights)) = watched(ranks, 8, None) else { return };
-        let engine = engine(Box::new(flying), 8);
-        let requests: Vec<_> = (0..5).map(|i| greedy(i, 36 + i as usize)).collect();
-        for (request, answer) in requests.iter().zip(ask(&engine, &requests)) {
-            let answer = answer.expect("it is answered");
-            assert_eq!(answer.len(), request.max_tokens);
-            expect_greedy(&request.prompt, &answer);
-        }
-        assert!(engine.stats().preemptions > 0, "{:?}", engine.stats());
+        let Some((flying, flights)) = watched(ranks, 8, |_| None) else { return };
+        expect_preempted(&engine(Box::new(flying), 8));
         let flights = flights.load(Ordering::SeqCst);
         assert!(flights > 10 || lands(ranks.1), "{flights}");
     }
@@ -361,26 +211,26 @@ fn an_engine_over_ranks_answers_each_its_own_side_by_side_and_preempted() {
 #[test]
 fn a_rank_that_fails_in_flight_ends_its_requests_and_the_engine_goes_on() {
     for (ranks, faulty) in RANKS.into_iter().zip([1, 3]) {
-        let faults = [Fault::Rank(faulty, 0), Fault::Rank(0, 3), Fault::Landing];
-        for fault in faults {
-            let Some((flying, flights)) = watched(ranks, 16, Some(fault)) else { return };
+        for fault in 0..3 {
+            let mut said = "";
+            let happening = |group: &Group| {
+                let (when, what, message) = faults(group, faulty).into_iter().nth(fault)?;
+                said = message;
+                Some((when, what))
+            };
+            let Some((flying, flights)) = watched(ranks, 16, happening) else { return };
             let engine = engine(Box::new(flying), 16);
             let requests = [greedy(1, 12), greedy(4, 12)];
             let failed = ask(&engine, &requests);
             if lands(ranks.1) {
                 continue;
             }
-            let said = if fault == Fault::Landing { "in vain" } else { "no memory" };
             assert!(
                 failed.iter().any(|answer| answer.as_ref().is_err_and(|m| m.contains(said))),
                 "{failed:?}"
             );
             let before = flights.load(Ordering::SeqCst);
-            for (request, answer) in requests.iter().zip(ask(&engine, &requests)) {
-                let answer = answer.expect("it is answered");
-                assert_eq!(answer.len(), 12);
-                expect_greedy(&request.prompt, &answer);
-            }
+            expect_answers(&engine, &requests);
             assert!(flights.load(Ordering::SeqCst) > before + 4);
         }
     }

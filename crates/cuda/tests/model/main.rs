@@ -4,30 +4,19 @@
 mod ahead;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/flights.rs"]
+mod flights;
 
-use common::{cuda, on_gpu};
+use common::{OPTIONS, cuda, fixture, model, on_gpu};
 use rudder_comm::Group;
 use rudder_cuda::PeerAccess;
 use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelSource, load, worst_difference};
 use rudder_ops::reference::Reference;
-use rudder_ops::{Backend, Batch, SampleRow, SamplingParams};
-use std::path::{Path, PathBuf};
+use rudder_ops::{Batch, SampleRow, SamplingParams};
 
-const OPTIONS: LoadOptions =
-    LoadOptions { max_batch_tokens: 80, max_outputs: 80, kv: KvSize::Blocks(8), max_context: 64 };
 /// Blocks of the two sequences, out of order and interleaved.
 const BLOCKS: [[u32; 3]; 2] = [[5, 0, 3], [1, 6, 2]];
 const LENGTH: usize = 37;
-
-/// A tiny checkpoint; RUDDER_FIXTURES says where they lie on a machine without the sources.
-fn fixture(name: &str) -> PathBuf {
-    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures");
-    std::env::var_os("RUDDER_FIXTURES").map_or_else(here, PathBuf::from).join(name)
-}
-
-fn model<B: Backend>(name: &str, backend: B, kv: KvSize) -> Box<dyn Model> {
-    load(&fixture(name), backend, LoadOptions { kv, ..OPTIONS }, |_, _| ()).expect("the fixture loads").model
-}
 
 /// Logits of two sequences side by side, each by its own number of tokens a step: by sequence, then token.
 fn logits(model: &mut dyn Model, chunks: [usize; 2]) -> [Vec<f32>; 2] {
