@@ -23,6 +23,13 @@ __device__ __forceinline__ float to_float(e4m3 x) { return static_cast<float>(x)
 // To the nearest, ties to even; what is too large becomes 448.
 __device__ __forceinline__ e4m3 to_e4m3(float x) { return e4m3(x); }
 
+// Two numbers to E2M1, to the nearest, ties to even, and 6 at most; `low` in the lower half of a byte. Blackwell alone does it.
+__device__ __forceinline__ uint32_t to_e2m1(float low, float high) {
+    uint32_t byte;
+    asm("{\n.reg .b8 both;\ncvt.rn.satfinite.e2m1x2.f32 both, %1, %2;\ncvt.u32.u8 %0, both;\n}" : "=r"(byte) : "f"(high), "f"(low));
+    return byte;
+}
+
 // 16 bytes that are read once and that no kernel writes meanwhile: they need no place in the first cache, and the compiler may
 // read them early.
 __device__ __forceinline__ uint4 load_once(const void* from) {

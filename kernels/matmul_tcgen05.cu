@@ -55,7 +55,7 @@ __device__ __forceinline__ void tcgen05_tiles(const bf16* x, const bf16* w, cons
     const size_t weights = tile.skipped + own;
     float factor = 1.0f;
     if constexpr (F::ROW_SCALED) factor = own < n ? F::row_factor(scales + weights * stride) : 0.0f;
-    write_tile(products, tile, factor, bias && own < n ? bias[weights] : 0.0f, out, n);
+    write_tile(products, tile, [&](float sum, int) { return sum * factor; }, bias && own < n ? bias[weights] : 0.0f, out, n);
     products.drop();
 #else
     __trap();

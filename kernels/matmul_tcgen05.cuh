@@ -13,9 +13,9 @@ __device__ __forceinline__ int tile_width(int count) { return (count + 15) / 16 
 // The feature whose sums this thread sees.
 __device__ __forceinline__ int own_feature() { return blockIdx.y * TILE + threadIdx.x / WARP % 4 * WARP + threadIdx.x % WARP; }
 
-// Writes a tile's sums, those of this thread's feature times a factor and more by `added`.
-template <class P>
-__device__ __forceinline__ void write_tile(const P& products, const TileRows& tile, float factor, float added, float* out, int n) {
+// Writes a tile's sums, those of this thread's feature as `scaled` makes them of a sum and its row in the tile, and more by `added`.
+template <class P, class Scaled>
+__device__ __forceinline__ void write_tile(const P& products, const TileRows& tile, Scaled scaled, float added, float* out, int n) {
     const int own = own_feature();
     for (int first = threadIdx.x / WARP / 4 * 16; first < tile.count; first += 32) {
         float sums[16];
@@ -23,7 +23,7 @@ __device__ __forceinline__ void write_tile(const P& products, const TileRows& ti
         tensor_loaded(sums);
 #pragma unroll
         for (int i = 0; i < 16; i++)
-            if (own < n && first + i < tile.count) out[static_cast<size_t>(tile.first + first + i) * n + own] = sums[i] * factor + added;
+            if (own < n && first + i < tile.count) out[static_cast<size_t>(tile.first + first + i) * n + own] = scaled(sums[i], first + i) + added;
     }
 }
 #endif

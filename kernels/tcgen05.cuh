@@ -41,6 +41,11 @@ __device__ __forceinline__ uint32_t tensor_instruction(uint32_t a, uint32_t b, i
 __device__ __forceinline__ uint32_t tensor_instruction_scaled(uint32_t a, uint32_t b, int rows_of_b, uint32_t block) {
     return block << 4 | a << 7 | b << 10 | static_cast<uint32_t>(rows_of_b / 8) << 17 | 1u << 23 | 128u / 128 << 27 | block << 29;
 }
+// The same of E2M1 alone (1 among the formats of that kind), whose blocks of 16 elements have scales of E4M3 (0 in bit 23): a row's word is of all 64
+// elements of a product.
+__device__ __forceinline__ uint32_t tensor_instruction_fp4(int rows_of_b) {
+    return 1u << 7 | 1u << 10 | static_cast<uint32_t>(rows_of_b / 8) << 17 | 128u / 128 << 27;
+}
 // Where the word of a row's scales begins in shared memory, of 128 rows: 32 rows' words of 4 bytes lie 16 bytes apart, the next 32 rows' beside them.
 __device__ __forceinline__ int scales_place(int row) { return row % 32 * 16 + row / 32 * 4; }
 #define SCALES_BYTES 512
@@ -102,6 +107,11 @@ __device__ __forceinline__ void tensor_multiply_fp8(uint32_t d, uint64_t a, uint
 __device__ __forceinline__ void tensor_multiply_scaled(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, uint32_t a_scales, uint32_t b_scales, bool added) {
     const uint32_t accumulate = added;
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\ntcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale.block32 [%0], %1, %2, %3, [%4], [%5], p;\n}" ::"r"(d), "l"(a), "l"(b), "r"(instruction), "r"(a_scales), "r"(b_scales), "r"(accumulate) : "memory");
+}
+// The same of E2M1 alone, 64 elements of a row, two a byte, each 16 with a scale of E4M3.
+__device__ __forceinline__ void tensor_multiply_fp4(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, uint32_t a_scales, uint32_t b_scales, bool added) {
+    const uint32_t accumulate = added;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\ntcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16 [%0], %1, %2, %3, [%4], [%5], p;\n}" ::"r"(d), "l"(a), "l"(b), "r"(instruction), "r"(a_scales), "r"(b_scales), "r"(accumulate) : "memory");
 }
 // Copies 128 rows' words of scales from shared memory to where products that this thread begins later take them.
 __device__ __forceinline__ void tensor_copy_scales(uint32_t columns, uint32_t from) {

@@ -95,7 +95,7 @@ struct TileCopies {
 using NarrowPlace = Panels<FP8_BLOCK, TILE, 1>;
 
 // One thread's part of copying FP8_BLOCK elements of each of up to 128 rows of k elements, as Panels where 16 elements take 16 bytes: of FP8 all of
-// them (BYTES is 16), of E2M1 the first 8. Behind a row's end zeros arrive.
+// them (BYTES is 16), of E2M1 beside FP8 the first 8. Of E2M1 beside E2M1 a byte, two numbers, counts as an element. Behind a row's end zeros arrive.
 template <int BYTES>
 struct NarrowCopies {
     const unsigned char* from[4];  // of rows threadIdx / 8, + 32, + 64, + 96

@@ -77,6 +77,18 @@ inline e4m3 to_e4m3(float f) {
     return {static_cast<uint8_t>(sign | (units + 8 * (last + 9)))};
 }
 
+// The magnitudes of E2M1 in the order of their codes.
+const float E2M1_NUMBERS[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+inline uint32_t to_e2m1(float f) {
+    int nearest = 7;  // of what is no number too
+    for (int code = 6; code >= 0; code--) {
+        const float off = fabsf(fabsf(f) - E2M1_NUMBERS[code]), least = fabsf(fabsf(f) - E2M1_NUMBERS[nearest]);
+        if (off < least || (off == least && code % 2 == 0)) nearest = code;  // ties to even
+    }
+    return nearest | (f < 0.0f ? 8 : 0);
+}
+inline uint32_t to_e2m1(float low, float high) { return to_e2m1(low) | to_e2m1(high) << 4; }
+
 // ---- the scheduler's side (emulate.cpp) ----
 
 extern __thread dim3 threadIdx, blockIdx, blockDim, gridDim;

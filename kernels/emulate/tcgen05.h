@@ -85,13 +85,14 @@ inline void tensor_multiply(uint32_t d, uint64_t a, uint64_t b, uint32_t instruc
     });
 }
 
+inline float e2m1(uint8_t code) { return code & 8 ? -E2M1_NUMBERS[code & 7] : E2M1_NUMBERS[code & 7]; }
+
 // Products of 8 bits' elements; E2M1 as 16 codes of four bits and 8 bytes that count for nothing.
 inline float narrow_element(const SharedMatrix& matrix, uint32_t format, int row, int k) {
     if (format == FORMAT_E4M3) return matrix.k_major<e4m3>(row, k);
     if (format != FORMAT_E2M1) fail("elements of a format that the emulation does not know");
     const uint8_t code = *matrix.k_major_byte(row, k / 16 * 16 + k % 16 / 2) >> k % 2 * 4 & 15;
-    const float numbers[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
-    return code & 8 ? -numbers[code & 7] : numbers[code & 7];
+    return e2m1(code);
 }
 // Calls `scale(row, word's byte)` for what a block's elements are multiplied with beside.
 template <class A, class B>
@@ -121,6 +122,22 @@ inline void tensor_multiply_scaled(uint32_t d, uint64_t a, uint64_t b, uint32_t 
         };
     };
     tensor_multiply_narrow(d, a, b, instruction, rows, added, scale(a_scales, block_a), scale(b_scales, block_b));
+}
+inline void tensor_multiply_fp4(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, uint32_t a_scales, uint32_t b_scales, bool added) {
+    const SharedMatrix left = tensor_matrix(a), right = tensor_matrix(b);
+    const int rows = tensor_rows_of_b(instruction, 1u << 7 | 1u << 10 | 1u << 27);
+    // Element k is of half a byte, and of a quarter of the row's word.
+    const auto element = [](const SharedMatrix& matrix, uint32_t columns, int row, int k) {
+        const uint8_t scale = tensor_word(row, columns + row / 32) >> k / 16 * 8;
+        if (scale & 128) fail("a scale of E4M3 with a sign");
+        return e2m1(*matrix.k_major_byte(row, k / 2) >> k % 2 * 4 & 15) * to_float(e4m3{scale});
+    };
+    tensor_push([=] {
+        float of_a[128][64];
+        for (int i = 0; i < 128; i++)
+            for (int k = 0; k < 64; k++) of_a[i][k] = element(left, a_scales, i, k);
+        tensor_product(d, rows, 64, added, [&](int i, int k) { return of_a[i][k]; }, [&](int j, int k) { return element(right, b_scales, j, k); });
+    });
 }
 inline void tensor_copy_scales(uint32_t columns, uint32_t from) {
     const SharedMatrix matrix = tensor_matrix(tensor_describe(from, 0, 128, 0));

@@ -26,7 +26,7 @@ const WAYS: [(&str, PrefillKernel, bool); 4] = [
     ("mma", PrefillKernel::Mma, false),
     ("wgmma", PrefillKernel::Wgmma, false),
     ("tcgen05", PrefillKernel::Tcgen05, false),
-    ("rows rounded to fp8", PrefillKernel::Auto, true),
+    ("rows rounded", PrefillKernel::Auto, true),
 ];
 
 /// One line of the table.
@@ -101,16 +101,33 @@ impl Bench {
         (0..copies).map(|_| self.cuda.load_matrix(std::slice::from_ref(&raw))).collect()
     }
 
-    /// Goes on with these kernels; false where the GPU does not have them.
-    fn choose(&mut self, kernel: PrefillKernel, fp8_products: bool) -> bool {
-        self.cuda.set_prefill_kernel(kernel).is_ok() && self.cuda.set_fp8_products(fp8_products).is_ok()
+    /// Goes on with these kernels, and rows rounded or not; false where the GPU does not have them.
+    fn choose(&mut self, kernel: PrefillKernel, rounds: bool) -> bool {
+        let fp4 = rounds && self.cuda.has_fp4_products();
+        self.cuda.set_prefill_kernel(kernel).is_ok()
+            && self.cuda.set_fp8_products(rounds).is_ok()
+            && self.cuda.set_fp4_products(fp4).is_ok()
     }
 
-    /// The same of FP8, with a scale for 128 weights.
-    fn linear_fp8(&mut self) -> Result<()> {
+    /// Whether many rows can be rounded for weights of a format.
+    fn rounds_for(&self, format: &str) -> bool {
+        match format {
+            "fp8" => true,
+            "mxfp4" | "nvfp4" => self.cuda.has_fp4_products(), // Blackwell
+            _ => false,
+        }
+    }
+
+    /// The same of weights of a format, so many bytes each.
+    fn linear_of(
+        &mut self,
+        format: &str,
+        weight_bytes: f64,
+        random: fn(&[usize]) -> RawTensor,
+    ) -> Result<()> {
         for (name, n, k) in [("gate+up", 28672, 4096), ("down", 4096, 14336)] {
-            let raw = random_fp8(&[n, k]);
-            let copies = (ROTATED / (n * k)).clamp(1, 8);
+            let raw = random(&[n, k]);
+            let copies = (ROTATED / (weight_bytes * (n * k) as f64) as usize).clamp(1, 8);
             let weights: Vec<Matrix> = (0..copies)
                 .map(|_| self.cuda.load_matrix(std::slice::from_ref(&raw)))
                 .collect::<Result<_>>()?;
@@ -118,16 +135,16 @@ impl Bench {
                 for (way, kernel, products) in WAYS {
                     let same = match kernel {
                         PrefillKernel::Wgmma | PrefillKernel::Tcgen05 => !(17..512).contains(&rows),
-                        _ => products && rows <= 16,
+                        _ => products && (rows <= 16 || !self.rounds_for(format)),
                     };
                     if same || !self.choose(kernel, products) {
                         continue;
                     }
                     let [x, _] = self.rows(rows, k)?;
                     let mut out = self.cuda.tensor(rows, n)?;
-                    let bytes = (n * k + n * k / 32 + 2 * rows * k + 4 * rows * n) as f64;
+                    let bytes = weight_bytes * (n * k) as f64 + (2 * rows * k + 4 * rows * n) as f64;
                     let operations = 2.0 * (rows * n * k) as f64;
-                    let name = format!("linear fp8 {name} [{n}, {k}] {rows} rows, {way}");
+                    let name = format!("linear {format} {name} [{n}, {k}] {rows} rows, {way}");
                     self.time(name, bytes, operations, |cuda, i| {
                         cuda.linear(&x, &weights[i % weights.len()], None, &mut out)
                     })?;
@@ -301,7 +318,8 @@ impl Bench {
         let shapes = [[inner, hidden], [hidden, inner]];
         self.moe_of("bf16", 2.0, shapes.map(|shape| self.raw(&shape)))?;
         self.moe_of("fp8", 1.03, shapes.map(|shape| random_fp8(&shape)))?;
-        self.moe_of("mxfp4", 0.53, shapes.map(|shape| random_mxfp4(&shape)))
+        self.moe_of("mxfp4", 0.53, shapes.map(|shape| random_mxfp4(&shape)))?;
+        self.moe_of("nvfp4", 0.5625, shapes.map(|shape| random_nvfp4(&shape)))
     }
 
     /// The same of weights `[up, down]`, so many bytes each.
@@ -309,8 +327,7 @@ impl Bench {
         let (experts, top_k, hidden, inner) = (128, 8, up.shape[1], up.shape[0]);
         let (up, down) = (vec![up; experts], vec![down; experts]);
         let weights = self.cuda.load_experts(&ExpertWeights::plain(&up, &up, &down))?;
-        let on_blackwell = self.choose(PrefillKernel::Tcgen05, false);
-        let rounds = format == "fp8" || (format == "mxfp4" && on_blackwell);
+        let rounds = self.rounds_for(format);
         for rows in [1, 4, 8, 16, 64, 256, 4096] {
             let logits: Vec<f32> = (0..rows * experts).map(|i| (i * 7919 % 1009) as f32 / 300.0).collect();
             let table =
@@ -388,6 +405,16 @@ fn random_mxfp4(shape: &[usize]) -> RawTensor {
     RawTensor::new("random", shape.to_vec(), DType::MXFP4, Arc::new(bytes), 0).expect("whole blocks")
 }
 
+/// NVFP4 below 0.02.
+fn random_nvfp4(shape: &[usize]) -> RawTensor {
+    let block = |i: usize| {
+        let factor = 2f32.powi(-9).to_le_bytes();
+        factor.into_iter().chain([0x38; 4]).chain((0..32).map(move |j| (i * 31 + j * 7) as u8))
+    };
+    let bytes = (0..shape.iter().product::<usize>() / 64).flat_map(block).collect::<Vec<u8>>();
+    RawTensor::new("random", shape.to_vec(), DType::NVFP4, Arc::new(bytes), 0).expect("whole blocks")
+}
+
 /// The value after `flag` on the command line.
 fn option(flag: &str) -> Option<String> {
     std::env::args().skip_while(|arg| arg != flag).nth(1)
@@ -417,7 +444,8 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     println!("{:<44} {:>10} {:>8} {:>8} {:>8} {:>8}", "op", "us", "GB/s", "TFLOP/s", "memory", "matrix");
     bench.rowwise()?;
     bench.linear()?;
-    bench.linear_fp8()?;
+    bench.linear_of("fp8", 1.0 + 1.0 / 32.0, random_fp8)?;
+    bench.linear_of("nvfp4", 0.5625, random_nvfp4)?;
     bench.attention()?;
     bench.shared_prefixes()?;
     bench.moe()?;

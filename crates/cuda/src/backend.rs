@@ -195,6 +195,24 @@ impl Cuda {
         Ok(())
     }
 
+    /// Whether the device can multiply NVFP4 with NVFP4.
+    pub fn has_fp4_products(&self) -> bool {
+        self.device.has_tcgen05()
+    }
+
+    /// Whether more than 16 rows are rounded to NVFP4 where weights are, for checkpoints that say so: each row with a factor, 16 of its elements with
+    /// a scale of E4M3, four times the arithmetic of bf16. They are not unless told otherwise.
+    ///
+    /// # Errors
+    /// If the device does not have the kernels, which are for Blackwell.
+    pub fn set_fp4_products(&mut self, on: bool) -> Result<()> {
+        check(!on || self.has_fp4_products(), || {
+            format!("{} has no kernels for products of NVFP4; Blackwell has", self.name)
+        })?;
+        self.multiplier.fp4_products = on;
+        Ok(())
+    }
+
     /// Kinds of decode steps that run as CUDA graphs by now.
     pub fn graphs(&self) -> usize {
         self.device.graphs()

@@ -57,6 +57,8 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("matmul_fp8_tcgen05", MATMUL_FP8_TCGEN05_SHARED),
     ("quantise_rows_mx", 0),
     ("matmul_mxfp4_mxfp8", MATMUL_MXFP4_MXFP8_SHARED),
+    ("quantise_rows_nvfp4", 0),
+    ("matmul_nvfp4_nvfp4", MATMUL_NVFP4_NVFP4_SHARED),
     ("rope_and_cache", 0),
     ("attention_combine", 0),
     ("attention_any", 0),
@@ -134,6 +136,9 @@ pub(crate) const MATMUL_FP8_TCGEN05_SHARED: u32 = 3 * 2 * 128 * 128 + 1024;
 
 /// The same, and two words of scales a row.
 pub(crate) const MATMUL_MXFP4_MXFP8_SHARED: u32 = MATMUL_FP8_TCGEN05_SHARED + 3 * 2 * 128 * 4;
+
+/// The same, and four.
+pub(crate) const MATMUL_NVFP4_NVFP4_SHARED: u32 = MATMUL_FP8_TCGEN05_SHARED + 3 * 2 * 128 * 16;
 
 /// Two stages of 64 keys and values, each row of bf16 padded by 16 bytes. Keys and values of FP8 take a little less: one such stage, and two of
 /// FP8.

@@ -2,7 +2,7 @@
 
 use crate::device::{
     Arg, Buffer, Device, Grid, MATMUL_FP8_SHARED, MATMUL_FP8_TCGEN05_SHARED, MATMUL_MXFP4_MXFP8_SHARED,
-    MATMUL_TCGEN05_SHARED, MATMUL_TILES_SHARED, MATMUL_WGMMA_SHARED,
+    MATMUL_NVFP4_NVFP4_SHARED, MATMUL_TCGEN05_SHARED, MATMUL_TILES_SHARED, MATMUL_WGMMA_SHARED,
 };
 use crate::queue::{MOST_ARGS, Product, ProductShape};
 use crate::sample::room;
@@ -81,12 +81,15 @@ pub(crate) struct Multiplier {
     device: Device,
     packed: Option<Buffer>,
     widened: Option<Buffer>,
-    /// Rows in MXFP8: codes, then scales `[k / 128, rows]`, a word for four blocks.
+    /// Rows in MXFP8: codes, then scales `[k / 128, rows]`, a word for four blocks. Or in NVFP4: codes, then scales `[k / 256, rows]`, four words for
+    /// sixteen blocks, then factors.
     microscaled: Option<Buffer>,
     /// What tiles are multiplied by.
     pub instructions: Instructions,
     /// Whether rows of x too are rounded to FP8, where weights are FP8 or, on Blackwell, MXFP4.
     pub fp8_products: bool,
+    /// Whether they are rounded to NVFP4 where weights are, on Blackwell.
+    pub fp4_products: bool,
 }
 
 /// Rows of bf16, padded: what the matrix kernels read. Behind them is room for the same in FP8: codes, then scales `[k / 128, rows]`.
@@ -157,6 +160,7 @@ impl Multiplier {
             microscaled: None,
             instructions: Instructions::of(device),
             fp8_products: false,
+            fp4_products: false,
         }
     }
 
@@ -219,12 +223,13 @@ impl Multiplier {
 
     /// Whether so many rows of x are rounded for such weights.
     fn rounds(&self, w: &Packed, rows: usize) -> bool {
-        let has_kernel = match w.packing {
-            Packing::Fp8 => w.shift > 0,
-            Packing::Mxfp4 => self.rounds_for_tcgen05(),
-            Packing::Int4 | Packing::Nvfp4 => false,
+        let rounds = match w.packing {
+            Packing::Fp8 => self.fp8_products && w.shift > 0,
+            Packing::Mxfp4 => self.fp8_products && self.rounds_for_tcgen05(),
+            Packing::Nvfp4 => self.fp4_products && self.rounds_for_tcgen05(),
+            Packing::Int4 => false,
         };
-        self.fp8_products && rows > FEW && has_kernel
+        rounds && rows > FEW
     }
 
     /// Whether Blackwell's kernels multiply what is rounded, not Hopper's: always where there are no others.
@@ -246,11 +251,13 @@ impl Multiplier {
             Weights::Packed(packed) if self.rounds(packed, x.rows) => {
                 let (kernel, shared) = match packed.packing {
                     Packing::Mxfp4 => ("matmul_mxfp4_mxfp8", MATMUL_MXFP4_MXFP8_SHARED),
+                    Packing::Nvfp4 => ("matmul_nvfp4_nvfp4", MATMUL_NVFP4_NVFP4_SHARED),
                     _ if self.rounds_for_tcgen05() => ("matmul_fp8_tcgen05", MATMUL_FP8_TCGEN05_SHARED),
                     _ => ("matmul_fp8_fp8", MATMUL_FP8_SHARED),
                 };
                 let [codes, scales] = match packed.packing {
                     Packing::Mxfp4 => self.in_mxfp8(x)?,
+                    Packing::Nvfp4 => self.in_nvfp4(x)?,
                     _ => self.in_fp8(x)?,
                 };
                 let [w, w_scales, stride, shift] = packed.args();
@@ -289,6 +296,16 @@ impl Multiplier {
         // Sixteen threads make 128 elements.
         self.device.launch("quantise_rows_mx", Grid::new(blocks.div_ceil(16), 256), 0, &args)?;
         Ok([codes, scales])
+    }
+
+    /// Codes and scales of rows in NVFP4, behind which their factors lie.
+    fn in_nvfp4(&mut self, x: Rows) -> Result<[Arg; 2]> {
+        let (codes, scales) = (x.rows * x.k / 2, x.rows * x.k.div_ceil(256) * 16);
+        let buffer = room(&mut self.microscaled, &self.device, codes + scales + 4 * x.rows)?;
+        let [to_codes, to_scales] = [buffer.into(), Arg::at(buffer, codes)];
+        let args = [x.data, to_codes, to_scales, x.rows.into(), x.k.into()];
+        self.device.launch("quantise_rows_nvfp4", Grid::new(x.rows, 256), 0, &args)?;
+        Ok([to_codes, to_scales])
     }
 
     /// `out = x * w^T` through cuBLASLt; false if that cannot.

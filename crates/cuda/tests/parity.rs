@@ -391,6 +391,143 @@ fn products_of_mxfp4_agree_with_rows_that_are_rounded_before() -> Result<()> {
     Ok(())
 }
 
+/// The magnitudes of E2M1.
+const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+/// Numbers as NVFP4 holds them: of 16 the largest becomes about 6 by a scale of FP8, of which the largest of a row is 448 by its factor.
+fn rounded_to_nvfp4(x: &[f32], k: usize) -> Vec<f32> {
+    let largest = |x: &[f32]| x.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let row = |row: &[f32]| {
+        let most = largest(row);
+        let (factor, to_scale) = if most > 1e-30 { (most / 2688.0, 448.0 / most) } else { (0.0, 0.0) };
+        let block = |block: &[f32]| {
+            let unit = nearest_fp8(largest(block) * to_scale) * factor;
+            let by = if unit > 0.0 { 1.0 / unit } else { 0.0 };
+            block.iter().map(|x| nearest(&E2M1, x * by) * unit).collect::<Vec<_>>()
+        };
+        row.chunks(16).flat_map(block).collect::<Vec<_>>()
+    };
+    x.chunks(k).flat_map(row).collect()
+}
+
+/// Rows that become NVFP4 for weights of NVFP4: tiles that are whole and not, steps of 256 that are in part there, blocks of zeros and of large and small
+/// numbers beside others; and what the rounding does to the result.
+#[test]
+fn products_of_nvfp4_agree_with_rows_that_are_rounded_before() -> Result<()> {
+    let Some(mut cuda) = rounding_to_nvfp4() else { return Ok(()) };
+    let mut random = Random(37);
+    let mut shapes =
+        vec![(17, 2, 64), (128, 128, 256), (65, 40, 192), (130, 150, 320), (40, 200, 960), (33, 20, 4160)];
+    if large(&cuda) {
+        shapes.extend([(1000, 6144, 4096), (4096, 4096, 14336)]);
+    }
+    for (i, (rows, n, k)) in shapes.into_iter().enumerate() {
+        let mut x = random.exact(rows * k, 1.0);
+        for (row, scale) in [0.0, 1e-32, 1e-20, 1e20].into_iter().enumerate() {
+            x[row * k..][..k / 2].iter_mut().for_each(|x| *x = bf16::from_f32(*x * scale).to_f32());
+        }
+        let parts = [n / 2, n - n / 2].map(|n| nvfp4_matrix(&mut random, "part", [n, k]));
+        let bias = random.vec(n, 1.0);
+        let bias = (i % 2 == 0).then_some(bias.as_slice());
+        let exact = run_linear(&mut Reference::new(), (&x, k), &parts, bias)?;
+        let rounded = rounded_to_nvfp4(&x, k);
+        let theirs = run_linear(&mut Reference::new(), (&rounded, k), &parts, bias)?;
+        let what = format!("{rows} rows, [{n}, {k}]");
+        let ours = run_linear(&mut cuda, (&x, k), &parts, bias)?;
+        for (row, (ours, theirs)) in ours.chunks(n).zip(theirs.chunks(n)).enumerate() {
+            let floor = if row == 3 { 1e20 } else { 1.0 };
+            assert_close(ours, theirs, 3e-6 * k as f32, floor, &format!("{what}, row {row}"));
+        }
+        // Less than a unit of three bits, of each of k numbers below 1 times weights below 1.3.
+        assert_close(&ours[4 * n..], &exact[4 * n..], 0.1 * (k as f32).sqrt(), 1.0, &what);
+    }
+    Ok(())
+}
+
+/// Products of FP8 alone leave them as they are.
+#[test]
+fn rows_become_nvfp4_only_where_it_was_asked_for() -> Result<()> {
+    let Some(mut cuda) = rounding_to_nvfp4() else { return Ok(()) };
+    let mut random = Random(39);
+    let (x, parts) = (random.exact(17 * 64, 1.0), [nvfp4_matrix(&mut random, "w", [24, 64])]);
+    let exact = run_linear(&mut Reference::new(), (&x, 64), &parts, None)?;
+    let mut off = |fp4: bool| -> Result<f32> {
+        cuda.set_fp8_products(!fp4)?;
+        cuda.set_fp4_products(fp4)?;
+        let found = run_linear(&mut cuda, (&x, 64), &parts, None)?;
+        Ok(found.iter().zip(&exact).fold(0f32, |most, (x, y)| most.max((x - y).abs())))
+    };
+    assert!(off(false)? < 1e-4 && off(true)? > 0.01);
+    Ok(())
+}
+
+/// A device that rounds rows for weights of NVFP4, if there is one.
+fn rounding_to_nvfp4() -> Option<Cuda> {
+    let mut cuda = cuda()?;
+    cuda.set_prefill_kernel(PrefillKernel::Tcgen05).ok()?;
+    cuda.set_fp4_products(true).ok()?;
+    Some(cuda)
+}
+
+/// Rows times the unit matrix in NVFP4.
+fn through_nvfp4(cuda: &mut Cuda, x: &[f32], k: usize) -> Result<Vec<f32>> {
+    let block = |i: usize| {
+        let (row, first) = (i / (k / 64), i % (k / 64) * 64);
+        let codes = (0..32).map(move |pair| match row as i64 - (first + 2 * pair) as i64 {
+            0 => 0x02,
+            1 => 0x20,
+            _ => 0,
+        });
+        1f32.to_le_bytes().into_iter().chain([0x38; 4]).chain(codes)
+    };
+    let bytes: Vec<u8> = (0..k * k / 64).flat_map(block).collect();
+    let unit = RawTensor::new("unit", vec![k, k], DType::NVFP4, Arc::new(bytes), 0).expect("whole blocks");
+    run_linear(cuda, (x, k), &[unit], None)
+}
+
+/// Every tie and what lies beside it, at scales of all magnitudes that a row's factor leaves; and what is too small beside the row's largest.
+#[test]
+fn rows_of_nvfp4_hold_the_nearest_numbers() -> Result<()> {
+    let Some(mut cuda) = rounding_to_nvfp4() else { return Ok(()) };
+    // The last is the largest of its block.
+    let numbers =
+        [0.0, 0.25, 0.26, 0.74, 0.75, -1.25, 1.26, -1.75, 2.5, 2.52, -3.48, 3.5, 5.0, -5.0, 5.1, 6.0];
+    let nearest = [0.0, 0.0, 0.5, 0.5, 1.0, -1.0, 1.5, -2.0, 2.0, 3.0, -3.0, 4.0, 4.0, -4.0, 6.0, 6.0];
+    let k = 320;
+    let (mut x, mut expected) = (Vec::new(), Vec::new());
+    for row in 0..20 {
+        let factor = 2f32.powi(row - 10);
+        for block in 0..k / 16 {
+            // 448, which is what makes the factor, then from 256 down to less than half of the smallest number of FP8.
+            let scale = if block == 0 { 448.0 } else { 2f32.powi(9 - block as i32) };
+            let kept = if scale > 2f32.powi(-10) { scale } else { 0.0 };
+            x.extend(numbers.map(|x| bf16::from_f32(x * scale * factor).to_f32()));
+            expected.extend(nearest.map(|x| x * kept * factor));
+        }
+    }
+    let found = through_nvfp4(&mut cuda, &x, k)?;
+    assert!(found == expected, "{:?}", found.iter().zip(&expected).position(|(x, y)| x != y));
+    Ok(())
+}
+
+/// What is no number, or infinite, makes its row so, whose place in a block it does not matter, and no other.
+#[test]
+fn what_is_no_number_in_rows_of_nvfp4_harms_no_other_row() -> Result<()> {
+    let Some(mut cuda) = rounding_to_nvfp4() else { return Ok(()) };
+    let k = 320;
+    let mut x = Random(38).exact(20 * k, 1.0);
+    let clean = through_nvfp4(&mut cuda, &x, k)?;
+    (x[k + 7], x[3 * k + 300]) = (f32::NAN, f32::INFINITY);
+    let found = through_nvfp4(&mut cuda, &x, k)?;
+    for (row, (found, clean)) in found.chunks(k).zip(clean.chunks(k)).enumerate() {
+        match row {
+            1 | 3 => assert!(!found.iter().any(|x| x.is_finite()), "row {row}"),
+            _ => assert!(found == clean, "row {row}"),
+        }
+    }
+    Ok(())
+}
+
 /// A norm and a gate put out rows in FP8 beside bf16, which a product then reads: bit for bit what it makes of the same rows in bf16. Rows of one
 /// turn of a block's threads, of several and of more than they hold; blocks of 128 that are half there; and what was written over since.
 #[test]
@@ -971,8 +1108,12 @@ fn shared_prefixes_reach_over_the_turns_of_long_contexts() -> Result<()> {
 
 /// The number of FP8 that is nearest, 448 at most.
 fn nearest_fp8(x: f32) -> f32 {
-    let numbers = &fp8::NUMBERS[..127];
-    let magnitude = x.abs().min(448.0);
+    nearest(&fp8::NUMBERS[..127], x)
+}
+
+/// The number that is nearest of a format's positive ones, which are in the order of their codes, and zero; the last at most.
+fn nearest(numbers: &[f32], x: f32) -> f32 {
+    let magnitude = x.abs().min(numbers[numbers.len() - 1]);
     let above = numbers.partition_point(|number| *number < magnitude).max(1);
     let [low, high] = [above - 1, above].map(|at| (f64::from(numbers[at]) - f64::from(magnitude)).abs());
     // Of two that are as near, the one whose last bit is zero.
@@ -1228,21 +1369,22 @@ fn experts_of_fp8_multiply_as_dense_layers_do() -> Result<()> {
     Ok(())
 }
 
-/// The same of MXFP4 and rows that become MXFP8.
+/// The same of MXFP4 and NVFP4, and rows that become MXFP8 and NVFP4.
 #[test]
-fn experts_of_mxfp4_multiply_as_dense_layers_do() -> Result<()> {
+fn experts_of_four_bits_multiply_as_dense_layers_do() -> Result<()> {
     let Some(mut cuda) = cuda() else { return Ok(()) };
     if cuda.set_prefill_kernel(PrefillKernel::Tcgen05).is_err() {
         return Ok(());
     }
     cuda.set_fp8_products(true)?;
+    cuda.set_fp4_products(true)?;
     let mut random = Random(36);
-    for (rows, top_k, hidden, intermediate) in
-        [(&[0, 1, 129, 17][..], 1, 128, 192), (&[35, 0, 12], 2, 704, 64), (&[70, 5], 1, 192, 320)]
-    {
+    let cases = [(&[0, 1, 129, 17][..], 1, 128, 192), (&[35, 0, 12], 2, 704, 64), (&[70, 5], 1, 192, 320)];
+    for (i, (rows, top_k, hidden, intermediate)) in cases.into_iter().chain(cases).enumerate() {
+        let dtype = if i < cases.len() { DType::MXFP4 } else { DType::NVFP4 };
         let (total, n) = (rows.iter().sum::<usize>(), rows.len());
         let mut stack =
-            |shape: [usize; 2]| -> Vec<_> { (0..n).map(|_| quantised(&mut random, shape)).collect() };
+            |shape: [usize; 2]| -> Vec<_> { (0..n).map(|_| expert(&mut random, dtype, shape)).collect() };
         let (gate, up) = (stack([intermediate, hidden]), stack([intermediate, hidden]));
         let down = stack([hidden, intermediate]);
         let biases = [intermediate, intermediate, hidden].map(|len| -> Vec<RawTensor> {

@@ -20,6 +20,8 @@ pub(crate) struct HfConfig {
     pub fp8_block: [usize; 2],
     /// How matrices of four-bit integers are packed.
     pub int4: Option<Packing>,
+    /// Whether NVFP4 matrices were made to be multiplied with activations in NVFP4.
+    pub fp4_activations: bool,
 }
 
 /// Reads a config.json.
@@ -57,12 +59,13 @@ pub(crate) fn parse(json: &[u8]) -> Result<HfConfig, String> {
         Method::Mxfp4 => DType::MXFP4,
         Method::Fp8 => DType::F8_E4M3,
         Method::Int4(_) => DType::INT4,
-        Method::Nvfp4 => DType::NVFP4,
+        Method::Nvfp4 { .. } => DType::NVFP4,
     });
+    let fp4_activations = matches!(method, Some(Method::Nvfp4 { activations: true }));
     let int4 =
         method.and_then(|method| if let Method::Int4(packing) = method { Some(packing) } else { None });
     let (tied, fp8_block) = (fields.bool("tie_word_embeddings")?, fp8_block(&fields)?);
-    Ok(HfConfig { arch, config, tied, quantised, fp8_block, int4 })
+    Ok(HfConfig { arch, config, tied, quantised, fp8_block, int4, fp4_activations })
 }
 
 /// The sliding window, and which layers have it.
@@ -138,8 +141,10 @@ enum Method {
     /// As `fp8` finds them.
     Fp8,
     Int4(Packing),
-    /// As `nvfp4` finds them.
-    Nvfp4,
+    /// As `nvfp4` finds them, and whether for activations of four bits.
+    Nvfp4 {
+        activations: bool,
+    },
 }
 
 /// The method of quantisation, if there is one.
@@ -154,6 +159,12 @@ fn method(fields: &Fields<'_>, arch: &Architecture) -> Result<Option<Method>, St
         Some(4) => Ok(()),
         Some(bits) => Err(refused(&format!(" to {bits} bits"))),
         None => Err(refused(" to an unknown number of bits")),
+    };
+    let groups = || section.0.get("config_groups").and_then(Value::as_object);
+    let bits = |group: &Value, of: &str| group.get(of).and_then(|of| of.get("num_bits")?.as_u64());
+    let fp4_activations = || {
+        let groups = groups().filter(|groups| !groups.is_empty())?;
+        Some(groups.values().all(|group| bits(group, "input_activations") == Some(4)))
     };
     Ok(Some(match method {
         "mxfp4" if arch.expert_biases => Method::Mxfp4,
@@ -175,12 +186,10 @@ fn method(fields: &Fields<'_>, arch: &Architecture) -> Result<Option<Method>, St
         }
         "compressed-tensors" => match section.str("format")? {
             Some("float-quantized") => Method::Fp8,
-            Some("nvfp4-pack-quantized") => Method::Nvfp4,
+            Some("nvfp4-pack-quantized") => Method::Nvfp4 { activations: fp4_activations().unwrap_or(false) },
             Some("pack-quantized") => {
-                let groups = section.0.get("config_groups").and_then(Value::as_object);
-                for group in groups.into_iter().flat_map(Map::values) {
-                    let bits = group.get("weights").and_then(|weights| weights.get("num_bits")?.as_u64());
-                    four_bits(bits.and_then(|bits| usize::try_from(bits).ok()))?;
+                for group in groups().into_iter().flat_map(Map::values) {
+                    four_bits(bits(group, "weights").and_then(|bits| usize::try_from(bits).ok()))?;
                 }
                 Method::Int4(Packing::Compressed)
             }
@@ -188,7 +197,8 @@ fn method(fields: &Fields<'_>, arch: &Architecture) -> Result<Option<Method>, St
         },
         "modelopt" => match section.str("quant_algo")? {
             Some("FP8") => Method::Fp8,
-            Some("NVFP4") => Method::Nvfp4,
+            // The name says both.
+            Some("NVFP4") => Method::Nvfp4 { activations: fp4_activations().unwrap_or(true) },
             other => return Err(refused(&format!(" with {:?}", other.unwrap_or("unknown")))),
         },
         _ => return Err(refused("")),
@@ -460,6 +470,32 @@ mod tests {
         assert_eq!(modelopt("FP8"), Ok((Some(DType::F8_E4M3), None)));
         assert!(modelopt("W4A8_AWQ").unwrap_err().contains("W4A8_AWQ"));
         assert!(compressed("int-quantized", 8).unwrap_err().contains("int-quantized"));
+    }
+
+    #[test]
+    fn activations_are_of_four_bits_where_every_group_says_so() {
+        let declared = |section: &str| {
+            let section = format!(r#"{{"quantization_config": {{{section}}}}}"#);
+            with(&section).map(|hf| hf.fp4_activations)
+        };
+        let group = |activations: &str| {
+            format!(r#"{{"weights": {{"num_bits": 4}}, "input_activations": {activations}}}"#)
+        };
+        let (four, eight, none) = (group(r#"{"num_bits": 4}"#), group(r#"{"num_bits": 8}"#), group("null"));
+        for method in [
+            r#""quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized""#,
+            r#""quant_method": "modelopt", "quant_algo": "NVFP4""#,
+        ] {
+            for (groups, expected) in
+                [([&four, &four], true), ([&four, &eight], false), ([&four, &none], false)]
+            {
+                let groups =
+                    format!(r#"{method}, "config_groups": {{"a": {}, "b": {}}}"#, groups[0], groups[1]);
+                assert_eq!(declared(&groups), Ok(expected), "{groups}");
+            }
+            assert_eq!(declared(method), Ok(method.contains("modelopt")), "{method}");
+        }
+        assert_eq!(declared(r#""quant_method": "fp8""#), Ok(false));
     }
 
     #[test]

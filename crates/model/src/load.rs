@@ -62,6 +62,7 @@ pub struct ModelSource {
     weights: Weights,
     /// Whether the output matrix is the embedding table.
     tied: bool,
+    fp4_activations: bool,
 }
 
 /// Opens `path` and loads it. `progress` is told the bytes of weights done and to do.
@@ -108,7 +109,8 @@ impl ModelSource {
         let hf = hf.map_err(|reason| LoadError::invalid(&file, reason))?;
         let tied = hf.tied.unwrap_or(false);
         let weights = Weights::dummy(Dummy::new(&hf.config, hf.arch, tied, hf.quantised));
-        Ok(Self { path: name.into(), arch: hf.arch, config: hf.config, weights, tied })
+        let (arch, config, fp4_activations) = (hf.arch, hf.config, hf.fp4_activations);
+        Ok(Self { path: name.into(), arch, config, weights, tied, fp4_activations })
     }
 
     fn open_gguf(path: &Path) -> Result<Self, LoadError> {
@@ -125,7 +127,7 @@ impl ModelSource {
         let config = config::from_gguf(&gguf, arch).map_err(invalid)?;
         let weights = Weights::from_gguf(gguf);
         let tied = !weights.has_output();
-        Ok(Self { path: path.to_owned(), arch, config, weights, tied })
+        Ok(Self { path: path.to_owned(), arch, config, weights, tied, fp4_activations: false })
     }
 
     fn open_folder(path: &Path) -> Result<Self, LoadError> {
@@ -134,7 +136,8 @@ impl ModelSource {
         let hf = hf_config::parse(&json).map_err(|reason| LoadError::invalid(&file, reason))?;
         let weights = Weights::from_checkpoint(path, Checkpoint::open(path)?, hf.fp8_block, hf.int4);
         let tied = hf.tied.unwrap_or(!weights.has_output());
-        Ok(Self { path: path.to_owned(), arch: hf.arch, config: hf.config, weights, tied })
+        let (arch, config, fp4_activations) = (hf.arch, hf.config, hf.fp4_activations);
+        Ok(Self { path: path.to_owned(), arch, config, weights, tied, fp4_activations })
     }
 
     /// The same with the layers' matrices that are stored as plain numbers as FP8 (E4M3), each row with a scale: for backends that multiply those as
@@ -174,6 +177,11 @@ impl ModelSource {
     pub fn is_bf16(&self) -> bool {
         let table = self.weights.embedding([self.config.vocab, self.config.hidden]);
         table.is_ok_and(|table| table.dtype == DType::BF16)
+    }
+
+    /// Whether its NVFP4 matrices were made to be multiplied with activations in NVFP4, as its files say.
+    pub fn fp4_activations(&self) -> bool {
+        self.fp4_activations
     }
 
     /// Bytes that one KV block takes in all layers together, on all ranks of the model that `backend` runs one of.

@@ -3,7 +3,8 @@
 //! For a matrix `X.weight` of `n` outputs and `k` inputs a checkpoint of compressed-tensors (`nvfp4-pack-quantized`) holds `X.weight_packed`, bytes
 //! `[n, k / 2]`, two codes each, the first in the lower half; `X.weight_scale`, E4M3 `[n, k / 16]`; and `X.weight_global_scale`, one f32 that scales were
 //! multiplied with to fit E4M3, so that numbers are divided by it. One of NVIDIA's Model Optimizer (`modelopt`) holds the same bytes as
-//! `X.weight`, `X.weight_scale`, and in `X.weight_scale_2` the factor itself. What is said of activations is left aside: they are not rounded.
+//! `X.weight`, `X.weight_scale`, and in `X.weight_scale_2` the factor itself. Scales of activations are left aside:
+//! where those are rounded, it is by scales of each row's own.
 
 use std::sync::Arc;
 

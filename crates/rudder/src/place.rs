@@ -111,10 +111,10 @@ impl Place {
         };
         let nodes = group.nodes() as u64;
         let backend = match group.world() {
-            1 => Backend::Cuda(Box::new(gpu(index, kv_dtype, settings)?)),
+            1 => Backend::Cuda(Box::new(gpu(source, index, kv_dtype, settings)?)),
             ranks => {
                 let here = group.local().len();
-                let cudas = gpus(&group, index, kv_dtype, settings).with_context(|| {
+                let cudas = gpus(source, &group, index, kv_dtype, settings).with_context(|| {
                     format!("tensor_parallel_size = {ranks} takes {here} GPUs of this machine, from cuda:{index} on")
                 })?;
                 Backend::Cudas(group, cudas)
@@ -195,20 +195,29 @@ impl Place {
 
 /// The ranks of a group, each on a GPU of its own.
 fn gpus(
+    source: &ModelSource,
     group: &Group,
     first: usize,
     kv_dtype: rudder_cuda::KvDType,
     settings: &ModelSettings,
 ) -> Result<Vec<Cuda>> {
     let members = group.members().into_iter().zip(first..);
-    members.map(|(member, index)| Ok(gpu(index, kv_dtype, settings)?.in_group(member))).collect()
+    members.map(|(member, index)| Ok(gpu(source, index, kv_dtype, settings)?.in_group(member))).collect()
 }
 
 /// A GPU for the model or a rank of it.
-fn gpu(index: usize, kv_dtype: rudder_cuda::KvDType, settings: &ModelSettings) -> Result<Cuda> {
+fn gpu(
+    source: &ModelSource,
+    index: usize,
+    kv_dtype: rudder_cuda::KvDType,
+    settings: &ModelSettings,
+) -> Result<Cuda> {
     let mut cuda = Cuda::new(index)?.with_kv_dtype(kv_dtype);
     if settings.fp8_activations == Some(true) {
         cuda.set_fp8_products(true).context("fp8_activations cannot be had; leave it out")?;
+        if source.fp4_activations() && cuda.has_fp4_products() {
+            cuda.set_fp4_products(true)?;
+        }
     }
     Ok(cuda)
 }

@@ -65,7 +65,7 @@ pub struct ModelSettings {
     /// What keys and values are kept as: auto (16-bit floats), or on a GPU fp8 (E4M3): twice the tokens, a little less exact [default: auto]
     #[arg(long, env = "RUDDER_KV_CACHE_DTYPE", value_name = "DTYPE", value_enum)]
     pub kv_cache_dtype: Option<KvCacheDtype>,
-    /// On Hopper and Blackwell GPUs, multiply FP8 weights (on Blackwell MXFP4 ones too) by activations rounded to FP8 as well (on, off): prompts cost half the arithmetic, a little less exact [default: off]
+    /// On Hopper and Blackwell GPUs, multiply FP8 weights (on Blackwell MXFP4 ones too) by activations rounded to FP8 as well (on, off): prompts cost half the arithmetic, a little less exact; on Blackwell NVFP4 weights by activations rounded to NVFP4, if the model's files declare those: a quarter, less exact [default: off]
     #[arg(long, env = "RUDDER_FP8_ACTIVATIONS", value_name = "SWITCH", value_parser = BoolishValueParser::new())]
     pub fp8_activations: Option<bool>,
     /// Share of a GPU's memory for weights, workspace and KV cache together, where kv_memory does not say [default: 0.9]

@@ -9,7 +9,7 @@ mod flights;
 
 use common::{OPTIONS, cuda, fixture, model, on_gpu};
 use rudder_comm::Group;
-use rudder_cuda::PeerAccess;
+use rudder_cuda::{PeerAccess, PrefillKernel};
 use rudder_model::{KvSize, LoadOptions, Loaded, Model, ModelSource, load, worst_difference};
 use rudder_ops::reference::Reference;
 use rudder_ops::{Batch, SampleRow, SamplingParams};
@@ -65,20 +65,27 @@ fn every_architecture_says_what_the_reference_says() {
 }
 
 /// A model whose projections stay FP8, of random weights, one whose bf16 becomes FP8, and one of experts, to all of which every token goes: no
-/// rounding sends it elsewhere.
+/// rounding sends it elsewhere; and one of NVFP4.
 #[test]
-fn models_of_fp8_say_what_the_reference_says() {
+fn models_of_fp8_and_nvfp4_say_what_the_reference_says() {
     let dummy = |name| ModelSource::dummy(&fixture(name).to_string_lossy()).expect("a configuration");
-    for source in [dummy("dummy-fp8"), dummy("dummy").with_fp8(), dummy("dummy-moe").with_fp8()] {
+    for source in
+        [dummy("dummy-fp8"), dummy("dummy").with_fp8(), dummy("dummy-moe").with_fp8(), dummy("dummy-nvfp4")]
+    {
         let Some(cuda) = cuda() else { return };
         let mut reference = source.load(Reference::new(), OPTIONS, |_, _| ()).expect("it loads").model;
         let [expected, _] = logits(&mut *reference, [LENGTH; 2]);
         let largest = expected.iter().fold(0f32, |a, x| a.max(x.abs()));
         let Some(mut rounding) = common::cuda() else { return };
-        // On Hopper and Blackwell, where steps of many rows may be rounded to FP8 too.
-        let rounds = rounding.set_fp8_products(true).is_ok();
-        for (cuda, tolerance) in
-            [Some((cuda, 0.03)), rounds.then_some((rounding, 0.12))].into_iter().flatten()
+        // On Hopper and Blackwell, where steps of many rows may be rounded to FP8 too; to NVFP4 on Blackwell alone.
+        let (rounds, off) = match source.fp4_activations() {
+            true => {
+                let blackwell = rounding.set_prefill_kernel(PrefillKernel::Tcgen05);
+                (blackwell.and_then(|()| rounding.set_fp4_products(true)).is_ok(), 0.25)
+            }
+            false => (rounding.set_fp8_products(true).is_ok(), 0.12),
+        };
+        for (cuda, tolerance) in [Some((cuda, 0.03)), rounds.then_some((rounding, off))].into_iter().flatten()
         {
             let mut model = source.load(cuda, OPTIONS, |_, _| ()).expect("it loads").model;
             for chunks in [[LENGTH, LENGTH], [1, 20]] {
