@@ -82,13 +82,26 @@ fn start_log(verbose: u8) {
         .init();
 }
 
+/// Variables of builds and tests, which a developer's shell may have set for those.
+const OF_DEVELOPERS: [&str; 8] = [
+    "RUDDER_BIN",
+    "RUDDER_CLIENTS",
+    "RUDDER_FIXTURES",
+    "RUDDER_KILLS",
+    "RUDDER_NVCC",
+    "RUDDER_SMALL_SHAPES",
+    "RUDDER_TEST_DRAFT_MODEL",
+    "RUDDER_TEST_MODEL",
+];
+
 /// A misspelt variable would be ignored in silence. It is no error: orchestrators set variables of
 /// their own, RUDDER_SERVICE_HOST where a Kubernetes service is called rudder.
 fn warn_of_unknown_variables() {
     let known = cli::variables();
     for (name, _) in std::env::vars_os() {
         let name = name.to_string_lossy();
-        if name.starts_with("RUDDER_") && !known.iter().any(|k| *k == name) {
+        let is_known = known.iter().any(|k| *k == name) || OF_DEVELOPERS.contains(&&*name);
+        if name.starts_with("RUDDER_") && !is_known {
             tracing::warn!("unknown variable {name} is ignored{}", settings::did_you_mean(&name, &known));
         }
     }

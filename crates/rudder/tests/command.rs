@@ -118,11 +118,12 @@ fn an_unknown_key_of_the_config_file_is_an_error_that_names_it() {
     assert!(error.contains("--port"), "{error}");
     let output = Command::new(env!("CARGO_BIN_EXE_rudder"))
         .args(["models", "list", "--cache", cache.path().to_str().unwrap()])
-        .env("RUDDER_PROT", "1")
+        .envs([("RUDDER_PROT", "1"), ("RUDDER_NVCC", "none")])
         .output()
         .unwrap();
     let warning = text(&output.stderr);
     assert!(warning.contains("RUDDER_PROT") && warning.contains("RUDDER_PORT"), "{warning}");
+    assert!(!warning.contains("RUDDER_NVCC"), "builds read it: {warning}");
 }
 
 #[test]
