@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use rudder_hub::{ModelRef, bytes, catalog, free_space};
+use rudder_hub::{ModelRef, bytes, free_space};
 use sysinfo::{CpuRefreshKind, RefreshKind, System};
 
 use crate::settings::ModelSettings;
@@ -170,7 +170,7 @@ fn storage(settings: &ModelSettings) -> Result<()> {
     let count = cache.list().len();
     let free_text = free.map_or("unknown".into(), bytes);
     line("cache", format_args!("{}: {count} model(s), {free_text} free", cache.root().display()));
-    let asked = settings.model.as_deref().unwrap_or(&catalog()[0].name);
+    let asked = models::asked(settings);
     let reference = match ModelRef::parse(asked) {
         Ok(reference) => reference,
         Err(e) => {

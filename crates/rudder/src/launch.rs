@@ -1,13 +1,13 @@
 //! From settings to a running engine: resolve the model's name, fetch, open, load, start.
 //! `serve`, `chat` and `bench throughput` all begin here.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rudder_comm::Group;
 use rudder_engine::{DiskTier, Engine, EngineConfig, TierConfig};
-use rudder_hub::{ModelRef, Progress, catalog, default_root};
+use rudder_hub::{ModelRef, Progress, default_root};
 use rudder_model::{LoadOptions, Model, ModelSource};
 use rudder_ops::{BLOCK_SIZE, DType};
 use rudder_text::Text;
@@ -78,10 +78,7 @@ pub fn launch(settings: &ModelSettings) -> Result<Launched> {
         bail!("random weights have no tokenizer; only `rudder bench throughput` runs them");
     }
     let device = device::choose(settings.device.unwrap_or_default())?;
-    let asked = settings.model.as_deref().unwrap_or(&catalog()[0].name);
-    let reference = ModelRef::parse(asked)?;
-    let path = models::cache(settings.cache.clone()).pull(&reference, &models::sources())?;
-    let source = ModelSource::open(&path)?;
+    let (reference, path, source) = open(settings)?;
     let draft = DraftSource::open(settings)?;
     let licence = match &reference {
         ModelRef::Catalog(entry) => Some(&*entry.licence),
@@ -216,12 +213,9 @@ fn bring_up<T: Send>(
 /// If the model cannot be found, fetched, read or held in memory, the nodes do not come together, or node 0 is gone.
 pub fn follow(settings: &ModelSettings) -> Result<()> {
     let device = device::choose(settings.device.unwrap_or_default())?;
-    let asked = settings.model.as_deref().unwrap_or(&catalog()[0].name);
     let source = match settings.load_format {
-        Some(LoadFormat::Dummy) => ModelSource::dummy(asked)?,
-        _ => ModelSource::open(
-            &models::cache(settings.cache.clone()).pull(&ModelRef::parse(asked)?, &models::sources())?,
-        )?,
+        Some(LoadFormat::Dummy) => ModelSource::dummy(models::asked(settings))?,
+        _ => open(settings)?.2,
     };
     let group = nodes::join(settings, &source, device.gpu.is_some())?;
     let source = quantised(source, settings, &device)?;
@@ -250,6 +244,14 @@ pub fn follow(settings: &ModelSettings) -> Result<()> {
     node.run().context("start all nodes again")?;
     println!("node 0 has ended");
     Ok(())
+}
+
+/// The model asked for, where it lies, and what lies there. Downloads it first if need be.
+fn open(settings: &ModelSettings) -> Result<(ModelRef, PathBuf, ModelSource)> {
+    let reference = ModelRef::parse(models::asked(settings))?;
+    let path = models::cache(settings.cache.clone()).pull(&reference, &models::sources())?;
+    let source = ModelSource::open(&path)?;
+    Ok((reference, path, source))
 }
 
 /// The weights as asked for.

@@ -7,10 +7,16 @@ use rudder_hub::hub::Hub;
 use rudder_hub::{Cache, ModelRef, Sources, bytes, catalog, default_root, find};
 
 use crate::cli::{CacheArgs, ModelsCommand};
+use crate::settings::ModelSettings;
 
 /// The cache in the folder given, or in the user's own.
 pub fn cache(folder: Option<PathBuf>) -> Cache {
     Cache::new(folder.unwrap_or_else(default_root))
+}
+
+/// The model asked for: the catalog's first, where none is named.
+pub fn asked(settings: &ModelSettings) -> &str {
+    settings.model.as_deref().unwrap_or(&catalog()[0].name)
 }
 
 /// The sources that the user's environment names.
