@@ -411,14 +411,12 @@ impl Backend for Cuda {
             (&table.buffer).into(),
             table.is_f32.into(),
             (&*out).into(),
+            table.hidden.into(),
         ];
-        let width = table.hidden;
-        if let Some(memory) = self.peers.as_ref().and_then(Peers::in_flight) {
-            return memory.embed(args, rows, width);
+        match self.peers.as_ref().and_then(Peers::in_flight) {
+            Some(memory) => memory.embed(args, rows),
+            None => self.device.launch("embed", Grid::new(rows, 256), 0, &args),
         }
-        let [tokens, drawn, answers, table, is_f32, out] = args;
-        let args = [tokens, drawn, answers, table, is_f32, out, width.into()];
-        self.device.launch("embed", Grid::new(rows, 256), 0, &args)
     }
 
     fn rms_norm(

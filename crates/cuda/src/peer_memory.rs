@@ -226,12 +226,10 @@ impl Drop for PeerMemory {
 }
 
 impl PeerMemory {
-    /// `embed` of the tokens that rank 0 knows or drew, into so many rows of such a width. The arguments are what the kernel takes between the
-    /// ranks and these.
-    pub fn embed(&self, args: [Arg; 6], rows: usize, width: usize) -> Result<()> {
-        let [tokens, drawn, results, table, is_f32, out] = args;
-        let args =
-            [(&self.table).into(), tokens, drawn, results, table, is_f32, out, rows.into(), width.into()];
+    /// `embed`, with that kernel's arguments, of the tokens that rank 0 knows or drew, into so many rows.
+    pub fn embed(&self, args: [Arg; 7], rows: usize) -> Result<()> {
+        let [tokens, drawn, results, table, is_f32, out, width] = args;
+        let args = [(&self.table).into(), tokens, drawn, results, table, is_f32, out, rows.into(), width];
         self.device.launch("embed_from_first", Grid::new(BLOCKS, 256), 0, &args)
     }
 
