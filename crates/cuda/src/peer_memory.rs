@@ -81,15 +81,6 @@ impl PeerMemory {
     /// # Errors
     /// If a rank failed.
     pub fn connect(device: &Device, member: &Member, access: PeerAccess) -> Result<Option<Self>> {
-        Self::connect_for(device, member, access, PATIENCE)
-    }
-
-    fn connect_for(
-        device: &Device,
-        member: &Member,
-        access: PeerAccess,
-        patience: Duration,
-    ) -> Result<Option<Self>> {
         let rank = member.rank();
         if rank.world > MOST_RANKS {
             return Ok(None);
@@ -114,7 +105,7 @@ impl PeerMemory {
         let broken = Staging::new(device, 16)?;
         let (table, world) = (device.buffer(WINDOW + 16)?, rank.world as u64);
         let last =
-            [broken.address(), patience.as_nanos() as u64, SIDE as u64, rank.index as u64 | world << 32];
+            [broken.address(), PATIENCE.as_nanos() as u64, SIDE as u64, rank.index as u64 | world << 32];
         table.write(0, bytes(&regions))?;
         table.write(8 * MOST_RANKS, bytes(&last))?;
         table.write(WINDOW, bytes(&window.as_ref().map_or([0; 2], |window| [window.own(), window.all()])))?;
@@ -133,6 +124,12 @@ impl PeerMemory {
             broken,
             widths: None,
         }))
+    }
+
+    /// Has this rank's kernels wait so long from here on.
+    #[cfg(all(test, feature = "emulate"))]
+    pub fn wait_for(&self, patience: Duration) -> Result<()> {
+        self.table.write(8 * (MOST_RANKS + 1), bytes(&[patience.as_nanos() as u64]))
     }
 
     /// Sets everything back after a step that some ranks did not end. All call it; nobody waits for ever in what they left.
@@ -370,8 +367,10 @@ mod tests {
             work: impl Fn(PeerMemory, Member) -> Result<T> + Sync,
         ) -> Vec<T> {
             let ran = on_all(&groups(nodes, world), |member| {
-                let memory = PeerMemory::connect_for(&Device::emulated(), &member, access, patience)?;
-                work(memory.expect("emulated devices reach each other"), member)
+                let memory = PeerMemory::connect(&Device::emulated(), &member, access)?;
+                let memory = memory.expect("emulated devices reach each other");
+                memory.wait_for(patience)?;
+                work(memory, member)
             });
             ran.into_iter().collect::<Result<_>>().expect("no rank fails")
         }
@@ -511,7 +510,7 @@ mod tests {
                             memory.reset(&member)?;
                         }
                         // Emulated ranks take turns on few processors, so that from here on nobody is given up.
-                        memory.table.write(8 * (MOST_RANKS + 1), bytes(&[PATIENCE.as_nanos() as u64]))?;
+                        memory.wait_for(PATIENCE)?;
                         buffer.write(0, bytes(&[1.5f32; 100]))?;
                         for (kernel, sum) in KERNELS.into_iter().zip([4.5, 13.5, 40.5]) {
                             memory.sum(kernel, (&buffer).into(), 100)?;

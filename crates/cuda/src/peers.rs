@@ -549,6 +549,7 @@ mod tests {
             .and_then(|()| gather(&mut peers, &x, Some(&mut whole)))
             .expect("a whole step");
         // Here the kernel waits until it gives up.
+        peers.memory().expect("as above").wait_for(Duration::from_millis(100)).expect("it is told");
         sum(&mut peers, &mut x).expect("it is launched");
         let error = gather(&mut peers, &x, Some(&mut whole)).expect_err("a rank is gone").to_string();
         assert!(error.contains("node 1 at 127.0.0.1 is gone"), "{error}");
