@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
-use axum::http::StatusCode;
 use axum::{Extension, Json};
 use rudder_engine::{MAX_PINNED, PinError, Session, SessionState};
 use serde_json::{Value, json};
@@ -119,10 +118,7 @@ fn shown(owner: Owner, session: &Session) -> Value {
 }
 
 fn not_found(id: &str) -> ApiError {
-    ApiError {
-        status: StatusCode::NOT_FOUND,
-        ..ApiError::invalid(format!(
-            "Session with id '{id}' not found; a session is known from its first turn on."
-        ))
-    }
+    ApiError::not_found(format!(
+        "Session with id '{id}' not found; a session is known from its first turn on."
+    ))
 }

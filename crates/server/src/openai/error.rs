@@ -71,11 +71,15 @@ impl ApiError {
         Self { code: Some("invalid_api_key"), ..error }
     }
 
+    /// 404.
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+    }
+
     /// 404 for a path.
     pub fn unknown_route(method: &str, path: &str) -> Self {
         let message = format!("Unknown request URL: {method} {path}.");
-        let error = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message);
-        Self { code: Some("unknown_url"), ..error }
+        Self { code: Some("unknown_url"), ..Self::not_found(message) }
     }
 
     /// 400 for a request that names no model.
@@ -89,8 +93,7 @@ impl ApiError {
             "The model `{model}` does not exist here; this server serves `{served}`. To have it answer to this \
              name too, start it with `--alias {model}`."
         );
-        let error = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message);
-        Self { param: Some("model".into()), code: Some("model_not_found"), ..error }
+        Self { param: Some("model".into()), code: Some("model_not_found"), ..Self::not_found(message) }
     }
 
     /// 405.

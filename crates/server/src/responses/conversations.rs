@@ -5,7 +5,6 @@ use std::sync::Arc;
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
-use axum::http::StatusCode;
 use axum::{Extension, Json};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -131,17 +130,11 @@ pub(crate) async fn delete_item(
 
 /// 404 for a conversation.
 pub(crate) fn not_found(id: &str) -> ApiError {
-    ApiError {
-        status: StatusCode::NOT_FOUND,
-        ..ApiError::invalid(format!("Conversation with id '{id}' not found."))
-    }
+    ApiError::not_found(format!("Conversation with id '{id}' not found."))
 }
 
 fn item_not_found(id: &str, item: &str) -> ApiError {
-    ApiError {
-        status: StatusCode::NOT_FOUND,
-        ..ApiError::invalid(format!("Item with id '{item}' not found in conversation '{id}'."))
-    }
+    ApiError::not_found(format!("Item with id '{item}' not found in conversation '{id}'."))
 }
 
 fn object(conversation: &Conversation) -> Value {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
-use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use serde::Deserialize;
@@ -126,10 +125,7 @@ pub(crate) async fn input_items(
 }
 
 fn not_found(id: &str) -> ApiError {
-    ApiError {
-        status: StatusCode::NOT_FOUND,
-        ..ApiError::invalid(format!("Response with id '{id}' not found."))
-    }
+    ApiError::not_found(format!("Response with id '{id}' not found."))
 }
 
 fn not_background() -> ApiError {
