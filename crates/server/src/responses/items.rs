@@ -147,14 +147,7 @@ impl Reading<'_> {
                 conversation.result(id, output, path)
             }
             "compaction" | "compaction_summary" => {
-                let sealed = need("encrypted_content")?;
-                let Some(summary) = self.seal.open(sealed) else {
-                    return Err(ApiError::param(path, format!("{path} was not compacted by this server.")));
-                };
-                conversation.messages.push(Message::new(Role::User, summary).into());
-                conversation.joint = Joint::Closed;
-                conversation.compacted = true;
-                Ok(())
+                self.summary(need("encrypted_content")?, path, conversation)
             }
             "item_reference" => Err(ApiError::param(
                 path,
@@ -166,6 +159,17 @@ impl Reading<'_> {
                 format!("{path}: items of type `{kind}` are not supported."),
             )),
         }
+    }
+
+    /// Adds what a conversation was compacted to, which nobody but this server can read.
+    fn summary(&self, sealed: &str, path: &str, conversation: &mut Conversation) -> Result<(), ApiError> {
+        let Some(summary) = self.seal.open(sealed) else {
+            return Err(ApiError::param(path, format!("{path} was not compacted by this server.")));
+        };
+        conversation.messages.push(Message::new(Role::User, summary).into());
+        conversation.joint = Joint::Closed;
+        conversation.compacted = true;
+        Ok(())
     }
 
     /// Sealed reasoning of ours, else what stands in the open. What another server sealed is passed over.
