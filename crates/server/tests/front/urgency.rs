@@ -142,8 +142,9 @@ async fn a_socket_tells_its_place_in_line_and_how_much_of_its_prompt_is_read() {
     let mut socket = server.connect().await;
     let mut order = Order::on(Some("a"));
     let mut told: Vec<Value> = Vec::new();
+    // Up to what tells this state, or to the end.
     let mut hear = async |socket: &mut Socket, state: &str| {
-        while told.last().is_none_or(|last| last["state"] != state) {
+        while !order.ended() && told.last().is_none_or(|last| last["state"] != state) {
             let event = socket.next_or_progress().await;
             match event["type"] == "rudder.progress" {
                 true => told.push(event),
@@ -160,13 +161,7 @@ async fn a_socket_tells_its_place_in_line_and_how_much_of_its_prompt_is_read() {
     narrow.while_busy(waits).await;
     hear(&mut socket, "prefill").await;
     narrow.hurry(true);
-    while !order.ended() {
-        let event = socket.next_or_progress().await;
-        match event["type"] == "rudder.progress" {
-            true => told.push(event),
-            false => order.take(&event),
-        }
-    }
+    hear(&mut socket, "ended").await;
     let response = order.response;
     for event in &told {
         assert_eq!((&event["response_id"], &event["stream_id"]), (&response["id"], &json!("a")));
