@@ -22,8 +22,9 @@ use std::time::Duration;
 pub(crate) const MOST_RANKS: usize = 8;
 /// Words of a block's flags and epoch; as in collectives.cu.
 const FLAG_WORDS: usize = 32;
-/// Blocks of every launch: few enough to run at the same time on any GPU, beside others of a device that several ranks share.
-const BLOCKS: usize = 64;
+/// Blocks of every launch: few enough to run at the same time on any GPU, beside others of a device that several ranks share. Emulated, where
+/// what they cost is their threads, a few show as much.
+const BLOCKS: usize = if cfg!(feature = "emulate") { 8 } else { 64 };
 /// Most threads of a block, and most vectors of four that each holds of a row; as in collectives.cu.
 const THREADS: usize = 512;
 const HELD_VECTORS: usize = 8;
@@ -40,7 +41,7 @@ const MEETING_BYTES: usize = 1_350_000;
 /// Where in the kernels' `Peers` the window's addresses lie.
 const WINDOW: usize = 8 * (MOST_RANKS + 4) + 4 * MOST_RANKS;
 /// Most rows of a sum that is normed at once: a few for each block.
-const NORM_ROWS: usize = 4 * BLOCKS;
+const NORM_ROWS: usize = 256;
 
 /// How ranks sum in each other's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
