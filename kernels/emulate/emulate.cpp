@@ -38,9 +38,8 @@ struct Copy {
 };
 struct Fiber {
     State state;
-    bool begun;
+    bool begun;  // it has run a thread before, and waits for the next
     jmp_buf at;
-    ucontext_t context;
     std::unique_ptr<unsigned char[]> stack;
     std::vector<std::vector<Copy>> groups;  // copies under way, the last group still open
     std::vector<std::vector<std::function<void()>>> products;  // products under way, the same
@@ -85,10 +84,12 @@ void leave(State state) {
     if (!_setjmp(fiber.at)) _longjmp(scheduler, 1);
 }
 
+// A fiber runs a thread of one block after another: to begin one takes two system calls.
 void body() {
-    kernel(kernel_arguments);
-    fibers[running].state = DONE;
-    _longjmp(scheduler, 1);
+    for (;;) {
+        kernel(kernel_arguments);
+        leave(DONE);
+    }
 }
 
 void resume(unsigned thread) {
@@ -97,12 +98,13 @@ void resume(unsigned thread) {
     if (_setjmp(scheduler)) return;
     if (fiber.begun) _longjmp(fiber.at, 1);
     fiber.begun = true;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = STACK;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, body, 0);
-    setcontext(&fiber.context);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = STACK;
+    context.uc_link = nullptr;
+    makecontext(&context, body, 0);
+    setcontext(&context);
 }
 
 // Lets the threads from `begin` to `end` go on if all that still run wait at `barrier`.
@@ -138,7 +140,7 @@ void begin_block(unsigned threads) {
     for (unsigned t = 0; t < threads; t++) {
         Fiber& fiber = fibers[t];
         fiber.state = READY;
-        fiber.begun = fiber.unpublished = fiber.fence_after_due = fiber.fence_before_due = false;
+        fiber.unpublished = fiber.fence_after_due = fiber.fence_before_due = false;
         fiber.groups.assign(1, {});
         fiber.products.assign(1, {});
         fiber.operations.clear(), fiber.loads.clear();
