@@ -260,22 +260,19 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
     struct { uint32_t a[4], b[2]; } mine;
     memcpy(mine.a, a, sizeof mine.a);
     memcpy(mine.b, b, sizeof mine.b);
-    memcpy(lane_slots()[lane()], &mine, sizeof mine);
+    const auto slots = lane_slots();
+    memcpy(slots[lane()], &mine, sizeof mine);
     wait_for_warp();
-    auto half = [](const uint32_t* words, unsigned i) {
-        return to_float(bf16{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))});
+    auto half = [slots](unsigned owner, unsigned word, unsigned i) {
+        return to_float(bf16{static_cast<uint16_t>(reinterpret_cast<const uint32_t*>(slots[owner])[word] >> (i % 2 * 16))});
     };
     for (int i = 0; i < 4; i++) {
         unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
         float sum = 0.0f;
         for (unsigned k = 0; k < 16; k++) {
-            // a: registers 0 and 1 hold rows r and r + 8 of k below 8, 2 and 3 those of the others.
-            unsigned owner = row % 8 * 4 + k % 8 / 2;
-            const uint32_t* theirs = reinterpret_cast<const uint32_t*>(lane_slots()[owner]);
-            float x = half(theirs + row / 8 + k / 8 * 2, k % 2);
-            owner = column * 4 + k % 8 / 2;
-            theirs = reinterpret_cast<const uint32_t*>(lane_slots()[owner]);
-            sum += x * half(theirs + 4 + k / 8, k % 2);
+            // a: registers 0 and 1 hold rows r and r + 8 of k below 8, 2 and 3 those of the others. b's two come behind them.
+            float x = half(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2);
+            sum += x * half(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
         }
         d[i] += sum;
     }
