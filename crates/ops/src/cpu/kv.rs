@@ -9,8 +9,8 @@
 use std::ops::Range;
 
 use super::matmul::round_bf16;
+use super::memory::Numbers;
 use super::simd::{LANES, Level, Simd};
-use super::zeros;
 use crate::{AttentionShape, BLOCK_SIZE, OpError, Result};
 
 // A vector of keys is a block.
@@ -46,9 +46,9 @@ pub struct KvCache {
 }
 
 enum Elements {
-    F16(Vec<u16>),
-    BF16(Vec<Bf16>),
-    F32(Vec<f32>),
+    F16(Numbers<u16>),
+    BF16(Numbers<Bf16>),
+    F32(Numbers<f32>),
 }
 
 /// A layer's elements, by type.
@@ -72,11 +72,11 @@ impl KvCache {
         let too_large = || {
             OpError::Backend(format!("a KV cache of {blocks} blocks does not fit in memory; ask for fewer"))
         };
-        let len = len.and_then(|n| n.checked_add(SPARE)).ok_or_else(too_large)?;
+        let len = len.ok_or_else(too_large)?;
         let elements = match dtype {
-            KvDType::F16 => Elements::F16(zeros(len, 0).ok_or_else(too_large)?),
-            KvDType::BF16 => Elements::BF16(zeros(len, [0]).ok_or_else(too_large)?),
-            KvDType::F32 => Elements::F32(zeros(len, 0.0).ok_or_else(too_large)?),
+            KvDType::F16 => Elements::F16(Numbers::new(len).map_err(|_| too_large())?),
+            KvDType::BF16 => Elements::BF16(Numbers::new(len).map_err(|_| too_large())?),
+            KvDType::F32 => Elements::F32(Numbers::new(len).map_err(|_| too_large())?),
         };
         Ok(Self { elements, layers, blocks, layout })
     }
@@ -92,18 +92,18 @@ impl KvCache {
     pub(super) fn layer(&self, layer: usize) -> Layer<'_> {
         let len = self.blocks * self.layout.block_len();
         match &self.elements {
-            Elements::F16(x) => Layer::F16(&aligned(x)[layer * len..][..len]),
-            Elements::BF16(x) => Layer::BF16(&aligned(x)[layer * len..][..len]),
-            Elements::F32(x) => Layer::F32(&aligned(x)[layer * len..][..len]),
+            Elements::F16(x) => Layer::F16(&x[layer * len..][..len]),
+            Elements::BF16(x) => Layer::BF16(&x[layer * len..][..len]),
+            Elements::F32(x) => Layer::F32(&x[layer * len..][..len]),
         }
     }
 
     pub(super) fn layer_mut(&mut self, layer: usize) -> LayerMut<'_> {
         let len = self.blocks * self.layout.block_len();
         match &mut self.elements {
-            Elements::F16(x) => LayerMut::F16(&mut aligned_mut(x)[layer * len..][..len]),
-            Elements::BF16(x) => LayerMut::BF16(&mut aligned_mut(x)[layer * len..][..len]),
-            Elements::F32(x) => LayerMut::F32(&mut aligned_mut(x)[layer * len..][..len]),
+            Elements::F16(x) => LayerMut::F16(&mut x[layer * len..][..len]),
+            Elements::BF16(x) => LayerMut::BF16(&mut x[layer * len..][..len]),
+            Elements::F32(x) => LayerMut::F32(&mut x[layer * len..][..len]),
         }
     }
 
@@ -160,18 +160,6 @@ fn copy_in<E, const N: usize>(to: &mut [E], from: &[u8], element: impl Fn([u8; N
     for (to, &bytes) in to.iter_mut().zip(from.as_chunks::<N>().0) {
         *to = element(bytes);
     }
-}
-
-/// Elements to spare so that the first used one can lie on a cache line.
-const SPARE: usize = 64;
-
-fn aligned<T>(x: &[T]) -> &[T] {
-    &x[x.as_ptr().align_offset(64).min(SPARE)..]
-}
-
-fn aligned_mut<T>(x: &mut [T]) -> &mut [T] {
-    let start = x.as_ptr().align_offset(64).min(SPARE);
-    &mut x[start..]
 }
 
 /// Where a head's keys and values lie in a layer.
@@ -248,7 +236,7 @@ pub(super) trait Loaded: Element {
     unsafe fn load<S: Simd>(from: *const Self) -> S::V;
 }
 
-/// The bits of a bf16 that is not subnormal. An array, for [`zeros`] of a type of ours would be written at once.
+/// The bits of a bf16 that is not subnormal. An array, so that it is another type than the bits of a half float.
 pub(super) type Bf16 = [u16; 1];
 
 impl Element for Bf16 {

@@ -9,6 +9,7 @@ mod attention;
 mod attention_pairs;
 mod kv;
 pub mod matmul;
+mod memory;
 mod moe;
 mod norm;
 pub mod pool;
@@ -25,6 +26,7 @@ use crate::{
 };
 use kv::{LayerMut, Layout};
 use matmul::{PackedMatrix, Scratch};
+use memory::Numbers;
 use norm::{RmsNorm, RmsNormInPlace};
 use pool::Pool;
 use rows::{Disjoint, for_rows};
@@ -61,7 +63,7 @@ struct Step {
 
 /// Activations, `[rows, width]`.
 pub struct Tensor {
-    data: Vec<f32>,
+    data: Numbers<f32>,
     rows: usize,
     max_rows: usize,
     width: usize,
@@ -163,12 +165,6 @@ fn expect_shape(tensor: &RawTensor, holds: bool, expected: impl FnOnce() -> Stri
         expected: expected(),
         found: format!("{:?}", tensor.shape),
     })
-}
-
-/// Zeros that take no memory before they are written; `None` where there is no room for them.
-fn zeros<T: Copy>(len: usize, zero: T) -> Option<Vec<T>> {
-    Vec::<T>::new().try_reserve_exact(len).ok()?;
-    Some(vec![zero; len])
 }
 
 impl Step {
@@ -281,7 +277,7 @@ impl Backend for Cpu {
     }
 
     fn tensor(&mut self, max_rows: usize, width: usize) -> Result<Tensor> {
-        let data = max_rows.checked_mul(width).and_then(|len| zeros(len, 0.0));
+        let data = max_rows.checked_mul(width).and_then(|len| Numbers::new(len).ok());
         let data =
             data.ok_or_else(|| OpError::Backend(format!("no memory for a [{max_rows}, {width}] tensor")))?;
         self.reserve(max_rows, 0);

@@ -11,7 +11,6 @@ mod compact;
 mod isa;
 mod kernel;
 mod layout;
-mod memory;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod pack;
@@ -22,6 +21,7 @@ mod unit;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use super::memory::{Memory, Number, Numbers};
 use super::pool::Pool;
 use crate::{DType, OpError, RawTensor, Result};
 use bf16::Compact;
@@ -30,7 +30,6 @@ use isa::Isa;
 pub(super) use kernel::prefetch;
 use kernel::{Input, Job, MANY_ROWS};
 use layout::{BLOCK, LANES, Layout, tile_bytes};
-use memory::Memory;
 use quantize::Activations;
 pub(super) use quantize::{pair_bf16, round_bf16};
 use std::cell::RefCell;
@@ -200,33 +199,32 @@ fn rows_of_tile(tensor: &RawTensor, rows: usize, tile: usize) -> Vec<&[u8]> {
 }
 
 /// Calls `work` with room for `bytes` bytes of this thread's own, which starts at a cache line.
+///
+/// # Panics
+/// If there is no more memory; once there was room for so many bytes, it is kept.
 fn with_room<T>(bytes: usize, work: impl FnOnce(*mut u8) -> T) -> T {
-    #[derive(Clone, Copy)]
-    #[repr(align(64))]
-    struct Line(#[allow(dead_code)] [u8; 64]); // written and read as bytes
-    thread_local!(static ROOM: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) });
-    ROOM.with_borrow_mut(|room| {
-        let lines = bytes.div_ceil(size_of::<Line>());
-        if room.len() < lines {
-            room.resize(lines, Line([0; 64]));
+    thread_local!(static ROOM: RefCell<Option<Memory>> = const { RefCell::new(None) });
+    ROOM.with_borrow_mut(|room| match room {
+        Some(room) if room.bytes().len() >= bytes => work(room.bytes_mut().as_mut_ptr()),
+        _ => {
+            work(room.insert(Memory::new(bytes).expect("memory for widened tiles")).bytes_mut().as_mut_ptr())
         }
-        work(room.as_mut_ptr().cast())
     })
 }
 
 /// Buffers for converted activations, reused by every multiplication.
 pub struct Scratch {
-    quantized: Vec<Activations>,
+    quantized: Numbers<Activations>,
     /// Pairs of bf16.
-    pairs: Vec<u32>,
+    pairs: Numbers<u32>,
 }
 
 impl Scratch {
     /// Buffers for up to `max_rows` rows of up to `max_width` inputs.
     pub fn new(max_rows: usize, max_width: usize) -> Self {
         Self {
-            quantized: vec![Activations::ZERO; max_rows * max_width.div_ceil(BLOCK)],
-            pairs: vec![0; max_rows * max_width.div_ceil(2)],
+            quantized: numbers(max_rows * max_width.div_ceil(BLOCK)),
+            pairs: numbers(max_rows * max_width.div_ceil(2)),
         }
     }
 
@@ -252,17 +250,25 @@ impl Scratch {
     }
 }
 
+/// Room for converted activations.
+///
+/// # Panics
+/// If there is no more memory.
+fn numbers<T: Number>(len: usize) -> Numbers<T> {
+    Numbers::new(len).expect("memory for activations")
+}
+
 /// Converts `rows` rows of `x` to `units` values each, with growing `out` where it is too short.
-fn convert_rows<T: Clone + Default + Send>(
+fn convert_rows<T: Number + Send>(
     pool: &Pool,
     x: &[f32],
     rows: usize,
     units: usize,
-    out: &mut Vec<T>,
+    out: &mut Numbers<T>,
     convert: impl Fn(&[f32], &mut [T]) + Sync,
 ) {
     if out.len() < rows * units {
-        out.resize(rows * units, T::default());
+        *out = numbers(rows * units);
     }
     let (to, width) = (Shared(out.as_mut_ptr()), x.len() / rows);
     // Few rows take less time than handing them over.

@@ -2,10 +2,11 @@
 //! 32 inputs of a row, for BF16 weights rounded to pairs of bf16.
 
 use super::layout::BLOCK;
+use crate::cpu::memory::Number;
 use crate::cpu::simd::{self, Kernel, Level, Simd};
 
 /// 32 inputs of one row. One cache line.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Activations {
     /// `round(x / scale)`, in `-127 ..= 127`.
@@ -21,6 +22,9 @@ pub(super) struct Activations {
     /// `scale * sums`.
     pub scaled_sums: [f32; 2],
 }
+
+// SAFETY: every pattern of bits is a value; it is a cache line.
+unsafe impl Number for Activations {}
 
 impl Activations {
     pub const ZERO: Self =

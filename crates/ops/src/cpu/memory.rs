@@ -1,17 +1,20 @@
-//! Memory for packed weights, in huge pages.
+//! Memory for packed weights, activations, keys and values, in huge pages.
 //!
 //! Weights are streamed once a step, and with pages of 4 KiB the address translations cost more than
-//! the bytes. A huge page is 2 MiB and most matrices are not much larger, so matrices share large
-//! regions, one after another, and a region is given back when the last of its matrices is.
+//! the bytes; so they do where a multiplication writes a few columns of many rows. A huge page is 2 MiB and most
+//! matrices are not much larger, so owners share large regions, one after another, and a region is given back when the last
+//! of its owners is.
 
 use crate::{OpError, Result};
 use memmap2::{MmapMut, MmapRaw};
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Address space taken at a time. Pages that nothing was written to take no memory.
 const REGION: usize = 128 << 20;
 const HUGE_PAGE: usize = 2 << 20;
-/// Matrices start at a cache line.
+/// What is owned starts at a cache line.
 const LINE: usize = 64;
 
 /// Bytes inside a region that belong to one owner.
@@ -63,13 +66,63 @@ impl Memory {
 /// Maps a region with room for `len` bytes after its first huge-page boundary; returns that too.
 fn map(len: usize) -> Result<(Arc<MmapRaw>, usize)> {
     let map = MmapMut::map_anon(len + HUGE_PAGE)
-        .map_err(|e| OpError::Backend(format!("cannot allocate {len} bytes for packed weights: {e}")))?;
+        .map_err(|e| OpError::Backend(format!("cannot allocate {len} bytes: {e}")))?;
     #[cfg(target_os = "linux")]
     if let Err(error) = map.advise(memmap2::Advice::HugePage) {
-        tracing::debug!(%error, "no huge pages for packed weights");
+        tracing::debug!(%error, "no huge pages");
     }
     let start = map.as_ptr().align_offset(HUGE_PAGE).min(HUGE_PAGE);
     Ok((Arc::new(MmapRaw::from(map)), start))
+}
+
+/// A type of numbers.
+///
+/// # Safety
+/// Bytes of zero are a value of it, and it is aligned to no more than a cache line.
+pub(super) unsafe trait Number: Copy {}
+
+// SAFETY: every pattern of bits is a value of these.
+unsafe impl Number for u16 {}
+// SAFETY: as above.
+unsafe impl Number for [u16; 1] {}
+// SAFETY: as above.
+unsafe impl Number for u32 {}
+// SAFETY: as above.
+unsafe impl Number for f32 {}
+
+/// Numbers, zeros at first, in such memory. What was not written to takes none.
+pub(super) struct Numbers<T> {
+    memory: Memory,
+    number: PhantomData<T>,
+}
+
+impl<T: Number> Numbers<T> {
+    /// `len` zeros.
+    ///
+    /// # Errors
+    /// If the system has no more memory.
+    pub fn new(len: usize) -> Result<Self> {
+        let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize - HUGE_PAGE);
+        let bytes = bytes.ok_or_else(|| OpError::Backend(format!("cannot allocate {len} numbers")))?;
+        Ok(Self { memory: Memory::new(bytes)?, number: PhantomData })
+    }
+}
+
+impl<T: Number> Deref for Numbers<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        let bytes = self.memory.bytes();
+        // SAFETY: the bytes start at a cache line, and were zeros or numbers of this type ever since.
+        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<T>()) }
+    }
+}
+
+impl<T: Number> DerefMut for Numbers<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        let bytes = self.memory.bytes_mut();
+        // SAFETY: as in `deref`.
+        unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), bytes.len() / size_of::<T>()) }
+    }
 }
 
 #[cfg(test)]
@@ -88,6 +141,17 @@ mod tests {
         }
         for (i, memory) in all.iter().enumerate() {
             assert!(memory.bytes().iter().all(|&b| b == i as u8 + 1));
+        }
+    }
+
+    #[test]
+    fn numbers_are_zeros_that_can_be_written_and_too_many_are_an_error() {
+        let mut numbers = Numbers::<f32>::new(1000).unwrap();
+        assert!(numbers.len() == 1000 && numbers.iter().all(|&x| x == 0.0));
+        numbers[999] = 1.5;
+        assert_eq!(numbers[998..], [0.0, 1.5]);
+        for len in [usize::MAX, usize::MAX / 4, 1 << 58] {
+            assert!(Numbers::<f32>::new(len).is_err());
         }
     }
 }
