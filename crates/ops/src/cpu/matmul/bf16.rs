@@ -2,13 +2,15 @@
 //!
 //! As in [`kernel`](super::kernel), an output is summed over its inputs in one fixed order, and compact weights are
 //! widened to the very vectors that plain ones lie in, so that both give the same bits. Few rows are memory's
-//! work: compact weights are widened in registers, record by record. For many rows, which are arithmetic's, two tiles
-//! are widened to memory that stays in the cache and serve a whole block of rows.
+//! work: compact weights are widened in registers, record by record. For many rows, which are arithmetic's, a group of
+//! tiles is widened to memory that stays in the cache and serves all rows.
 
 use super::compact::{self, HEADER_BYTES, Patches, RECORD_BYTES, TABLE_BYTES};
 use super::kernel::{AHEAD, Input, Job, MANY_ROWS, ROW_BLOCK, part_of, passes, prefetch, store, with_rows};
-use super::layout::LANES;
+use super::layout::{LANES, tile_bytes};
 use super::unit::{Unit, VECTOR};
+use crate::DType;
+use std::ops::Range;
 
 /// Rows of a register tile, which is two tiles of weights wide.
 const ROWS: usize = 6;
@@ -18,7 +20,7 @@ const ROWS: usize = 6;
 pub(super) struct Compact<'a> {
     /// The patches of all tiles of the part.
     pub patches: &'a [u32],
-    /// Room for two tiles of the job's width in their plain form. A job of fewer than [`MANY_ROWS`] rows needs none.
+    /// Room for [`group_tiles`] of the job's width in their plain form. A job of fewer than [`MANY_ROWS`] rows needs none.
     pub room: *mut u8,
 }
 
@@ -103,68 +105,70 @@ unsafe fn compact_pass<U: Unit>(
 /// start in a cycle; a row times a tile takes a load for each dot product, this way two for three. Nothing is fetched
 /// ahead, for that takes the place of a load.
 ///
+/// All rows go over a group of tiles before the next: widening its tiles, which waits for memory, costs little beside what follows,
+/// its weights come from the second-level cache, and a few rows' activations are read once for the whole group.
+///
 /// # Safety
 /// See [`bf16`].
 #[inline(always)]
 unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
     let (tiles, pairs) = (job.outputs.div_ceil(LANES), pairs(job));
-    let block = row_block(job);
-    for first in (0..job.rows).step_by(block) {
-        let last = job.rows.min(first + block);
-        for tile in (0..tiles).step_by(2) {
-            let count = 2.min(tiles - tile);
-            let bytes = job.tiles[tile * job.tile_bytes..][..count * job.tile_bytes].as_ptr();
-            let (weights, tile_bytes) = match job.compact {
-                None => (bytes, job.tile_bytes),
-                Some(Compact { patches, room }) => {
-                    for i in 0..count {
-                        // SAFETY: the tiles are of the job and the room is for two.
-                        unsafe {
-                            let (from, to) = (bytes.add(i * job.tile_bytes), room.add(i * pairs * VECTOR));
-                            widen_tile::<U>(from, patches, pairs, to);
-                        }
+    let step = if U::MANY { ROWS } else { part_of::<U>(job.rows) };
+    for group in groups(tiles, job.width) {
+        let bytes = job.tiles[group.start * job.tile_bytes..group.end * job.tile_bytes].as_ptr();
+        let (weights, tile_bytes) = match job.compact {
+            None => (bytes, job.tile_bytes),
+            Some(Compact { patches, room }) => {
+                for i in 0..group.len() {
+                    // SAFETY: the tiles are of the job and the room is for a group.
+                    unsafe {
+                        let (from, to) = (bytes.add(i * job.tile_bytes), room.add(i * pairs * VECTOR));
+                        widen_tile::<U>(from, patches, pairs, to);
                     }
-                    (room.cast_const(), pairs * VECTOR)
                 }
-            };
-            let mut row = first;
-            while U::MANY && count == 2 && last - row >= ROWS {
-                let x = x[row * pairs..][..ROWS * pairs].as_ptr();
-                // SAFETY: `weights` and `x` hold two tiles and the rows of `pairs` pairs; the rest as promised.
+                (room.cast_const(), pairs * VECTOR)
+            }
+        };
+        for row in (0..job.rows).step_by(step) {
+            let last = job.rows.min(row + step);
+            let twos = if U::MANY && last - row == ROWS { group.len() / 2 * 2 } else { 0 };
+            for i in (0..twos).step_by(2) {
+                let (tile, x) = (group.start + i, x[row * pairs..][..ROWS * pairs].as_ptr());
+                // SAFETY: `weights` and `x` hold the group's tiles and the rows of `pairs` pairs; the rest as promised.
                 unsafe {
-                    let [one, two] = two_tiles::<U, ROWS>(weights, tile_bytes, x, pairs);
+                    let [one, two] = two_tiles::<U, ROWS>(weights.add(i * tile_bytes), tile_bytes, x, pairs);
                     store::<U, ROWS>(job, tile, row, one);
                     store::<U, ROWS>(job, tile + 1, row, two);
                 }
-                row += ROWS;
             }
             // What is left: fewer rows, or one tile.
-            while row < last {
-                let rows = part_of::<U>(last - row);
-                for i in 0..count {
+            for i in twos..group.len() {
+                let mut row = row;
+                while row < last {
+                    let rows = part_of::<U>(last - row);
                     // SAFETY: the tile and the rows are of the job; the rest as promised.
                     unsafe {
-                        pass::<U>(job, x, weights.add(i * tile_bytes), tile + i, row, rows, 0);
+                        pass::<U>(job, x, weights.add(i * tile_bytes), group.start + i, row, rows, 0);
                     }
+                    row += rows;
                 }
-                row += rows;
             }
         }
     }
 }
 
-/// Rows that go over all tiles together: where tiles are widened for them, many, so that widening, which waits for
-/// memory, costs little beside what follows; their activations come from the second- or third-level cache, two bytes a dot
-/// product. Plain tiles are read anew for each block and not waited for, if its activations stay in the second-level cache.
-fn row_block(job: &Job<'_>) -> usize {
-    const MOST: usize = 86 * ROWS;
-    match job.compact {
-        None => 10 * ROWS,
-        Some(_) => {
-            let blocks = job.rows.div_ceil(MOST);
-            job.rows.div_ceil(blocks).next_multiple_of(ROWS)
-        }
-    }
+/// Most tiles of `width` inputs that [`many`] rows go over together: as many as leave room in a second-level cache of a megabyte, and
+/// at least two.
+pub(super) fn group_tiles(width: usize) -> usize {
+    const BYTES: usize = 512 << 10;
+    (BYTES / tile_bytes(DType::BF16, width) / 2 * 2).max(2)
+}
+
+/// `tiles` tiles in groups of about one size, of whole twos but for the last.
+fn groups(tiles: usize, width: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = tiles.div_ceil(group_tiles(width));
+    let size = tiles.div_ceil(count).next_multiple_of(2);
+    (0..tiles).step_by(size).map(move |first| first..tiles.min(first + size))
 }
 
 /// `R` rows times one plain tile: even and odd pairs of inputs in an accumulator each, then their sum.

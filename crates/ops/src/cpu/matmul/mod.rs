@@ -24,7 +24,7 @@ mod x86;
 use super::memory::{Memory, Number, Numbers};
 use super::pool::Pool;
 use crate::{DType, OpError, RawTensor, Result};
-use bf16::Compact;
+use bf16::{Compact, group_tiles};
 use compact::Table;
 use isa::Isa;
 pub(super) use kernel::prefetch;
@@ -331,9 +331,9 @@ fn matmul_on(
         }
         _ => (tiles.min(most), None),
     };
-    // Widened tiles of compact parts, two at a time.
+    // Widened tiles of compact parts, a group at a time.
     let compact = rows >= MANY_ROWS && w.parts.iter().any(|part| part.patches.is_some());
-    let room = if compact { 2 * tile_bytes(DType::BF16, w.width) } else { 0 };
+    let room = if compact { group_tiles(w.width) * tile_bytes(DType::BF16, w.width) } else { 0 };
     let run = |piece: usize, room: *mut u8| {
         let cut = |piece| match piece_tiles {
             Some(count) => tiles.min(piece * count),
