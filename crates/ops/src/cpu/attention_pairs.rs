@@ -21,7 +21,7 @@ const STEP: usize = 2 * LANES;
 /// Buffers of a tile.
 #[derive(Default)]
 pub(super) struct Pairs {
-    /// Its queries, `[tile, head_dim / 2]`.
+    /// Its queries times the scores' scale over ln 2, `[tile, head_dim / 2]`.
     queries: Vec<u32>,
     /// Its probabilities, `[tile, PAIRS]`.
     probabilities: Vec<u32>,
@@ -75,11 +75,11 @@ impl PairTile<'_, '_> {
             false => (first, 0),
         };
         let half = self.tile.layout.head_dim / 2;
-        for (query, out) in self.tile.queries.iter().zip(self.pairs.queries.chunks_exact_mut(half)) {
-            pair_bf16(query.as_chunks::<2>().0, out);
-        }
         // SAFETY: the caller's promise is the same.
         unsafe {
+            for (query, out) in self.tile.queries.iter().zip(self.pairs.queries.chunks_exact_mut(half)) {
+                pair_scaled::<S>(query, self.tile.scale * std::f32::consts::LOG2_E, out);
+            }
             for block in (first..twos).step_by(2) {
                 self.products::<S, T, 2>(block, blocks);
             }
@@ -104,11 +104,11 @@ impl PairTile<'_, '_> {
         }
     }
 
-    /// `scores[i, k] = query i * key k * scale / ln 2` for the keys of `B` blocks from `block` of the table on; `blocks` is
+    /// `scores[i, k] = query i * key k`, the query scaled, for the keys of `B` blocks from `block` of the table on; `blocks` is
     /// how many the piece has.
     #[inline(always)]
     unsafe fn products<S: Simd, const T: usize, const B: usize>(&mut self, block: usize, blocks: usize) {
-        let Tile { layout, kv, table, head, scale, ref mut scores, .. } = self.tile;
+        let Tile { layout, kv, table, head, ref mut scores, .. } = self.tile;
         let half = layout.head_dim / 2;
         let queries = &self.pairs.queries[..T * half];
         let keys_of = |block: usize| &kv[layout.keys(table[block] as usize, head)..][..2 * BLOCK_SIZE * half];
@@ -117,7 +117,6 @@ impl PairTile<'_, '_> {
         // SAFETY: `d` is below the pairs of a query and of each key; as many keys' pairs and scores as a block has are
         // a vector.
         unsafe {
-            let scale = S::splat(scale * std::f32::consts::LOG2_E);
             let mut sums = [[S::splat(0.0); B]; T];
             for d in 0..half {
                 let mut pairs = [S::load_pairs(keys[0].as_ptr().add(d * 2 * BLOCK_SIZE).cast()); B];
@@ -137,7 +136,7 @@ impl PairTile<'_, '_> {
             for (i, sums) in sums.into_iter().enumerate() {
                 for (b, sum) in sums.into_iter().enumerate() {
                     let scores = &mut scores[i * PIECE + (block + b) * BLOCK_SIZE..][..BLOCK_SIZE];
-                    S::store(scores.as_mut_ptr(), S::mul(sum, scale));
+                    S::store(scores.as_mut_ptr(), sum);
                 }
             }
         }
@@ -261,6 +260,27 @@ unsafe fn add_seen<S: Simd, const T: usize, const P: usize>(
                 }
             }
         }
+    }
+}
+
+/// `x * scale` in pairs of bf16.
+///
+/// # Safety
+/// The CPU has the instructions of `S`.
+#[inline(always)]
+unsafe fn pair_scaled<S: Simd>(x: &[f32], scale: f32, pairs: &mut [u32]) {
+    let (whole, rest) = x.as_chunks::<STEP>();
+    let (to, rest_to) = pairs.split_at_mut(whole.len() * LANES);
+    for (two, to) in whole.iter().zip(to.chunks_exact_mut(LANES)) {
+        // SAFETY: there are two vectors of numbers and one of pairs; the instructions are the caller's promise.
+        unsafe {
+            let a = S::mul(S::load(two.as_ptr()), S::splat(scale));
+            let b = S::mul(S::load(two.as_ptr().add(LANES)), S::splat(scale));
+            S::store_pairs(to.as_mut_ptr(), S::pair(a, b));
+        }
+    }
+    for (&[a, b], to) in rest.as_chunks::<2>().0.iter().zip(rest_to) {
+        pair_bf16(&[[a * scale, b * scale]], std::slice::from_mut(to));
     }
 }
 
