@@ -95,12 +95,17 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The ranks of one process, with so many KV blocks.
-fn one_process(name: &str, world: usize, how: &str, kv_blocks: usize) -> Box<dyn Model> {
-    let (group, source) = (Group::new(world), ModelSource::open(&fixture(name)).expect("a fixture"));
+/// The ranks of a group as node 0 has them, with so many KV blocks.
+fn load(group: &Group, name: &str, how: &str, kv_blocks: usize) -> Box<dyn Model> {
+    let source = ModelSource::open(&fixture(name)).expect("a fixture");
     let options = LoadOptions { kv: KvSize::Blocks(kv_blocks), ..OPTIONS };
-    let loaded = source.load_ranks(group.clone(), cudas(&group, access(how), 0), options, |_, _| ());
+    let loaded = source.load_ranks(group.clone(), cudas(group, access(how), 0), options, |_, _| ());
     loaded.expect("it loads").model
+}
+
+/// The ranks of one process.
+fn one_process(name: &str, world: usize, how: &str, kv_blocks: usize) -> Box<dyn Model> {
+    load(&Group::new(world), name, how, kv_blocks)
 }
 
 /// Those of two processes, of which the other's devices are in this channel and node 0's in channel 0; their group here, and the other process.
@@ -114,20 +119,23 @@ fn two_processes(
     let address = listener.local_addr().expect("an address").to_string();
     let other = other_process(&address, name, world, how, imex_channel);
     let group = Group::lead(listener, &terms(world), PATIENCE).expect("node 1 joins");
-    let source = ModelSource::open(&fixture(name)).expect("a fixture");
-    let options = LoadOptions { kv: KvSize::Blocks(kv_blocks), ..OPTIONS };
-    let loaded = source.load_ranks(group.clone(), cudas(&group, access(how), 0), options, |_, _| ());
-    (loaded.expect("it loads").model, group, other)
+    (load(&group, name, how, kv_blocks), group, other)
+}
+
+/// Lets go of the group, whereupon the other process ends well.
+fn end(group: Group, mut other: Child) {
+    drop(group);
+    assert!(other.wait().expect("it ends").success());
 }
 
 /// What those of two processes say, and whether they reached each other's memory.
 fn in_two_processes(name: &str, world: usize, how: &str, imex_channel: u32) -> (Vec<u32>, bool) {
-    let (mut model, group, mut other) = two_processes(name, (world, how), imex_channel, 8);
+    let (mut model, group, other) = two_processes(name, (world, how), imex_channel, 8);
     let bits = logits(&mut *model);
     // Devices' memory is mapped from a file only where other processes can map it too, and stays so only where all have.
     let maps = std::fs::read_to_string("/proc/self/maps").expect("what this process maps");
-    drop((model, group));
-    assert!(other.wait().expect("it ends").success());
+    drop(model);
+    end(group, other);
     (bits, maps.contains("memfd:rudder"))
 }
 
@@ -156,14 +164,13 @@ fn an_engine_over_two_processes_answers_as_over_one_with_steps_in_flight_to_ever
         let expected = in_turn(grounded(), &requests);
         // To land each step over two processes takes long, and the way of sums makes no difference there.
         for flies in [true, false].into_iter().filter(|flies| *flies || how == "auto") {
-            let (model, group, mut other) = two_processes("qwen2", (world, how), 0, 16);
+            let (model, group, other) = two_processes("qwen2", (world, how), 0, 16);
             let (watched, flights) = Watched::new(model, None);
             let model: Box<dyn Model> =
                 if flies { Box::new(watched) } else { Box::new(Grounded(Box::new(watched))) };
             assert_eq!(in_turn(model, &requests), expected, "{world} ranks, {how}");
             assert_eq!(flights.load(Ordering::SeqCst) > 40, flies);
-            drop(group);
-            assert!(other.wait().expect("it ends").success());
+            end(group, other);
         }
     }
 }
@@ -171,30 +178,28 @@ fn an_engine_over_two_processes_answers_as_over_one_with_steps_in_flight_to_ever
 #[test]
 fn an_engine_over_two_processes_answers_each_its_own_side_by_side_and_preempted() {
     let _alone = alone();
-    let (model, group, mut other) = two_processes("qwen2", (2, "auto"), 0, 8);
+    let (model, group, other) = two_processes("qwen2", (2, "auto"), 0, 8);
     let (flying, flights) = Watched::new(model, None);
     expect_preempted(&engine(Box::new(flying), 8));
     assert!(flights.load(Ordering::SeqCst) > 10);
-    drop(group);
-    assert!(other.wait().expect("it ends").success());
+    end(group, other);
 }
 
 #[test]
 fn steps_land_one_by_one_over_two_processes_that_do_not_reach_each_others_memory() {
     let _alone = alone();
-    let (model, group, mut other) = two_processes("qwen2", (2, "auto"), 1, 16);
+    let (model, group, other) = two_processes("qwen2", (2, "auto"), 1, 16);
     let (grounded, flights) = Watched::new(model, None);
     expect_answers(&engine(Box::new(grounded), 16), &[greedy(1, 12)]);
     assert_eq!(flights.load(Ordering::SeqCst), 0);
-    drop(group);
-    assert!(other.wait().expect("it ends").success());
+    end(group, other);
 }
 
 #[test]
 fn a_rank_that_fails_in_flight_ends_its_requests_on_both_nodes_and_the_engine_goes_on() {
     let _alone = alone();
     for (ranks, fault) in RANKS.into_iter().flat_map(|ranks| [0, 1, 2].map(|fault| (ranks, fault))) {
-        let (model, group, mut other) = two_processes("qwen2", ranks, 0, 16);
+        let (model, group, other) = two_processes("qwen2", ranks, 0, 16);
         let (when, what, said) =
             faults(&group, ranks.0 / 2 - 1).into_iter().nth(fault).expect("one of three");
         let (flying, flights) = Watched::new(model, Some((when, what)));
@@ -205,8 +210,8 @@ fn a_rank_that_fails_in_flight_ends_its_requests_on_both_nodes_and_the_engine_go
         let before = flights.load(Ordering::SeqCst);
         expect_answers(&engine, &requests);
         assert!(flights.load(Ordering::SeqCst) > before + 4);
-        drop((engine, group));
-        assert!(other.wait().expect("it ends").success());
+        drop(engine);
+        end(group, other);
     }
 }
 

@@ -300,6 +300,15 @@ fn rounding_kernels(cuda: &mut Cuda) -> Vec<PrefillKernel> {
     all
 }
 
+/// Rows that bf16 holds, of which the first four have zeros, and small and large numbers, in their first halves.
+fn of_many_magnitudes(random: &mut Random, [rows, k]: [usize; 2]) -> Vec<f32> {
+    let mut x = random.exact(rows * k, 1.0);
+    for (row, scale) in [0.0, 1e-32, 1e-20, 1e20].into_iter().enumerate() {
+        x[row * k..][..k / 2].iter_mut().for_each(|x| *x = bf16::from_f32(*x * scale).to_f32());
+    }
+    x
+}
+
 /// Rows and weights both of FP8: tiles that are whole and not, blocks of 128 that are half there, rows of zeros and of large and small
 /// numbers; and what the rounding of rows does to the result.
 #[test]
@@ -315,10 +324,7 @@ fn products_of_fp8_agree_with_rows_that_are_rounded_before() -> Result<()> {
     }
     for (i, (rows, n, k)) in shapes.into_iter().enumerate() {
         let scales = [Scales::Rows, Scales::Blocks(128)][i % 2];
-        let mut x = random.exact(rows * k, 1.0);
-        for (row, scale) in [0.0, 1e-32, 1e-20, 1e20].into_iter().enumerate() {
-            x[row * k..][..k / 2].iter_mut().for_each(|x| *x = bf16::from_f32(*x * scale).to_f32());
-        }
+        let x = of_many_magnitudes(&mut random, [rows, k]);
         let parts = [fp8_matrix(&mut random, "w", [n, k], scales)];
         let bias = random.vec(n, 1.0);
         let bias = (i % 2 == 0).then_some(bias.as_slice());
@@ -368,10 +374,7 @@ fn products_of_mxfp4_agree_with_rows_that_are_rounded_before() -> Result<()> {
         shapes.extend([(1000, 6144, 4096), (4096, 2880, 2880)]);
     }
     for (i, (rows, n, k)) in shapes.into_iter().enumerate() {
-        let mut x = random.exact(rows * k, 1.0);
-        for (row, scale) in [0.0, 1e-32, 1e-20, 1e20].into_iter().enumerate() {
-            x[row * k..][..k / 2].iter_mut().for_each(|x| *x = bf16::from_f32(*x * scale).to_f32());
-        }
+        let x = of_many_magnitudes(&mut random, [rows, k]);
         let parts = [quantised(&mut random, [n, k])];
         let bias = random.vec(n, 1.0);
         let bias = (i % 2 == 0).then_some(bias.as_slice());
@@ -422,10 +425,7 @@ fn products_of_nvfp4_agree_with_rows_that_are_rounded_before() -> Result<()> {
         shapes.extend([(1000, 6144, 4096), (4096, 4096, 14336)]);
     }
     for (i, (rows, n, k)) in shapes.into_iter().enumerate() {
-        let mut x = random.exact(rows * k, 1.0);
-        for (row, scale) in [0.0, 1e-32, 1e-20, 1e20].into_iter().enumerate() {
-            x[row * k..][..k / 2].iter_mut().for_each(|x| *x = bf16::from_f32(*x * scale).to_f32());
-        }
+        let x = of_many_magnitudes(&mut random, [rows, k]);
         let parts = [n / 2, n - n / 2].map(|n| nvfp4_matrix(&mut random, "part", [n, k]));
         let bias = random.vec(n, 1.0);
         let bias = (i % 2 == 0).then_some(bias.as_slice());
