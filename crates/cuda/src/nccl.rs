@@ -10,12 +10,17 @@
 use crate::device::{Buffer, Device};
 use crate::gpu::Gpu;
 use crate::tensor::{Tensor, check};
-use cudarc::nccl::result::{self, NcclError, NcclStatus};
-use cudarc::nccl::sys;
+use cudarc::nccl::result::{NcclError, NcclStatus};
+use cudarc::nccl::sys::{self, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
 use rudder_comm::{Member, Rank};
 use rudder_ops::{OpError, Result};
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+/// The library's names: the first is the one that is installed to run programs, the other is there where they are built. cudarc knows the second
+/// alone.
+const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 
 /// How long ranks may take to connect: over nodes NCCL looks for ways between all of them.
 const CONNECTING: Duration = Duration::from_secs(60);
@@ -31,6 +36,51 @@ const UNSET: c_int = c_int::MIN;
 /// The version of nccl.h that the configuration is laid out by.
 const VERSION: u32 = 22_203;
 
+/// Declares the functions of the library that are called here.
+macro_rules! library {
+    ($($name:ident($($argument:ty),*) -> $result:ty;)*) => {
+        #[allow(non_snake_case)] // its names
+        struct Library {
+            $($name: unsafe extern "C" fn($($argument),*) -> $result,)*
+        }
+
+        impl Library {
+            /// # Safety
+            /// The functions are those of nccl.h.
+            unsafe fn of(library: &'static libloading::Library) -> std::result::Result<Self, libloading::Error> {
+                // SAFETY: as above.
+                unsafe { Ok(Self { $($name: *library.get(stringify!($name))?,)* }) }
+            }
+        }
+    };
+}
+
+library! {
+    ncclGetVersion(*mut c_int) -> ncclResult_t;
+    ncclGetUniqueId(*mut sys::ncclUniqueId) -> ncclResult_t;
+    ncclGetErrorString(ncclResult_t) -> *const c_char;
+    ncclCommInitRankConfig(*mut ncclComm_t, c_int, sys::ncclUniqueId, c_int, *mut sys::ncclConfig_t) -> ncclResult_t;
+    ncclCommGetAsyncError(ncclComm_t, *mut ncclResult_t) -> ncclResult_t;
+    ncclCommAbort(ncclComm_t) -> ncclResult_t;
+    ncclAllReduce(*const c_void, *mut c_void, usize, ncclDataType_t, ncclRedOp_t, ncclComm_t, sys::cudaStream_t) -> ncclResult_t;
+    ncclSend(*const c_void, usize, ncclDataType_t, c_int, ncclComm_t, sys::cudaStream_t) -> ncclResult_t;
+    ncclRecv(*mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, sys::cudaStream_t) -> ncclResult_t;
+    ncclGroupStart() -> ncclResult_t;
+    ncclGroupEnd() -> ncclResult_t;
+}
+
+/// The library, if it is there. Once loaded, it stays.
+fn library() -> Option<&'static Library> {
+    static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
+    let load = || {
+        // SAFETY: loads libnccl, whose initialisers are NVIDIA's own.
+        let library = NAMES.into_iter().find_map(|name| unsafe { libloading::Library::new(name) }.ok())?;
+        // SAFETY: it is that library.
+        unsafe { Library::of(Box::leak(Box::new(library))) }.ok()
+    };
+    LIBRARY.get_or_init(load).as_ref()
+}
+
 /// A rank's communicator.
 pub(crate) struct Nccl {
     device: Device,
@@ -43,7 +93,10 @@ pub(crate) struct Nccl {
 }
 
 /// Aborted when dropped.
-struct Communicator(sys::ncclComm_t);
+struct Communicator {
+    nccl: &'static Library,
+    at: ncclComm_t,
+}
 
 // SAFETY: a communicator may be used from any thread, by one at a time, which owning it sees to.
 unsafe impl Send for Communicator {}
@@ -51,14 +104,14 @@ unsafe impl Send for Communicator {}
 impl Drop for Communicator {
     fn drop(&mut self) {
         // SAFETY: freed once; work that is under way is ended. Nothing could be done about an error.
-        let _ = unsafe { result::comm_abort(self.0) };
+        let _ = unsafe { (self.nccl.ncclCommAbort)(self.at) };
     }
 }
 
 fn failed(NcclError(error): NcclError) -> OpError {
     // SAFETY: a text that lives as long as the library.
-    let text = unsafe { CStr::from_ptr(sys::ncclGetErrorString(error)) };
-    OpError::Backend(format!("NCCL: {} ({error:?})", text.to_string_lossy()))
+    let text = library().map(|nccl| unsafe { CStr::from_ptr((nccl.ncclGetErrorString)(error)) });
+    OpError::Backend(format!("NCCL: {} ({error:?})", text.unwrap_or_default().to_string_lossy()))
 }
 
 fn late(what: &str) -> OpError {
@@ -67,13 +120,17 @@ fn late(what: &str) -> OpError {
 
 impl Nccl {
     /// Connects the ranks. All of them call it, and all get it or none: where the library is not there for one of them, or they do not reach each
-    /// other.
+    /// other, or share a GPU, which NCCL refuses.
     ///
     /// # Errors
     /// If a rank failed.
     pub fn connect(device: &Device, member: &Member) -> Result<Option<Self>> {
         let rank = member.rank();
         let mut all = vec![0; rank.world];
+        member.share(device.uuid(), &mut all)?;
+        if (1..all.len()).any(|i| all[..i].contains(&all[i])) {
+            return Ok(None);
+        }
         let id = device.on_gpu().map_or(Ok(None), |gpu| first_words(gpu, rank));
         let id = id.inspect_err(|reason| tracing::warn!("{reason}")).ok().flatten();
         member.share(u64::from(id.is_some()), &mut all)?;
@@ -107,13 +164,13 @@ impl Nccl {
         let (stream, at) = (self.gpu()?.stream().cast(), x.buffer.address());
         // SAFETY: the buffer holds so many f32, and lives until the stream has been waited for.
         let queued = unsafe {
-            result::all_reduce(
+            (self.comm.nccl.ncclAllReduce)(
                 pointer(at),
                 pointer(at),
                 x.elements(),
-                sys::ncclDataType_t::ncclFloat32,
-                sys::ncclRedOp_t::ncclSum,
-                self.comm.0,
+                ncclDataType_t::ncclFloat32,
+                ncclRedOp_t::ncclSum,
+                self.comm.at,
                 stream,
             )
         };
@@ -132,11 +189,11 @@ impl Nccl {
             return Ok(());
         }
         let stream = self.gpu()?.stream().cast();
-        let (f32s, comm) = (sys::ncclDataType_t::ncclFloat32, self.comm.0);
+        let (f32s, Communicator { nccl, at: comm }) = (ncclDataType_t::ncclFloat32, &self.comm);
         let Some(whole) = whole else {
             // SAFETY: the part holds so many f32, and lives until the stream has been waited for.
             let sent = unsafe {
-                result::send(pointer(part.buffer.address()), part.elements(), f32s, 0, comm, stream)
+                (nccl.ncclSend)(pointer(part.buffer.address()), part.elements(), f32s, 0, *comm, stream)
             };
             return self.queued(sent);
         };
@@ -147,13 +204,17 @@ impl Nccl {
             self.arrived = Some(self.device.buffer(bytes)?);
         }
         let arrived = self.arrived.as_ref().map_or(0, Buffer::address);
-        result::group_start().map_err(failed)?;
+        // SAFETY: ended below.
+        unsafe { (nccl.ncclGroupStart)() }.result().map_err(failed)?;
         let received = starts(&widths[1..], rows).zip(1..).try_for_each(|((at, width), rank)| {
             // SAFETY: the buffer has room for all parts, one after the other.
-            unsafe { result::recv(pointer(arrived + at), rows * width, f32s, rank, comm, stream) }.map(drop)
+            unsafe { (nccl.ncclRecv)(pointer(arrived + at), rows * width, f32s, rank, *comm, stream) }
+                .result()
+                .map(drop)
         });
         // Ended in any case: what is left open would swallow the calls of the next step.
-        let ended = result::group_end();
+        // SAFETY: begun above.
+        let ended = unsafe { (nccl.ncclGroupEnd)() };
         received.map_err(failed)?;
         self.queued(ended)?;
         let gpu = self.gpu()?;
@@ -184,8 +245,8 @@ impl Nccl {
     }
 
     /// Waits until a call has been queued.
-    fn queued(&self, call: std::result::Result<NcclStatus, NcclError>) -> Result<()> {
-        match call.map_err(failed)? {
+    fn queued(&self, call: ncclResult_t) -> Result<()> {
+        match call.result().map_err(failed)? {
             NcclStatus::InProgress => {
                 let began = Instant::now();
                 while !self.comm.is_settled()? {
@@ -225,39 +286,47 @@ impl Nccl {
 impl Communicator {
     /// Whether nothing is under way that was called for; an error if something went wrong since.
     fn is_settled(&self) -> Result<bool> {
-        let mut state = sys::ncclResult_t::ncclSuccess;
+        let mut state = ncclResult_t::ncclSuccess;
         // SAFETY: the communicator lives, and `state` outlives the call.
-        unsafe { sys::ncclCommGetAsyncError(self.0, &mut state) }.result().map_err(failed)?;
+        unsafe { (self.nccl.ncclCommGetAsyncError)(self.at, &mut state) }.result().map_err(failed)?;
         Ok(state.result().map_err(failed)? == NcclStatus::Success)
     }
 }
 
 /// The words of the unique id, which rank 0 makes and the others are told.
 fn first_words(gpu: &Gpu, rank: Rank) -> Result<Option<[u64; ID / 8]>> {
-    // SAFETY: loads libnccl, whose initialisers are NVIDIA's own.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(OpError::Backend(
-            "libnccl cannot be loaded (LD_LIBRARY_PATH may name it): what ranks add up in no memory of each other's goes by the host, slowly"
-                .into(),
-        ));
-    }
+    let nccl = loaded()?;
     gpu.bind()?;
     if rank.index > 0 {
         return Ok(Some([0; ID / 8]));
     }
-    let version = result::get_nccl_version().map_err(failed)?;
+    let (mut version, mut id) = (0, sys::ncclUniqueId { internal: [0; ID] });
+    // SAFETY: both outlive the calls.
+    unsafe {
+        (nccl.ncclGetVersion)(&mut version).result().map_err(failed)?;
+        (nccl.ncclGetUniqueId)(&mut id).result().map_err(failed)?;
+    }
     tracing::info!("NCCL {version}");
-    let id = result::get_uniqueid().map_err(failed)?;
     let byte = |word: usize, i: usize| id.internal[8 * word + i] as u8;
     Ok(Some(std::array::from_fn(|word| u64::from_le_bytes(std::array::from_fn(|i| byte(word, i))))))
 }
 
+/// The library, or why there is none.
+fn loaded() -> Result<&'static Library> {
+    library().ok_or_else(|| {
+        OpError::Backend(
+            "libnccl cannot be loaded (LD_LIBRARY_PATH may name it): what ranks add up in no memory of each other's goes by the host, slowly"
+                .into(),
+        )
+    })
+}
+
 /// Makes a rank's communicator.
 fn join(gpu: &Gpu, rank: Rank, words: [u64; ID / 8], member: &Member) -> Result<Communicator> {
+    let nccl = loaded()?;
     gpu.bind()?;
-    let id = sys::ncclUniqueId {
-        internal: std::array::from_fn(|i| words[i / 8].to_le_bytes()[i % 8] as std::ffi::c_char),
-    };
+    let id =
+        sys::ncclUniqueId { internal: std::array::from_fn(|i| words[i / 8].to_le_bytes()[i % 8] as c_char) };
     let mut config = sys::ncclConfig_t {
         size: size_of::<sys::ncclConfig_t>(),
         magic: MAGIC,
@@ -269,12 +338,12 @@ fn join(gpu: &Gpu, rank: Rank, words: [u64; ID / 8], member: &Member) -> Result<
         netName: std::ptr::null(),
         splitShare: UNSET,
     };
-    let mut comm = std::ptr::null_mut();
+    let mut at = std::ptr::null_mut();
     let (world, index) = (rank.world as c_int, rank.index as c_int);
     // SAFETY: all of these outlive the call.
-    let begun = unsafe { result::comm_init_rank_config(&mut comm, world, id, index, &mut config) };
-    let comm = Communicator(comm);
-    begun.map_err(failed)?;
+    let begun = unsafe { (nccl.ncclCommInitRankConfig)(&mut at, world, id, index, &mut config) };
+    let comm = Communicator { nccl, at };
+    begun.result().map_err(failed)?;
     let began = Instant::now();
     while !comm.is_settled()? {
         member.check()?;
@@ -296,8 +365,8 @@ fn starts(widths: &[usize], rows: usize) -> impl Iterator<Item = (u64, usize)> {
     })
 }
 
-fn pointer(address: u64) -> *mut std::ffi::c_void {
-    address as *mut std::ffi::c_void
+fn pointer(address: u64) -> *mut c_void {
+    address as *mut c_void
 }
 
 #[cfg(test)]
