@@ -22,9 +22,10 @@ use std::time::Duration;
 pub(crate) const MOST_RANKS: usize = 8;
 /// Words of a block's flags and epoch; as in collectives.cu.
 const FLAG_WORDS: usize = 32;
-/// Blocks of every launch: few enough to run at the same time on any GPU, beside others of a device that several ranks share. Emulated, where
-/// what they cost is their threads, a few show as much.
+/// Blocks of every launch: few enough to run at the same time on any GPU. Emulated, where what they cost is their threads, a few show as much.
 const BLOCKS: usize = if cfg!(feature = "emulate") { 8 } else { 64 };
+/// The same where ranks share a device: a multiprocessor has room for one block of the widest kernels, and all ranks' must run at the same time.
+const BLOCKS_SIDE_BY_SIDE: usize = 8;
 /// Most threads of a block, and most vectors of four that each holds of a row; as in collectives.cu.
 const THREADS: usize = 512;
 const HELD_VECTORS: usize = 8;
@@ -70,6 +71,8 @@ pub(crate) struct PeerMemory {
     table: Buffer,
     /// A word that a kernel sets when it has waited for too long.
     broken: Staging,
+    /// Blocks of every launch, the same number on all ranks.
+    blocks: usize,
     /// Widths of the parts that are gathered, once they were.
     widths: Option<[u64; MOST_RANKS]>,
 }
@@ -90,7 +93,8 @@ impl PeerMemory {
         let over_nodes = member.local().len() < rank.world;
         member.share(if over_nodes { device.uuid() } else { device.id() }, &mut ids[..rank.world])?;
         let ids = &ids[..rank.world];
-        let apart = access != PeerAccess::Auto || (1..ids.len()).all(|i| !ids[..i].contains(&ids[i]));
+        let side_by_side = (1..ids.len()).any(|i| ids[..i].contains(&ids[i]));
+        let apart = access != PeerAccess::Auto || !side_by_side;
         let shown = match over_nodes {
             true => Regions::connect(device, member, REGION, apart.then_some(()).ok_or_else(share_a_gpu))?,
             false => in_one_process(device, member, ids, apart)?,
@@ -123,6 +127,7 @@ impl PeerMemory {
             always_multicast,
             table,
             broken,
+            blocks: if side_by_side { BLOCKS_SIDE_BY_SIDE } else { BLOCKS },
             widths: None,
         }))
     }
@@ -183,8 +188,13 @@ impl PeerMemory {
     }
 
     fn sum(&self, kernel: &'static str, x: Arg, count: usize) -> Result<()> {
-        let threads = threads(count.div_ceil(4 * BLOCKS));
-        self.device.launch(kernel, Grid::new(BLOCKS, threads), 0, &[(&self.table).into(), x, count.into()])
+        let threads = threads(count.div_ceil(4 * self.blocks));
+        self.device.launch(
+            kernel,
+            Grid::new(self.blocks, threads),
+            0,
+            &[(&self.table).into(), x, count.into()],
+        )
     }
 
     /// Whether [`PeerMemory::reduce_norm`] takes such rows.
@@ -212,7 +222,7 @@ impl PeerMemory {
             Shots::Multicast => "all_reduce_norm_multicast",
             _ => "all_reduce_norm",
         };
-        self.device.launch(kernel, Grid::new(BLOCKS, threads(x.width / 4)), 0, &args)
+        self.device.launch(kernel, Grid::new(self.blocks, threads(x.width / 4)), 0, &args)
     }
 }
 
@@ -228,7 +238,7 @@ impl PeerMemory {
     pub fn embed(&self, args: [Arg; 7], rows: usize) -> Result<()> {
         let [tokens, drawn, results, table, is_f32, out, width] = args;
         let args = [(&self.table).into(), tokens, drawn, results, table, is_f32, out, rows.into(), width];
-        self.device.launch("embed_from_first", Grid::new(BLOCKS, 256), 0, &args)
+        self.device.launch("embed_from_first", Grid::new(self.blocks, 256), 0, &args)
     }
 
     /// Whether parts of such a width on this rank can be gathered. Ranks that gather for the first time tell each other their widths: all call
@@ -269,7 +279,7 @@ impl PeerMemory {
             let whole = whole.map_or(Arg::NULL, |whole| Arg::at(&whole.buffer, 4 * first * total));
             let part = Arg::at(&part.buffer, 4 * first * part.width);
             let args = [(&self.table).into(), part, whole, rows.into()];
-            let grid = Grid::new(BLOCKS, threads((rows * widest).div_ceil(BLOCKS)));
+            let grid = Grid::new(self.blocks, threads((rows * widest).div_ceil(self.blocks)));
             self.device.launch("gather_parts", grid, 0, &args)?;
         }
         Ok(())
