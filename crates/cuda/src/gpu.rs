@@ -62,7 +62,7 @@ impl Gpu {
         unsafe { result::ctx::set_current(context) }.map_err(failed(&what))?;
         let stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed(&what))?;
-        let functions = load().map_err(failed("the embedded kernels cannot be loaded"))?;
+        let functions = load(device).map_err(failed("the embedded kernels cannot be loaded"))?;
         if let Some((name, _)) = KERNELS.iter().find(|(name, _)| !functions.contains_key(name)) {
             return Err(OpError::Backend(format!("kernel {name} is in none of the embedded images")));
         }
@@ -325,8 +325,12 @@ fn is_done(status: sys::CUresult) -> Result<bool> {
     }
 }
 
-/// Loads every image, finds every kernel, and lets those that need it use more shared memory than the usual 48 KiB.
-fn load() -> std::result::Result<HashMap<&'static str, sys::CUfunction>, DriverError> {
+/// Loads every image, finds every kernel, and lets those that need it use more shared memory than the usual 48 KiB. A kernel that needs more than
+/// the device has, as those of other chips may, is there all the same: only its launch fails.
+fn load(device: sys::CUdevice) -> std::result::Result<HashMap<&'static str, sys::CUfunction>, DriverError> {
+    let opt_in = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    // SAFETY: the device exists.
+    let there = unsafe { result::device::get_attribute(device, opt_in) }?;
     let mut functions = HashMap::new();
     for image in IMAGES {
         // SAFETY: a fat binary that nvcc made; modules are never unloaded.
@@ -335,7 +339,7 @@ fn load() -> std::result::Result<HashMap<&'static str, sys::CUfunction>, DriverE
             let c_name = CString::new(name).expect("a kernel's name");
             // SAFETY: the module was just loaded.
             let Ok(function) = (unsafe { result::module::get_function(module, c_name) }) else { continue };
-            if shared > 0 {
+            if (1..=there).contains(&(shared as i32)) {
                 let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // SAFETY: the function was just found.
                 unsafe { result::function::set_function_attribute(function, most, shared as i32) }?;
