@@ -205,13 +205,16 @@ impl<B: Backend> Decoder<B> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Runs a largest step, so that everything that grows with steps has grown.
+    /// Runs a largest step, or as much of one as there are KV blocks for, so that everything that grows with steps has grown.
     pub(crate) fn rehearse(&mut self) -> Result<(), OpError> {
         let Limits { batch_tokens, outputs, context, .. } = self.limits;
         let mut batch = Batch::default();
         let mut free = 0..self.limits.kv_blocks as u32;
         while batch.rows() < batch_tokens {
-            let len = context.min(batch_tokens - batch.rows());
+            let len = context.min(batch_tokens - batch.rows()).min(BLOCK_SIZE * free.len());
+            if len == 0 {
+                break;
+            }
             let blocks: Vec<u32> = free.by_ref().take(len.div_ceil(BLOCK_SIZE)).collect();
             let wanted = len.min(outputs - batch.outputs.len());
             batch.push(&vec![0; len], 0, &blocks, wanted);

@@ -42,6 +42,14 @@ pub enum KvSize {
     DeviceShare(f64),
 }
 
+impl KvSize {
+    /// Whether a largest step is run at the load: then what grows with steps is there before memory is measured, and no device looks for room in
+    /// the middle of a later step, where giving some back may wait for other devices that wait for it.
+    pub(crate) fn is_rehearsed(self) -> bool {
+        !matches!(self, Self::Blocks(_))
+    }
+}
+
 /// A loaded model and what it takes.
 pub struct Loaded {
     /// The model.
@@ -219,8 +227,10 @@ impl ModelSource {
         let weight_bytes = self.weight_bytes();
         progress(weight_bytes, weight_bytes);
         let block_bytes = self.kv_block_bytes(&decoder.backend);
-        if let KvSize::DeviceShare(share) = options.kv {
+        if options.kv.is_rehearsed() {
             decoder.rehearse()?;
+        }
+        if let KvSize::DeviceShare(share) = options.kv {
             let blocks = kv_blocks_in(share, decoder.backend.memory()?, block_bytes)?;
             decoder.set_kv_blocks(blocks)?;
         }

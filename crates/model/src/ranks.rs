@@ -118,8 +118,12 @@ impl ModelSource {
             return Err(LoadError::Options(format!("{world} ranks need a backend each, in their order")));
         }
         let kv_block_bytes = backends.first().map_or(0, |backend| self.kv_block_bytes(backend));
+        let rehearsed = options.kv.is_rehearsed();
         let options = agree(group, options, kv_block_bytes)?;
         let mut decoders = self.load_parts(world, backends, options, progress)?;
+        if rehearsed {
+            rehearse(group, &mut decoders)?;
+        }
         if let KvSize::DeviceShare(share) = options.kv {
             fill_memory(group, &mut decoders, share, kv_block_bytes / world as u64)?;
         } else {
@@ -195,22 +199,23 @@ fn agree(group: &Group, options: LoadOptions, kv_block_bytes: u64) -> Result<Loa
     Ok(LoadOptions { max_batch_tokens, max_outputs, kv, max_context })
 }
 
-/// Runs a largest step on all ranks, then gives each as many KV blocks, of `block_bytes` on a rank, as this share of the device with the
-/// least room holds.
+/// Runs a largest step on all ranks.
+fn rehearse<B: Backend>(group: &Group, decoders: &mut [Decoder<B>]) -> Result<(), LoadError> {
+    std::thread::scope(|scope| {
+        for (rank, decoder) in group.local().zip(decoders) {
+            scope.spawn(move || attempt(group, rank, || decoder.rehearse()));
+        }
+    });
+    group.mend().map_or(Ok(()), |failed| Err(refused(failed)))
+}
+
+/// Gives each rank as many KV blocks, of `block_bytes` on a rank, as this share of the device with the least room holds.
 fn fill_memory<B: Backend>(
     group: &Group,
     decoders: &mut [Decoder<B>],
     share: f64,
     block_bytes: u64,
 ) -> Result<(), LoadError> {
-    std::thread::scope(|scope| {
-        for (rank, decoder) in group.local().zip(decoders.iter_mut()) {
-            scope.spawn(move || attempt(group, rank, || decoder.rehearse()));
-        }
-    });
-    if let Some(failed) = group.mend() {
-        return Err(refused(failed));
-    }
     let mut least = usize::MAX;
     for decoder in &*decoders {
         least = least.min(kv_blocks_in(share, decoder.backend.memory()?, block_bytes)?);
