@@ -104,13 +104,16 @@ impl Queue {
         if self.without_graphs || self.seen.insert(hash) {
             return self.run_each(gpu, pending);
         }
-        match gpu.capture(|| self.run_each(gpu, pending)) {
+        // A graph's first launch brings it to the GPU, which may have no room for it.
+        let launched = gpu
+            .capture(|| self.run_each(gpu, pending))
+            .and_then(|graph| gpu.launch_graph(&graph).map(|()| graph));
+        match launched {
             Ok(graph) => {
                 if self.graphs.len() >= MOST_GRAPHS {
                     gpu.synchronize()?;
                     self.graphs.clear();
                 }
-                gpu.launch_graph(&graph)?;
                 self.graphs.insert(hash, (pending.to_vec(), graph));
                 Ok(())
             }
