@@ -106,6 +106,8 @@ impl PeerMemory {
             PeerAccess::Auto => shots(rank.world, SIDE, true) == Shots::Multicast,
             access => access == PeerAccess::Multicast,
         };
+        // A device has one place among those of a multicast object, and binding waits for as many as there are ranks.
+        let wanted = wanted && !side_by_side;
         let window = if wanted { Window::connect(device, member, 2 * SIDE)? } else { None };
         let broken = Staging::new(device, 16)?;
         let (table, world) = (device.buffer(WINDOW + 16)?, rank.world as u64);
