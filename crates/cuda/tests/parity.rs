@@ -8,7 +8,7 @@ mod common;
 #[path = "../../ops/tests/support/mod.rs"]
 mod support;
 
-use common::{cuda, large};
+use common::{cuda, large, on_gpu};
 use half::{bf16, f16};
 use rudder_comm::Group;
 use rudder_cuda::{Cuda, KvDType, PeerAccess, PrefillKernel, SharedPrefixes};
@@ -1704,6 +1704,35 @@ fn steps_that_do_not_fit_are_errors() -> Result<()> {
     assert!(b.begin(&batch).is_err());
     assert!(b.kv_cache(usize::MAX / 2, &shape, 64).is_err());
     assert!(b.kv_cache(1 << 20, &shape, 1 << 40).is_err());
+    Ok(())
+}
+
+/// A decode step that comes again runs as a CUDA graph where there is a GPU, with cuBLASLt's product in it, and makes the same.
+#[test]
+fn decode_steps_that_come_again_are_graphs() -> Result<()> {
+    const ROWS: u32 = 20;
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(38);
+    let table = RawTensor::from_f32("table", vec![50, 64], &random.vec(50 * 64, 1.0));
+    let table = cuda.load_embedding(&table)?;
+    let weight = vector(&mut cuda, &random.vec(64, 2.0))?;
+    let w = cuda.load_matrix(&[matrix("w", 33, &random.exact(33 * 64, 1.0))])?;
+    let rows = ROWS as usize;
+    let (mut x, mut normed, mut out) =
+        (cuda.tensor(rows, 64)?, cuda.tensor(rows, 64)?, cuda.tensor(rows, 33)?);
+    let mut found = Vec::new();
+    for _ in 0..4 {
+        let mut batch = Batch::default();
+        (0..ROWS).for_each(|row| batch.push(&[2 * row], 0, &[row], 1));
+        cuda.begin(&batch)?;
+        cuda.embed(&table, &mut x)?;
+        cuda.rms_norm(&mut x, None, &weight, 1e-6, &mut normed)?;
+        cuda.linear(&normed, &w, None, &mut out)?;
+        cuda.end()?;
+        found.push(bits(&cuda.to_host(&out)?));
+    }
+    assert!(found[0].iter().any(|&bits| bits != 0) && found.iter().all(|bits| *bits == found[0]));
+    assert_eq!(cuda.graphs(), usize::from(on_gpu(&cuda)));
     Ok(())
 }
 
