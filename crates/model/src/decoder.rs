@@ -165,9 +165,7 @@ impl<B: Backend> Layer<B> {
         backend.reduce_norm(residual, delta, &self.ffn_norm, config.rms_eps, normed)?;
         match (&self.mlp, mlp, &config.moe) {
             (Mlp::Dense { gate_up, down }, MlpWorkspace::Dense { gate_up: both, activated }, _) => {
-                backend.linear(normed, gate_up, None, both)?;
-                backend.silu_mul(both, activated)?;
-                backend.linear(activated, down, None, delta)?;
+                backend.mlp(normed, gate_up, down, (both, activated), delta)?;
             }
             (Mlp::Moe { router, router_bias, experts }, MlpWorkspace::Moe { router_logits }, Some(moe)) => {
                 backend.linear(normed, router, router_bias.as_ref(), router_logits)?;

@@ -301,6 +301,21 @@ pub trait Backend: Send + Sized + 'static {
     ) -> Result<()>;
     /// `gate_up` rows are `[gate | up]`; `out = silu(gate) * up` (Shazeer 2020, arXiv:2002.05202).
     fn silu_mul(&mut self, gate_up: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+    /// A gated MLP: the rows of `gate_up` are the gate's, then as many of up, and `out = (silu(x * gate^T) * (x * up^T)) * down^T`. What
+    /// the two tensors `room`, for both halves and for what the gate lets through, hold afterwards is not to be read.
+    fn mlp(
+        &mut self,
+        x: &Self::Tensor,
+        gate_up: &Self::Matrix,
+        down: &Self::Matrix,
+        room: (&mut Self::Tensor, &mut Self::Tensor),
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        let (both, activated) = room;
+        self.linear(x, gate_up, None, both)?;
+        self.silu_mul(both, activated)?;
+        self.linear(activated, down, None, out)
+    }
     /// Mixture of experts: softmax over `router_logits` rows, the `top_k` largest (ties to the
     /// lower index), weights renormalised to sum to one when `renormalise`, and the weighted sum
     /// of those experts' gated MLPs of `x`.

@@ -3,9 +3,10 @@
 
 use rudder_ops::cpu::{Cpu, KvDType};
 use rudder_ops::{
-    Activation, AttentionOptions, AttentionShape, Backend, Batch, ExpertWeights, QkNorm, RawTensor, Result,
-    Rope, RopePairing,
+    Activation, AttentionOptions, AttentionShape, Backend, Batch, DType, ExpertWeights, QkNorm, RawTensor,
+    Result, Rope, RopePairing,
 };
+use std::sync::Arc;
 
 const HIDDEN: usize = 48;
 const INNER: usize = 80;
@@ -29,6 +30,14 @@ fn values(seed: u32, n: usize) -> Vec<f32> {
 
 fn raw(seed: u32, shape: &[usize]) -> RawTensor {
     RawTensor::from_f32(format!("weight {seed}"), shape.to_vec(), &values(seed, shape.iter().product()))
+}
+
+/// The same in bf16, of which many rows take another way through an MLP than few.
+fn bf16(seed: u32, shape: &[usize]) -> RawTensor {
+    let values = values(seed, shape.iter().product());
+    let bytes: Vec<u8> = values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
+    RawTensor::new(format!("weight {seed}"), shape.to_vec(), DType::BF16, Arc::new(bytes), 0)
+        .expect("whole numbers")
 }
 
 /// One decoder layer with every op in it.
@@ -57,7 +66,7 @@ impl Model {
         let inv_freq = (0..SHAPE.head_dim / 2).map(|i| 0.6f32.powi(i as i32)).collect();
         cpu.load_rope(&Rope { inv_freq, pairing: RopePairing::Halves }, 4096)?;
         let stack = |seed, shape: [usize; 2]| -> Vec<RawTensor> {
-            (0..EXPERTS as u32).map(|i| raw(seed + i, &shape)).collect()
+            (0..EXPERTS as u32).map(|i| bf16(seed + i, &shape)).collect()
         };
         let inner = [INNER, HIDDEN];
         let (gate, up, down) = (stack(20, inner), stack(30, inner), stack(40, [HIDDEN, INNER]));
@@ -79,8 +88,8 @@ impl Model {
             head_norm: cpu.load_vector(&[raw(3, &[SHAPE.head_dim])])?,
             qkv: cpu.load_matrix(&[raw(4, &[SHAPE.qkv_width(), HIDDEN])])?,
             attention_out: cpu.load_matrix(&[raw(5, &[HIDDEN, SHAPE.out_width()])])?,
-            gate_up: cpu.load_matrix(&[raw(6, &inner), raw(7, &inner)])?,
-            down: cpu.load_matrix(&[raw(8, &[HIDDEN, INNER])])?,
+            gate_up: cpu.load_matrix(&[bf16(6, &inner), bf16(7, &inner)])?,
+            down: cpu.load_matrix(&[bf16(8, &[HIDDEN, INNER])])?,
             router: cpu.load_matrix(&[raw(9, &[EXPERTS, HIDDEN])])?,
             experts: cpu.load_experts(&experts)?,
             cache: cpu.kv_cache(1, &SHAPE, BLOCKS)?,
@@ -106,9 +115,7 @@ impl Model {
         b.attention(&qkv, &SHAPE, options, 0, &self.cache, &mut attended)?;
         b.linear(&attended, &self.attention_out, None, &mut y)?;
         b.rms_norm(&mut x, Some(&y), &self.norm, 1e-6, &mut normed)?;
-        b.linear(&normed, &self.gate_up, None, &mut gate_up)?;
-        b.silu_mul(&gate_up, &mut gated)?;
-        b.linear(&gated, &self.down, None, &mut y)?;
+        b.mlp(&normed, &self.gate_up, &self.down, (&mut gate_up, &mut gated), &mut y)?;
         b.rms_norm(&mut x, Some(&y), &self.norm, 1e-6, &mut normed)?;
         b.linear(&normed, &self.router, None, &mut router)?;
         b.moe(&normed, &router, &self.experts, 2, true, &mut out)?;

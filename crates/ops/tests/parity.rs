@@ -81,6 +81,40 @@ fn silu_mul_agrees_on_odd_widths_and_extremes() -> Result<()> {
     Ok(())
 }
 
+fn run_mlp<B: Backend>(b: &mut B, data: Rows, [gate_up, down]: [&[RawTensor]; 2]) -> Result<Vec<f32>> {
+    let x = upload(b, data)?;
+    let (hidden, inner) = (down[0].shape[0], down[0].shape[1]);
+    let (gate_up, down) = (b.load_matrix(gate_up)?, b.load_matrix(down)?);
+    let (mut both, mut activated) = (b.tensor(64, 2 * inner)?, b.tensor(64, inner)?);
+    let mut out = b.tensor(64, hidden)?;
+    b.mlp(&x, &gate_up, &down, (&mut both, &mut activated), &mut out)?;
+    b.to_host(&out)
+}
+
+#[test]
+fn mlp_agrees_for_few_and_many_rows() -> Result<()> {
+    let mut random = Random(23);
+    for dtype in [DType::F32, DType::BF16] {
+        for (hidden, inner) in [(32, 48), (65, 40), (96, 128)] {
+            let mut weight = |shape| stored(&mut random, dtype, shape);
+            let gate_up = [weight(vec![inner, hidden]), weight(vec![inner, hidden])];
+            let down = [weight(vec![hidden, inner])];
+            for rows in [1, 11, 12, 40] {
+                let x = random.vec(rows * hidden, 0.3);
+                let run = |ours: bool| match ours {
+                    true => run_mlp(&mut cpu(2), (&x, hidden), [&gate_up, &down]),
+                    false => run_mlp(&mut Reference::new(), (&x, hidden), [&gate_up, &down]),
+                };
+                // Inputs and what stands between the products are rounded to bf16.
+                let tolerance = if dtype == DType::F32 { 1e-5 } else { 0.008 * (inner as f32).sqrt() };
+                let what = format!("{dtype:?} {hidden} {inner}, {rows} rows");
+                assert_close(&run(true)?, &run(false)?, tolerance, &what);
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A tensor of `dtype` with usable scales and random quants.
 fn stored(random: &mut Random, dtype: DType, shape: Vec<usize>) -> RawTensor {
     let n = shape.iter().product();

@@ -54,8 +54,12 @@ impl Kernel for Gated<'_> {
     }
 }
 
+/// What `activation` makes of a gate and an up.
+///
+/// # Safety
+/// The CPU has the instructions of `S`.
 #[inline(always)]
-unsafe fn gated_vector<S: Simd>(activation: Activation, gate: S::V, up: S::V) -> S::V {
+pub(super) unsafe fn gated_vector<S: Simd>(activation: Activation, gate: S::V, up: S::V) -> S::V {
     // SAFETY: the caller's promise is the same.
     unsafe {
         match activation {

@@ -10,6 +10,7 @@ mod attention_pairs;
 mod kv;
 pub mod matmul;
 mod memory;
+mod mlp;
 mod moe;
 mod norm;
 pub mod pool;
@@ -27,6 +28,7 @@ use crate::{
 use kv::{LayerMut, Layout};
 use matmul::{PackedMatrix, Scratch};
 use memory::Numbers;
+use mlp::Mlp;
 use norm::{RmsNorm, RmsNormInPlace};
 use pool::Pool;
 use rows::{Disjoint, for_rows};
@@ -440,6 +442,32 @@ impl Backend for Cpu {
         out.resize(gate_up.rows, gate_up.width / 2)?;
         let width = out.width;
         activation::gated(&self.pool, self.level, Activation::Silu, gate_up.data(), width, out.data_mut());
+        Ok(())
+    }
+
+    fn mlp(
+        &mut self,
+        x: &Tensor,
+        gate_up: &PackedMatrix,
+        down: &PackedMatrix,
+        (both, activated): (&mut Tensor, &mut Tensor),
+        out: &mut Tensor,
+    ) -> Result<()> {
+        check(x.width == gate_up.width() && gate_up.rows() == 2 * down.width(), || {
+            format!(
+                "an MLP [{}, {}, {}] on rows of {}",
+                gate_up.width(),
+                gate_up.rows(),
+                down.width(),
+                x.width
+            )
+        })?;
+        both.resize(x.rows, gate_up.rows())?;
+        activated.resize(x.rows, down.width())?;
+        out.resize(x.rows, down.rows())?;
+        let room = mlp::Room { gate_up: both.data_mut(), activated: activated.data_mut() };
+        let mlp = Mlp { gate_up, down, biases: None, activation: Activation::Silu };
+        mlp.run(&self.pool, self.level, &mut self.scratch, x.data(), room, out.data_mut());
         Ok(())
     }
 

@@ -2,8 +2,8 @@
 //!
 //! Every row adds up its experts in ascending order, whatever other rows are there.
 
-use super::activation::gated;
-use super::matmul::{PackedMatrix, Scratch, matmul};
+use super::matmul::{PackedMatrix, Scratch};
+use super::mlp::{self, Mlp};
 use super::pool::Pool;
 use super::simd::{self, Kernel, LANES, Level, Simd};
 use crate::Activation;
@@ -69,15 +69,20 @@ pub(super) fn moe(
     let (hidden, intermediate) = (experts.hidden, experts.intermediate);
     for routes in routes.chunk_by(|a, b| a.expert == b.expert) {
         let (expert, n) = (&experts.experts[routes[0].expert], routes.len());
-        let bias = |i: usize| expert.biases.as_ref().map(|biases| biases[i].as_slice());
         rows_in.clear();
         routes.iter().for_each(|r| rows_in.extend_from_slice(&x[r.row * hidden..(r.row + 1) * hidden]));
-        let gate_up = sized(gate_up, n * 2 * intermediate);
-        matmul(pool, scratch, rows_in, n, &expert.gate_up, bias(0), gate_up);
-        let activated = sized(activated, n * intermediate);
-        gated(pool, level, experts.activation, gate_up, intermediate, activated);
+        let mlp = Mlp {
+            gate_up: &expert.gate_up,
+            down: &expert.down,
+            biases: expert.biases.as_ref().map(|[gate_up, down]| [&gate_up[..], &down[..]]),
+            activation: experts.activation,
+        };
+        let room = mlp::Room {
+            gate_up: sized(gate_up, n * 2 * intermediate),
+            activated: sized(activated, n * intermediate),
+        };
         let y = sized(y, n * hidden);
-        matmul(pool, scratch, activated, n, &expert.down, bias(1), y);
+        mlp.run(pool, level, scratch, rows_in, room, y);
         for (route, y) in routes.iter().zip(y.chunks_exact(hidden)) {
             for (out, y) in out[route.row * hidden..(route.row + 1) * hidden].iter_mut().zip(y) {
                 *out += route.weight * y;

@@ -217,9 +217,9 @@ impl Level {
         match self.0 {
             Set::Plain => Plain::TILE,
             #[cfg(target_arch = "x86_64")]
-            Set::Avx2 => x86::Avx2::TILE,
+            Set::Avx2 => Avx2::TILE,
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512 | Set::Avx512Bf16 => x86::Avx512::<false>::TILE,
+            Set::Avx512 | Set::Avx512Bf16 => Avx512::<false>::TILE,
         }
     }
 
@@ -323,6 +323,9 @@ impl Simd for Plain {
         to.cast::<Self::Pairs>().write_unaligned(pairs);
     }
 }
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {

@@ -13,7 +13,7 @@ use crate::DType;
 use std::ops::Range;
 
 /// Rows of a register tile, which is two tiles of weights wide.
-const ROWS: usize = 6;
+pub(super) const ROWS: usize = 6;
 
 /// What a job needs beside its tiles where they are compact.
 #[derive(Clone, Copy)]
@@ -114,7 +114,7 @@ unsafe fn compact_pass<U: Unit>(
 unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
     let (tiles, pairs) = (job.outputs.div_ceil(LANES), pairs(job));
     let step = if U::MANY { ROWS } else { part_of::<U>(job.rows) };
-    for group in groups(tiles, job.width) {
+    for group in groups(tiles, group_tiles(job.width)) {
         let bytes = job.tiles[group.start * job.tile_bytes..group.end * job.tile_bytes].as_ptr();
         let (weights, tile_bytes) = match job.compact {
             None => (bytes, job.tile_bytes),
@@ -136,7 +136,8 @@ unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
                 let (tile, x) = (group.start + i, x[row * pairs..][..ROWS * pairs].as_ptr());
                 // SAFETY: `weights` and `x` hold the group's tiles and the rows of `pairs` pairs; the rest as promised.
                 unsafe {
-                    let [one, two] = two_tiles::<U, ROWS>(weights.add(i * tile_bytes), tile_bytes, x, pairs);
+                    let two = [weights.add(i * tile_bytes), weights.add((i + 1) * tile_bytes)];
+                    let [one, two] = two_tiles::<U, ROWS>(two, x, pairs);
                     store::<U, ROWS>(job, tile, row, one);
                     store::<U, ROWS>(job, tile + 1, row, two);
                 }
@@ -164,9 +165,9 @@ pub(super) fn group_tiles(width: usize) -> usize {
     (BYTES / tile_bytes(DType::BF16, width) / 2 * 2).max(2)
 }
 
-/// `tiles` tiles in groups of about one size, of whole twos but for the last.
-fn groups(tiles: usize, width: usize) -> impl Iterator<Item = Range<usize>> {
-    let count = tiles.div_ceil(group_tiles(width));
+/// `tiles` tiles in groups of about one size, of whole twos but for the last, at most `most` and a number of twos.
+pub(super) fn groups(tiles: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = tiles.div_ceil(most);
     let size = tiles.div_ceil(count).next_multiple_of(2);
     (0..tiles).step_by(size).map(move |first| first..tiles.min(first + size))
 }
@@ -176,7 +177,7 @@ fn groups(tiles: usize, width: usize) -> impl Iterator<Item = Range<usize>> {
 /// # Safety
 /// `weights` holds a tile of `pairs` pairs; `x` holds `R` rows of them.
 #[inline(always)]
-unsafe fn rows<U: Unit, const R: usize>(
+pub(super) unsafe fn rows<U: Unit, const R: usize>(
     weights: *const u8,
     x: *const u32,
     pairs: usize,
@@ -212,17 +213,15 @@ unsafe fn rows<U: Unit, const R: usize>(
 /// `R` rows times two plain tiles, each output summed as in [`rows`].
 ///
 /// # Safety
-/// `weights` holds two tiles of `pairs` pairs, `tile_bytes` apart; `x` holds `R` rows of them.
+/// `weights` are tiles of `pairs` pairs; `x` holds `R` rows of them.
 #[inline(always)]
-unsafe fn two_tiles<U: Unit, const R: usize>(
-    weights: *const u8,
-    tile_bytes: usize,
+pub(super) unsafe fn two_tiles<U: Unit, const R: usize>(
+    weights: [*const u8; 2],
     x: *const u32,
     pairs: usize,
 ) -> [[U::Floats; R]; 2] {
     // SAFETY: `at + half` stays below `pairs`.
     unsafe {
-        let weights = [weights, weights.add(tile_bytes)];
         // Of each row, for even and odd pairs, of both tiles.
         let mut sums = [[[U::splat(0.0); 2]; 2]; R];
         for at in (0..pairs / 2).map(|two| 2 * two) {

@@ -1,9 +1,11 @@
 //! Which unit this processor has, and the kernels compiled for it.
 
 use super::bf16::bf16;
+use super::gated::{self, gated};
 use super::kernel::{Format, Job, Kernel, plain, quantized};
 use super::unit::Portable;
 use crate::DType;
+use std::sync::OnceLock;
 
 #[cfg(target_arch = "aarch64")]
 use super::neon::Neon;
@@ -54,6 +56,12 @@ impl Isa {
         units
     }
 
+    /// The widest unit of this processor.
+    pub fn widest() -> Self {
+        static WIDEST: OnceLock<Isa> = OnceLock::new();
+        *WIDEST.get_or_init(|| Self::available().pop().unwrap_or(Isa::Portable))
+    }
+
     /// The kernel for weights stored as `dtype`; to be called only on a processor with this unit.
     pub fn kernel(self, dtype: DType) -> Kernel {
         match self {
@@ -68,6 +76,23 @@ impl Isa {
             Isa::Avx512Bf16 => avx512_bf16::kernel(dtype),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => neon::kernel(dtype),
+        }
+    }
+
+    /// The kernel for gate and up in one; as above.
+    pub fn gated(self) -> gated::Kernel {
+        match self {
+            Isa::Portable => portable::run_gated,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::run_gated,
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => avx_vnni::run_gated,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::run_gated,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => avx512_bf16::run_gated,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::run_gated,
         }
     }
 }
@@ -113,6 +138,14 @@ macro_rules! unit {
             unsafe fn run_bf16(job: &Job<'_>) {
                 // SAFETY: as the caller promises.
                 unsafe { bf16::<$unit>(job) }
+            }
+
+            /// # Safety
+            /// See [`gated::Kernel`].
+            $(#[$features])?
+            pub(super) unsafe fn run_gated(job: &gated::Job<'_>) {
+                // SAFETY: as the caller promises.
+                unsafe { gated::<$unit>(job) }
             }
 
             pub(super) fn kernel(dtype: DType) -> Kernel {

@@ -8,6 +8,7 @@
 
 mod bf16;
 mod compact;
+mod gated;
 mod isa;
 mod kernel;
 mod layout;
@@ -23,9 +24,10 @@ mod x86;
 
 use super::memory::{Memory, Number, Numbers};
 use super::pool::Pool;
-use crate::{DType, OpError, RawTensor, Result};
+use crate::{Activation, DType, OpError, RawTensor, Result};
 use bf16::{Compact, group_tiles};
 use compact::Table;
+use gated::Half;
 use isa::Isa;
 pub(super) use kernel::prefetch;
 use kernel::{Input, Job, MANY_ROWS};
@@ -34,7 +36,7 @@ use quantize::Activations;
 pub(super) use quantize::{pair_bf16, round_bf16};
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 /// Work pieces per thread: enough that a thread that is held up delays little.
 const PIECES: usize = 8;
@@ -88,9 +90,28 @@ impl PackedMatrix {
         self.rows
     }
 
+    /// Whether [`gated`] computes it, its parts being gate and up.
+    fn is_gated(&self) -> bool {
+        let [gate, up] = &self.parts[..] else { return false };
+        self.is_bf16() && gate.rows == up.rows && gate.rows.is_multiple_of(LANES)
+    }
+
+    /// Whether it multiplies pairs of bf16 alone.
+    fn is_bf16(&self) -> bool {
+        self.parts.iter().all(|part| part.dtype == DType::BF16)
+    }
+
     /// Inputs.
     pub fn width(&self) -> usize {
         self.width
+    }
+
+    /// Bytes of room that a thread needs to multiply many rows: for a group of widened tiles, where some are compact.
+    fn room(&self) -> usize {
+        match self.parts.iter().any(|part| part.patches.is_some()) {
+            true => group_tiles(self.width).max(4) * tile_bytes(DType::BF16, self.width),
+            false => 0,
+        }
     }
 
     /// Bytes the packed weights take, which is what a one-row multiplication reads.
@@ -171,6 +192,11 @@ impl Part {
     fn tile_count(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
+
+    /// What a job with these tiles needs where they are compact.
+    fn compact_in(&self, room: *mut u8) -> Option<Compact<'_>> {
+        self.patches.as_ref().map(|patches| Compact { patches, room })
+    }
 }
 
 /// The tables that the tiles of a matrix would have in their compact form.
@@ -217,6 +243,8 @@ pub struct Scratch {
     quantized: Numbers<Activations>,
     /// Pairs of bf16.
     pairs: Numbers<u32>,
+    /// Such pairs that [`gated`] made.
+    gated: Numbers<u32>,
 }
 
 impl Scratch {
@@ -225,27 +253,41 @@ impl Scratch {
         Self {
             quantized: numbers(max_rows * max_width.div_ceil(BLOCK)),
             pairs: numbers(max_rows * max_width.div_ceil(2)),
+            gated: numbers(max_rows * max_width.div_ceil(2)),
         }
     }
 
-    /// Converts `rows` rows of `x` to what the parts of `w` want.
-    fn convert(&mut self, pool: &Pool, x: &[f32], rows: usize, w: &PackedMatrix) {
+    /// `rows` rows of `x` as the parts of `w` want them.
+    fn convert<'a>(&'a mut self, pool: &Pool, x: &'a [f32], rows: usize, w: &PackedMatrix) -> Inputs<'a> {
         let width = w.width;
+        let mut inputs = Inputs { plain: x, ..Inputs::default() };
         if w.parts.iter().any(|part| Layout::of(part.dtype).is_some()) {
-            convert_rows(pool, x, rows, width / BLOCK, &mut self.quantized, quantize::quantize);
+            inputs.quantized =
+                convert_rows(pool, x, rows, width / BLOCK, &mut self.quantized, quantize::quantize);
         }
         if w.parts.iter().any(|part| part.dtype == DType::BF16) {
             let to_bf16 = |x: &[f32], out: &mut [u32]| quantize::to_bf16(x, width, out);
-            convert_rows(pool, x, rows, width.div_ceil(2), &mut self.pairs, to_bf16);
+            inputs.pairs = convert_rows(pool, x, rows, width.div_ceil(2), &mut self.pairs, to_bf16);
         }
+        inputs
     }
+}
 
-    /// What [`Scratch::convert`] made of `x` for weights stored as `dtype`.
-    fn input<'a>(&'a self, dtype: DType, x: &'a [f32], rows: usize, width: usize) -> Input<'a> {
+/// A multiplication's input in all forms that its weights' formats want.
+#[derive(Clone, Copy, Default)]
+struct Inputs<'a> {
+    plain: &'a [f32],
+    pairs: &'a [u32],
+    quantized: &'a [Activations],
+}
+
+impl<'a> Inputs<'a> {
+    /// The form that weights stored as `dtype` want.
+    fn of(self, dtype: DType) -> Input<'a> {
         match dtype {
-            DType::F32 | DType::F16 => Input::Plain(x),
-            DType::BF16 => Input::Pairs(&self.pairs[..rows * width.div_ceil(2)]),
-            _ => Input::Quantized(&self.quantized[..rows * width / BLOCK]),
+            DType::F32 | DType::F16 => Input::Plain(self.plain),
+            DType::BF16 => Input::Pairs(self.pairs),
+            _ => Input::Quantized(self.quantized),
         }
     }
 }
@@ -259,17 +301,15 @@ fn numbers<T: Number>(len: usize) -> Numbers<T> {
 }
 
 /// Converts `rows` rows of `x` to `units` values each, with growing `out` where it is too short.
-fn convert_rows<T: Number + Send>(
+fn convert_rows<'a, T: Number + Send>(
     pool: &Pool,
     x: &[f32],
     rows: usize,
     units: usize,
-    out: &mut Numbers<T>,
+    out: &'a mut Numbers<T>,
     convert: impl Fn(&[f32], &mut [T]) + Sync,
-) {
-    if out.len() < rows * units {
-        *out = numbers(rows * units);
-    }
+) -> &'a [T] {
+    let out = grown(out, rows * units);
     let (to, width) = (Shared(out.as_mut_ptr()), x.len() / rows);
     // Few rows take less time than handing them over.
     let pieces = if rows < 8 { 1 } else { rows.min(pool.threads() * PIECES) };
@@ -279,6 +319,18 @@ fn convert_rows<T: Number + Send>(
         let out = unsafe { std::slice::from_raw_parts_mut(to.at(first * units), (last - first) * units) };
         convert(&x[first * width..last * width], out);
     });
+    out
+}
+
+/// The first `len` numbers of `room`, which is made anew where it is too short.
+///
+/// # Panics
+/// If there is no more memory.
+fn grown<T: Number>(room: &mut Numbers<T>, len: usize) -> &mut [T] {
+    if room.len() < len {
+        *room = numbers(len);
+    }
+    &mut room[..len]
 }
 
 /// `out[r] = x[r] * w^T + bias`: `x` is `[rows, w.width()]`, `out` `[rows, w.rows()]`, both dense
@@ -295,9 +347,7 @@ pub fn matmul(
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    static WIDEST: OnceLock<Isa> = OnceLock::new();
-    let isa = *WIDEST.get_or_init(|| Isa::available().pop().unwrap_or(Isa::Portable));
-    matmul_on(isa, pool, scratch, x, rows, w, bias, out);
+    matmul_on(Isa::widest(), pool, scratch, x, rows, w, bias, out);
 }
 
 /// [`matmul`] on a unit that this processor has.
@@ -313,17 +363,27 @@ fn matmul_on(
     out: &mut [f32],
 ) {
     assert_eq!(x.len(), rows * w.width, "x");
+    if rows > 0 {
+        multiply(isa, pool, scratch.convert(pool, x, rows, w), rows, w, bias, out);
+    }
+}
+
+/// [`matmul`] of rows in the forms that `w` wants.
+fn multiply(
+    isa: Isa,
+    pool: &Pool,
+    x: Inputs<'_>,
+    rows: usize,
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
     assert_eq!(out.len(), rows * w.rows, "out");
     assert!(bias.is_none_or(|bias| bias.len() == w.rows), "bias");
-    if rows == 0 {
-        return;
-    }
-    scratch.convert(pool, x, rows, w);
-    let scratch = &*scratch;
     let out = Shared(out.as_mut_ptr());
     let tiles: usize = w.parts.iter().map(Part::tile_count).sum();
     let most = pool.threads() * PIECES;
-    let (pieces, piece_tiles) = match w.parts.iter().all(|part| part.dtype == DType::BF16) {
+    let (pieces, piece_tiles) = match w.is_bf16() {
         // The kernel for many rows takes two tiles at a time; pieces of one size end at the same time.
         true if rows >= MANY_ROWS => {
             let twos = tiles.div_ceil(2).div_ceil(most);
@@ -331,9 +391,7 @@ fn matmul_on(
         }
         _ => (tiles.min(most), None),
     };
-    // Widened tiles of compact parts, a group at a time.
-    let compact = rows >= MANY_ROWS && w.parts.iter().any(|part| part.patches.is_some());
-    let room = if compact { group_tiles(w.width) * tile_bytes(DType::BF16, w.width) } else { 0 };
+    let room = if rows >= MANY_ROWS { w.room() } else { 0 };
     let run = |piece: usize, room: *mut u8| {
         let cut = |piece| match piece_tiles {
             Some(count) => tiles.min(piece * count),
@@ -352,8 +410,8 @@ fn matmul_on(
                     tile_bytes: part.tile_bytes,
                     width: w.width,
                     rows,
-                    input: scratch.input(part.dtype, x, rows, w.width),
-                    compact: part.patches.as_ref().map(|patches| Compact { patches, room }),
+                    input: x.of(part.dtype),
+                    compact: part.compact_in(room),
                     bias: bias.map(|bias| &bias[row..row + outputs]),
                     outputs,
                     out: out.at(row),
@@ -368,4 +426,87 @@ fn matmul_on(
         }
     };
     pool.run(pieces, |piece| with_room(room, |room| run(piece, room)));
+}
+
+/// Whether a gated MLP of `rows` rows goes through [`gated`] and [`matmul_gated`].
+pub(super) fn takes_gated(rows: usize, gate_up: &PackedMatrix, down: &PackedMatrix) -> bool {
+    rows >= MANY_ROWS && gate_up.is_gated() && down.is_bf16()
+}
+
+/// Joins the halves of `x * w^T + bias`, gate and up, by `activation` and keeps the result in `scratch`, as *down* wants it.
+///
+/// # Panics
+/// If `w` is no such matrix or a length is not as for [`matmul`].
+pub(super) fn gated(
+    pool: &Pool,
+    scratch: &mut Scratch,
+    activation: Activation,
+    x: &[f32],
+    rows: usize,
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
+) {
+    gated_on(Isa::widest(), pool, scratch, activation, x, rows, w, bias);
+}
+
+/// [`gated`] on a unit that this processor has.
+#[allow(clippy::too_many_arguments)] // gated's, and the unit
+fn gated_on(
+    isa: Isa,
+    pool: &Pool,
+    scratch: &mut Scratch,
+    activation: Activation,
+    x: &[f32],
+    rows: usize,
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
+) {
+    let [gate, up] = &w.parts[..] else { panic!("gate and up") };
+    assert!(w.is_gated() && x.len() == rows * w.width && bias.is_none_or(|bias| bias.len() == w.rows));
+    let (width, outputs) = (w.width, gate.rows);
+    let to_bf16 = |x: &[f32], out: &mut [u32]| quantize::to_bf16(x, width, out);
+    let x = convert_rows(pool, x, rows, width.div_ceil(2), &mut scratch.pairs, to_bf16);
+    let out = Shared(grown(&mut scratch.gated, rows * outputs / 2).as_mut_ptr());
+    let tiles = gate.tile_count();
+    let pieces = tiles.min(pool.threads() * PIECES);
+    let run = |piece: usize, room: *mut u8| {
+        let (first, last) = (piece * tiles / pieces, (piece + 1) * tiles / pieces);
+        let halves = [(gate, 0), (up, outputs)].map(|(part, from)| Half {
+            tiles: &part.tiles.bytes()[first * part.tile_bytes..last * part.tile_bytes],
+            tile_bytes: part.tile_bytes,
+            compact: part.compact_in(room),
+            bias: bias.map(|bias| &bias[from + first * LANES..from + last * LANES]),
+        });
+        let job = gated::Job {
+            activation,
+            halves,
+            tiles: last - first,
+            width,
+            rows,
+            x,
+            out: out.at(first * LANES / 2),
+            stride: outputs / 2,
+        };
+        // SAFETY: the processor has `isa`; the sizes agree as asserted above and as packed; these columns of `out` and
+        // the room are written by this piece alone.
+        unsafe { isa.gated()(&job) };
+    };
+    pool.run(pieces, |piece| with_room(w.room(), |room| run(piece, room)));
+}
+
+/// [`matmul`] of the `rows` rows that [`gated`] left in `scratch`.
+///
+/// # Panics
+/// If `w` is not of bf16 or of another width, or a length is not as for [`matmul`].
+pub(super) fn matmul_gated(
+    pool: &Pool,
+    scratch: &Scratch,
+    rows: usize,
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    assert!(w.is_bf16() && w.width.is_multiple_of(LANES));
+    let pairs = &scratch.gated[..rows * w.width / 2];
+    multiply(Isa::widest(), pool, Inputs { pairs, ..Inputs::default() }, rows, w, bias, out);
 }

@@ -93,6 +93,7 @@ impl Unit for Neon {
     type Ints = [int32x4_t; 4];
     type Floats = [float32x4_t; 4];
     type Bytes = [uint8x16_t; 4];
+    type Simd = crate::cpu::simd::Plain;
 
     #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes {

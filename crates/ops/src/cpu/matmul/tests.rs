@@ -1,6 +1,7 @@
 //! Tests of packing and of all kernels against dequantised weights, and of bit-for-bit repetition.
 
 use super::*;
+use crate::cpu::simd::Level;
 use crate::dequant::dequantize;
 use crate::mxfp4;
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -396,5 +397,51 @@ fn weights_with_no_compact_form_stay_plain() {
         let packed = PackedMatrix::pack(&pool, std::slice::from_ref(&w)).unwrap();
         assert!(packed.parts[0].patches.is_none());
         assert_eq!(packed.bytes(), w.bytes().len());
+    }
+}
+
+#[test]
+fn gate_and_up_in_one_pass_give_the_bits_that_they_give_one_by_one() {
+    let pool = Pool::new(2);
+    let clamped = Activation::ClampedSwiglu { alpha: 1.702, limit: 0.5 };
+    // Compact tiles, plain ones, and one of both; more tiles than a group holds; rows that leave some over.
+    for (outputs, width, compact) in [
+        (48, 896, [true, true]),
+        (320, 64, [false, false]),
+        (16, 512, [true, false]),
+        (80, 33, [false, false]),
+    ] {
+        let part = |seed: u64, compact: bool| {
+            let w = random_tensor(DType::BF16, outputs, width, seed);
+            let part =
+                if compact { Part::pack(&pool, &w, width) } else { Part::plain(&pool, &w, outputs, width) };
+            let part = part.unwrap();
+            assert_eq!(part.patches.is_some(), compact);
+            part
+        };
+        let parts = vec![part(30, compact[0]), part(31, compact[1])];
+        let w = PackedMatrix { rows: 2 * outputs, width, parts };
+        let biases = random(2 * outputs, 32);
+        for (rows, activation, bias) in
+            [(12, Activation::Silu, None), (29, clamped, Some(&biases[..])), (250, Activation::Silu, None)]
+        {
+            let x = random(rows * width, 33);
+            let mut activated = vec![0.0; rows * outputs];
+            let both = run(Isa::Portable, 1, &x, rows, &w, bias);
+            crate::cpu::activation::gated(&pool, Level::detect(), activation, &both, outputs, &mut activated);
+            let mut expected = vec![0; rows * outputs / 2];
+            quantize::to_bf16(&activated, outputs, &mut expected);
+            for isa in Isa::available() {
+                for threads in [1, 3] {
+                    let mut scratch = Scratch::new(1, 32);
+                    gated_on(isa, &Pool::new(threads), &mut scratch, activation, &x, rows, &w, bias);
+                    let found = &scratch.gated[..expected.len()];
+                    assert!(
+                        found == expected,
+                        "{outputs} x {width}, {rows} rows, {isa:?}, {threads} threads"
+                    );
+                }
+            }
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! are multiplied, added or fused exactly as the method says.
 
 use super::layout::LANES;
+use crate::cpu::simd::{self, Simd};
 
 /// Bytes in a vector of quants: four inputs of each lane.
 pub(super) const VECTOR: usize = 4 * LANES;
@@ -21,6 +22,8 @@ pub(super) trait Unit {
     type Floats: Copy;
     /// 64 bytes.
     type Bytes: Copy;
+    /// What computes on 16 f32 with the same features, or some of them.
+    type Simd: Simd;
     /// Whether 24 vectors of sums fit the registers, and so [`super::bf16`] has a loop for many rows.
     const MANY: bool = false;
     /// Whether loops over 8, 3 and 2 rows are compiled beside those over 4 and 1 rows, for every format.
@@ -70,6 +73,7 @@ impl Unit for Portable {
     type Ints = [i32; LANES];
     type Floats = [f32; LANES];
     type Bytes = [u8; VECTOR];
+    type Simd = simd::Plain;
     /// They lie in memory either way; so a checker of memory that knows no AVX-512 sees that loop too.
     const MANY: bool = true;
     /// Without vector registers to speak of, more rows gain little, and took most of the time this crate took to build.

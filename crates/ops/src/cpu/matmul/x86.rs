@@ -4,6 +4,7 @@
 #![allow(clippy::undocumented_unsafe_blocks)] // every block rests on the safety section of `Unit`
 
 use super::unit::Unit;
+use crate::cpu::simd;
 use std::arch::x86_64::*;
 
 /// AVX-512 F, BW and VNNI: one register is one vector. `BF16` adds AVX-512 BF16.
@@ -13,6 +14,7 @@ impl<const BF16: bool> Unit for Avx512<BF16> {
     type Ints = __m512i;
     type Floats = __m512;
     type Bytes = __m512i;
+    type Simd = simd::Avx512<BF16>;
     const MANY: bool = true;
 
     #[inline(always)]
@@ -212,6 +214,7 @@ impl<const VNNI: bool> Unit for Avx2<VNNI> {
     type Ints = [__m256i; 2];
     type Floats = [__m256; 2];
     type Bytes = [__m256i; 2];
+    type Simd = simd::Avx2;
 
     #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> [__m256i; 2] {
