@@ -593,6 +593,11 @@ impl Backend for Cuda {
         self.peers.as_mut().map_or(Ok(()), Peers::landed)
     }
 
+    fn recover(&mut self) -> Result<()> {
+        // After a fault on the device every call gives its error, however often it is asked.
+        self.synchronize()
+    }
+
     fn to_host(&mut self, x: &Tensor) -> Result<Vec<f32>> {
         let elements = self.step.real_of(x.rows) * x.width;
         match x.format {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rudder_model::Model;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::watch;
 
 use crate::draft::MAX_DRAFT;
 use crate::draft_model::DraftModel;
@@ -130,6 +131,8 @@ pub(crate) struct Shared {
     pub(crate) places: Places,
     /// Moving average of a request's time from submission to end, in milliseconds.
     pub(crate) mean_request_ms: AtomicU64,
+    /// Why the model can be used no more, once that is so.
+    pub(crate) broken: watch::Sender<Option<String>>,
     draining: AtomicBool,
     next_id: AtomicU64,
 }
@@ -184,6 +187,7 @@ impl Engine {
             }),
             places: Places::new(config.max_sequences + config.max_waiting),
             mean_request_ms: AtomicU64::new(0),
+            broken: watch::Sender::new(None),
             draining: AtomicBool::new(false),
             next_id: AtomicU64::new(0),
         });
@@ -243,6 +247,16 @@ impl Engine {
             tier.complete(&mut stats.tier);
         }
         stats
+    }
+
+    /// Waits until the model can be used no more, if ever, and says why. What ran has failed then, and nothing new is taken.
+    pub async fn broken(&self) -> String {
+        let mut broken = self.shared.broken.subscribe();
+        match broken.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(reason)) => reason.clone(),
+            // The sender is this handle's own, and what was waited for is there.
+            _ => std::future::pending().await,
+        }
     }
 
     /// Takes nothing new, waits until everything running has ended or `grace` is over, then

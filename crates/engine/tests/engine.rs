@@ -206,6 +206,8 @@ struct Faulty {
     steps: Arc<AtomicUsize>,
     fail_at: usize,
     panic: bool,
+    /// Whether it can be used on after that.
+    recovers: bool,
 }
 
 impl Model for Faulty {
@@ -222,6 +224,9 @@ impl Model for Faulty {
     fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
         self.inner.sample(rows, out)
     }
+    fn recover(&mut self) -> Result<(), OpError> {
+        if self.recovers { Ok(()) } else { Err(OpError::Backend("an illegal address, say".into())) }
+    }
     fn logits(&mut self) -> Result<Vec<f32>, OpError> {
         self.inner.logits()
     }
@@ -230,7 +235,8 @@ impl Model for Faulty {
 #[test]
 fn a_failing_step_ends_its_requests_and_the_engine_goes_on() {
     for panic in [false, true] {
-        let faulty = Faulty { inner: model(&CONFIG), steps: Arc::default(), fail_at: 5, panic };
+        let faulty =
+            Faulty { inner: model(&CONFIG), steps: Arc::default(), fail_at: 5, panic, recovers: true };
         let engine = Engine::start(Box::new(faulty), CONFIG);
         let answer = ask(&engine, request(prompt(0, 70), 64));
         let message = answer.end.unwrap().unwrap_err();
@@ -238,6 +244,24 @@ fn a_failing_step_ends_its_requests_and_the_engine_goes_on() {
         assert_eq!(ask(&engine, request(prompt(0, 70), 64)).ids(), EXPECTED[0]);
         assert_whole(&engine);
     }
+}
+
+#[tokio::test]
+async fn a_device_that_computes_no_more_ends_all_requests_and_the_engine_which_says_why() {
+    let faulty =
+        Faulty { inner: model(&CONFIG), steps: Arc::default(), fail_at: 5, panic: false, recovers: false };
+    let engine = Engine::start(Box::new(faulty), CONFIG);
+    // More than run at once: some wait, and are in no step.
+    let asked: Vec<_> = (0..20).map(|i| engine.submit(request(prompt(i, 70), 64)).unwrap()).collect();
+    let reason = engine.broken().await;
+    assert!(reason.contains("an illegal address"), "{reason}");
+    assert_eq!(engine.submit(request([1], 1)).err(), Some(SubmitError::ShuttingDown));
+    let reader = std::thread::spawn(move || asked.into_iter().map(collect).collect::<Vec<_>>());
+    for answer in reader.join().unwrap() {
+        let message = answer.end.unwrap().unwrap_err();
+        assert!(message.starts_with("the model failed"), "{message}");
+    }
+    assert!(engine.shutdown(Duration::ZERO).await, "places are held");
 }
 
 #[tokio::test]

@@ -30,7 +30,8 @@ pub(crate) struct Crew {
 struct Worker {
     /// Begins a step; without it the thread ends.
     begin: Option<SyncSender<()>>,
-    done: Receiver<()>,
+    /// Whether the step went well.
+    done: Receiver<bool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -47,8 +48,8 @@ impl Crew {
         Ok(Self { group, parts, batch, workers })
     }
 
-    /// Runs a step on all ranks here. That one failed is known to the group.
-    pub fn run(&self, batch: &Batch) {
+    /// Runs a step on all ranks here; false if one failed, which is known to the group.
+    pub fn run(&self, batch: &Batch) -> bool {
         self.batch.write().unwrap_or_else(PoisonError::into_inner).copy_from(batch);
         let first = self.group.local().start;
         for (worker, rank) in self.workers.iter().zip(first + 1..) {
@@ -56,15 +57,31 @@ impl Crew {
                 self.group.fail(rank, format!("the thread of rank {rank} is gone"));
             }
         }
-        run(&self.group, first, &self.parts[0], batch);
-        self.workers.iter().for_each(Worker::wait);
+        let mut well = run(&self.group, first, &self.parts[0], batch);
+        for worker in &self.workers {
+            well &= worker.wait();
+        }
+        well
     }
 
-    /// Asks all ranks here whether what was queued went well ([`Model::landed`]). That it did not on one is known to the group.
-    pub fn landed(&self) {
+    /// Asks all ranks here whether what was queued went well ([`Model::landed`]); false if it did not on one, which is known to the group.
+    pub fn landed(&self) -> bool {
+        let mut well = true;
         for (rank, part) in self.group.local().zip(&self.parts) {
-            attempt(&self.group, rank, || lock(part).landed());
+            well &= attempt(&self.group, rank, || lock(part).landed());
         }
+        well
+    }
+
+    /// Whether all ranks here can be used on ([`Model::recover`]).
+    ///
+    /// # Errors
+    /// Names the first that cannot.
+    pub fn recover(&self) -> Result<(), OpError> {
+        for (rank, part) in self.group.local().zip(&self.parts) {
+            lock(part).recover().map_err(|error| OpError::Backend(format!("rank {rank}: {error}")))?;
+        }
+        Ok(())
     }
 }
 
@@ -75,8 +92,8 @@ impl Worker {
         let (group, part, batch) = (group.clone(), part.clone(), batch.clone());
         let work = move || {
             while begun.recv().is_ok() {
-                run(&group, rank, &part, &batch.read().unwrap_or_else(PoisonError::into_inner));
-                if finish.send(()).is_err() {
+                let well = run(&group, rank, &part, &batch.read().unwrap_or_else(PoisonError::into_inner));
+                if finish.send(well).is_err() {
                     return;
                 }
             }
@@ -90,9 +107,9 @@ impl Worker {
         self.begin.as_ref().is_some_and(|begin| begin.send(()).is_ok())
     }
 
-    /// Waits until the step is done; where the thread is gone, there is none.
-    fn wait(&self) {
-        let _ = self.done.recv();
+    /// Waits until the step is done, and says whether it went well; where the thread is gone, there is none.
+    fn wait(&self) -> bool {
+        self.done.recv().unwrap_or(false)
     }
 }
 
@@ -106,19 +123,20 @@ impl Drop for Worker {
 }
 
 /// Runs a rank's share of a step.
-fn run(group: &Group, rank: usize, part: &Part, batch: &Batch) {
+fn run(group: &Group, rank: usize, part: &Part, batch: &Batch) -> bool {
     let mut part = lock(part);
-    attempt(group, rank, || part.forward(batch));
+    attempt(group, rank, || part.forward(batch))
 }
 
-/// Does a rank's share of what all do. An error or a panic ends the others' shares too.
-pub(crate) fn attempt(group: &Group, rank: usize, work: impl FnOnce() -> Result<(), OpError>) {
+/// Does a rank's share of what all do; false if it failed. An error or a panic ends the others' shares too.
+pub(crate) fn attempt(group: &Group, rank: usize, work: impl FnOnce() -> Result<(), OpError>) -> bool {
     let reason = match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(Ok(())) => return,
+        Ok(Ok(())) => return true,
         Ok(Err(error)) => error.to_string(),
         Err(panic) => format!("rank {rank} panicked: {}", message(&*panic)),
     };
     group.fail(rank, reason);
+    false
 }
 
 /// What a panic says.

@@ -294,6 +294,10 @@ impl<B: Backend> Model for Decoder<B> {
         self.backend.landed()
     }
 
+    fn recover(&mut self) -> Result<(), OpError> {
+        self.backend.recover()
+    }
+
     fn kv_block(&self) -> Option<KvBlock> {
         self.kv_block
     }

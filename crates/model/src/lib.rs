@@ -56,7 +56,7 @@ pub trait Model: Send {
     ///
     /// # Errors
     /// If the batch exceeds what the model was loaded for, or the backend fails; the step's KV is then
-    /// undefined, the model stays usable.
+    /// undefined, the model stays usable if [`Model::recover`] says so.
     fn forward(&mut self, batch: &Batch) -> Result<(), rudder_ops::OpError>;
     /// Draws one token for every output row of the last `forward`.
     ///
@@ -89,6 +89,13 @@ pub trait Model: Send {
     /// # Errors
     /// If it did not.
     fn landed(&mut self) -> Result<(), rudder_ops::OpError> {
+        Ok(())
+    }
+    /// After something failed: waits for what is queued, and tells whether the model can be used on.
+    ///
+    /// # Errors
+    /// If a device has had a fault after which it computes no more in this process.
+    fn recover(&mut self) -> Result<(), rudder_ops::OpError> {
         Ok(())
     }
     /// What a KV block is, if blocks can be taken out and put back.

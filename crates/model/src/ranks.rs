@@ -302,6 +302,10 @@ impl Model for Ranks {
         self.ended()
     }
 
+    fn recover(&mut self) -> Result<(), OpError> {
+        self.crew.recover()
+    }
+
     fn kv_block(&self) -> Option<KvBlock> {
         self.kv_block
     }
@@ -327,16 +331,22 @@ impl Node {
     /// Does what node 0 tells it, step after step, until node 0 ends.
     ///
     /// # Errors
-    /// If node 0 is gone.
+    /// If node 0 is gone, or a rank here can be used no more; to the other nodes this one is gone then.
     pub fn run(self) -> Result<(), OpError> {
         let group = &self.crew.group;
         let gone = |failed: Failed| OpError::Backend(failed.reason);
         let (mut bytes, mut words, mut batch) = (Vec::new(), Vec::new(), Batch::default());
         while group.next(&mut bytes).map_err(gone)? {
-            match batch_bytes::read(&bytes, &mut words, &mut batch) {
+            let well = match batch_bytes::read(&bytes, &mut words, &mut batch) {
                 Ok(Told::Step) => self.crew.run(&batch),
                 Ok(Told::Landed) => self.crew.landed(),
-                Err(reason) => group.fail(group.local().start, reason),
+                Err(reason) => {
+                    group.fail(group.local().start, reason);
+                    true
+                }
+            };
+            if !well {
+                self.crew.recover()?;
             }
             group.done().map_err(gone)?;
         }
@@ -364,6 +374,8 @@ mod tests {
         Panic(usize),
         /// When it is asked whether it went well.
         Landing(usize),
+        /// From here on, for good.
+        Gone(usize),
         None,
     }
 
@@ -385,7 +397,7 @@ mod tests {
             self.steps += 1;
             let mut x = [batch.drawn.first().map_or(batch.tokens[0], |output| output + 5) as f32];
             for layer in 0..10 {
-                if layer == 4 && self.fault == Fault::Error(self.steps) {
+                if layer == 4 && (self.fault == Fault::Error(self.steps) || self.is_gone()) {
                     return Err(OpError::Backend("no memory".into()));
                 }
                 assert!(layer != 6 || self.fault != Fault::Panic(self.steps), "a defect");
@@ -412,8 +424,17 @@ mod tests {
                 false => Ok(()),
             }
         }
+        fn recover(&mut self) -> Result<(), OpError> {
+            if self.is_gone() { Err(OpError::Backend("an illegal address".into())) } else { Ok(()) }
+        }
         fn logits(&mut self) -> Result<Vec<f32>, OpError> {
             Ok(vec![self.sum])
+        }
+    }
+
+    impl Fake {
+        fn is_gone(&self) -> bool {
+            matches!(self.fault, Fault::Gone(from) if self.steps >= from)
         }
     }
 
@@ -444,7 +465,15 @@ mod tests {
                     let group = Group::follow(address, node, terms, patience).expect("it joins");
                     let parts = parts(&group, &faults);
                     let crew = Crew::new(group, parts).expect("threads start");
-                    Node { crew, kv_blocks: 0 }.run().expect("node 0 stays");
+                    let ended = Node { crew, kv_blocks: 0 }.run().map_err(|error| error.to_string());
+                    match faults[node] {
+                        Fault::Gone(_) => assert_eq!(ended, Err(format!("rank {node}: an illegal address"))),
+                        // One node's end is all nodes' end.
+                        _ if faults.iter().any(|fault| matches!(fault, Fault::Gone(_))) => {
+                            assert!(ended.is_err())
+                        }
+                        _ => assert_eq!(ended, Ok(())),
+                    }
                 });
             }
             let group = Group::lead(listener, terms, patience).expect("all join");
@@ -484,6 +513,30 @@ mod tests {
         assert_eq!(step(&mut model), Err("no memory".into()));
         assert!(step(&mut model).is_ok());
         assert!(model.kv_block().is_none() && model.export_block(0, &mut []).is_err());
+    }
+
+    #[test]
+    fn a_device_that_computes_no_more_is_told_from_a_step_that_fails() {
+        for faulty in 0..3 {
+            let mut faults = [Fault::None; 3];
+            faults[faulty] = Fault::Error(1);
+            let mut model = ranks(faults);
+            assert!(step(&mut model).is_err() && model.recover().is_ok());
+            faults[faulty] = Fault::Gone(2);
+            let mut model = ranks(faults);
+            assert!(step(&mut model).is_ok() && model.recover().is_ok() && step(&mut model).is_err());
+            let error = model.recover().expect_err("a rank is gone").to_string();
+            assert_eq!(error, format!("rank {faulty}: an illegal address"));
+        }
+    }
+
+    #[test]
+    fn a_node_whose_device_computes_no_more_is_gone() {
+        over_nodes([Fault::None, Fault::None, Fault::Gone(2)], |model| {
+            assert!(step(model).is_ok());
+            assert!(step(model).is_err() && step(model).is_err());
+            assert!(model.crew.group.lost().is_some_and(|failed| failed.rank == 2));
+        });
     }
 
     /// A step that goes on from what the second output of the one before draws.

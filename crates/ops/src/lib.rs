@@ -391,6 +391,14 @@ pub trait Backend: Send + Sized + 'static {
     fn landed(&mut self) -> Result<()> {
         Ok(())
     }
+    /// After an op failed: waits for what is queued, and tells whether the device goes on computing. After some faults no context of this process
+    /// does.
+    ///
+    /// # Errors
+    /// If it does not, for good.
+    fn recover(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Copies a tensor's rows to the host; for tests and logit parity, not for the hot path.
     fn to_host(&mut self, x: &Self::Tensor) -> Result<Vec<f32>>;
 }

@@ -45,19 +45,24 @@ pub fn run(model: &ModelSettings, settings: ServerSettings, force_tool_call: Opt
         );
     }
     let grace = config.grace;
-    let (lost, mut gone) = (nodes::watch(&group)?, None);
+    let (lost, mut fault) = (nodes::watch(&group)?, None);
+    let computing = engine.clone();
     let end = async {
         tokio::select! {
             () = told_to_end(grace) => {}
             Ok(failed) = lost => {
                 tracing::error!("{}; nothing can be computed without it", failed.reason);
-                gone = Some(failed);
+                fault = Some(format!("{}; start all nodes again", failed.reason));
+            }
+            reason = computing.broken() => {
+                tracing::error!("{reason}; the device computes no more in this process");
+                fault = Some(format!("{reason}; the device computes no more in this process, start it again"));
             }
         }
     };
     let all_ended = runtime.block_on(serve(listener, Server::new(config, text, engine), end))?;
-    if let Some(failed) = gone {
-        bail!("{}; start all nodes again", failed.reason);
+    if let Some(fault) = fault {
+        bail!(fault);
     }
     if !all_ended {
         tracing::warn!("requests were still running after {} s and were cut off", grace.as_secs());

@@ -22,6 +22,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use self::active::{Active, Held};
 use self::ahead::Flight;
+use self::compute::guarded;
 use self::sessions::Sessions;
 use crate::draft::{Drafting, ModelDrafter};
 use crate::draft_model::DraftModel;
@@ -76,6 +77,8 @@ pub(crate) struct StepLoop {
     flight: Option<Flight>,
     /// Whether something came or went since the last full plan.
     disturbed: bool,
+    /// Why the model can be used no more.
+    broken: Option<String>,
     // Reused from step to step, so that a step allocates nothing of its own.
     plan: StepPlan,
     /// What is queued behind the step in flight.
@@ -129,6 +132,7 @@ impl StepLoop {
             reported: Instant::now(),
             flight: None,
             disturbed: false,
+            broken: None,
             plan: StepPlan::default(),
             next: StepPlan::default(),
             batch: Batch::default(),
@@ -146,15 +150,28 @@ impl StepLoop {
 
     /// Runs until told to stop or until nobody holds a handle any more.
     pub(crate) fn run(mut self) {
-        while self.take_commands() {
+        while self.broken.is_none() && self.take_commands() {
             self.step();
             self.publish_stats();
         }
+        // What came meanwhile ends with the rest.
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(submission) = command {
+                self.submit(*submission);
+            }
+        }
+        let reason = self.broken.take();
         let ids: Vec<SequenceId> = self.active.keys().copied().collect();
         for id in ids {
-            self.fail(id, "the server is shutting down");
+            self.fail(id, reason.as_deref().unwrap_or("the server is shutting down"));
         }
         self.publish_stats();
+        if let Some(reason) = reason {
+            let shared = self.shared.clone();
+            // Whoever hears of it is refused from then on.
+            drop(self);
+            shared.broken.send_replace(Some(reason));
+        }
     }
 
     /// Takes all commands that are there; when idle, waits for one. False means stop.
@@ -277,6 +294,8 @@ impl StepLoop {
                 for chunk in &plan.chunks {
                     self.fail(chunk.id, &message);
                 }
+                let model = &mut self.model;
+                self.broken = self.broken.take().or(guarded(|| model.recover()).err());
             }
         }
         self.stats.steps += 1;
