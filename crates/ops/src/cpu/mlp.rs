@@ -1,7 +1,7 @@
 //! A gated MLP: gate and up, the activation, *down*.
 
 use super::activation;
-use super::matmul::{PackedMatrix, Scratch, gated, matmul, matmul_gated, takes_gated};
+use super::matmul::{Isa, PackedMatrix, Scratch, gated, matmul, matmul_gated, takes_gated};
 use super::pool::Pool;
 use super::simd::Level;
 use crate::Activation;
@@ -40,7 +40,7 @@ impl Mlp<'_> {
         let rows = x.len() / gate_up.width();
         let [bias, down_bias] = self.biases.map_or([None; 2], |biases| biases.map(Some));
         if takes_gated(rows, gate_up, down) {
-            gated(pool, scratch, activation, x, rows, gate_up, bias);
+            gated(Isa::widest(), pool, scratch, activation, x, rows, gate_up, bias);
             return matmul_gated(pool, scratch, rows, down, down_bias, out);
         }
         matmul(pool, scratch, x, rows, gate_up, bias, room.gate_up);

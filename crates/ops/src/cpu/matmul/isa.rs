@@ -14,7 +14,7 @@ use super::x86::{Avx2, Avx512};
 
 /// A unit the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Isa {
+pub(in crate::cpu) enum Isa {
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -63,7 +63,7 @@ impl Isa {
     }
 
     /// The kernel for weights stored as `dtype`; to be called only on a processor with this unit.
-    pub fn kernel(self, dtype: DType) -> Kernel {
+    pub(super) fn kernel(self, dtype: DType) -> Kernel {
         match self {
             Isa::Portable => portable::kernel(dtype),
             #[cfg(target_arch = "x86_64")]
@@ -80,7 +80,7 @@ impl Isa {
     }
 
     /// The kernel for gate and up in one; as above.
-    pub fn gated(self) -> gated::Kernel {
+    pub(super) fn gated(self) -> gated::Kernel {
         match self {
             Isa::Portable => portable::run_gated,
             #[cfg(target_arch = "x86_64")]

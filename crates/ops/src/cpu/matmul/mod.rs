@@ -28,7 +28,7 @@ use crate::{Activation, DType, OpError, RawTensor, Result};
 use bf16::{Compact, group_tiles};
 use compact::Table;
 use gated::Half;
-use isa::Isa;
+pub(super) use isa::Isa;
 pub(super) use kernel::prefetch;
 use kernel::{Input, Job, MANY_ROWS};
 use layout::{BLOCK, LANES, Layout, tile_bytes};
@@ -268,8 +268,7 @@ impl Scratch {
                 convert_rows(pool, x, rows, width / BLOCK, &mut self.quantized, quantize::quantize);
         }
         if w.parts.iter().any(|part| part.dtype == DType::BF16) {
-            let to_bf16 = |x: &[f32], out: &mut [u32]| quantize::to_bf16(x, width, out);
-            inputs.pairs = convert_rows(pool, x, rows, width.div_ceil(2), &mut self.pairs, to_bf16);
+            inputs.pairs = to_pairs(pool, x, rows, width, &mut self.pairs);
         }
         inputs
     }
@@ -322,6 +321,12 @@ fn convert_rows<'a, T: Number + Send>(
         convert(&x[first * width..last * width], out);
     });
     out
+}
+
+/// `rows` rows of `width` numbers as pairs of bf16.
+fn to_pairs<'a>(pool: &Pool, x: &[f32], rows: usize, width: usize, out: &'a mut Numbers<u32>) -> &'a [u32] {
+    let to_bf16 = |x: &[f32], out: &mut [u32]| quantize::to_bf16(x, width, out);
+    convert_rows(pool, x, rows, width.div_ceil(2), out, to_bf16)
 }
 
 /// The first `len` numbers of `room`, which is made anew where it is too short.
@@ -435,25 +440,13 @@ pub(super) fn takes_gated(rows: usize, gate_up: &PackedMatrix, down: &PackedMatr
     rows >= MANY_ROWS && gate_up.is_gated() && down.is_bf16()
 }
 
-/// Joins the halves of `x * w^T + bias`, gate and up, by `activation` and keeps the result in `scratch`, as *down* wants it.
+/// Joins the halves of `x * w^T + bias`, gate and up, by `activation` and keeps the result in `scratch`, as *down* wants it. The processor
+/// has the unit.
 ///
 /// # Panics
 /// If `w` is no such matrix or a length is not as for [`matmul`].
+#[allow(clippy::too_many_arguments)] // matmul's, the unit and the activation
 pub(super) fn gated(
-    pool: &Pool,
-    scratch: &mut Scratch,
-    activation: Activation,
-    x: &[f32],
-    rows: usize,
-    w: &PackedMatrix,
-    bias: Option<&[f32]>,
-) {
-    gated_on(Isa::widest(), pool, scratch, activation, x, rows, w, bias);
-}
-
-/// [`gated`] on a unit that this processor has.
-#[allow(clippy::too_many_arguments)] // gated's, and the unit
-fn gated_on(
     isa: Isa,
     pool: &Pool,
     scratch: &mut Scratch,
@@ -466,8 +459,7 @@ fn gated_on(
     let [gate, up] = &w.parts[..] else { panic!("gate and up") };
     assert!(w.is_gated() && x.len() == rows * w.width && bias.is_none_or(|bias| bias.len() == w.rows));
     let (width, outputs) = (w.width, gate.rows);
-    let to_bf16 = |x: &[f32], out: &mut [u32]| quantize::to_bf16(x, width, out);
-    let x = convert_rows(pool, x, rows, width.div_ceil(2), &mut scratch.pairs, to_bf16);
+    let x = to_pairs(pool, x, rows, width, &mut scratch.pairs);
     let out = Shared(grown(&mut scratch.gated, rows * outputs / 2).as_mut_ptr());
     let tiles = gate.tile_count();
     let pieces = tiles.min(pool.threads() * PIECES_OF_MANY);

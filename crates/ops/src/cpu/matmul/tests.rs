@@ -434,7 +434,7 @@ fn gate_and_up_in_one_pass_give_the_bits_that_they_give_one_by_one() {
             for isa in Isa::available() {
                 for threads in [1, 3] {
                     let mut scratch = Scratch::new(1, 32);
-                    gated_on(isa, &Pool::new(threads), &mut scratch, activation, &x, rows, &w, bias);
+                    gated(isa, &Pool::new(threads), &mut scratch, activation, &x, rows, &w, bias);
                     let found = &scratch.gated[..expected.len()];
                     assert!(
                         found == expected,
