@@ -5,7 +5,7 @@
 //!
 //!     cargo bench -p rudder-cuda [-- --json FILE] [--bandwidth TB/S --arithmetic TFLOP/S]
 
-use rudder_cuda::{Cuda, Matrix, PrefillKernel, SharedPrefixes, Tensor};
+use rudder_cuda::{Cuda, Matrix, PrefillKernel, SharedPrefixes, Tensor, Vector};
 use rudder_ops::{
     AttentionShape, Backend, Batch, DType, ExpertWeights, RawTensor, Result, Rope, RopePairing, SampleRow,
     SamplingParams,
@@ -140,7 +140,7 @@ impl Bench {
                     if same || !self.choose(kernel, products) {
                         continue;
                     }
-                    let [x, _] = self.rows(rows, k)?;
+                    let [x, _] = self.rows_for(rows, k, |norm| Cuda::norm_feeds(norm, &weights[0]))?;
                     let mut out = self.cuda.tensor(rows, n)?;
                     let bytes = weight_bytes * (n * k) as f64 + (2 * rows * k + 4 * rows * n) as f64;
                     let operations = 2.0 * (rows * n * k) as f64;
@@ -157,8 +157,14 @@ impl Bench {
 
     /// Normed rows, as matrices read them, and the residual stream that they came from.
     fn rows(&mut self, rows: usize, width: usize) -> Result<[Tensor; 2]> {
+        self.rows_for(rows, width, |_| ())
+    }
+
+    /// The same after the norm's weight was told what it feeds.
+    fn rows_for(&mut self, rows: usize, width: usize, tell: impl FnOnce(&mut Vector)) -> Result<[Tensor; 2]> {
         let table = self.cuda.load_embedding(&self.raw(&[rows, width]))?;
-        let weight = self.cuda.load_vector(&[self.raw(&[width])])?;
+        let mut weight = self.cuda.load_vector(&[self.raw(&[width])])?;
+        tell(&mut weight);
         let mut batch = Batch::default();
         let blocks: Vec<u32> = (0..rows.div_ceil(16) as u32).collect();
         batch.push(&(0..rows as u32).collect::<Vec<_>>(), 0, &blocks, 0);
@@ -196,7 +202,7 @@ impl Bench {
         for rows in [1, 64, 4096] {
             let [_, mut x] = self.rows(rows, 4096)?;
             let [_, delta] = self.rows(rows, 4096)?;
-            let weight = self.cuda.load_vector(&[self.raw(&[4096])])?;
+            let mut weight = self.cuda.load_vector(&[self.raw(&[4096])])?;
             let mut out = self.cuda.tensor(rows, 4096)?;
             let bytes = (rows * 4096 * 14) as f64;
             self.time(format!("rms_norm 4096, {rows} rows"), bytes, 0.0, |cuda, _| {
@@ -210,6 +216,7 @@ impl Bench {
             if rows <= 16 || !self.choose(PrefillKernel::Auto, true) {
                 continue;
             }
+            Cuda::norm_feeds(&mut weight, &self.cuda.load_matrix(&[random_fp8(&[16, 4096])])?);
             let bytes = (rows * 4096 * 15) as f64;
             self.time(format!("rms_norm 4096 and fp8, {rows} rows"), bytes, 0.0, |cuda, _| {
                 cuda.rms_norm(&mut x, Some(&delta), &weight, 1e-5, &mut out)
@@ -340,7 +347,7 @@ impl Bench {
                 if (products && (!rounds || rows <= 16)) || !self.choose(kernel, products) {
                     continue;
                 }
-                let [x, _] = self.rows(rows, hidden)?;
+                let [x, _] = self.rows_for(rows, hidden, |norm| Cuda::norm_feeds_experts(norm, &weights))?;
                 let (mut router, mut out) =
                     (self.cuda.tensor(rows, experts)?, self.cuda.tensor(rows, hidden)?);
                 self.cuda.embed(&table, &mut router)?;

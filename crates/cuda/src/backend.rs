@@ -320,7 +320,15 @@ impl Backend for Cuda {
             self.uploader.f32(part, part.elements(), &buffer, offset)?;
             offset += 4 * part.elements();
         }
-        Ok(Vector { buffer, len })
+        Ok(Vector { buffer, len, feeds_fp8: false })
+    }
+
+    fn norm_feeds(norm: &mut Vector, matrix: &Matrix) {
+        norm.feeds_fp8 |= matrix.weights.takes_fp8();
+    }
+
+    fn norm_feeds_experts(norm: &mut Vector, experts: &Experts) {
+        norm.feeds_fp8 |= experts.gate_up.weights.takes_fp8();
     }
 
     fn load_experts(&mut self, weights: &ExpertWeights<'_>) -> Result<Experts> {
@@ -430,7 +438,7 @@ impl Backend for Cuda {
         let (rows, width) = (x.rows, x.width);
         expect_normed(x, delta, weight)?;
         out.set(rows, width, Format::Bf16)?;
-        out.in_fp8 = self.multiplier.reads_fp8(rows, width);
+        out.in_fp8 = weight.feeds_fp8 && self.multiplier.reads_fp8(rows, width);
         let [to, codes, scales] = Rows::from(&*out).targets();
         let weight = (&weight.buffer).into();
         let args = [(&*x).into(), delta.into(), weight, eps.into(), to, codes, scales, width.into()];
@@ -538,7 +546,7 @@ impl Backend for Cuda {
         if let Some(memory) = memory.filter(|memory| memory.can_norm(x.rows, x.width)) {
             expect_normed(x, Some(delta), weight)?;
             out.set(x.rows, x.width, Format::Bf16)?;
-            out.in_fp8 = self.multiplier.reads_fp8(x.rows, x.width);
+            out.in_fp8 = weight.feeds_fp8 && self.multiplier.reads_fp8(x.rows, x.width);
             return memory.reduce_norm(x, delta, weight, eps, out);
         }
         self.all_reduce(delta)?;
@@ -641,6 +649,10 @@ fn norm_threads(width: usize) -> u32 {
 #[cfg(all(test, feature = "emulate"))]
 mod tests {
     use super::*;
+    use crate::emulated::LAUNCHED;
+    use rudder_model::{KvSize, LoadOptions, ModelSource};
+    use std::path::Path;
+    use std::slice;
     use std::sync::Arc;
 
     /// A matrix `[1, 64]` of ones in FP8.
@@ -696,7 +708,8 @@ mod tests {
     fn products_read_the_fp8_that_a_norm_or_gate_left() -> Result<()> {
         let mut cuda = Cuda::emulated()?;
         cuda.set_fp8_products(true)?;
-        let (w, weight) = (ones_in_fp8(&mut cuda)?, cuda.load_vector(&[ones(&[64])])?);
+        let (w, mut weight) = (ones_in_fp8(&mut cuda)?, cuda.load_vector(&[ones(&[64])])?);
+        Cuda::norm_feeds(&mut weight, &w);
         for (rows, in_fp8) in [(17, true), (16, false)] {
             for gates in [false, true] {
                 let (mut x, mut made) =
@@ -712,12 +725,96 @@ mod tests {
         Ok(())
     }
 
+    /// Whether a norm that feeds such a matrix, or experts of it, writes rows in FP8 too.
+    fn norm_writes_fp8(cuda: &mut Cuda, w: &RawTensor, experts: bool) -> Result<bool> {
+        const ROWS: usize = 17;
+        let (width, w) = (w.shape[1], slice::from_ref(w));
+        let mut weight = cuda.load_vector(&[ones(&[width])])?;
+        match experts {
+            true => {
+                let experts = cuda.load_experts(&ExpertWeights::plain(w, w, w))?;
+                Cuda::norm_feeds_experts(&mut weight, &experts);
+            }
+            false => Cuda::norm_feeds(&mut weight, &cuda.load_matrix(w)?),
+        }
+        let (mut x, mut made) = (cuda.tensor(ROWS, width)?, cuda.tensor(ROWS, width)?);
+        fill(cuda, ROWS, &mut x)?;
+        let (codes, untouched) = (2 * ROWS * width, vec![0x55; ROWS * width]);
+        made.buffer.write(codes, &untouched)?;
+        cuda.rms_norm(&mut x, None, &weight, 1e-6, &mut made)?;
+        let mut found = vec![0; untouched.len()];
+        made.buffer.read(codes, &mut found)?;
+        Ok(found != untouched)
+    }
+
+    #[test]
+    fn norms_write_fp8_where_what_they_feed_reads_it() -> Result<()> {
+        let mut cuda = Cuda::emulated()?;
+        cuda.set_fp8_products(true)?;
+        // The scales of blocks of FP8, of which there are two in a row.
+        let formats = [
+            (DType::F8_E4M3, [1f32, 1.0], true),
+            (DType::F8_E4M3, [1.0, 2.0], false),
+            (DType::MXFP4, [0.0; 2], false),
+            (DType::NVFP4, [0.0; 2], false),
+            (DType::INT4, [0.0; 2], false),
+            (DType::BF16, [0.0; 2], false),
+        ];
+        for (dtype, scales, reads) in formats {
+            let mut bytes = vec![0u8; dtype.bytes(128 * 128).expect("whole blocks")];
+            if dtype == DType::F8_E4M3 {
+                let blocks = bytes.chunks_exact_mut(dtype.block_bytes()).zip(scales.into_iter().cycle());
+                blocks.for_each(|(block, scale)| block[..4].copy_from_slice(&scale.to_le_bytes()));
+            }
+            let w = RawTensor::new("w", vec![128, 128], dtype, Arc::new(bytes), 0).expect("whole blocks");
+            for experts in [false, true] {
+                let found = norm_writes_fp8(&mut cuda, &w, experts)?;
+                assert_eq!(found, reads, "{dtype:?}, {scales:?}, experts {experts}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Of the norms in a model's step: whether each writes rows in FP8 too.
+    fn norms_that_write_fp8(source: &ModelSource) -> Result<Vec<bool>> {
+        let mut cuda = Cuda::emulated()?;
+        cuda.set_fp8_products(true)?;
+        let options =
+            LoadOptions { max_batch_tokens: 20, max_outputs: 20, kv: KvSize::Blocks(2), max_context: 32 };
+        let mut model = source.load(cuda, options, |_, _| ()).expect("it loads").model;
+        let mut batch = Batch::default();
+        batch.push(&[0; 20], 0, &[0, 1], 20);
+        LAUNCHED.take();
+        model.forward(&batch)?;
+        let norms = LAUNCHED.take().into_iter().filter(|(kernel, _)| kernel == "rms_norm");
+        Ok(norms.map(|(_, args)| args[5] != Arg::NULL).collect())
+    }
+
+    #[test]
+    fn norms_of_a_model_write_fp8_where_the_formats_of_its_matrices_say_so() -> Result<()> {
+        let path = |name| Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures").join(name);
+        let dummy = |name| ModelSource::dummy(&path(name).to_string_lossy()).expect("a configuration");
+        let mxfp4 = || ModelSource::open(&path("gptoss-mxfp4")).expect("a checkpoint");
+        // Of two layers each attention's, then the MLP's; the last is the output's, whose matrix is never FP8.
+        for (source, what, found) in [
+            (dummy("dummy-fp8"), "FP8", [true, true, true, true, false]),
+            (dummy("dummy-moe").with_fp8(), "experts of FP8", [true, true, true, true, false]),
+            (mxfp4().with_fp8(), "experts of MXFP4, else FP8", [true, false, true, false, false]),
+            (mxfp4(), "MXFP4", [false; 5]),
+            (dummy("dummy-nvfp4"), "NVFP4", [false; 5]),
+        ] {
+            assert_eq!(norms_that_write_fp8(&source)?, found, "{what}");
+        }
+        Ok(())
+    }
+
     #[test]
     fn products_read_the_fp8_that_a_norm_of_the_sum_over_ranks_left() {
         let on_rank = |member: Member, access, rows: usize| -> Result<bool> {
             let mut cuda = Cuda::emulated()?.in_group_by(member, access);
             cuda.set_fp8_products(true)?;
-            let (w, weight) = (ones_in_fp8(&mut cuda)?, cuda.load_vector(&[ones(&[64])])?);
+            let (w, mut weight) = (ones_in_fp8(&mut cuda)?, cuda.load_vector(&[ones(&[64])])?);
+            Cuda::norm_feeds(&mut weight, &w);
             let (mut x, mut delta, mut made) =
                 (cuda.tensor(rows, 64)?, cuda.tensor(rows, 64)?, cuda.tensor(rows, 64)?);
             fill(&mut cuda, rows, &mut x)?;

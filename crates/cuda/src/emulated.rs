@@ -24,6 +24,12 @@ unsafe extern "C" {
     fn rudder_multicast(begin: u64, bytes: u64, memory: *const u64, count: u32);
 }
 
+#[cfg(test)]
+thread_local! {
+    /// The kernels that this thread launched, with their arguments.
+    pub static LAUNCHED: std::cell::RefCell<Vec<(String, Vec<Arg>)>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
 /// Whether there is a kernel of this name.
 #[cfg(test)]
 pub fn exists(name: &str) -> bool {
@@ -40,6 +46,8 @@ pub fn launch(kernel: &str, grid: Grid, shared: u32, args: &[Arg]) -> Result<()>
     if declared.is_none_or(|most| shared > most.max(48 * 1024)) {
         return Err(OpError::Backend(format!("kernel {kernel} is not declared to use {shared} bytes")));
     }
+    #[cfg(test)]
+    LAUNCHED.with_borrow_mut(|launched| launched.push((kernel.to_owned(), args.to_vec())));
     let name = CString::new(kernel).expect("a kernel's name");
     let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::bits).collect();
     let block = [grid.threads, 1, 1];

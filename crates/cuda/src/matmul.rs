@@ -38,6 +38,8 @@ pub struct Matrix {
 pub struct Vector {
     pub(crate) buffer: Buffer,
     pub(crate) len: usize,
+    /// Of a norm: whether what reads its rows can read them in FP8.
+    pub(crate) feeds_fp8: bool,
 }
 
 /// Elements of a row of `k` with its padding.
@@ -176,7 +178,7 @@ impl Multiplier {
         Ok(Rows { data: packed.into(), rows: x.rows, k, in_fp8: false })
     }
 
-    /// Whether what makes rows that matrices read makes FP8 of them too.
+    /// Whether rows that are read by matrices of FP8 are made in FP8 too.
     pub fn reads_fp8(&self, rows: usize, width: usize) -> bool {
         self.fp8_products && rows > FEW && width == padded(width)
     }
@@ -217,8 +219,7 @@ impl Multiplier {
 
     /// Whether so many rows of x become FP8, 128 elements with a scale, for such weights.
     pub fn multiplies_fp8(&self, w: &Weights, rows: usize) -> bool {
-        let fits = |w: &Packed| w.packing == Packing::Fp8 && w.shift > 0;
-        self.fp8_products && rows > FEW && matches!(w, Weights::Packed(w) if fits(w))
+        self.fp8_products && rows > FEW && w.takes_fp8()
     }
 
     /// Whether so many rows of x are rounded for such weights.

@@ -144,6 +144,11 @@ fn bf16_bytes(rows: usize, k: usize) -> Result<usize> {
 }
 
 impl Weights {
+    /// Whether they can be multiplied with rows in FP8: those of FP8 can, whose scales are for 128 inputs or more.
+    pub fn takes_fp8(&self) -> bool {
+        matches!(self, Self::Packed(packed) if packed.packing == Packing::Fp8 && packed.shift > 0)
+    }
+
     /// Uploads matrices `[any, k]` one below the other: in their format if all are of one that stays as it is, else as bf16.
     ///
     /// # Errors

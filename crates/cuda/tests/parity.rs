@@ -561,7 +561,8 @@ fn norms_and_gates_round_to_fp8_as_is_done_after_them() -> Result<()> {
         let (mut x, gate_up) =
             (upload(&mut cuda, (&data[..rows * width], width))?, upload(&mut cuda, (&data, 2 * width))?);
         let delta = upload(&mut cuda, (&random.vec(rows * width, 2.0), width))?;
-        let weight = vector(&mut cuda, &random.vec(width, 2.0))?;
+        let mut weight = vector(&mut cuda, &random.vec(width, 2.0))?;
+        Cuda::norm_feeds(&mut weight, &w);
         let (mut made, mut out) = (cuda.tensor(rows, width)?, cuda.tensor(rows, 24)?);
         for what in ["norm", "residual and norm", "gate", "gathered"] {
             match what {
@@ -1919,7 +1920,8 @@ fn norms_of_sums_over_ranks_round_to_fp8_as_is_done_after_them() -> Result<()> {
             for (i, (rows, width)) in shapes.into_iter().enumerate() {
                 let mut random = Random(40 + i as u64);
                 let w = cuda.load_matrix(&[fp8_matrix(&mut random, "w", [24, width], Scales::Rows)])?;
-                let weight = vector(cuda, &random.vec(width, 2.0))?;
+                let mut weight = vector(cuda, &random.vec(width, 2.0))?;
+                Cuda::norm_feeds(&mut weight, &w);
                 let scaled = |random: &mut Random| {
                     let mut data = random.vec(rows * width, 2.0);
                     data[..width].fill(0.0);

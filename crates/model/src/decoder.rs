@@ -117,6 +117,18 @@ impl<B: Backend> Workspace<B> {
 }
 
 impl<B: Backend> Layer<B> {
+    /// Tells the norms what reads the rows that they make.
+    pub fn tell_norms(&mut self) {
+        B::norm_feeds(&mut self.attn_norm, &self.qkv);
+        match &self.mlp {
+            Mlp::Dense { gate_up, .. } => B::norm_feeds(&mut self.ffn_norm, gate_up),
+            Mlp::Moe { router, experts, .. } => {
+                B::norm_feeds(&mut self.ffn_norm, router);
+                B::norm_feeds_experts(&mut self.ffn_norm, experts);
+            }
+        }
+    }
+
     /// Projects to queries, keys and values, and puts keys and values into the cache.
     fn project(
         &self,

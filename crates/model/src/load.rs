@@ -254,7 +254,8 @@ impl ModelSource {
             Loader { source: self, shard, backend: &mut backend, done: 0, progress, fingerprint };
         let embedding = loader.embedding()?;
         let layers = (0..self.config.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
-        let (output_norm, output) = (loader.output_norm()?, loader.output()?);
+        let (mut output_norm, output) = (loader.output_norm()?, loader.output()?);
+        B::norm_feeds(&mut output_norm, &output);
         let fingerprint = loader.fingerprint;
         let block_bytes = backend.kv_block_bytes(&config.attention) * config.layers;
         let kv_block = backend
@@ -445,7 +446,7 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
             }
             false => None,
         };
-        Ok(Layer {
+        let mut loaded = Layer {
             attn_norm: self.vector(&[weights.norm(layer, "attn_norm", hidden)?])?,
             qkv: self.matrix(&qkv)?,
             qkv_bias,
@@ -456,7 +457,9 @@ impl<B: Backend, P: FnMut(u64, u64)> Loader<'_, B, P> {
             attn_output_bias,
             ffn_norm: self.vector(&[weights.norm(layer, "ffn_norm", hidden)?])?,
             mlp: self.mlp(layer)?,
-        })
+        };
+        loaded.tell_norms();
+        Ok(loaded)
     }
 
     fn mlp(&mut self, layer: usize) -> Result<Mlp<B>, LoadError> {

@@ -228,6 +228,11 @@ pub trait Backend: Send + Sized + 'static {
     fn load_embedding(&mut self, table: &RawTensor) -> Result<Self::Embedding>;
     /// Uploads vectors concatenated in order, widened to f32.
     fn load_vector(&mut self, parts: &[RawTensor]) -> Result<Self::Vector>;
+    /// Tells a norm's weight that `matrix` reads the rows that the norm makes, which may then be made in a format that it multiplies. Results
+    /// are the same where nobody tells.
+    fn norm_feeds(_norm: &mut Self::Vector, _matrix: &Self::Matrix) {}
+    /// The same of experts.
+    fn norm_feeds_experts(_norm: &mut Self::Vector, _experts: &Self::Experts) {}
     /// Uploads one layer's experts.
     fn load_experts(&mut self, weights: &ExpertWeights<'_>) -> Result<Self::Experts>;
     /// Allocates a workspace tensor.
