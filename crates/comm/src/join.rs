@@ -24,6 +24,8 @@ const ANSWER: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
 const RETRY: Duration = Duration::from_millis(500);
 
+const ALIKE: &str = "start all nodes with the same version, settings and model files";
+
 /// What all nodes of a model must have alike.
 #[derive(Debug, Clone)]
 pub struct Terms {
@@ -61,7 +63,7 @@ impl Terms {
         all
     }
 
-    /// What is different on the node of these terms, if anything is.
+    /// What is different on the node of these terms, if anything is, and what to do.
     fn differences(&self, theirs: &HashMap<&str, &str>, node: usize) -> Option<String> {
         let differences: Vec<String> = self
             .all()
@@ -72,7 +74,7 @@ impl Terms {
                 format!("{name} is {theirs} on node {node} and {ours} on node 0")
             })
             .collect();
-        (!differences.is_empty()).then(|| differences.join("; "))
+        (!differences.is_empty()).then(|| format!("{}; {ALIKE}", differences.join("; ")))
     }
 
     fn check(&self) -> Result<(), JoinError> {

@@ -282,9 +282,11 @@ fn who_does_not_belong_is_told_why_and_node_0_goes_on_waiting() {
             refused.err().expect("a refusal").to_string()
         };
         let other = Terms { others: vec![("model", "llama".into())], ..terms.clone() };
-        assert_eq!(refusal(1, &other), "model is llama on node 1 and qwen2, fingerprint 12ab on node 0");
+        let alike = "start all nodes with the same version, settings and model files";
+        let model = "model is llama on node 1 and qwen2, fingerprint 12ab on node 0";
+        assert_eq!(refusal(1, &other), format!("{model}; {alike}"));
         let other = Terms { nodes: 4, ..terms.clone() };
-        assert_eq!(refusal(1, &other), "nnodes is 4 on node 1 and 2 on node 0");
+        assert_eq!(refusal(1, &other), format!("nnodes is 4 on node 1 and 2 on node 0; {alike}"));
         assert!(refusal(2, &terms).contains("node_rank 2 is not from 1 to 1"));
         assert!(refusal(0, &terms).contains("node_rank 0"));
         let other = Terms { nodes: 3, ..terms.clone() };

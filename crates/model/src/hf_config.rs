@@ -1,5 +1,7 @@
 //! Hugging Face's config.json, read by the names and defaults of transformers' configuration classes.
 
+use std::collections::BTreeSet;
+
 use rudder_ops::{Activation, DType, RopePairing};
 use serde_json::{Map, Value};
 
@@ -22,6 +24,8 @@ pub(crate) struct HfConfig {
     pub int4: Option<Packing>,
     /// Whether NVFP4 matrices were made to be multiplied with activations in NVFP4.
     pub fp4_activations: bool,
+    /// What is declared of the activations that matrices are multiplied with, in words.
+    pub declared_activations: String,
 }
 
 /// Reads a config.json.
@@ -65,7 +69,8 @@ pub(crate) fn parse(json: &[u8]) -> Result<HfConfig, String> {
     let int4 =
         method.and_then(|method| if let Method::Int4(packing) = method { Some(packing) } else { None });
     let (tied, fp8_block) = (fields.bool("tie_word_embeddings")?, fp8_block(&fields)?);
-    Ok(HfConfig { arch, config, tied, quantised, fp8_block, int4, fp4_activations })
+    let declared_activations = declared_activations(&fields);
+    Ok(HfConfig { arch, config, tied, quantised, fp8_block, int4, fp4_activations, declared_activations })
 }
 
 /// The sliding window, and which layers have it.
@@ -160,12 +165,9 @@ fn method(fields: &Fields<'_>, arch: &Architecture) -> Result<Option<Method>, St
         Some(bits) => Err(refused(&format!(" to {bits} bits"))),
         None => Err(refused(" to an unknown number of bits")),
     };
-    let groups = || section.0.get("config_groups").and_then(Value::as_object);
     let bits = |group: &Value, of: &str| group.get(of).and_then(|of| of.get("num_bits")?.as_u64());
-    let fp4_activations = || {
-        let groups = groups().filter(|groups| !groups.is_empty())?;
-        Some(groups.values().all(|group| bits(group, "input_activations") == Some(4)))
-    };
+    let fp4_activations =
+        || Some(groups(section.0)?.values().all(|group| bits(group, "input_activations") == Some(4)));
     Ok(Some(match method {
         "mxfp4" if arch.expert_biases => Method::Mxfp4,
         "fp8" => Method::Fp8,
@@ -188,7 +190,7 @@ fn method(fields: &Fields<'_>, arch: &Architecture) -> Result<Option<Method>, St
             Some("float-quantized") => Method::Fp8,
             Some("nvfp4-pack-quantized") => Method::Nvfp4 { activations: fp4_activations().unwrap_or(false) },
             Some("pack-quantized") => {
-                for group in groups().into_iter().flat_map(Map::values) {
+                for group in groups(section.0).into_iter().flat_map(Map::values) {
                     four_bits(bits(group, "weights").and_then(|bits| usize::try_from(bits).ok()))?;
                 }
                 Method::Int4(Packing::Compressed)
@@ -203,6 +205,47 @@ fn method(fields: &Fields<'_>, arch: &Architecture) -> Result<Option<Method>, St
         },
         _ => return Err(refused("")),
     }))
+}
+
+/// What compressed-tensors and Model Optimizer say of matrices that are quantised alike, if they say it.
+fn groups(section: &Map<String, Value>) -> Option<&Map<String, Value>> {
+    section.get("config_groups").and_then(Value::as_object).filter(|groups| !groups.is_empty())
+}
+
+/// What is declared of the activations that quantised matrices are multiplied with: bits, and whether scales are known before (static) or found
+/// in each step (dynamic; local where that is so of some of them). Every kind once.
+fn declared_activations(fields: &Fields<'_>) -> String {
+    let Some(Value::Object(section)) = fields.0.get("quantization_config") else { return "none".to_owned() };
+    if let Some(groups) = groups(section) {
+        let kinds: BTreeSet<_> =
+            groups.values().map(|group| of_group(group.get("input_activations"))).collect();
+        return Vec::from_iter(kinds).join(" and ");
+    }
+    let text = |name| section.get(name).and_then(Value::as_str);
+    let declared = match [text("quant_method"), text("quant_algo"), text("activation_scheme")] {
+        [Some("fp8"), _, Some("static")] => "8-bit static",
+        [Some("fp8"), ..] => "8-bit dynamic",
+        [Some("modelopt"), Some("FP8"), _] => "8-bit",
+        [Some("modelopt"), Some("NVFP4"), _] => "4-bit",
+        _ => "none",
+    };
+    declared.to_owned()
+}
+
+/// The same of one of the groups, by its `input_activations`.
+fn of_group(activations: Option<&Value>) -> String {
+    let Some(activations) = activations.filter(|activations| !activations.is_null()) else {
+        return "none".to_owned();
+    };
+    let scales = match activations.get("dynamic") {
+        Some(Value::Bool(true)) => "dynamic",
+        Some(Value::String(how)) if how == "local" => "local",
+        _ => "static",
+    };
+    match activations.get("num_bits").and_then(Value::as_u64) {
+        Some(bits) => format!("{bits}-bit {scales}"),
+        None => scales.to_owned(),
+    }
 }
 
 /// `weight_block_size` of FP8 checkpoints.
@@ -496,6 +539,31 @@ mod tests {
             assert_eq!(declared(method), Ok(method.contains("modelopt")), "{method}");
         }
         assert_eq!(declared(r#""quant_method": "fp8""#), Ok(false));
+    }
+
+    #[test]
+    fn bits_and_scales_of_activations_are_told_as_declared() {
+        let declared = |section: &str| {
+            let section = format!(r#"{{"quantization_config": {{{section}}}}}"#);
+            with(&section).map(|hf| hf.declared_activations)
+        };
+        let told = |text: &str| Ok(text.to_owned());
+        let fp8 = r#""quant_method": "fp8""#;
+        assert_eq!(declared(fp8), told("8-bit dynamic"));
+        assert_eq!(declared(&format!(r#"{fp8}, "activation_scheme": "static""#)), told("8-bit static"));
+        assert_eq!(declared(r#""quant_method": "modelopt", "quant_algo": "FP8""#), told("8-bit"));
+        let nvfp4 = r#""quant_method": "modelopt", "quant_algo": "NVFP4""#;
+        assert_eq!(declared(nvfp4), told("4-bit"));
+        assert_eq!(declared(r#""quant_method": "gptq", "bits": 4"#), told("none"));
+        assert_eq!(with("{}").unwrap().declared_activations, "none");
+        let groups = |activations: [&str; 2]| {
+            let [a, b] = activations.map(|of| format!(r#"{{"input_activations": {of}}}"#));
+            declared(&format!(r#"{nvfp4}, "config_groups": {{"a": {a}, "b": {b}}}"#))
+        };
+        let (fixed, local) = (r#"{"num_bits": 4}"#, r#"{"num_bits": 4, "dynamic": "local"}"#);
+        assert_eq!(groups([fixed, fixed]), told("4-bit static"));
+        assert_eq!(groups([local, "null"]), told("4-bit local and none"));
+        assert_eq!(groups([r#"{"num_bits": 8, "dynamic": true}"#, "{}"]), told("8-bit dynamic and static"));
     }
 
     #[test]

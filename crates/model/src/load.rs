@@ -1,5 +1,6 @@
 //! From a path to a model: opens a GGUF file or a Hugging Face folder, uploads the weights to a backend.
 
+use std::fmt::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,7 @@ use crate::decoder::{Decoder, Layer, Limits, Mlp, Workspace};
 use crate::dummy::{self, Dummy};
 use crate::fingerprint::Fingerprint;
 use crate::gguf::Gguf;
+use crate::hf_config::HfConfig;
 use crate::safetensors::Checkpoint;
 use crate::shard::{Cut, Shard, outputs, uncut};
 use crate::weights::Weights;
@@ -71,6 +73,7 @@ pub struct ModelSource {
     /// Whether the output matrix is the embedding table.
     tied: bool,
     fp4_activations: bool,
+    declared_activations: String,
 }
 
 /// Opens `path` and loads it. `progress` is told the bytes of weights done and to do.
@@ -117,8 +120,7 @@ impl ModelSource {
         let hf = hf.map_err(|reason| LoadError::invalid(&file, reason))?;
         let tied = hf.tied.unwrap_or(false);
         let weights = Weights::dummy(Dummy::new(&hf.config, hf.arch, tied, hf.quantised));
-        let (arch, config, fp4_activations) = (hf.arch, hf.config, hf.fp4_activations);
-        Ok(Self { path: name.into(), arch, config, weights, tied, fp4_activations })
+        Ok(Self::of_config(name.into(), hf, weights, tied))
     }
 
     fn open_gguf(path: &Path) -> Result<Self, LoadError> {
@@ -135,7 +137,13 @@ impl ModelSource {
         let config = config::from_gguf(&gguf, arch).map_err(invalid)?;
         let weights = Weights::from_gguf(gguf);
         let tied = !weights.has_output();
-        Ok(Self { path: path.to_owned(), arch, config, weights, tied, fp4_activations: false })
+        let (path, declared_activations) = (path.to_owned(), "none".to_owned());
+        Ok(Self { path, arch, config, weights, tied, fp4_activations: false, declared_activations })
+    }
+
+    fn of_config(path: PathBuf, hf: HfConfig, weights: Weights, tied: bool) -> Self {
+        let HfConfig { arch, config, fp4_activations, declared_activations, .. } = hf;
+        Self { path, arch, config, weights, tied, fp4_activations, declared_activations }
     }
 
     fn open_folder(path: &Path) -> Result<Self, LoadError> {
@@ -144,8 +152,7 @@ impl ModelSource {
         let hf = hf_config::parse(&json).map_err(|reason| LoadError::invalid(&file, reason))?;
         let weights = Weights::from_checkpoint(path, Checkpoint::open(path)?, hf.fp8_block, hf.int4);
         let tied = hf.tied.unwrap_or(!weights.has_output());
-        let (arch, config, fp4_activations) = (hf.arch, hf.config, hf.fp4_activations);
-        Ok(Self { path: path.to_owned(), arch, config, weights, tied, fp4_activations })
+        Ok(Self::of_config(path.to_owned(), hf, weights, tied))
     }
 
     /// The same with the layers' matrices that are stored as plain numbers as FP8 (E4M3), each row with a scale: for backends that multiply those as
@@ -169,6 +176,16 @@ impl ModelSource {
         let mut fingerprint = Fingerprint::new(&self.config);
         self.weights.add_to(&mut fingerprint);
         fingerprint.finish("stored")
+    }
+
+    /// What processes that share the model must have alike of it, as names and values: the model, and what its files declare of activations,
+    /// which no tensor shows.
+    pub fn terms(&self) -> [(&'static str, String); 2] {
+        let mut model = format!("{} ", self.config.architecture);
+        for byte in &self.fingerprint()[..8] {
+            let _ = write!(model, "{byte:02x}"); // writing to a string does not fail
+        }
+        [("model", model), ("activations in config.json", self.declared_activations.clone())]
     }
 
     /// Bytes of the weights as they lie in the files.

@@ -128,6 +128,44 @@ fn a_node_that_cannot_load_is_heard_by_all() {
     }
 }
 
+/// A model of random weights whose config.json says so of activations.
+fn declaring(activations: &str) -> ModelSource {
+    let folder = tempfile::tempdir().unwrap();
+    let json = std::fs::read(fixture("dummy-nvfp4").join("config.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    let group = format!(r#"{{"a": {{"input_activations": {activations}}}}}"#);
+    json["quantization_config"]["config_groups"] = serde_json::from_str(&group).unwrap();
+    std::fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
+    ModelSource::dummy(&folder.path().to_string_lossy()).unwrap()
+}
+
+#[test]
+fn a_node_whose_files_declare_other_activations_is_told_so_and_refused() {
+    let terms = |activations| {
+        let others = declaring(activations).terms().into();
+        Terms { nodes: 2, world: 2, others }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, patience) = (listener.local_addr().unwrap().to_string(), Duration::from_secs(30));
+    let ours = terms(r#"{"num_bits": 4, "dynamic": "local"}"#);
+    std::thread::scope(|scope| {
+        let leader = scope.spawn(|| Group::lead(listener, &ours, patience));
+        for (activations, words) in [
+            ("null", "none"),
+            (r#"{"num_bits": 8, "dynamic": "local"}"#, "8-bit local"),
+            (r#"{"num_bits": 4, "dynamic": false}"#, "4-bit static"),
+        ] {
+            let refusal =
+                Group::follow(&address, 1, &terms(activations), patience).err().unwrap().to_string();
+            let differs =
+                format!("activations in config.json is {words} on node 1 and 4-bit local on node 0; ");
+            assert_eq!(refusal, differs + "start all nodes with the same version, settings and model files");
+        }
+        let node = Group::follow(&address, 1, &ours, patience).unwrap();
+        assert_eq!(leader.join().expect("no panic").unwrap().nodes(), node.nodes());
+    });
+}
+
 #[test]
 fn fingerprints_tell_models_apart() {
     let of = |name: &str| ModelSource::open(&fixture(name)).unwrap().fingerprint();

@@ -1,6 +1,5 @@
 //! The ranks that share a model: threads of this process, or of several processes (nodes) that meet over the network.
 
-use std::fmt::Write;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::time::Duration;
 
@@ -64,20 +63,17 @@ fn lead(host: &str, port: u16, terms: &Terms) -> Result<Group> {
 
 /// What must be alike for the ranks' parts to fit each other.
 fn terms(settings: &ModelSettings, source: &ModelSource, gpu: bool) -> Vec<(&'static str, String)> {
-    let mut model = format!("{} ", source.config().architecture);
-    for byte in &source.fingerprint()[..8] {
-        let _ = write!(model, "{byte:02x}"); // writing to a string does not fail
-    }
     let fp8 = |set: bool| if set { "fp8" } else { "auto" }.to_owned();
     let on = |set: Option<bool>| if set == Some(true) { "on" } else { "off" }.to_owned();
-    vec![
+    let mut terms = vec![
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
-        ("model", model),
         ("device", if gpu { "cuda" } else { "cpu" }.to_owned()),
         ("kv_cache_dtype", fp8(settings.kv_cache_dtype == Some(KvCacheDtype::Fp8))),
         ("quantization", fp8(settings.quantization == Some(Quantization::Fp8))),
         ("fp8_activations", on(settings.fp8_activations)),
-    ]
+    ];
+    terms.extend(source.terms());
+    terms
 }
 
 /// Tells when a node is gone; nothing where the group ends in good order, or has but one.
