@@ -6,7 +6,10 @@
 //! tiles is widened to memory that stays in the cache and serves all rows.
 
 use super::compact::{self, HEADER_BYTES, Patches, RECORD_BYTES, TABLE_BYTES};
-use super::kernel::{AHEAD, Input, Job, MANY_ROWS, ROW_BLOCK, part_of, passes, prefetch, store, with_rows};
+use super::kernel::{
+    AHEAD, Input, Job, LINE, MANY_ROWS, ROW_BLOCK, part_of, passes, prefetch, prefetch_second, store,
+    with_rows,
+};
 use super::layout::{LANES, tile_bytes};
 use super::unit::{Unit, VECTOR};
 use crate::DType;
@@ -22,6 +25,8 @@ pub(super) struct Compact<'a> {
     pub patches: &'a [u32],
     /// Room for [`group_tiles`] of the job's width in their plain form. A job of fewer than [`MANY_ROWS`] rows needs none.
     pub room: *mut u8,
+    /// The part's tiles that this thread is likely to take next, if any.
+    pub next: &'a [u8],
 }
 
 /// Vectors of a plain tile, one for each pair of inputs.
@@ -102,11 +107,12 @@ unsafe fn compact_pass<U: Unit>(
 }
 
 /// Many rows, on units with the registers for it six of them times two tiles at a time. As many loads as dot products
-/// start in a cycle; a row times a tile takes a load for each dot product, this way two for three. Nothing is fetched
-/// ahead, for that takes the place of a load.
+/// start in a cycle; a row times a tile takes a load for each dot product, this way two for three. Weights that are computed with are not
+/// fetched ahead, for that takes the place of a load.
 ///
-/// All rows go over a group of tiles before the next: widening its tiles, which waits for memory, costs little beside what follows,
-/// its weights come from the second-level cache, and a few rows' activations are read once for the whole group.
+/// All rows go over a group of tiles before the next: widening its tiles costs little beside what follows, its weights come from the
+/// second-level cache, and a few rows' activations are read once for the whole group. Meanwhile the compact tiles of the next group are
+/// fetched from memory, a share with each few rows, so that widening does not wait for them.
 ///
 /// # Safety
 /// See [`bf16`].
@@ -114,11 +120,13 @@ unsafe fn compact_pass<U: Unit>(
 unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
     let (tiles, pairs) = (job.outputs.div_ceil(LANES), pairs(job));
     let step = if U::MANY { ROWS } else { part_of::<U>(job.rows) };
-    for group in groups(tiles, group_tiles(job.width)) {
+    let mut groups = groups(tiles, group_tiles(job.width)).peekable();
+    while let Some(group) = groups.next() {
+        let next = widened_next(job.tiles, job.tile_bytes, job.compact, groups.peek(), group.len());
         let bytes = job.tiles[group.start * job.tile_bytes..group.end * job.tile_bytes].as_ptr();
         let (weights, tile_bytes) = match job.compact {
             None => (bytes, job.tile_bytes),
-            Some(Compact { patches, room }) => {
+            Some(Compact { patches, room, .. }) => {
                 for i in 0..group.len() {
                     // SAFETY: the tiles are of the job and the room is for a group.
                     unsafe {
@@ -129,7 +137,8 @@ unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
                 (room.cast_const(), pairs * VECTOR)
             }
         };
-        for row in (0..job.rows).step_by(step) {
+        for (share, row) in (0..job.rows).step_by(step).enumerate() {
+            fetch(next, share, job.rows.div_ceil(step));
             let last = job.rows.min(row + step);
             let twos = if U::MANY && last - row == ROWS { group.len() / 2 * 2 } else { 0 };
             for i in (0..twos).step_by(2) {
@@ -170,6 +179,32 @@ pub(super) fn groups(tiles: usize, most: usize) -> impl Iterator<Item = Range<us
     let count = tiles.div_ceil(most);
     let size = tiles.div_ceil(count).next_multiple_of(2);
     (0..tiles).step_by(size).map(move |first| first..tiles.min(first + size))
+}
+
+/// The compact tiles that are widened after a group: `group`, the next one of a job's `tiles` of `tile_bytes` each, or as many as `most` of what
+/// comes after the job. None where tiles are plain.
+#[inline(always)]
+pub(super) fn widened_next<'a>(
+    tiles: &'a [u8],
+    tile_bytes: usize,
+    compact: Option<Compact<'a>>,
+    group: Option<&Range<usize>>,
+    most: usize,
+) -> &'a [u8] {
+    match (compact, group) {
+        (None, _) => &[],
+        (Some(_), Some(group)) => &tiles[group.start * tile_bytes..group.end * tile_bytes],
+        (Some(Compact { next, .. }), None) => &next[..next.len().min(most * tile_bytes)],
+    }
+}
+
+/// Starts fetching a share of `tiles` to the second-level cache, `share` of `shares`.
+#[inline(always)]
+pub(super) fn fetch(tiles: &[u8], share: usize, shares: usize) {
+    let lines = tiles.len().div_ceil(LINE);
+    for line in share * lines / shares..(share + 1) * lines / shares {
+        prefetch_second(tiles.as_ptr().wrapping_add(line * LINE));
+    }
 }
 
 /// `R` rows times one plain tile: even and odd pairs of inputs in an accumulator each, then their sum.

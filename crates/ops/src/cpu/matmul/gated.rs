@@ -4,7 +4,7 @@
 //! both lie in registers when they are joined. What goes to memory is what *down* reads: pairs of bf16, an eighth of the two products in f32.
 //! Every product is summed and every output rounded as it is in two multiplications, an activation and a conversion.
 
-use super::bf16::{Compact, ROWS, group_tiles, groups, rows, two_tiles, widen_tile};
+use super::bf16::{Compact, ROWS, fetch, group_tiles, groups, rows, two_tiles, widen_tile, widened_next};
 use super::kernel::{part_of, with_rows};
 use super::layout::LANES;
 use super::unit::{Unit, VECTOR};
@@ -53,7 +53,14 @@ pub(super) type Kernel = unsafe fn(&Job<'_>);
 pub(super) unsafe fn gated<U: Unit>(job: &Job<'_>) {
     let pairs = job.width.div_ceil(2);
     let step = if U::MANY { ROWS } else { part_of::<U>(job.rows) };
-    for group in groups(job.tiles, (group_tiles(job.width) / 4 * 2).max(2)) {
+    let mut groups = groups(job.tiles, (group_tiles(job.width) / 4 * 2).max(2)).peekable();
+    while let Some(group) = groups.next() {
+        let following = groups.peek();
+        let next = |half: usize| {
+            let Half { tiles, tile_bytes, compact, .. } = &job.halves[half];
+            widened_next(tiles, *tile_bytes, *compact, following, group.len())
+        };
+        let next = [next(0), next(1)];
         // SAFETY: the tiles are of the job and the room is for a group.
         let weights = unsafe {
             [
@@ -61,8 +68,12 @@ pub(super) unsafe fn gated<U: Unit>(job: &Job<'_>) {
                 ready::<U>(job, 1, group.start, group.len(), pairs),
             ]
         };
-        let at = |i: usize| weights.map(|(tiles, apart)| tiles.wrapping_add(i * apart));
-        for row in (0..job.rows).step_by(step) {
+        let [(gates, gate_bytes), (ups, up_bytes)] = weights;
+        let at = |i: usize| [gates.wrapping_add(i * gate_bytes), ups.wrapping_add(i * up_bytes)];
+        for (share, row) in (0..job.rows).step_by(step).enumerate() {
+            for next in next {
+                fetch(next, share, job.rows.div_ceil(step));
+            }
             let last = job.rows.min(row + step);
             if U::MANY && last - row == ROWS {
                 let x = job.x[row * pairs..][..ROWS * pairs].as_ptr();
@@ -110,7 +121,7 @@ unsafe fn ready<U: Unit>(
 ) -> (*const u8, usize) {
     let Half { tiles, tile_bytes, compact, .. } = &job.halves[half];
     let bytes = tiles[first * tile_bytes..(first + count) * tile_bytes].as_ptr();
-    let Some(Compact { patches, room }) = *compact else { return (bytes, *tile_bytes) };
+    let Some(Compact { patches, room, .. }) = *compact else { return (bytes, *tile_bytes) };
     let room = room.wrapping_add(half * pairs * VECTOR);
     for i in 0..count {
         // SAFETY: as the caller promises.
@@ -133,7 +144,13 @@ unsafe fn store<U: Unit, const R: usize>(
     row: usize,
     [gate, up]: [[U::Floats; R]; 2],
 ) {
-    let bias = [0, 1].map(|half| job.halves[half].bias.map(|bias| bias[tile * LANES..][..LANES].as_ptr()));
+    // Not by `map`, which lacks the unit's features and so would call its closure.
+    let mut bias = [None; 2];
+    for (to, half) in bias.iter_mut().zip(&job.halves) {
+        if let Some(bias) = half.bias {
+            *to = Some(bias[tile * LANES..][..LANES].as_ptr());
+        }
+    }
     for (r, (gate, up)) in gate.into_iter().zip(up).enumerate() {
         // SAFETY: eight pairs of the row lie in `out` as promised.
         unsafe {

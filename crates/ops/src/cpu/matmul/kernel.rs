@@ -22,6 +22,9 @@ pub(super) const MANY_ROWS: usize = 12;
 /// look far enough ahead once several rows are computed a block: some 200 ns at 12 GB/s a thread.
 pub(super) const AHEAD: usize = 4096;
 
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+
 /// Activations of a job.
 #[derive(Clone, Copy)]
 pub(super) enum Input<'a> {
@@ -112,7 +115,7 @@ pub(super) use with_rows;
 /// Starts loading the cache lines of `bytes` bytes at `from`, which need not be mapped.
 #[inline(always)]
 pub(in crate::cpu) fn prefetch(from: *const u8, bytes: usize) {
-    for at in (0..bytes).step_by(64) {
+    for at in (0..bytes).step_by(LINE) {
         // SAFETY: a prefetch reads nothing; SSE is part of x86-64.
         #[cfg(target_arch = "x86_64")]
         unsafe {
@@ -123,6 +126,18 @@ pub(in crate::cpu) fn prefetch(from: *const u8, bytes: usize) {
         #[cfg(not(target_arch = "x86_64"))]
         let _ = (from, at);
     }
+}
+
+/// Starts loading a cache line to the second-level cache; it need not be mapped.
+#[inline(always)]
+pub(super) fn prefetch_second(from: *const u8) {
+    // SAFETY: as in `prefetch`.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(from.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = from;
 }
 
 /// The loop over a job with quantised weights.

@@ -195,9 +195,11 @@ impl Part {
         self.rows.div_ceil(LANES)
     }
 
-    /// What a job with these tiles needs where they are compact.
-    fn compact_in(&self, room: *mut u8) -> Option<Compact<'_>> {
-        self.patches.as_ref().map(|patches| Compact { patches, room })
+    /// What a job with these tiles needs where they are compact; `next` are the tiles that its thread is likely to take next, after as many
+    /// pieces as there are threads.
+    fn compact_in(&self, room: *mut u8, next: Range<usize>) -> Option<Compact<'_>> {
+        let next = &self.tiles.bytes()[next.start * self.tile_bytes..next.end * self.tile_bytes];
+        self.patches.as_ref().map(|patches| Compact { patches, room, next })
     }
 }
 
@@ -402,13 +404,14 @@ fn multiply(
     let run = |piece: usize, room: *mut u8| {
         let cut = |piece| match piece_tiles {
             Some(count) => tiles.min(piece * count),
-            None => piece * tiles / pieces,
+            None => tiles.min(piece * tiles / pieces),
         };
         let (first, last) = (cut(piece), cut(piece + 1));
         let (mut part_tile, mut part_row) = (0, 0);
         for part in &w.parts {
-            let from = first.max(part_tile) - part_tile;
-            let to = last.min(part_tile + part.tile_count()).saturating_sub(part_tile);
+            let own = |tile: usize| tile.clamp(part_tile, part_tile + part.tile_count()) - part_tile;
+            let (from, to) = (own(first), own(last));
+            let next = own(cut(piece + pool.threads()))..own(cut(piece + pool.threads() + 1));
             if from < to {
                 let row = part_row + from * LANES;
                 let outputs = part.rows.min(to * LANES) - from * LANES;
@@ -418,7 +421,7 @@ fn multiply(
                     width: w.width,
                     rows,
                     input: x.of(part.dtype),
-                    compact: part.compact_in(room),
+                    compact: part.compact_in(room, next),
                     bias: bias.map(|bias| &bias[row..row + outputs]),
                     outputs,
                     out: out.at(row),
@@ -464,11 +467,13 @@ pub(super) fn gated(
     let tiles = gate.tile_count();
     let pieces = tiles.min(pool.threads() * PIECES_OF_MANY);
     let run = |piece: usize, room: *mut u8| {
-        let (first, last) = (piece * tiles / pieces, (piece + 1) * tiles / pieces);
+        let cut = |piece| tiles.min(piece * tiles / pieces);
+        let (first, last) = (cut(piece), cut(piece + 1));
+        let next = cut(piece + pool.threads())..cut(piece + pool.threads() + 1);
         let halves = [(gate, 0), (up, outputs)].map(|(part, from)| Half {
             tiles: &part.tiles.bytes()[first * part.tile_bytes..last * part.tile_bytes],
             tile_bytes: part.tile_bytes,
-            compact: part.compact_in(room),
+            compact: part.compact_in(room, next.clone()),
             bias: bias.map(|bias| &bias[from + first * LANES..from + last * LANES]),
         });
         let job = gated::Job {
