@@ -563,11 +563,15 @@ impl<E: Loaded> Tile<'_, E> {
     #[inline(always)]
     unsafe fn products<S: Simd, const T: usize, const B: usize>(&mut self, block: usize) {
         let dim = self.layout.head_dim;
-        let queries: [&[f32]; T] = std::array::from_fn(|i| &self.queries[i][..dim]);
-        let keys: [&[E]; B] = std::array::from_fn(|b| {
+        // `array::from_fn` lacks the instructions of `S`, so it would call its closure for each element.
+        let (mut queries, mut keys) = ([&[][..]; T], [&[][..]; B]);
+        for (to, query) in queries.iter_mut().zip(self.queries) {
+            *to = &query[..dim];
+        }
+        for b in 0..B {
             let start = self.layout.keys(self.table[block + b] as usize, self.head);
-            &self.kv[start..][..BLOCK_SIZE * dim]
-        });
+            keys[b] = &self.kv[start..][..BLOCK_SIZE * dim];
+        }
         // SAFETY: `d` is below the queries' length; `BLOCK_SIZE` keys' elements `d` and as many scores are a vector.
         unsafe {
             let mut sums = [[S::splat(0.0); B]; T];

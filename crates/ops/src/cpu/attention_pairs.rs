@@ -112,8 +112,12 @@ impl PairTile<'_, '_> {
         let half = layout.head_dim / 2;
         let queries = &self.pairs.queries[..T * half];
         let keys_of = |block: usize| &kv[layout.keys(table[block] as usize, head)..][..2 * BLOCK_SIZE * half];
-        let keys: [&[Bf16]; B] = std::array::from_fn(|b| keys_of(block + b));
-        let ahead: [&[Bf16]; B] = std::array::from_fn(|b| keys_of((block + B + b).min(blocks - 1)));
+        // `array::from_fn` lacks the instructions of `S`, so it would call its closure for each element.
+        let (mut keys, mut ahead) = ([&[][..]; B], [&[][..]; B]);
+        for b in 0..B {
+            keys[b] = keys_of(block + b);
+            ahead[b] = keys_of((block + B + b).min(blocks - 1));
+        }
         // SAFETY: `d` is below the pairs of a query and of each key; as many keys' pairs and scores as a block has are
         // a vector.
         unsafe {

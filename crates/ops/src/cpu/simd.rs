@@ -92,15 +92,24 @@ pub(super) unsafe fn load_part<S: Simd>(from: &[f32], fill: f32) -> S::V {
 pub(super) unsafe fn sum<S: Simd>(v: S::V) -> f32 {
     // SAFETY: the caller's promise is the same.
     let l = unsafe { lanes::<S>(v) };
-    let four: [f32; 4] = std::array::from_fn(|i| (l[i] + l[i + 8]) + (l[i + 4] + l[i + 12]));
+    let mut four = [0.0; 4];
+    for i in 0..4 {
+        four[i] = (l[i] + l[i + 8]) + (l[i + 4] + l[i + 12]);
+    }
     (four[0] + four[2]) + (four[1] + four[3])
 }
 
-/// The largest lane; NaN lanes are passed over.
+/// The largest lane, by halves; NaN lanes are passed over.
 #[inline(always)]
 pub(super) unsafe fn max<S: Simd>(v: S::V) -> f32 {
     // SAFETY: the caller's promise is the same.
-    unsafe { lanes::<S>(v) }.into_iter().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+    let mut l = unsafe { lanes::<S>(S::max(v, S::splat(f32::NEG_INFINITY))) };
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            l[i] = if l[i + half] > l[i] { l[i + half] } else { l[i] };
+        }
+    }
+    l[0]
 }
 
 /// `e^x` within 3e-7 relative; 0 below -88 and infinite above 88.3, NaN for NaN.
