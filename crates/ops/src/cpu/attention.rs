@@ -568,9 +568,9 @@ impl<E: Loaded> Tile<'_, E> {
         for (to, query) in queries.iter_mut().zip(self.queries) {
             *to = &query[..dim];
         }
-        for b in 0..B {
-            let start = self.layout.keys(self.table[block + b] as usize, self.head);
-            keys[b] = &self.kv[start..][..BLOCK_SIZE * dim];
+        for (to, &block) in keys.iter_mut().zip(&self.table[block..]) {
+            let start = self.layout.keys(block as usize, self.head);
+            *to = &self.kv[start..][..BLOCK_SIZE * dim];
         }
         // SAFETY: `d` is below the queries' length; `BLOCK_SIZE` keys' elements `d` and as many scores are a vector.
         unsafe {
