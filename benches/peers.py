@@ -41,7 +41,7 @@ ROWS = [
     ("decode, one stream", "tok/s", "decode_tokens_per_second", True,
      "--requests 1 --prompt 64 --output 128"),
     ("prefill of 2,000 tokens", "tok/s", "prefill_tokens_per_second", True,
-     "--requests 1 --prompt 2000 --output 1 --warmup 0"),
+     "--requests 3 --prompt 2000 --output 1 --warmup 0"),
     ("eight streams (200 in, 128 out)", "output tok/s", "output_tokens_per_second", True,
      "--concurrency 8 --requests 16 --prompt 200 --output 128 --warmup 0"),
     ("agent loop (8 turns, +300 in, 48 out)", "s", "conversation", False,
