@@ -565,10 +565,10 @@ impl<E: Loaded> Tile<'_, E> {
         let dim = self.layout.head_dim;
         // `array::from_fn` lacks the instructions of `S`, so it would call its closure for each element.
         let (mut queries, mut keys) = ([&[][..]; T], [&[][..]; B]);
-        for (to, query) in queries.iter_mut().zip(self.queries) {
+        for (to, query) in queries.iter_mut().zip(&self.queries[..T]) {
             *to = &query[..dim];
         }
-        for (to, &block) in keys.iter_mut().zip(&self.table[block..]) {
+        for (to, &block) in keys.iter_mut().zip(&self.table[block..block + B]) {
             let start = self.layout.keys(block as usize, self.head);
             *to = &self.kv[start..][..BLOCK_SIZE * dim];
         }
