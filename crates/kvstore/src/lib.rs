@@ -18,7 +18,7 @@
 //!
 //! Writes go through the system's page cache and are not synced one by one: after a killed process
 //! everything is there; after a power failure what is missing is found torn by its checksum and
-//! computed anew. A segment is synced once, when it is full. Reads profit from the page cache too: on
+//! computed anew. A segment is synced once, when it is full; a label's record before the one it replaces is removed. Reads profit from the page cache too: on
 //! the machines this runs on today, device memory is host memory, and a restarted server finds most
 //! of its blocks there. Direct I/O would lose that and save a copy that costs less than the checksum.
 

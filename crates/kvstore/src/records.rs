@@ -88,7 +88,8 @@ impl Records {
         let mut bytes = body.to_vec();
         bytes.extend_from_slice(&name.checksum(body).to_le_bytes());
         let file = medium.create(&name.text())?;
-        if let Err(error) = file.write_at(&bytes, 0) {
+        // The one before goes only when this one outlasts a power failure.
+        if let Err(error) = file.write_at(&bytes, 0).and_then(|()| file.sync()) {
             remove(medium, name);
             return Err(error);
         }
