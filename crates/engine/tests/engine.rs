@@ -127,6 +127,9 @@ fn prompt_scores_agree_with_the_greedy_answer_and_survive_chunking() {
     assert_eq!(scores.scores[0].logprob, None);
     assert_eq!(scores.scores[30..], answer.tokens[..], "a generated token scores as it did when drawn");
     assert_eq!(ask(&engine, scored(1)).tokens.len(), 1);
+    // One token of the prompt a step.
+    let alone = start(EngineConfig { max_sequences: 1, ..CONFIG });
+    assert_eq!(ask(&alone, scored(0)).scores, scores.scores);
 }
 
 #[test]

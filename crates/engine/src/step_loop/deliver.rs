@@ -44,7 +44,8 @@ impl StepLoop {
         let (id, position) = (chunk.id, chunk.start + chunk.len - chunk.outputs + 1 + row);
         let Some(active) = self.active.get_mut(&id) else { return false };
         let known = self.scheduler.sequence(id).map_or(0, |sequence| sequence.tokens.len());
-        if chunk.outputs == 1 && known > position {
+        let generates = position >= active.submission.request.prompt.len();
+        if generates && chunk.outputs == 1 && known > position {
             return false; // tokens were forced while the step was in flight
         }
         if let Some(fault) = sampled.fault {
