@@ -81,6 +81,19 @@ fn drafts_are_made_where_they_pay_and_other_steps_are_queued_ahead() {
 }
 
 #[test]
+fn a_long_prompt_goes_on_beside_a_decode_that_flies() {
+    let config = EngineConfig { max_batch_tokens: 12, ..CONFIG };
+    let (engine, ahead) = queued(config, None);
+    let mut decodes = engine.submit(request(prompt(0, 20), 230)).unwrap();
+    while !matches!(decodes.next_blocking(), Some(Event::Token(_))) {}
+    // More steps than are taken in a row without one that only decodes.
+    assert_eq!(ask(&engine, request(prompt(1, 240), 1)).tokens.len(), 1);
+    assert_eq!(collect(decodes).tokens.len(), 229);
+    assert!(ahead.steps.load(Ordering::SeqCst) > 0);
+    assert!(engine.stats().steps <= 2 + 229, "the prompt waited: {} steps", engine.stats().steps);
+}
+
+#[test]
 fn who_goes_away_in_flight_leaves_no_block_held_and_others_their_answers() {
     let (engine, ahead) = queued(CONFIG, None);
     let expected = ask(&start(CONFIG), request(prompt(9, 40), 200)).ids();

@@ -21,8 +21,12 @@ impl Scheduler {
     /// time from it.
     pub fn expects_prefill(&self) -> bool {
         let next = || self.waiting_in_line().next().or_else(|| self.waiting.first().copied());
+        self.is_prefilling() || next().is_some_and(|id| self.has_room(id))
+    }
+
+    /// Whether a sequence that runs is still within its prompt.
+    pub fn is_prefilling(&self) -> bool {
         self.running.iter().any(|id| self.sequences[id].is_prefilling())
-            || next().is_some_and(|id| self.has_room(id))
     }
 
     /// Proposes what may follow a sequence's known tokens. It replaces an earlier proposal and holds

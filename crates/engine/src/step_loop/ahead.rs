@@ -6,7 +6,7 @@
 //! long as a forward pass takes, and penalties count every token.
 //!
 //! The loop lands what is in flight and plans in full again as soon as something may change what runs: a request came or ended, tokens
-//! were forced, blocks arrived from disk, a draft would pay. A draft model keeps all on the ground. Of a sequence that turns out to have ended, or to go on otherwise than by what was drawn, what is in flight is dropped.
+//! were forced, a prompt goes on (its blocks arrived from disk, or it only stood back for a step), a draft would pay. A draft model keeps all on the ground. Of a sequence that turns out to have ended, or to go on otherwise than by what was drawn, what is in flight is dropped.
 
 use std::time::{Duration, Instant};
 
@@ -97,8 +97,7 @@ impl StepLoop {
     /// Plans the step after the one in flight, if nothing speaks against it.
     fn plan_next(&mut self, flight: Flight, plan: &StepPlan, next: &mut StepPlan) -> bool {
         let others_wait = self.scheduler.waiting() > 0 && flight.steps >= MOST_BESIDE_WAITING;
-        let loads = self.tier.as_ref().is_some_and(|tier| tier.is_loading());
-        if self.disturbed || others_wait || loads {
+        if self.disturbed || others_wait || self.scheduler.is_prefilling() {
             return false;
         }
         let active = &self.active;
