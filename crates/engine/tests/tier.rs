@@ -132,6 +132,24 @@ fn many_sequences_resume_side_by_side_with_others_that_compute() {
 }
 
 #[test]
+fn what_a_preempted_sequence_loads_again_is_not_counted_as_cached() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    (0..3).for_each(|seed| drop(turn(&engine, seed)));
+    stop(engine);
+    // Two prompts of 25 blocks, and less than both answers need.
+    let small = EngineConfig { kv_blocks: 54, ..ROOMY };
+    let engine = start_with(model(&small), small.clone(), folder.path(), &Arc::default());
+    let asked = (0..3).map(|seed| request(prompt(seed, TURN), 100)).collect::<Vec<_>>();
+    let answers = common::ask_at_once(&engine, &asked);
+    let stats = engine.stats();
+    assert!(stats.preemptions > 0 && stats.tier.loads > 3, "{stats:?}");
+    for answer in answers {
+        assert_eq!(answer.usage.cached_tokens, (TURN - 1) / 16 * 16);
+    }
+}
+
+#[test]
 fn short_sequences_and_scored_prompts_keep_away_from_the_disk() {
     let folder = tempfile::tempdir().unwrap();
     let engine = start(folder.path());

@@ -21,7 +21,10 @@ pub(super) struct Active {
     /// Prompt tokens scored so far, when asked for.
     pub(super) scores: Vec<Token>,
     pub(super) generated: usize,
+    /// Prompt tokens that it found computed when it was first admitted.
     pub(super) cached: Option<usize>,
+    /// Whether it was ever, so that what it finds later are its own.
+    pub(super) preempted: bool,
     pub(super) planned: Option<Instant>,
     pub(super) first_token: Option<Instant>,
     /// Absent where nothing is drafted, and before the sequence runs.

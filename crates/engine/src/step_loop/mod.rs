@@ -234,6 +234,7 @@ impl StepLoop {
             scores: Vec::new(),
             generated: 0,
             cached: None,
+            preempted: false,
             planned: None,
             first_token: None,
             drafter: None,
@@ -307,7 +308,12 @@ impl StepLoop {
 
     fn note_admissions(&mut self, plan: &StepPlan) {
         self.stats.preemptions += plan.preempted.len() as u64;
-        plan.preempted.iter().for_each(|&id| self.release_guesses(id));
+        for &id in &plan.preempted {
+            self.release_guesses(id);
+            if let Some(active) = self.active.get_mut(&id) {
+                active.preempted = true;
+            }
+        }
         let now = Instant::now();
         for (id, cached) in &plan.admitted {
             let Some(active) = self.active.get_mut(id) else { continue };

@@ -12,7 +12,8 @@ impl StepLoop {
         let Some(tier) = &mut self.tier else { return };
         let active = &mut self.active;
         tier.fetch(&mut self.scheduler, &mut *self.model, |id, tokens| {
-            if let Some(cached) = active.get_mut(&id).and_then(|active| active.cached.as_mut()) {
+            let first = active.get_mut(&id).filter(|active| !active.preempted);
+            if let Some(cached) = first.and_then(|active| active.cached.as_mut()) {
                 *cached += tokens;
             }
         });

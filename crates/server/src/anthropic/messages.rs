@@ -150,7 +150,7 @@ struct OutputTokensDetails {
 impl From<Totals> for Usage {
     fn from(totals: Totals) -> Self {
         Self {
-            input_tokens: totals.prompt_tokens - totals.cached_tokens,
+            input_tokens: totals.prompt_tokens.saturating_sub(totals.cached_tokens),
             cache_creation_input_tokens: 0,
             cache_read_input_tokens: totals.cached_tokens,
             cache_creation: None,
