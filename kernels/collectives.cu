@@ -283,7 +283,7 @@ KERNEL(all_reduce_norm_multicast)
 // `embed` (rows.cu) of the tokens that rank 0 knows or drew, which it shows to all.
 extern "C" __global__ void __launch_bounds__(256)
 embed_from_first(const Peers* peers, const uint32_t* tokens, const uint32_t* drawn, const uint4* results, const void* table, int table_f32, float* out,
-                 int rows, int width) {
+                 int rows, int width, uint32_t vocab) {
     const uint32_t epoch = next_epoch(peers);
     if (blockIdx.x >= static_cast<unsigned>(rows)) return;
     const Shown shown(peers, epoch);
@@ -292,8 +292,11 @@ embed_from_first(const Peers* peers, const uint32_t* tokens, const uint32_t* dra
     if (peers->rank == 0)
         for (int row = first; row < rows; row += step) reinterpret_cast<uint32_t*>(shown.mine)[row] = token_of(row, tokens, drawn, results);
     meet(peers, epoch + 1);
-    for (int row = blockIdx.x; row < rows; row += gridDim.x)
-        embed_row(reinterpret_cast<const uint32_t*>(shown.of[0])[row], table, table_f32, out + static_cast<size_t>(row) * width, width);
+    for (int row = blockIdx.x; row < rows; row += gridDim.x) {
+        // Where rank 0 was given up, no token lies there; the step goes on, in vain, with some row of the table.
+        const uint32_t token = min(reinterpret_cast<const uint32_t*>(shown.of[0])[row], vocab - 1);
+        embed_row(token, table, table_f32, out + static_cast<size_t>(row) * width, width);
+    }
 }
 KERNEL(embed_from_first)
 

@@ -422,7 +422,7 @@ impl Backend for Cuda {
             table.hidden.into(),
         ];
         match self.peers.as_ref().and_then(Peers::in_flight) {
-            Some(memory) => memory.embed(args, rows),
+            Some(memory) => memory.embed(args, rows, table.vocab),
             None => self.device.launch("embed", Grid::new(rows, 256), 0, &args),
         }
     }

@@ -236,10 +236,11 @@ impl Drop for PeerMemory {
 }
 
 impl PeerMemory {
-    /// `embed`, with that kernel's arguments, of the tokens that rank 0 knows or drew, into so many rows.
-    pub fn embed(&self, args: [Arg; 7], rows: usize) -> Result<()> {
+    /// `embed`, with that kernel's arguments, of the tokens that rank 0 knows or drew, into so many rows from a table of `vocab`.
+    pub fn embed(&self, args: [Arg; 7], rows: usize, vocab: usize) -> Result<()> {
         let [tokens, drawn, results, table, is_f32, out, width] = args;
-        let args = [(&self.table).into(), tokens, drawn, results, table, is_f32, out, rows.into(), width];
+        let (peers, rows, vocab) = ((&self.table).into(), rows.into(), vocab.into());
+        let args = [peers, tokens, drawn, results, table, is_f32, out, rows, width, vocab];
         self.device.launch("embed_from_first", Grid::new(self.blocks, 256), 0, &args)
     }
 
@@ -536,6 +537,36 @@ mod tests {
                     },
                 );
             }
+        }
+
+        #[test]
+        fn tokens_that_rank_0_did_not_show_in_time_are_none_beyond_the_table() {
+            let found =
+                on_ranks((1, 2), PeerAccess::Always, Duration::from_millis(20), |mut memory, member| {
+                    let first = member.rank().index == 0;
+                    let [table, out, tokens] = [32, 16, 4].map(|bytes| memory.device.buffer(bytes));
+                    let (table, out, tokens) = (table?, out?, tokens?);
+                    memory.wait_for(PATIENCE)?;
+                    // Both sides hold what is no token.
+                    for _ in 0..2 {
+                        table.write(0, bytes(&[-1e30f32; 8]))?;
+                        memory.sum("all_reduce_once", (&table).into(), 8)?;
+                    }
+                    table.write(0, bytes(&[1f32, 1., 1., 1., 2., 2., 2., 2.]))?;
+                    memory.wait_for(Duration::from_millis(20))?;
+                    if !first {
+                        let none = Arg::from(0);
+                        let (tokens, is_f32) = ((&tokens).into(), true.into());
+                        let args = [tokens, none, none, (&table).into(), is_f32, (&out).into(), 4.into()];
+                        memory.embed(args, 1, 2)?;
+                        assert!(memory.is_broken()?);
+                    }
+                    memory.reset(&member)?;
+                    let mut row = [0f32; 4];
+                    out.read(0, bytes_mut(&mut row))?;
+                    Ok(row)
+                });
+            assert_eq!(found, [[0.0; 4], [2.0; 4]]);
         }
 
         #[test]
