@@ -229,19 +229,16 @@ __device__ uint32_t draw(const Weights& w, const Request& r) {
     total = block_total(total);
     if (!k && !p && !floor) return walk(w, static_cast<u64>(r.uniform * static_cast<double>(total)), false, 0);
     Cut cut = {0, ~0ull >> 1};
-    if (floor) cut.bits = __float_as_uint(r.min_p);
-    if (k) {
-        const Cut kth = find(w, r.top_k - 1, false);
-        if (kth.shorter(cut)) cut = kth;
-    }
-    u64 kept = k || floor ? mass_of(w, cut) : total;
+    if (k) cut = find(w, r.top_k - 1, false);
     if (p) {
         // The nucleus is of all tokens, or of those that top-k leaves.
-        const double reach = ceil(static_cast<double>(r.top_p) * static_cast<double>(k ? kept : total));
+        const double reach = ceil(static_cast<double>(r.top_p) * static_cast<double>(k ? mass_of(w, cut) : total));
         const Cut nucleus = find(w, reach >= 1.0 ? static_cast<u64>(reach) - 1 : 0, true);
         if (nucleus.shorter(cut)) cut = nucleus;
-        kept = mass_of(w, cut);
     }
+    const Cut likely = {__float_as_uint(r.min_p), ~0ull >> 1};
+    if (floor && likely.shorter(cut)) cut = likely;
+    const u64 kept = mass_of(w, cut);
     const Cut drawn = find(w, static_cast<u64>(r.uniform * static_cast<double>(kept)), true);
     return walk(w, drawn.ties, true, drawn.bits);
 }

@@ -189,7 +189,7 @@ impl Sampler {
                 presence: params.presence_penalty,
                 frequency: params.frequency_penalty,
                 top_k: params.top_k,
-                greedy: u32::from(params.temperature == 0.0),
+                greedy: u32::from(params.is_greedy()),
                 forced: row.forced.unwrap_or(NONE),
                 logprobs: params.logprobs.unwrap_or(NONE),
                 mask: if row.mask.is_some() { mask as u32 } else { NONE },

@@ -21,7 +21,7 @@ pub const MOST_DRAWN_AHEAD: u32 = 32;
 /// How a request wants its tokens drawn. Ranges are checked by whoever builds one from input.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
-    /// Divides the logits; 0 is greedy.
+    /// Divides the logits; 0 is greedy, as is what is so small that its inverse is infinite.
     pub temperature: f32,
     /// Nucleus: keep the most likely tokens whose probabilities reach this sum (1 keeps all).
     /// Holtzman et al. 2019 (arXiv:1904.09751).
@@ -63,6 +63,11 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Whether the most likely token is taken, and none drawn.
+    pub fn is_greedy(&self) -> bool {
+        (1.0 / self.temperature).is_infinite()
+    }
+
     /// Whether any penalty needs [`TokenCounts`].
     pub fn needs_counts(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
@@ -190,7 +195,7 @@ pub fn sample_row(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut Sampler
         sampled.fault = Some("no token was allowed here");
         return sampled;
     }
-    sampled.token = if row.params.temperature == 0.0 { best } else { draw(logits, best_logit, row, scratch) };
+    sampled.token = if row.params.is_greedy() { best } else { draw(logits, best_logit, row, scratch) };
     if let (Some((norm, _)), Some(kept)) = (reported, kept) {
         sampled.logprob = Some(kept.get(sampled.token).unwrap_or_else(|| raw(logits, sampled.token)) - norm);
     }
@@ -315,9 +320,9 @@ fn filter(weights: &[f32], params: &SamplingParams, candidates: &mut Vec<u32>) -
     // Tokens below this share together weigh less than 1 - top_p of all, so the nucleus lies
     // above it and only few tokens need sorting. With top-k on, the nucleus is that of the k
     // tokens kept, whose sum is smaller, so the bound does not hold and is not used.
-    let mut floor = params.min_p; // the best token's weight is 1
-    if top_k == vocab && params.top_p < 1.0 {
-        floor = floor.max(((1.0 - params.top_p as f64) * total / vocab as f64) as f32);
+    let mut floor = 0.0f32;
+    if top_k == vocab {
+        floor = params.min_p.max(((1.0 - params.top_p as f64) * total / vocab as f64) as f32);
     }
     candidates.clear();
     candidates
@@ -339,6 +344,8 @@ fn filter(weights: &[f32], params: &SamplingParams, candidates: &mut Vec<u32>) -
         let kept = kept.count().max(1);
         candidates.truncate(kept);
     }
+    // The best token's weight is 1.
+    candidates.truncate(candidates.partition_point(|&t| weights[t as usize] >= params.min_p).max(1));
     true
 }
 
@@ -415,8 +422,10 @@ mod tests {
 
     #[test]
     fn zero_temperature_takes_the_largest_logit_and_the_lower_token_on_a_tie() {
-        let params = SamplingParams { temperature: 0.0, ..Default::default() };
-        assert_eq!(sample(&[0.0, 3.0, 3.0, -1.0], row(&params, 0)).token, 1);
+        for temperature in [0.0, -0.0, 1e-40] {
+            let params = SamplingParams { temperature, ..Default::default() };
+            assert_eq!(sample(&[0.0, 3.0, 3.0, -1.0], row(&params, 0)).token, 1, "{temperature}");
+        }
     }
 
     #[test]
@@ -449,6 +458,11 @@ mod tests {
         // top-p is taken of what top-k leaves: 0.4 / 0.7 = 0.57
         assert_eq!(kept(SamplingParams { top_k: 2, top_p: 0.55, ..Default::default() }), [0]);
         assert_eq!(kept(SamplingParams { top_p: 0.0, ..Default::default() }), [0]);
+        // min-p comes last, and top-k says nothing of what it would have kept: 0.4 + 0.3 of all reach 0.55
+        for top_k in [0, 4] {
+            assert_eq!(kept(SamplingParams { top_k, top_p: 0.55, min_p: 0.6, ..Default::default() }), [0, 1]);
+        }
+        assert_eq!(kept(SamplingParams { top_k: 3, min_p: 0.6, ..Default::default() }), [0, 1]);
     }
 
     #[test]
