@@ -108,6 +108,7 @@ fn scales(
         true => checkpoint.tensor(&inverse)?,
         false => checkpoint.tensor(&format!("{name}_scale"))?,
     };
+    let block = [block[0].min(rows), block[1].min(width)];
     let grid = [rows.div_ceil(block[0]), width.div_ceil(block[1])];
     let (block, columns) = match tensor.shape[..] {
         _ if tensor.elements() == 1 => ([rows, width], 1),
@@ -135,13 +136,13 @@ mod tests {
     /// Scales, their shape, the size of a block, and what is made of the matrix.
     type Case<'a> = (&'a [f32], &'a [usize], [usize; 2], DType);
 
-    /// The matrix `[3, 128]` of byte `i % 120` at `i`, with these scales.
-    fn stored(scales: &[f32], shape: &[usize], block: [usize; 2]) -> RawTensor {
+    /// The matrix `[3, width]` of byte `i % 120` at `i`, with these scales.
+    fn stored(width: usize, scales: &[f32], shape: &[usize], block: [usize; 2]) -> RawTensor {
         let folder = tempfile::tempdir().unwrap();
-        let bytes: Vec<u8> = (0..3 * 128).map(|i| (i % 120) as u8).collect();
+        let bytes: Vec<u8> = (0..3 * width).map(|i| (i % 120) as u8).collect();
         let scale_bytes: Vec<u8> = scales.iter().flat_map(|x| x.to_le_bytes()).collect();
         let views = [
-            ("w.weight", TensorView::new(Dtype::F8_E4M3, vec![3, 128], &bytes).unwrap()),
+            ("w.weight", TensorView::new(Dtype::F8_E4M3, vec![3, width], &bytes).unwrap()),
             ("w.weight_scale", TensorView::new(Dtype::F32, shape.to_vec(), &scale_bytes).unwrap()),
         ];
         serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
@@ -158,7 +159,7 @@ mod tests {
             (&[0.5, 0.25], &[1, 2], [3, 96], DType::BF16),
         ];
         for (scales, shape, block, dtype) in cases {
-            let found = stored(scales, shape, block);
+            let found = stored(128, scales, shape, block);
             assert_eq!((found.dtype, &found.shape[..]), (dtype, &[3, 128][..]), "{shape:?}");
             let columns = shape.get(1).copied().unwrap_or(1);
             let scale = |row: usize, column: usize| match (shape, columns) {
@@ -174,5 +175,16 @@ mod tests {
                 assert_eq!(number, expected, "{shape:?}, element {i}");
             }
         }
+    }
+
+    #[test]
+    fn a_block_that_is_said_to_be_absurdly_wide_is_as_wide_as_the_matrix() {
+        let found = stored(96, &[0.5, 2.0], &[2, 1], [2, 1 << 63]);
+        let mut numbers = [0.0; 3 * 96];
+        dequantize(found.dtype, found.bytes(), &mut numbers);
+        assert_eq!(
+            (found.dtype, numbers[1], numbers[2 * 96]),
+            (DType::BF16, 0.5 * NUMBERS[1], 2.0 * NUMBERS[72])
+        );
     }
 }
