@@ -86,7 +86,12 @@ impl Stated {
         bounded("the number of attention heads", self.heads, 1 << 10)?;
         bounded("the number of KV heads", self.kv_heads, self.heads)?;
         bounded("the vocabulary size", self.vocab, 1 << 22)?;
-        bounded("the context length", self.context_length, 1 << 28)?;
+        let context_length = match &self.scaling {
+            // Whoever lengthens a model by YaRN often leaves the length that it was trained for.
+            Scaling::Yarn(yarn) => self.context_length.max((yarn.original_context * yarn.factor) as usize),
+            _ => self.context_length,
+        };
+        bounded("the context length", context_length, 1 << 28)?;
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(format!(
                 "{} attention heads do not divide among {} KV heads",
@@ -129,7 +134,7 @@ impl Stated {
             attention: AttentionShape { heads: self.heads, kv_heads: self.kv_heads, head_dim, scale },
             windows,
             vocab: self.vocab,
-            context_length: self.context_length,
+            context_length,
             rms_eps: self.rms_eps,
             rope: Rope { inv_freq, pairing },
             moe: self.moe,
@@ -150,6 +155,7 @@ impl Stated {
 
 /// Reads the configuration of a GGUF file. Keys: the format's "LLM" section, prefixed by the architecture.
 pub(crate) fn from_gguf(gguf: &Gguf, arch: &Architecture) -> Result<ModelConfig, String> {
+    refuse_biases(gguf, arch)?;
     let keys = Keys { gguf, prefix: arch.name };
     let vocab = match gguf.tensor("token_embd.weight") {
         Ok(table) if table.shape.len() == 2 => table.shape[0],
@@ -216,6 +222,24 @@ pub(crate) fn from_gguf(gguf: &Gguf, arch: &Architecture) -> Result<ModelConfig,
     }
 }
 
+/// Says no to a layer's biases that are not read, without which every answer would be another.
+fn refuse_biases(gguf: &Gguf, arch: &Architecture) -> Result<(), String> {
+    let reads = |part: &str| match part {
+        "attn_q" | "attn_k" | "attn_v" => arch.qkv_bias,
+        "attn_output" => arch.output_bias,
+        "ffn_gate_inp" | "ffn_gate_exps" | "ffn_up_exps" | "ffn_down_exps" => arch.expert_biases,
+        _ => false,
+    };
+    let unread = |name: &&str| {
+        let bias = name.strip_prefix("blk.").and_then(|name| name.strip_suffix(".bias"));
+        bias.and_then(|name| name.split_once('.')).is_some_and(|(_, part)| !reads(part))
+    };
+    match gguf.tensor_names().find(unread) {
+        Some(name) => Err(format!("tensor {name}: a {} model with this bias is not supported", arch.name)),
+        None => Ok(()),
+    }
+}
+
 /// Rope scaling of a GGUF file: a `rope_freqs.weight` tensor (llama3's, worked out by the converter), or
 /// `rope.scaling.type` with its factor.
 fn gguf_scaling(keys: &Keys<'_>, arch: &Architecture) -> Result<Scaling, String> {
@@ -229,8 +253,15 @@ fn gguf_scaling(keys: &Keys<'_>, arch: &Architecture) -> Result<Scaling, String>
     }
     let kind = keys.gguf.str(&keys.key("rope.scaling.type"));
     match kind.as_deref() {
-        None | Some("none") => Ok(Scaling::None),
-        Some("linear") => Ok(Scaling::Linear { factor: keys.required_float("rope.scaling.factor")? }),
+        Some("none") => Ok(Scaling::None),
+        // Older files name no type, and the factor by another key.
+        None | Some("linear") => {
+            let factor = keys.float("rope.scaling.factor")?.or(keys.float("rope.scale_linear")?);
+            Ok(match factor {
+                None | Some(0.0 | 1.0) => Scaling::None,
+                Some(factor) => Scaling::Linear { factor: factor.into() },
+            })
+        }
         Some("yarn") => {
             let factor = keys.required_float("rope.scaling.factor")?;
             let beta = |name, default| keys.float(name).map(|beta| beta.map_or(default, f64::from));

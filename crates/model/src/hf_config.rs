@@ -270,10 +270,8 @@ fn rope(fields: &Fields<'_>) -> Result<(f64, Scaling), String> {
         None | Some(Value::Null) => Ok(None),
         Some(_) => Err(format!("{name:?} is not an object")),
     };
-    let Some(map) = section("rope_parameters")?.or(section("rope_scaling")?) else {
-        return Ok((fields.f64("rope_theta")?.unwrap_or(10_000.0), Scaling::None));
-    };
-    let rope = Fields(map);
+    let none = Map::new();
+    let rope = Fields(section("rope_parameters")?.or(section("rope_scaling")?).unwrap_or(&none));
     let theta = rope.f64("rope_theta")?.or(fields.f64("rope_theta")?).unwrap_or(10_000.0);
     let number = |name: &str| rope.f64(name)?.ok_or_else(|| format!("rope scaling lacks {name:?}"));
     for partial in [fields.f64("partial_rotary_factor")?, rope.f64("partial_rotary_factor")?] {
@@ -404,6 +402,7 @@ mod tests {
         );
         assert!(error(r#"{"model_type": "mamba"}"#).contains("mamba"));
         assert!(error(r#"{"hidden_act": "gelu"}"#).contains("gelu"));
+        assert!(error(r#"{"partial_rotary_factor": 0.5}"#).contains("partial_rotary_factor"));
         assert!(error(r#"{"use_sliding_window": true}"#).contains("use_sliding_window"));
         assert!(error(r#"{"quantization_config": {"quant_method": "awq"}}"#).contains("awq"));
     }
@@ -461,6 +460,8 @@ mod tests {
         let unscaled = yarn(r#", "mscale": 1.0, "mscale_all_dim": 1.0"#);
         assert_eq!(unscaled.attention.scale, plain.attention.scale);
         assert_eq!(yarn(r#", "attention_factor": 2.0"#).attention.scale, 0.5);
+        // Both files state 512 positions.
+        assert_eq!((plain.context_length, exact.context_length), (512, 32 * 4096));
     }
 
     #[test]

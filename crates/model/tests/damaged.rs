@@ -193,6 +193,14 @@ fn a_configuration_that_makes_no_sense_is_an_error_that_names_the_key() {
 }
 
 #[test]
+fn a_bias_that_is_not_read_is_an_error_that_names_it() {
+    let bias = (vec![64], vec![0.0; 64]);
+    for name in ["blk.1.attn_output.bias", "blk.0.ffn_down.bias", "blk.0.ffn_gate_inp.bias"] {
+        assert_names(&error(|w| w.tensor(name, &bias)), &[name, "qwen2"]);
+    }
+}
+
+#[test]
 fn a_file_cut_anywhere_is_an_error() {
     let bytes = to_gguf("qwen2").bytes();
     let cuts = (0..3_000).chain((3_000..bytes.len() - 32).step_by(997));

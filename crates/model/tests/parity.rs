@@ -5,11 +5,11 @@ mod support;
 use std::fs;
 use std::path::Path;
 
-use rudder_model::{KvSize, LoadOptions, Model, load};
+use rudder_model::{KvSize, LoadOptions, Model, ModelSource, load};
 use rudder_ops::cpu::{Cpu, KvDType};
 use rudder_ops::reference::Reference;
 use rudder_ops::{Backend, Batch};
-use support::{Expected, FIXTURES, expected, fixture, to_gguf};
+use support::{Expected, F32, FIXTURES, STRING, expected, fixture, string, to_gguf};
 
 const OPTIONS: LoadOptions =
     LoadOptions { max_batch_tokens: 80, max_outputs: 80, kv: KvSize::Blocks(8), max_context: 64 };
@@ -138,6 +138,27 @@ fn options_that_do_not_fit_are_errors() {
         load(&fixture("qwen2"), cpu(), LoadOptions { kv: KvSize::Bytes(100_000), ..OPTIONS }, |_, _| ());
     let loaded = loaded.unwrap();
     assert!(loaded.kv_blocks > 0 && loaded.kv_bytes <= 100_000);
+}
+
+#[test]
+fn older_gguf_files_scale_rope_without_naming_a_type() {
+    let rope = |keys: &[(&str, u32, Vec<u8>)]| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        let mut writer = to_gguf("qwen2");
+        keys.iter()
+            .for_each(|(key, kind, value)| writer.key(&format!("qwen2.rope.{key}"), *kind, value.clone()));
+        std::fs::write(&path, writer.bytes()).unwrap();
+        ModelSource::open(&path).unwrap().config().rope.clone()
+    };
+    let float = |x: f32| x.to_le_bytes().to_vec();
+    let named = rope(&[("scaling.type", STRING, string("linear")), ("scaling.factor", F32, float(4.0))]);
+    assert_eq!(rope(&[("scale_linear", F32, float(4.0))]), named);
+    assert_eq!(rope(&[("scaling.factor", F32, float(4.0))]), named);
+    let plain = rope(&[]);
+    assert_eq!(rope(&[("scale_linear", F32, float(0.0))]), plain);
+    assert_eq!(rope(&[("scaling.type", STRING, string("none")), ("scaling.factor", F32, float(4.0))]), plain);
+    assert_ne!(named, plain);
 }
 
 #[test]
