@@ -27,6 +27,7 @@ pub(crate) struct Live {
     pub id: String,
     /// What it was asked.
     pub ask: Arc<Ask>,
+    ask_weight: usize,
     state: Mutex<State>,
     news: watch::Sender<()>,
     wake: Notify,
@@ -84,6 +85,7 @@ impl Live {
         };
         Arc::new(Self {
             id,
+            ask_weight: ask.weight(),
             ask,
             state: Mutex::new(state),
             news: watch::Sender::new(()),
@@ -206,10 +208,15 @@ impl Live {
         Reader { live: self.clone(), next: sequence, news: self.news.subscribe() }
     }
 
-    /// About the bytes it takes.
-    fn weight(&self) -> usize {
-        let state = self.state();
-        state.recorder.events_from(0).iter().map(|event| event.json.len()).sum()
+    /// About the bytes that it takes besides its conversation: what it was asked, and its events.
+    pub fn weight(&self) -> usize {
+        let events = self.state().recorder.events_from(0).iter().map(|event| event.json.len()).sum::<usize>();
+        self.ask_weight + events
+    }
+
+    /// About the bytes of the conversation that it holds.
+    fn conversation_weight(&self) -> usize {
+        self.link().as_ref().or(self.ask.previous.as_ref()).map_or(0, |link| link.chain_bytes)
     }
 }
 
@@ -300,9 +307,17 @@ pub(crate) struct Registry {
 #[derive(Default)]
 struct Known {
     lives: HashMap<String, Arc<Live>>,
-    /// Ended ones, oldest first, with their bytes.
-    ended: VecDeque<(String, usize)>,
+    /// Ended ones, oldest first.
+    ended: VecDeque<Ended>,
     bytes: usize,
+}
+
+/// What an ended response takes, in bytes.
+struct Ended {
+    id: String,
+    own: usize,
+    /// Its conversation; 0 once a response that goes on from it counts that as part of its own.
+    conversation: usize,
 }
 
 impl Registry {
@@ -329,18 +344,23 @@ impl Registry {
 
     /// It has ended. `keep`: it may still be asked for; else it is forgotten at once.
     pub fn ended(&self, live: &Live, keep: bool) {
-        let weight = live.weight();
+        let (own, conversation) = (live.weight(), live.conversation_weight());
         let mut known = self.known();
         if !keep {
             known.lives.remove(&live.id);
             return;
         }
-        known.ended.push_back((live.id.clone(), weight));
-        known.bytes += weight;
+        let previous = live.ask.previous_response_id.as_deref();
+        if let Some(previous) = known.ended.iter_mut().find(|ended| Some(ended.id.as_str()) == previous) {
+            let shared = std::mem::take(&mut previous.conversation);
+            known.bytes -= shared;
+        }
+        known.bytes += own + conversation;
+        known.ended.push_back(Ended { id: live.id.clone(), own, conversation });
         while known.ended.len() > MAX_ENDED || known.bytes > MAX_ENDED_BYTES {
-            let Some((oldest, weight)) = known.ended.pop_front() else { break };
-            known.bytes -= weight;
-            known.lives.remove(&oldest);
+            let Some(oldest) = known.ended.pop_front() else { break };
+            known.bytes -= oldest.own + oldest.conversation;
+            known.lives.remove(&oldest.id);
         }
     }
 
@@ -348,8 +368,9 @@ impl Registry {
     pub fn forget(&self, id: &str) {
         let mut known = self.known();
         known.lives.remove(id);
-        if let Some(at) = known.ended.iter().position(|(ended, _)| ended == id) {
-            known.bytes -= known.ended.remove(at).map_or(0, |(_, weight)| weight);
+        let at = known.ended.iter().position(|ended| ended.id == id);
+        if let Some(gone) = at.and_then(|at| known.ended.remove(at)) {
+            known.bytes -= gone.own + gone.conversation;
         }
     }
 
@@ -379,3 +400,97 @@ impl Registry {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::responses::events::Dressing;
+    use crate::responses::request::Settings;
+    use crate::responses::types::Echo;
+
+    const MIB: usize = 1 << 20;
+
+    /// A response to a text of so many bytes, which goes on from `previous`.
+    fn live(id: &str, bytes: usize, previous: Option<&Arc<Live>>) -> Arc<Live> {
+        let echo = Arc::new(Echo { store: true, ..Echo::default() });
+        let response = Response {
+            id: id.into(),
+            object: "response",
+            created_at: 0,
+            completed_at: None,
+            status: Status::InProgress,
+            incomplete_details: None,
+            error: None,
+            previous_response_id: None,
+            output: Vec::new(),
+            usage: None,
+            rudder: None,
+            echo: echo.clone(),
+        };
+        let ask = Ask {
+            settings: Arc::new(Settings::of_test(echo)),
+            owner: Owner::default(),
+            session: None,
+            previous_response_id: previous.map(|live| live.id.clone()),
+            previous: previous.and_then(|live| live.link()),
+            input: vec![json!("x".repeat(bytes))].into(),
+            stream_id: None,
+            steered: false,
+            arrived: Instant::now(),
+            deadline: None,
+        };
+        let dressing = Dressing { stream_id: None, names: Arc::default(), seal: None };
+        Live::new(Arc::new(ask), Recorder::new(response, dressing))
+    }
+
+    /// The same, with what it adds to the conversation.
+    fn linked(id: &str, bytes: usize, previous: Option<&Arc<Live>>) -> Arc<Live> {
+        let live = live(id, bytes, previous);
+        let link = Link::new(live.ask.previous.clone(), live.ask.input.clone(), Vec::new(), None);
+        live.state().link = Some(Arc::new(link));
+        live
+    }
+
+    fn end(registry: &Registry, live: &Arc<Live>) {
+        registry.add(live.clone());
+        registry.ended(live, true);
+    }
+
+    fn kept(registry: &Registry, ids: &[&str]) -> Vec<bool> {
+        ids.iter().map(|id| registry.get(id).is_some()).collect()
+    }
+
+    #[test]
+    fn long_inputs_push_older_responses_out() {
+        let registry = Registry::default();
+        for id in ["a", "b", "c", "d"] {
+            end(&registry, &live(id, 20 * MIB, None));
+        }
+        assert_eq!(kept(&registry, &["a", "b", "c", "d"]), [false, true, true, true]);
+        for id in ["b", "c", "d"] {
+            registry.forget(id);
+        }
+        assert_eq!(registry.known().bytes, 0);
+    }
+
+    #[test]
+    fn a_conversation_counts_with_its_last_response() {
+        let registry = Registry::default();
+        let mut last = linked("a", 10 * MIB, None);
+        end(&registry, &last);
+        for id in ["b", "c", "d", "e"] {
+            last = linked(id, 1, Some(&last));
+            end(&registry, &last);
+        }
+        assert_eq!(kept(&registry, &["a", "b", "c", "d", "e"]), [true; 5]);
+        // A failed one holds what it was to go on from.
+        registry.forget("a");
+        end(&registry, &live("f", 30 * MIB, Some(&last)));
+        assert_eq!(kept(&registry, &["b", "c", "d", "e", "f"]), [true; 5]);
+        end(&registry, &live("g", 5 * MIB, None));
+        assert_eq!(kept(&registry, &["b", "e", "f", "g"]), [false, false, false, true]);
+    }}

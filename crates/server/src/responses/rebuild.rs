@@ -136,31 +136,7 @@ mod tests {
 
     /// A response that was told in one piece an item, and its events.
     fn told() -> (Value, Vec<Event>) {
-        let echo = Echo {
-            model: "m".into(),
-            instructions: None,
-            tools: Vec::new(),
-            tool_choice: "auto".into(),
-            parallel_tool_calls: true,
-            text: json!({}),
-            reasoning: json!({}),
-            temperature: 1.0,
-            top_p: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            top_logprobs: 0,
-            max_output_tokens: None,
-            max_tool_calls: None,
-            truncation: "disabled",
-            store: true,
-            background: true,
-            service_tier: "default",
-            metadata: serde_json::Map::new(),
-            prompt_cache_key: None,
-            safety_identifier: None,
-            user: None,
-            conversation: None,
-        };
+        let echo = Echo { model: "m".into(), store: true, background: true, ..Echo::default() };
         let response = Response {
             id: "resp_1".into(),
             object: "response",

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::items::{self, Reading};
 use super::seal::Seal;
 use super::tools::{CallNames, Toolbox};
-use super::types::{ConversationRef, Echo, Link};
+use super::types::{ConversationRef, Echo, Link, weight};
 use crate::admission::{Owner, random_id};
 use crate::conversation::{AnswerFormat, Turn};
 use crate::openai::ApiError;
@@ -117,6 +117,7 @@ pub(crate) struct ReasoningFields {
 }
 
 /// Everything of a request but its input and what came before it.
+#[cfg_attr(test, derive(Default))]
 pub(crate) struct Settings {
     /// As the response repeats them.
     pub echo: Arc<Echo>,
@@ -360,6 +361,19 @@ impl Settings {
         self.echo.conversation.as_ref().map(|conversation| conversation.id.as_str())
     }
 
+    /// Those of a response that may be steered.
+    #[cfg(test)]
+    pub fn of_test(echo: Arc<Echo>) -> Self {
+        Self { echo, steerable: true, ..Self::default() }
+    }
+
+    /// About its bytes.
+    fn weight(&self) -> usize {
+        let echo = serde_json::to_vec(&*self.echo).map_or(0, |json| json.len());
+        let args = self.template_args.values().map(weight).sum::<usize>();
+        echo + args + self.stop.iter().map(String::len).sum::<usize>()
+    }
+
     /// The turn that answers these items, of which those before `own` are those of `previous`.
     fn turn(
         &self,
@@ -416,6 +430,11 @@ impl Ask {
         prepared.turn.origin = self.owner.origin(self.session.as_deref());
         prepared.turn.urgency = Urgency { priority: self.settings.priority, deadline: self.deadline };
         Ok(prepared)
+    }
+
+    /// About the bytes of what the client sent.
+    pub fn weight(&self) -> usize {
+        self.settings.weight() + self.input.iter().map(weight).sum::<usize>()
     }
 
     /// All items that it is answered from, oldest first.

@@ -384,7 +384,7 @@ impl Connection {
     fn keep(&self, live: Arc<Live>) {
         let mut kept = self.kept();
         kept.lives.push_back(live);
-        let weight = |live: &Arc<Live>| live.link().map_or(0, |link| link.bytes);
+        let weight = |live: &Arc<Live>| live.weight() + live.link().map_or(0, |link| link.bytes);
         let mut bytes: usize = kept.lives.iter().map(weight).sum();
         while kept.lives.len() > MAX_KEPT || bytes > MAX_KEPT_BYTES {
             let ended = |live: &Arc<Live>| live.state().recorder.response().status.is_final();

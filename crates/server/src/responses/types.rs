@@ -105,6 +105,7 @@ impl From<Totals> for Usage {
 
 /// The request's settings as every response object repeats them. Defaults are filled in.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[cfg_attr(test, derive(Default))]
 pub(crate) struct Echo {
     pub model: String,
     pub instructions: Option<String>,
@@ -183,6 +184,8 @@ pub(crate) struct Link {
     pub session: Option<Arc<str>>,
     /// About the bytes of `input` and `output`, and of the messages that are made of them.
     pub bytes: usize,
+    /// The same of it and of all links before it.
+    pub chain_bytes: usize,
     read: OnceLock<ReadLink>,
 }
 
@@ -205,7 +208,8 @@ impl Link {
     ) -> Self {
         let input = input.into();
         let bytes = COPIES * input.iter().chain(&output).map(weight).sum::<usize>();
-        Self { previous, input, output, session, bytes, read: OnceLock::new() }
+        let chain_bytes = bytes + previous.as_ref().map_or(0, |previous| previous.chain_bytes);
+        Self { previous, input, output, session, bytes, chain_bytes, read: OnceLock::new() }
     }
 
     /// The conversation up to and with this response's output. What was read of it before is not read again.
