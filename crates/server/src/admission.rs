@@ -1,4 +1,4 @@
-//! Who gets in: the API key, the drain, and a name for every request.
+//! Who gets in: the page that asks, the API key, the drain, and a name for every request.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 
 use crate::openai::ApiError;
-use crate::{Server, ServerConfig, body};
+use crate::{Server, ServerConfig, body, web_pages};
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Asked by probes, scrapers and browsers, which hold no key and want an answer during a drain.
@@ -39,22 +39,29 @@ pub(crate) fn weights(config: &ServerConfig) -> HashMap<Arc<str>, u32> {
     tags.zip(config.key_weights.iter().copied()).collect()
 }
 
-/// Lets a request through if it shows a key and the server is not draining.
+/// Lets a request through if its page may ask, it shows a key and the server is not draining.
 pub(crate) async fn admit(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
-    if !OPEN.contains(&request.uri().path()) {
-        let admitted = match server.is_draining() {
-            true => Err(ApiError::shutting_down()),
-            false => check_key(&server.config.api_keys, request.headers()),
-        };
-        match admitted {
-            Ok(owner) => request.extensions_mut().insert(owner),
-            Err(error) => {
-                body::discard(request.into_body()).await;
-                return error.into_response();
-            }
-        };
+    let admitted = owner(&server, &request);
+    match admitted {
+        Ok(owner) => {
+            request.extensions_mut().insert(owner);
+            next.run(request).await
+        }
+        Err(error) => {
+            body::discard(request.into_body()).await;
+            error.into_response()
+        }
     }
-    next.run(request).await
+}
+
+/// Whose the request is.
+fn owner(server: &Server, request: &Request) -> Result<Owner, ApiError> {
+    web_pages::check(&server.config, request.headers())?;
+    match OPEN.contains(&request.uri().path()) {
+        true => Ok(Owner::default()),
+        false if server.is_draining() => Err(ApiError::shutting_down()),
+        false => check_key(&server.config.api_keys, request.headers()),
+    }
 }
 
 /// Echoes the client's request id, or gives the request one.

@@ -1,7 +1,7 @@
 //! The HTTP front: one module per API dialect, admission, metrics.
 //!
 //! ```text
-//! router -> admission (key, draining, request id) -> a dialect's handler
+//! router -> admission (page, key, draining, request id) -> a dialect's handler
 //!        -> prompt (template, tokens) -> generate (engine, text) -> JSON or SSE
 //! ```
 //!
@@ -37,6 +37,7 @@ mod tokenize;
 mod turn;
 mod urgency;
 mod verbatim;
+mod web_pages;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -50,7 +51,6 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 use rudder_engine::Engine;
 use rudder_text::{OutputFormat, ReasoningFormat, Text, ToolFormat};
-use tower_http::cors::CorsLayer;
 
 pub use conversation::{AnswerFormat, KnownMessage, Message, Piece, Role, ToolCall, Turn};
 pub use forced::ForcedCall;
@@ -69,7 +69,7 @@ pub struct ServerConfig {
     pub model: String,
     /// Further names that clients may use for it; one that ends with `*` stands for all that begin so.
     pub aliases: Vec<String>,
-    /// Keys of which a client must show one; none means that everyone is let in.
+    /// Keys of which a client must show one; none means that everyone is let in but web pages from elsewhere.
     pub api_keys: Vec<String>,
     /// What each of them weighs, in their order, where the machine is shared; 1 for those beyond.
     pub key_weights: Vec<u32>,
@@ -257,7 +257,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .layer(DefaultBodyLimit::max(limit))
         .layer(from_fn_with_state(server.clone(), admission::admit))
         .layer(from_fn(anthropic::reword))
-        .layer(CorsLayer::permissive())
+        .layer(web_pages::cors(&server.config))
         .layer(from_fn(admission::request_id))
         .with_state(server)
 }

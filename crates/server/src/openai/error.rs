@@ -71,6 +71,12 @@ impl ApiError {
         Self { code: Some("invalid_api_key"), ..error }
     }
 
+    /// 403 for a web page of another origin.
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::FORBIDDEN, "invalid_request_error", message);
+        Self { code: Some("origin_not_allowed"), ..error }
+    }
+
     /// 404.
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)

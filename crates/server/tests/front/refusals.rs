@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::common::{Fixture, MODEL, Manner, engine_config, start, start_in, start_with};
 use axum::body::Body;
-use axum::http::Request;
+use axum::http::{Method, Request};
 use proptest::prelude::*;
 use rudder_engine::EngineConfig;
 use rudder_server::ServerConfig;
@@ -126,6 +126,44 @@ async fn a_key_is_wanted_everywhere_but_at_the_probes() {
         (answer.status.as_u16(), &answer.headers["access-control-allow-origin"]),
         (200, &"*".parse().unwrap())
     );
+}
+
+/// A request of a page of this origin.
+fn of_page(method: Method, path: &str, origin: &str) -> Request<Body> {
+    let request = Request::builder().method(method).uri(path).header("host", "rudder.lan:8000");
+    let request = request.header("origin", origin).header("access-control-request-method", "POST");
+    request.body(Body::empty()).unwrap()
+}
+
+#[tokio::test]
+async fn without_keys_a_page_from_elsewhere_gets_nothing() {
+    let fixture = start();
+    let elsewhere = "https://example.org";
+    for path in ["/v1/sessions", "/v1/responses/resp_1/input_items", "/metrics", "/health", "/nothing"] {
+        let answer = fixture.send(of_page(Method::GET, path, elsewhere)).await;
+        assert_eq!(answer.error(), (403, String::new(), "origin_not_allowed".into()), "{path}");
+        assert!(!answer.headers.contains_key("access-control-allow-origin"), "{path}");
+    }
+    let messages = fixture.send(of_page(Method::POST, "/v1/messages", elsewhere)).await.json();
+    assert_eq!(messages["error"]["type"], "permission_error");
+    assert!(messages["error"]["message"].as_str().unwrap().contains("`--api-key`"), "{messages}");
+    let preflight = fixture.send(of_page(Method::OPTIONS, CHAT, elsewhere)).await;
+    assert!(!preflight.headers.contains_key("access-control-allow-origin"));
+}
+
+#[tokio::test]
+async fn without_keys_pages_of_this_machine_and_the_servers_own_are_answered() {
+    let fixture = start();
+    for origin in ["http://localhost:3000", "http://127.0.0.1:5173", "http://rudder.lan:8000"] {
+        let answer = fixture.send(of_page(Method::GET, "/v1/models", origin)).await;
+        assert_eq!(
+            (answer.status.as_u16(), &answer.headers["access-control-allow-origin"]),
+            (200, &origin.parse().unwrap())
+        );
+        let preflight = fixture.send(of_page(Method::OPTIONS, CHAT, origin)).await;
+        assert_eq!(preflight.headers["access-control-allow-origin"], origin);
+        assert!(preflight.headers.contains_key("access-control-allow-methods"));
+    }
 }
 
 #[tokio::test]

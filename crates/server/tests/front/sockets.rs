@@ -7,8 +7,8 @@ use rudder_server::serve;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 use crate::common::{Fixture, MODEL, start_agent, start_slow_agent};
@@ -299,4 +299,16 @@ async fn errors_are_events_and_the_connection_stays_open() {
     }
     socket.create(json!({"input": "x"})).await;
     assert_eq!(text(&socket.response().await), "Fine.");
+}
+
+#[tokio::test]
+async fn a_page_from_elsewhere_opens_no_socket_without_a_key() {
+    let server = listen(start_agent(&["hello"])).await;
+    let mut request = server.address.as_str().into_client_request().unwrap();
+    request.headers_mut().insert("origin", "https://example.org".parse().unwrap());
+    match connect_async(request).await {
+        Err(Error::Http(answer)) => assert_eq!(answer.status(), 403),
+        other => panic!("{other:?}"),
+    }
+    server.connect_with("origin", "http://localhost:3000").await;
 }
