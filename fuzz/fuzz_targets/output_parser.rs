@@ -54,7 +54,7 @@ fn read<'t>(format: OutputFormat, pieces: impl IntoIterator<Item = &'t str>) -> 
     for piece in pieces {
         parser.push(piece, &mut events);
     }
-    parser.finish(&mut events);
+    parser.finish(true, &mut events);
     let mut joined: Vec<OutputEvent> = Vec::new();
     let mut open = false;
     for event in events {

@@ -98,10 +98,10 @@ impl AnswerReader {
         self.take_events(pieces)
     }
 
-    /// Reads the end of the text, of which `rest` was held back.
-    pub fn finish(&mut self, rest: &str, pieces: &mut Vec<Piece>) {
+    /// Reads the end of the text, of which `rest` was held back. `ended`: the model ended it by itself.
+    pub fn finish(&mut self, rest: &str, ended: bool, pieces: &mut Vec<Piece>) {
         self.parser.push(rest, &mut self.events);
-        self.parser.finish(&mut self.events);
+        self.parser.finish(ended, &mut self.events);
         self.take_events(pieces);
     }
 

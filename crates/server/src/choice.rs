@@ -258,7 +258,7 @@ impl Choice {
     fn end(&mut self, reason: EndReason) {
         self.generation = None;
         if let Some(reader) = &mut self.reader {
-            reader.finish(&self.delta.text, &mut self.delta.pieces);
+            reader.finish(&self.delta.text, reason == EndReason::StopToken, &mut self.delta.pieces);
             self.delta.text.clear();
             self.remember(&reason);
         }

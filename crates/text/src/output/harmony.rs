@@ -104,7 +104,7 @@ impl Harmony {
         }
     }
 
-    pub(super) fn finish(&mut self, out: &mut Sink<'_>) {
+    pub(super) fn finish(&mut self, ended: bool, out: &mut Sink<'_>) {
         let cut = std::mem::take(&mut self.tag.seen);
         // The last mark may have been cut, or its second half.
         if !cut.starts_with("<|end|>") {
@@ -118,11 +118,12 @@ impl Harmony {
             }
             State::Text(answer) => answer.finish(out),
             State::Reasoning if !self.fresh => out.reasoning(&self.space),
-            // What ends a call is a stop token, and none of the text.
-            State::Raw { custom } => {
+            // What ends a call is a stop token, and none of the text. An object is whole without.
+            State::Raw { custom } if ended || !*custom => {
                 let custom = *custom;
                 self.end_call(custom, out);
             }
+            State::Raw { .. } => out.input(&self.space),
             State::Reasoning | State::Custom | State::Call(_) => {}
         }
     }

@@ -155,11 +155,12 @@ impl OutputParser {
 
     /// The end of the text: appends what was held back. Nothing may be pushed after it. A call cut
     /// short becomes text if no [`OutputEvent::CallBegin`] was given out, else it stays without its
-    /// [`OutputEvent::CallEnd`].
-    pub fn finish(&mut self, out: &mut Vec<OutputEvent>) {
+    /// [`OutputEvent::CallEnd`]. `ended`: the model ended it by itself, not a limit or a stop string: a call
+    /// whose closing is a stop token is whole then.
+    pub fn finish(&mut self, ended: bool, out: &mut Vec<OutputEvent>) {
         match &mut self.reader {
             Reading::Answer(answer) => answer.finish(&mut Sink::new(out)),
-            Reading::Harmony(harmony) => harmony.finish(&mut Sink::new(out)),
+            Reading::Harmony(harmony) => harmony.finish(ended, &mut Sink::new(out)),
         }
     }
 

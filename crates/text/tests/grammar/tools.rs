@@ -70,7 +70,7 @@ fn parse(format: OutputFormat, tools: &[Tool], prompt: &str, answer: &str) -> (V
     let mut parser = OutputParser::new(format, tools, prompt);
     let mut events = Vec::new();
     parser.push(answer, &mut events);
-    parser.finish(&mut events);
+    parser.finish(true, &mut events);
     let (mut calls, mut text) = (Vec::<Call>::new(), String::new());
     for event in events {
         match event {

@@ -1,6 +1,6 @@
 //! gpt-oss's messages.
 
-use rudder_text::{OutputFormat, ReasoningFormat, ToolFormat};
+use rudder_text::{OutputFormat, OutputParser, ReasoningFormat, ToolFormat};
 
 use crate::support::*;
 
@@ -111,4 +111,19 @@ fn cut_short_a_call_stays_without_its_end() {
     assert_reads(harmony(), &format!("{header}{{\"a\": \""), &[cut("now", "{\"a\": \"")]);
     assert_reads(harmony(), header, &[cut("now", "")]);
     assert_reads(harmony(), "<|channel|>commentary to=functions.now", &[]);
+}
+
+#[test]
+fn a_custom_tools_text_is_whole_only_where_the_model_ended_it() {
+    let header = "<|channel|>commentary to=functions.apply_patch<|message|>";
+    let read = |input: &str, ended| {
+        let (mut parser, mut events) = (OutputParser::new(harmony(), &tools(), ""), Vec::new());
+        parser.push(&format!("{header}{input}"), &mut events);
+        parser.finish(ended, &mut events);
+        said(events)
+    };
+    assert_eq!(read("*** Begin\n+ a\n", true), [call("apply_patch", "*** Begin\n+ a")]);
+    assert_eq!(read("*** Begin\n+ a\n", false), [cut("apply_patch", "*** Begin\n+ a\n")]);
+    // An object is whole where it closes.
+    assert_eq!(read("{\"input\": \"a\"}", false), [call("apply_patch", "a")]);
 }

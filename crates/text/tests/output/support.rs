@@ -105,7 +105,7 @@ pub fn read_pieces<'p>(
     for piece in pieces {
         parser.push(piece, &mut events);
     }
-    parser.finish(&mut events);
+    parser.finish(true, &mut events);
     said(events)
 }
 
