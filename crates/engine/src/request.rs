@@ -143,6 +143,8 @@ pub enum Event {
         done: usize,
         /// Prompt tokens.
         total: usize,
+        /// Of these, found in the prefix cache.
+        cached: usize,
     },
     /// The prompt's own tokens, scored; comes once, before any `Token`. The first has no
     /// log-probability.

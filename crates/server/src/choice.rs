@@ -153,7 +153,10 @@ impl Choice {
         }
         match event {
             Event::Queued { position } => self.progress = Some(Progress::Queued { position }),
-            Event::Prefill { done, total } => self.progress = Some(Progress::Prefill { done, total }),
+            Event::Prefill { done, total, cached } => {
+                self.progress = Some(Progress::Prefill { done, total });
+                self.usage.cached_tokens = cached;
+            }
             Event::Prompt(tokens) => self.delta.prompt = tokens,
             Event::Token(token) => self.token(token, now),
             Event::Finished { reason, usage } => {

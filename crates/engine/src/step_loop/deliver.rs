@@ -33,8 +33,9 @@ impl StepLoop {
         let total = active.submission.request.prompt.len();
         if active.first_token.is_none() {
             let done = (chunk.start + chunk.len).min(total);
+            let cached = active.cached.unwrap_or(0);
             // A receiver that is gone has a cancellation on its way.
-            let _ = active.submission.events.send(Event::Prefill { done, total });
+            let _ = active.submission.events.send(Event::Prefill { done, total, cached });
         }
     }
 

@@ -124,6 +124,18 @@ async fn a_stop_string_cuts_the_text_and_frees_the_sequence() {
 }
 
 #[tokio::test]
+async fn an_answer_that_a_stop_string_ends_tells_what_was_cached() {
+    let fixture = start();
+    let body = complete(json!({"prompt": "x".repeat(100), "max_tokens": 200, "stop": "héllo"}));
+    for cached in [0, 96] {
+        let body = answer(&fixture, COMPLETIONS, &body).await;
+        assert_eq!(body["choices"][0]["finish_reason"], "stop");
+        assert_eq!(body["usage"]["prompt_tokens_details"]["cached_tokens"], cached);
+        fixture.idle().await;
+    }
+}
+
+#[tokio::test]
 async fn log_probabilities_end_where_the_text_is_cut() {
     let fixture = start();
     let body = chat(json!({"logprobs": true, "top_logprobs": 3, "stop": ["héllo"], "max_tokens": 200}));
