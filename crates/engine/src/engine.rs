@@ -40,6 +40,13 @@ pub struct EngineConfig {
     pub draft: DraftMode,
 }
 
+impl EngineConfig {
+    /// Most requests that run and wait.
+    fn places(&self) -> usize {
+        self.max_sequences + self.max_waiting
+    }
+}
+
 /// Where drafted tokens come from (speculative decoding). Answers are the same with and without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DraftMode {
@@ -185,7 +192,7 @@ impl Engine {
                 kv_blocks_free: config.kv_blocks,
                 ..Stats::default()
             }),
-            places: Places::new(config.max_sequences + config.max_waiting),
+            places: Places::new(config.places()),
             mean_request_ms: AtomicU64::new(0),
             broken: watch::Sender::new(None),
             draining: AtomicBool::new(false),
@@ -200,6 +207,15 @@ impl Engine {
             .spawn(move || step_loop.run())
             .expect("the system can start a thread");
         Self { commands, shared, config: Arc::new(config), tier: watch, vocab, max_context }
+    }
+
+    /// Checks that so many requests could be queued side by side, if nothing else ran.
+    ///
+    /// # Errors
+    /// [`SubmitError::TooMany`], if they never could.
+    pub fn check_count(&self, count: usize) -> Result<(), SubmitError> {
+        let most = self.config.places();
+        if count > most { Err(SubmitError::TooMany { count, most }) } else { Ok(()) }
     }
 
     /// Queues a request. Returns at once; never blocks on the step loop.

@@ -192,6 +192,16 @@ pub enum SubmitError {
         /// Most that one sequence can hold, the answer's first token included.
         maximum: usize,
     },
+    /// So many requests side by side never find places.
+    #[error(
+        "{count} answers are asked for at once, and at most {most} run and wait here; send fewer prompts or a smaller n"
+    )]
+    TooMany {
+        /// Requests.
+        count: usize,
+        /// Most that can run and wait.
+        most: usize,
+    },
     /// The queue is full.
     #[error("the server is at capacity ({waiting} requests waiting); retry in {} s", retry_after.as_secs())]
     Busy {

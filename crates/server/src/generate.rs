@@ -247,7 +247,9 @@ impl Generator {
     /// # Errors
     /// See [`SubmitError`]; then nothing of this completion runs.
     pub fn start(&self, completion: &Completion) -> Result<Running, SubmitError> {
-        let mut choices = Vec::with_capacity(completion.prompts.len() * completion.n);
+        let count = completion.prompts.len() * completion.n;
+        self.engine.check_count(count)?;
+        let mut choices = Vec::with_capacity(count);
         for prompt in &completion.prompts {
             for choice in 0..completion.n {
                 let request = self.engine_request(completion, prompt, choice);

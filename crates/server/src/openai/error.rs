@@ -157,6 +157,7 @@ impl From<SubmitError> for ApiError {
                 Self { code: Some("rate_limit_exceeded"), retry_after: Some(seconds), ..busy }
             }
             SubmitError::ShuttingDown => Self::shutting_down(),
+            SubmitError::TooMany { .. } => Self::invalid(error.to_string()),
             SubmitError::EmptyPrompt | SubmitError::BadToken { .. } => {
                 Self::param("prompt", error.to_string())
             }

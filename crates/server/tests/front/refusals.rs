@@ -183,15 +183,34 @@ async fn a_model_without_infill_tokens_says_so() {
 }
 
 #[tokio::test]
+async fn more_answers_at_once_than_there_can_be_places_are_400_with_the_limit() {
+    let engine = EngineConfig { max_sequences: 1, max_waiting: 2, ..engine_config() };
+    let fixture = start_with(ServerConfig::new(MODEL), engine, Manner::default(), true);
+    for body in [json!({"prompt": "x", "n": 4}), json!({"prompt": ["x", "y"], "n": 2})] {
+        let answer = fixture.post(COMPLETIONS, &body).await;
+        assert_eq!(answer.error(), (400, String::new(), String::new()));
+        assert!(answer.text().contains("at most 3"), "{}", answer.text());
+    }
+    assert_eq!(fixture.engine.stats().steps, 0);
+    let all = json!({"prompt": ["x", "y", "z"], "max_tokens": 1});
+    assert_eq!(fixture.post(COMPLETIONS, &all).await.status, 200);
+}
+
+#[tokio::test]
 async fn a_full_queue_is_429_with_a_time_to_retry() {
-    let engine = EngineConfig { max_sequences: 1, max_waiting: 1, ..engine_config() };
+    let engine = EngineConfig { max_sequences: 1, max_waiting: 2, ..engine_config() };
     let slow = Manner { step: Duration::from_millis(20), ..Manner::default() };
     let fixture = start_with(ServerConfig::new(MODEL), engine, slow, true);
+    let busy = fixture.clone();
+    tokio::spawn(async move { busy.post(COMPLETIONS, &json!({"prompt": "x", "max_tokens": 50})).await });
+    while fixture.engine.stats().running == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     let answer = fixture.post(COMPLETIONS, &json!({"prompt": "x", "n": 3})).await;
     assert_eq!(answer.error(), (429, String::new(), "rate_limit_exceeded".into()));
     assert!(answer.headers["retry-after"].to_str().unwrap().parse::<u64>().unwrap() >= 1);
     // The places of the two that were taken back come free once the step loop has heard of it.
-    let again = json!({"prompt": "x", "n": 2, "max_tokens": 1});
+    let again = json!({"prompt": "x", "n": 3, "max_tokens": 1});
     let admitted = async {
         while fixture.post(COMPLETIONS, &again).await.status != 200 {
             tokio::time::sleep(Duration::from_millis(5)).await;
