@@ -374,11 +374,13 @@ fn folders(root: &Path) -> Vec<PathBuf> {
     entries.filter_map(|e| e.ok().map(|e| e.path())).filter(|p| p.is_dir()).collect()
 }
 
+/// Those in sub-folders too.
 fn gguf_files(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten();
     let mut files: Vec<_> = entries
         .filter_map(|e| e.ok().map(|e| e.path()))
         .filter(|p| p.is_file() && p.extension().is_some_and(|x| x == "gguf"))
+        .chain(folders(folder).iter().flat_map(|f| gguf_files(f)))
         .collect();
     files.sort();
     files

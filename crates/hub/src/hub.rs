@@ -6,7 +6,7 @@
 //! Honours the hub's usual variables: HF_ENDPOINT (a mirror) and HF_TOKEN (gated models).
 
 use std::io::Read;
-use std::path::Path;
+use std::path::{Component, Path};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -85,7 +85,7 @@ impl Hub {
     /// All files of a repository. A small request: it also tells whether the hub answers at all.
     ///
     /// # Errors
-    /// If the hub does not answer, or not with this repository.
+    /// If the hub does not answer, or not with this repository, or names a file that would not lie in it.
     pub fn files(&self, repo: &str, revision: &str) -> Result<Vec<RemoteFile>, HubError> {
         let url = format!("{}/api/models/{repo}/tree/{revision}?recursive=true", self.endpoint);
         let mut response = self.get(&url, 0)?;
@@ -97,7 +97,14 @@ impl Hub {
         let text = text.map_err(|e| self.silent(&e))?;
         let entries: Vec<TreeEntry> = serde_json::from_str(&text)
             .map_err(|e| HubError::Source(format!("{url} sent something other than a file list: {e}")))?;
-        Ok(entries.into_iter().filter(|e| e.kind == "file").map(RemoteFile::from).collect())
+        let files: Vec<_> = entries.into_iter().filter(|e| e.kind == "file").map(RemoteFile::from).collect();
+        match files.iter().find(|file| !is_inside(&file.path)) {
+            Some(file) => Err(HubError::Source(format!(
+                "{url} lists the file `{}`, which lies outside of the repository; use another hub or mirror",
+                file.path
+            ))),
+            None => Ok(files),
+        }
     }
 
     /// Fetches one file to `path`, going on where an earlier attempt ended, and checks it.
@@ -190,6 +197,11 @@ impl From<TreeEntry> for RemoteFile {
         let size = e.lfs.as_ref().map_or(e.size, |l| l.size);
         Self { path: e.path, size, sha256: e.lfs.map(|l| l.oid.to_ascii_lowercase()) }
     }
+}
+
+/// Whether a path leads to something below the folder that it is joined to.
+fn is_inside(path: &str) -> bool {
+    !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
 fn refused(what: &str, status: u16) -> HubError {

@@ -64,8 +64,9 @@ fn entry(data: &[u8]) -> &'static Entry {
 /// How the hub on loopback behaves.
 #[derive(Clone, Default)]
 struct Behaviour {
-    /// What it serves.
+    /// What it serves, and where in the repository.
     data: Vec<u8>,
+    path: Option<&'static str>,
     /// What it says the SHA-256 is.
     oid: String,
     /// Ends the first transfers after so many bytes each.
@@ -93,7 +94,8 @@ fn answer(mut stream: &TcpStream, b: &Behaviour, seen: &Mutex<Vec<Option<usize>>
         BufReader::new(stream).lines().map_while(Result::ok).take_while(|l| !l.is_empty()).collect();
     if lines[0].contains("/api/") {
         let body = format!(
-            r#"[{{"type":"directory","path":"x","size":0}},{{"type":"file","path":"tiny.gguf","size":9,"lfs":{{"oid":"{}","size":{}}}}}]"#,
+            r#"[{{"type":"directory","path":"x","size":0}},{{"type":"file","path":"{}","size":9,"lfs":{{"oid":"{}","size":{}}}}}]"#,
+            b.path.unwrap_or("tiny.gguf"),
             b.oid,
             b.data.len()
         );
@@ -231,8 +233,13 @@ fn what_an_earlier_process_fetched_is_not_fetched_again() {
 #[test]
 fn a_hub_without_ranges_starts_over_and_still_ends_right() {
     let (place, data) = (Place::new(), data());
-    let (hub, _) =
-        hub(Behaviour { oid: sha256(&data), data: data.clone(), cuts: vec![100_000], no_ranges: true });
+    let (hub, _) = hub(Behaviour {
+        oid: sha256(&data),
+        data: data.clone(),
+        cuts: vec![100_000],
+        no_ranges: true,
+        ..Behaviour::default()
+    });
     let path = place.cache.pull(&ModelRef::Catalog(entry(&data)), &Sources { hub, pip: no_pip() }).unwrap();
     place.assert_landed(&path, &data);
 }
@@ -359,4 +366,34 @@ fn a_hub_model_lands_under_its_repository_and_can_be_listed_and_removed() {
     assert_eq!(place.cache.remove("org/tiny:tiny.gguf").unwrap(), Some(data.len() as u64));
     assert!(place.cache.list().is_empty());
     assert_eq!(place.cache.remove("org/tiny:tiny.gguf").unwrap(), None);
+}
+
+#[test]
+fn a_gguf_in_a_sub_folder_is_found_again_and_listed() {
+    let (place, data) = (Place::new(), data());
+    let path = Some("BF16/tiny.gguf");
+    let (hub, ranges) = hub(Behaviour { oid: sha256(&data), data, path, ..Behaviour::default() });
+    let id = ModelRef::parse("org/tiny").unwrap();
+    let sources = Sources { hub, pip: no_pip() };
+    let path = place.cache.pull(&id, &sources).unwrap();
+    assert_eq!(path, place.cache.root().join("org--tiny/BF16/tiny.gguf"));
+    assert_eq!(place.cache.pull(&id, &sources).unwrap(), path);
+    assert_eq!(ranges.lock().unwrap().len(), 1, "it is fetched once");
+    assert_eq!(place.cache.list()[0].name, "org/tiny:BF16/tiny.gguf");
+}
+
+#[test]
+fn a_hub_that_names_files_outside_of_the_repository_is_refused() {
+    let place = Place::new();
+    let outside = place.dir.path().join("outside.gguf");
+    let absolute: &'static str = Box::leak(outside.to_str().unwrap().to_owned().into_boxed_str());
+    for path in ["../../../outside.gguf", "x/../../../../outside.gguf", absolute, ""] {
+        let data = data();
+        let (hub, ranges) =
+            hub(Behaviour { oid: sha256(&data), data, path: Some(path), ..Behaviour::default() });
+        let pulled = place.cache.pull(&ModelRef::parse("org/tiny").unwrap(), &Sources { hub, pip: no_pip() });
+        let error = pulled.unwrap_err().to_string();
+        assert!(error.contains("outside of the repository"), "{error}");
+        assert!(ranges.lock().unwrap().is_empty() && !outside.exists());
+    }
 }
