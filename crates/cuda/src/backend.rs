@@ -526,9 +526,9 @@ impl Backend for Cuda {
     fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
         let Some(peers) = &mut self.peers else { return Ok(()) };
         x.expect_f32("what ranks add up")?;
-        match (peers.way(4 * x.elements()), peers.memory(), peers.nccl()) {
-            (Way::Kernels, Some(memory), _) => return memory.all_reduce(x),
-            (Way::Nccl, _, Some(nccl)) => nccl.all_reduce(x)?,
+        match (peers.way(4 * x.elements()), peers.memory()) {
+            (Way::Kernels, Some(memory)) => return memory.all_reduce(x),
+            (Way::Nccl, _) => peers.all_reduce_by_nccl(x)?,
             _ => peers.all_reduce_on_host(x)?,
         }
         self.gather_on()

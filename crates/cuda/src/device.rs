@@ -626,11 +626,13 @@ impl Inlet {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        match (self.device.kind(), &self.sent) {
-            (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.free_host(self.at, event),
+        match self.device.kind() {
+            Kind::Gpu(gpu) => gpu.free_host(self.at),
             #[cfg(feature = "emulate")]
-            // SAFETY: the boxed slice that `new` made.
-            _ => drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(self.at, self.bytes)) }),
+            Kind::Emulated { .. } => {
+                // SAFETY: the boxed slice that `new` made.
+                drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(self.at, self.bytes)) })
+            }
         }
     }
 }

@@ -20,7 +20,20 @@ pub(crate) struct Gpu {
 }
 
 /// A point in the queue of work.
-pub(crate) struct Event(sys::CUevent);
+pub(crate) struct Event {
+    at: sys::CUevent,
+    context: sys::CUcontext,
+}
+
+// SAFETY: an event's calls bind the context; one thread at a time uses it.
+unsafe impl Send for Event {}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: freed once; the driver keeps one that has not come until it has. Nothing could be done about an error.
+        let _ = unsafe { result::ctx::set_current(self.context).and(result::event::destroy(self.at)) };
+    }
+}
 
 /// A captured sequence of launches, ready to run.
 pub(crate) struct Graph(sys::CUgraphExec);
@@ -165,12 +178,11 @@ impl Gpu {
         }
     }
 
-    /// Gives back a stage: its memory and its event, once the copies from it are done.
-    pub fn free_host(&self, at: *mut u8, event: &Event) {
+    /// Gives back a stage's memory, once the copies from it are done.
+    pub fn free_host(&self, at: *mut u8) {
         let freed = self.synchronize().and_then(|()| {
-            // SAFETY: freed once, by the stage that owns both; copies from it were waited for.
-            let freed = unsafe { result::free_host(at.cast()).and(result::event::destroy(event.0)) };
-            freed.map_err(failed("page-locked memory cannot be freed"))
+            // SAFETY: freed once, by the stage that owns it; copies from it were waited for.
+            unsafe { result::free_host(at.cast()) }.map_err(failed("page-locked memory cannot be freed"))
         });
         if let Err(e) = freed {
             tracing::warn!("{e}");
@@ -181,28 +193,29 @@ impl Gpu {
     pub fn event(&self) -> Result<Event> {
         self.bind()?;
         let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING;
-        result::event::create(flags).map(Event).map_err(failed("no event"))
+        let at = result::event::create(flags).map_err(failed("no event"))?;
+        Ok(Event { at, context: self.context })
     }
 
     /// Queues an event's coming.
     pub fn record(&self, event: &Event) -> Result<()> {
         self.bind()?;
         // SAFETY: both live as long as their owners.
-        unsafe { result::event::record(event.0, self.stream) }.map_err(failed("an event cannot be recorded"))
+        unsafe { result::event::record(event.at, self.stream) }.map_err(failed("an event cannot be recorded"))
     }
 
     /// Waits until an event has come.
     pub fn wait(&self, event: &Event) -> Result<()> {
         self.bind()?;
         // SAFETY: the event lives as long as its owner.
-        unsafe { result::event::synchronize(event.0) }.map_err(failed("work on the GPU failed"))
+        unsafe { result::event::synchronize(event.at) }.map_err(failed("work on the GPU failed"))
     }
 
     /// Whether an event has come.
     pub fn has_come(&self, event: &Event) -> Result<bool> {
         self.bind()?;
         // SAFETY: the event lives as long as its owner.
-        is_done(unsafe { sys::cuEventQuery(event.0) })
+        is_done(unsafe { sys::cuEventQuery(event.at) })
     }
 
     pub fn write(&self, address: u64, data: &[u8]) -> Result<()> {

@@ -31,6 +31,7 @@ mod shared_prefix;
 mod step;
 mod tensor;
 mod upload;
+mod waiting;
 mod weights;
 
 pub use backend::{Cuda, Embedding};

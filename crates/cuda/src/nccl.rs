@@ -6,17 +6,21 @@
 //! Communicators do not block: what waits for other ranks asks again and again, and gives up when a rank has failed or too much time has
 //! passed. Then the communicator is aborted, which ends its kernels and so frees the stream; the ranks make a new one for the next step.
 //! Nothing here is captured into a graph: launches that were gathered are run before.
+//!
+//! A rank queues only so many sums ahead of its GPU, and waits here for the first of them before it queues another: the driver's queue, too, makes
+//! who fills it wait, but tells nobody there that a rank has failed.
 
 use crate::device::{Buffer, Device};
-use crate::gpu::Gpu;
+use crate::gpu::{Event, Gpu};
 use crate::tensor::{Tensor, check};
+use crate::waiting::wait_until;
 use cudarc::nccl::result::{NcclError, NcclStatus};
 use cudarc::nccl::sys::{self, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t};
 use rudder_comm::{Member, Rank};
 use rudder_ops::{OpError, Result};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The library's names: the first is the one that is installed to run programs, the other is there where they are built. cudarc knows the second
 /// alone.
@@ -26,8 +30,9 @@ const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 const CONNECTING: Duration = Duration::from_secs(60);
 /// How long a step may take once it is queued, and one of its calls to be queued.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often who waits asks whether a rank has failed.
-const CHECK: Duration = Duration::from_millis(1);
+/// Calls that are queued before the first of them is done. The driver holds about a thousand launches of a stream, and where a prompt's weights are
+/// widened, two hundred may lie between two sums. So few still keep a GPU at work: what lies between takes it longer than the host.
+const AHEAD: usize = 4;
 /// Bytes of a unique id.
 const ID: usize = 128;
 /// `NCCL_CONFIG_INITIALIZER` of nccl.h: what marks a configuration, and what marks a setting that is not set.
@@ -86,6 +91,9 @@ pub(crate) struct Nccl {
     device: Device,
     comm: Communicator,
     rank: Rank,
+    /// Events behind the last calls, in turn, and whose turn it is: the one behind the oldest of them.
+    behind: Vec<Event>,
+    turn: usize,
     /// Widths of the parts that are gathered, once they were.
     widths: Option<Vec<usize>>,
     /// On rank 0, where the others' parts arrive, one rank after the other.
@@ -114,10 +122,6 @@ fn failed(NcclError(error): NcclError) -> OpError {
     OpError::Backend(format!("NCCL: {} ({error:?})", text.unwrap_or_default().to_string_lossy()))
 }
 
-fn late(what: &str) -> OpError {
-    OpError::Backend(format!("NCCL: {what}, for more than {} s", PATIENCE.as_secs()))
-}
-
 impl Nccl {
     /// Connects the ranks. All of them call it, and all get it or none: where the library is not there for one of them, or they do not reach each
     /// other, or share a GPU, which NCCL refuses.
@@ -140,28 +144,30 @@ impl Nccl {
             *word = all[0];
         }
         let Some(gpu) = device.on_gpu() else { return Ok(None) };
+        let behind = (0..AHEAD).map(|_| gpu.event()).collect::<Result<_>>()?;
         let comm = join(gpu, rank, words, member);
         let comm = comm.inspect_err(|reason| tracing::warn!("ranks do not connect: {reason}")).ok();
         member.share(u64::from(comm.is_some()), &mut all)?;
         let Some(comm) = comm.filter(|_| !all.contains(&0)) else { return Ok(None) };
-        Ok(Some(Self { device: device.clone(), comm, rank, widths: None, arrived: None }))
+        Ok(Some(Self { device: device.clone(), comm, rank, behind, turn: 0, widths: None, arrived: None }))
     }
 
-    /// What all calls go to, after what was queued before.
-    fn gpu(&self) -> Result<&Gpu> {
+    /// What a call goes to, after what was queued before, once not too many calls are.
+    fn stream(&self, member: &Member) -> Result<sys::cudaStream_t> {
+        let gpu = self.device.expect_gpu()?;
+        self.wait_until(member, || gpu.has_come(&self.behind[self.turn]))?;
         self.device.flush()?;
-        let gpu = self.device.on_gpu().ok_or_else(|| OpError::Backend("NCCL without a GPU".into()))?;
         gpu.bind()?;
-        Ok(gpu)
+        Ok(gpu.stream().cast())
     }
 
     /// Makes `x` the sum over the ranks.
-    pub fn all_reduce(&self, x: &Tensor) -> Result<()> {
+    pub fn all_reduce(&mut self, member: &Member, x: &Tensor) -> Result<()> {
         x.expect_f32("what ranks add up")?;
         if x.elements() == 0 {
             return Ok(());
         }
-        let (stream, at) = (self.gpu()?.stream().cast(), x.buffer.address());
+        let (stream, at) = (self.stream(member)?, x.buffer.address());
         // SAFETY: the buffer holds so many f32, and lives until the stream has been waited for.
         let queued = unsafe {
             (self.comm.nccl.ncclAllReduce)(
@@ -174,7 +180,7 @@ impl Nccl {
                 stream,
             )
         };
-        self.queued(queued)
+        self.queued(member, queued)
     }
 
     /// Puts the ranks' parts side by side into `whole` on rank 0, which gives it.
@@ -188,22 +194,22 @@ impl Nccl {
         if rows == 0 {
             return Ok(());
         }
-        let stream = self.gpu()?.stream().cast();
+        // First all parts come as they are, then each row's go to their places.
+        let bytes = whole.map_or(0, |_| 4 * rows * (total - widths[0]));
+        if self.arrived.as_ref().map_or(0, Buffer::bytes) < bytes {
+            self.arrived = None; // first give back, then take
+            self.arrived = Some(self.device.buffer(bytes)?);
+        }
+        let arrived = self.arrived.as_ref().map_or(0, Buffer::address);
+        let stream = self.stream(member)?;
         let (f32s, Communicator { nccl, at: comm }) = (ncclDataType_t::ncclFloat32, &self.comm);
         let Some(whole) = whole else {
             // SAFETY: the part holds so many f32, and lives until the stream has been waited for.
             let sent = unsafe {
                 (nccl.ncclSend)(pointer(part.buffer.address()), part.elements(), f32s, 0, *comm, stream)
             };
-            return self.queued(sent);
+            return self.queued(member, sent);
         };
-        // First all parts as they are, then each row's to its place.
-        let bytes = 4 * rows * (total - widths[0]);
-        if self.arrived.as_ref().is_none_or(|arrived| arrived.bytes() < bytes) {
-            self.arrived = None; // first give back, then take
-            self.arrived = Some(self.device.buffer(bytes)?);
-        }
-        let arrived = self.arrived.as_ref().map_or(0, Buffer::address);
         // SAFETY: ended below.
         unsafe { (nccl.ncclGroupStart)() }.result().map_err(failed)?;
         let received = starts(&widths[1..], rows).zip(1..).try_for_each(|((at, width), rank)| {
@@ -216,8 +222,8 @@ impl Nccl {
         // SAFETY: begun above.
         let ended = unsafe { (nccl.ncclGroupEnd)() };
         received.map_err(failed)?;
-        self.queued(ended)?;
-        let gpu = self.gpu()?;
+        self.queued(member, ended)?;
+        let gpu = self.device.expect_gpu()?;
         let to = |column: usize| (whole.buffer.address() + 4 * column as u64, 4 * total);
         gpu.copy_rows(part.buffer.address(), to(0), 4 * widths[0], rows)?;
         let mut column = widths[0];
@@ -245,20 +251,14 @@ impl Nccl {
     }
 
     /// Waits until a call has been queued.
-    fn queued(&self, call: ncclResult_t) -> Result<()> {
-        match call.result().map_err(failed)? {
-            NcclStatus::InProgress => {
-                let began = Instant::now();
-                while !self.comm.is_settled()? {
-                    if began.elapsed() > PATIENCE {
-                        return Err(late("a call could not be queued"));
-                    }
-                    std::thread::yield_now();
-                }
-                Ok(())
-            }
-            _ => Ok(()),
+    fn queued(&mut self, member: &Member, call: ncclResult_t) -> Result<()> {
+        if call.result().map_err(failed)? == NcclStatus::InProgress {
+            let what = "NCCL: a call could not be queued";
+            self.comm.wait(member, PATIENCE, what, || self.comm.is_settled())?;
         }
+        self.device.expect_gpu()?.record(&self.behind[self.turn])?;
+        self.turn = (self.turn + 1) % AHEAD;
+        Ok(())
     }
 
     /// Waits until all that was queued is done.
@@ -266,24 +266,36 @@ impl Nccl {
     /// # Errors
     /// If a rank has failed, or takes too long; the communicator is then to be dropped before anybody else waits for the stream.
     pub fn wait(&self, member: &Member) -> Result<()> {
-        let gpu = self.gpu()?;
-        let (began, mut checked) = (Instant::now(), Instant::now());
-        while !gpu.is_idle()? {
-            if checked.elapsed() > CHECK {
-                checked = Instant::now();
-                self.comm.is_settled()?;
-                member.check()?;
-                if began.elapsed() > PATIENCE {
-                    return Err(late("a rank's GPU waited for another rank"));
-                }
-            }
-            std::thread::yield_now();
-        }
-        Ok(())
+        self.wait_until(member, || self.device.is_idle())
+    }
+
+    /// Waits for something that was queued.
+    fn wait_until(&self, member: &Member, done: impl Fn() -> Result<bool>) -> Result<()> {
+        self.comm.wait(member, PATIENCE, "NCCL: a rank's GPU waited for another rank", done)
     }
 }
 
 impl Communicator {
+    /// Waits until something is `done`, no longer than that, as long as nothing has gone wrong.
+    fn wait(
+        &self,
+        member: &Member,
+        patience: Duration,
+        what: &str,
+        done: impl Fn() -> Result<bool>,
+    ) -> Result<()> {
+        wait_until(member, |waited| {
+            if done()? {
+                return Ok(true);
+            }
+            self.is_settled()?;
+            match waited > patience {
+                true => Err(OpError::Backend(format!("{what} for more than {} s", patience.as_secs()))),
+                false => Ok(false),
+            }
+        })
+    }
+
     /// Whether nothing is under way that was called for; an error if something went wrong since.
     fn is_settled(&self) -> Result<bool> {
         let mut state = ncclResult_t::ncclSuccess;
@@ -344,15 +356,7 @@ fn join(gpu: &Gpu, rank: Rank, words: [u64; ID / 8], member: &Member) -> Result<
     let begun = unsafe { (nccl.ncclCommInitRankConfig)(&mut at, world, id, index, &mut config) };
     let comm = Communicator { nccl, at };
     begun.result().map_err(failed)?;
-    let began = Instant::now();
-    while !comm.is_settled()? {
-        member.check()?;
-        if began.elapsed() > CONNECTING {
-            let seconds = CONNECTING.as_secs();
-            return Err(OpError::Backend(format!("NCCL: not all ranks have connected in {seconds} s")));
-        }
-        std::thread::sleep(CHECK);
-    }
+    comm.wait(member, CONNECTING, "NCCL: ranks tried to connect", || comm.is_settled())?;
     Ok(comm)
 }
 

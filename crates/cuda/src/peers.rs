@@ -13,12 +13,9 @@ use crate::nccl::Nccl;
 use crate::peer_memory::{MOST_RANKS, PeerMemory, SIDE, late};
 use crate::step::{bytes, bytes_mut};
 use crate::tensor::{Format, Tensor};
+use crate::waiting::wait_until;
 use rudder_comm::Member;
 use rudder_ops::{OpError, Rank, Result};
-use std::time::{Duration, Instant};
-
-/// How often who waits for kernels asks whether a rank has failed.
-const CHECK: Duration = Duration::from_millis(1);
 
 /// Whether ranks add up in each other's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -204,11 +201,6 @@ impl Peers {
         way(self.direct, self.nccl.is_some() && !self.flies, bytes)
     }
 
-    /// The communicator.
-    pub fn nccl(&self) -> Option<&Nccl> {
-        self.nccl.as_ref()
-    }
-
     /// Whether steps may go on from tokens that nobody has seen.
     pub fn draws_ahead(&self) -> bool {
         self.state == State::Ready
@@ -217,7 +209,7 @@ impl Peers {
     /// Waits until something of a step that may fly has `come`. Where a rank is known to have failed before, or a node to be gone, kernels wait for nobody
     /// any more.
     pub fn wait_in_flight(&mut self, come: impl Fn() -> Result<bool>) -> Result<()> {
-        let waited = self.wait(come);
+        let waited = wait_until(&self.member, |_| come());
         if let (Err(_), Some(memory)) = (&waited, &self.memory) {
             memory.give_up();
             self.state = State::Broken;
@@ -247,7 +239,7 @@ impl Peers {
         }
         let waited = match (&self.nccl, self.direct) {
             (Some(nccl), _) => nccl.wait(&self.member),
-            (None, true) => self.wait(|| self.device.is_idle()),
+            (None, true) => wait_until(&self.member, |_| self.device.is_idle()),
             (None, false) => self.device.synchronize(),
         };
         if let Err(error) = waited {
@@ -272,25 +264,6 @@ impl Peers {
         Ok(())
     }
 
-    /// Waits for what was queued to be `done`, kernels that wait for other ranks among it, as long as no rank is known to have failed and no node to be
-    /// gone.
-    fn wait(&self, done: impl Fn() -> Result<bool>) -> Result<()> {
-        let mut checked = Instant::now();
-        loop {
-            match done() {
-                Ok(true) => return Ok(()),
-                Ok(false) if checked.elapsed() < CHECK => {}
-                Ok(false) => {
-                    self.member.check()?;
-                    checked = Instant::now();
-                }
-                // What was mapped of a node that is gone is an error to the kernels that use it.
-                Err(error) => return Err(self.member.check().err().map_or(error, OpError::from)),
-            }
-            std::thread::yield_now();
-        }
-    }
-
     /// The kernels' way, if the open step takes it.
     pub fn memory(&self) -> Option<&PeerMemory> {
         self.memory.as_ref().filter(|_| self.direct)
@@ -299,6 +272,12 @@ impl Peers {
     /// The same, if nobody waits for the open step at its end.
     pub fn in_flight(&self) -> Option<&PeerMemory> {
         self.memory.as_ref().filter(|_| self.flies)
+    }
+
+    /// Makes `x` the sum over the ranks, through NCCL.
+    pub fn all_reduce_by_nccl(&mut self, x: &Tensor) -> Result<()> {
+        let Some(nccl) = &mut self.nccl else { return Err(OpError::Backend("ranks without NCCL".into())) };
+        nccl.all_reduce(&self.member, x)
     }
 
     /// Makes `x` the sum over the ranks, through the host.
@@ -374,6 +353,7 @@ mod tests {
     use rudder_comm::Group;
     use std::net::TcpListener;
     use std::process::{Command, Stdio};
+    use std::time::Duration;
 
     /// Nodes, and whether steps only decode.
     const KINDS: [(usize, bool); 4] = [(1, false), (1, true), (2, false), (2, true)];
