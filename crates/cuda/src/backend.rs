@@ -602,6 +602,9 @@ impl Backend for Cuda {
     }
 
     fn recover(&mut self) -> Result<()> {
+        if let Some(peers) = &mut self.peers {
+            peers.give_up_unfinished();
+        }
         // After a fault on the device every call gives its error, however often it is asked.
         self.synchronize()
     }
@@ -654,6 +657,7 @@ mod tests {
     use std::path::Path;
     use std::slice;
     use std::sync::Arc;
+    use std::time::{Duration, Instant};
 
     /// A matrix `[1, 64]` of ones in FP8.
     fn ones_in_fp8(cuda: &mut Cuda) -> Result<Matrix> {
@@ -806,6 +810,41 @@ mod tests {
             assert_eq!(norms_that_write_fp8(&source)?, found, "{what}");
         }
         Ok(())
+    }
+
+    #[test]
+    fn a_rank_that_has_left_a_step_recovers_without_the_others() {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let on_rank = |member: Member| -> Result<bool> {
+            let mut cuda = Cuda::emulated()?.in_group_by(member, PeerAccess::Always);
+            let (table, mut x) = (cuda.load_embedding(&ones(&[1, 64]))?, cuda.tensor(1, 64)?);
+            cuda.begin(&Batch::default())?;
+            let peers = cuda.peers.as_ref().expect("it is a rank");
+            peers.memory().expect("they reach each other").wait_for(PATIENCE)?;
+            cuda.end()?;
+            let mut batch = Batch::default();
+            batch.push(&[0], 0, &[0], 1);
+            let mut waited = Duration::ZERO;
+            for _ in 0..2 {
+                cuda.begin(&batch)?;
+                // What one of them has queued, the other has not.
+                if cuda.rank().index == 0 {
+                    cuda.embed(&table, &mut x)?;
+                    cuda.all_reduce(&mut x)?;
+                }
+                let began = Instant::now();
+                cuda.recover()?;
+                waited = waited.max(began.elapsed());
+            }
+            cuda.begin(&Batch::default())?; // nobody reads the other's memory any more
+            Ok(waited < PATIENCE)
+        };
+        let members = rudder_comm::Group::new(2).members().into_iter();
+        std::thread::scope(|scope| {
+            let ranks: Vec<_> = members.map(|member| scope.spawn(move || on_rank(member))).collect();
+            let recovered = ranks.into_iter().map(|rank| rank.join().expect("no panic").expect("it goes on"));
+            assert_eq!(recovered.collect::<Vec<_>>(), [true; 2]);
+        });
     }
 
     #[test]

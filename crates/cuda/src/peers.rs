@@ -151,10 +151,13 @@ impl Peers {
         self.member.rank()
     }
 
-    /// Ends what NCCL has under way for a step that this rank has not run to its end: before anybody waits for the stream.
+    /// Ends what waits for other ranks of a step that this rank has not run to its end: before anybody waits for the stream.
     pub fn give_up_unfinished(&mut self) {
         if self.library == Library::Broken {
             self.nccl = None;
+        }
+        if let Some(memory) = self.memory.as_ref().filter(|_| self.state == State::Broken) {
+            memory.give_up();
         }
     }
 
