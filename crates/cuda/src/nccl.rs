@@ -94,6 +94,10 @@ pub(crate) struct Nccl {
     /// Events behind the last calls, in turn, and whose turn it is: the one behind the oldest of them.
     behind: Vec<Event>,
     turn: usize,
+    /// Whether no step has ended yet since the ranks connected. In the first one buffers grow, and memory that is allocated or given back while
+    /// another rank's kernel waits for this one might wait for that kernel: so until then all have come before any calls, and each waits for
+    /// what it called for.
+    settles: bool,
     /// Widths of the parts that are gathered, once they were.
     widths: Option<Vec<usize>>,
     /// On rank 0, where the others' parts arrive, one rank after the other.
@@ -149,7 +153,8 @@ impl Nccl {
         let comm = comm.inspect_err(|reason| tracing::warn!("ranks do not connect: {reason}")).ok();
         member.share(u64::from(comm.is_some()), &mut all)?;
         let Some(comm) = comm.filter(|_| !all.contains(&0)) else { return Ok(None) };
-        Ok(Some(Self { device: device.clone(), comm, rank, behind, turn: 0, widths: None, arrived: None }))
+        let device = device.clone();
+        Ok(Some(Self { device, comm, rank, behind, turn: 0, settles: true, widths: None, arrived: None }))
     }
 
     /// What a call goes to, after what was queued before, once not too many calls are.
@@ -158,6 +163,9 @@ impl Nccl {
         self.wait_until(member, || gpu.has_come(&self.behind[self.turn]))?;
         self.device.flush()?;
         gpu.bind()?;
+        if self.settles {
+            member.share(0, &mut vec![0; self.rank.world])?;
+        }
         Ok(gpu.stream().cast())
     }
 
@@ -258,14 +266,20 @@ impl Nccl {
         }
         self.device.expect_gpu()?.record(&self.behind[self.turn])?;
         self.turn = (self.turn + 1) % AHEAD;
-        Ok(())
+        if self.settles { self.wait(member) } else { Ok(()) }
     }
 
-    /// Waits until all that was queued is done.
+    /// Ends a step: waits until all that was queued is done.
     ///
     /// # Errors
     /// If a rank has failed, or takes too long; the communicator is then to be dropped before anybody else waits for the stream.
-    pub fn wait(&self, member: &Member) -> Result<()> {
+    pub fn end(&mut self, member: &Member) -> Result<()> {
+        self.wait(member)?;
+        self.settles = false;
+        Ok(())
+    }
+
+    fn wait(&self, member: &Member) -> Result<()> {
         self.wait_until(member, || self.device.is_idle())
     }
 

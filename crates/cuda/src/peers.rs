@@ -21,7 +21,8 @@ use rudder_ops::{OpError, Rank, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PeerAccess {
     /// From the second step on, where every rank has a device of its own and all reach each other. The first step is the one in which
-    /// buffers grow: memory that is allocated or given back while a kernel waits for another rank might wait for that kernel.
+    /// buffers grow: memory that is allocated or given back while a kernel waits for another rank might wait for that kernel. For the same
+    /// reason NCCL's ranks meet before each sum of their first step, and wait for it.
     #[default]
     Auto,
     /// Never: through the host, for tests.
@@ -240,8 +241,8 @@ impl Peers {
             }
             return Ok(());
         }
-        let waited = match (&self.nccl, self.direct) {
-            (Some(nccl), _) => nccl.wait(&self.member),
+        let waited = match (&mut self.nccl, self.direct) {
+            (Some(nccl), _) => nccl.end(&self.member),
             (None, true) => wait_until(&self.member, |_| self.device.is_idle()),
             (None, false) => self.device.synchronize(),
         };
