@@ -43,7 +43,7 @@ unsafe impl Send for Graph {}
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: freed once; a graph that still runs ends first. Nothing could be done about an error.
+        // SAFETY: freed once; the driver keeps one that still runs until it has ended. Nothing could be done about an error.
         let _ = unsafe { result::graph::exec_destroy(self.0) };
     }
 }

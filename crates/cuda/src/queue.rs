@@ -12,9 +12,13 @@ use std::collections::{HashMap, HashSet};
 
 /// Most arguments of a kernel.
 pub(crate) const MOST_ARGS: usize = 16;
-/// Graphs kept, and sequences remembered, before all are forgotten.
-const MOST_GRAPHS: usize = 256;
+/// Sequences remembered before all are forgotten.
 const MOST_SEEN: usize = 4096;
+/// What graphs may take of the device's memory, in launches: each of theirs is one, and each graph some fifty by itself (guessed, not measured). That
+/// is 250 kinds of steps of 80 layers where a step is one graph. Where ranks add up by NCCL, and each stretch between two sums is a graph, it is
+/// 3,500 stretches, or 20 kinds.
+const MOST_GRAPHED: usize = 200_000;
+const GRAPH: usize = 50;
 
 /// One thing to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +62,7 @@ pub(crate) struct Queue {
     pub open: bool,
     pub pending: Vec<Work>,
     pub cublaslt: Option<CublasLt>,
-    pub graphs: HashMap<u64, (Vec<Work>, Graph)>,
+    pub graphs: Graphs<Graph>,
     pub seen: HashSet<u64>,
     /// Set when this GPU or driver would not capture.
     pub without_graphs: bool,
@@ -76,10 +80,58 @@ impl Launch {
     }
 }
 
+/// Sequences that run as graphs, by their hashes: those that ran last, as far as there is room for them.
+pub(crate) struct Graphs<G> {
+    kept: HashMap<u64, Kept<G>>,
+    /// What they take, in launches.
+    size: usize,
+    /// How often one was asked for or came.
+    time: u64,
+}
+
+struct Kept<G> {
+    work: Vec<Work>,
+    graph: G,
+    /// When it ran last.
+    ran: u64,
+}
+
+impl<G> Default for Graphs<G> {
+    fn default() -> Self {
+        Self { kept: HashMap::new(), size: 0, time: 0 }
+    }
+}
+
+impl<G> Graphs<G> {
+    fn get(&mut self, hash: u64, work: &[Work]) -> Option<&G> {
+        self.time += 1;
+        let kept = self.kept.get_mut(&hash).filter(|kept| kept.work == work)?;
+        kept.ran = self.time;
+        Some(&kept.graph)
+    }
+
+    /// Keeps one that has just run, and gives up those that have not run for longest where there is no room for all.
+    fn keep(&mut self, hash: u64, work: &[Work], graph: G) {
+        self.time += 1;
+        self.give_up(hash);
+        self.size += GRAPH + work.len();
+        while self.size > MOST_GRAPHED
+            && let Some((&oldest, _)) = self.kept.iter().min_by_key(|(_, kept)| kept.ran)
+        {
+            self.give_up(oldest);
+        }
+        self.kept.insert(hash, Kept { work: work.to_vec(), graph, ran: self.time });
+    }
+
+    fn give_up(&mut self, hash: u64) {
+        self.size -= self.kept.remove(&hash).map_or(0, |kept| GRAPH + kept.work.len());
+    }
+}
+
 impl Queue {
     /// Sequences that run as graphs.
     pub fn graphs(&self) -> usize {
-        self.graphs.len()
+        self.graphs.kept.len()
     }
 
     /// Runs what is pending, on a GPU.
@@ -93,9 +145,7 @@ impl Queue {
 
     fn run_all(&mut self, gpu: &Gpu, pending: &[Work]) -> Result<()> {
         let hash = hash(pending);
-        if let Some((work, graph)) = self.graphs.get(&hash)
-            && work == pending
-        {
+        if let Some(graph) = self.graphs.get(hash, pending) {
             return gpu.launch_graph(graph);
         }
         if self.seen.len() >= MOST_SEEN {
@@ -110,11 +160,7 @@ impl Queue {
             .and_then(|graph| gpu.launch_graph(&graph).map(|()| graph));
         match launched {
             Ok(graph) => {
-                if self.graphs.len() >= MOST_GRAPHS {
-                    gpu.synchronize()?;
-                    self.graphs.clear();
-                }
-                self.graphs.insert(hash, (pending.to_vec(), graph));
+                self.graphs.keep(hash, pending, graph);
                 Ok(())
             }
             Err(e) => {
@@ -166,11 +212,44 @@ fn hash(work: &[Work]) -> u64 {
 mod tests {
     use super::*;
 
+    fn launch(blocks: usize, arg: usize) -> Work {
+        Work::Kernel(Launch::new("embed", Grid::new(blocks, 32), 0, &[arg.into(), 1usize.into()]))
+    }
+
+    #[test]
+    fn graphs_that_ran_last_are_kept_as_far_as_there_is_room() {
+        let mut graphs = Graphs::default();
+        let long = vec![launch(1, 5); MOST_GRAPHED / 4];
+        for hash in 0..3 {
+            graphs.keep(hash, &long, hash);
+        }
+        assert_eq!(graphs.get(0, &long), Some(&0));
+        assert_eq!(graphs.get(0, &long[1..]), None, "other work of the same hash");
+        graphs.keep(3, &long, 3);
+        let kept = |graphs: &mut Graphs<u64>, work: &[Work]| {
+            [0, 1, 2, 3].map(|hash| graphs.get(hash, work).copied())
+        };
+        assert_eq!(kept(&mut graphs, &long), [Some(0), None, Some(2), Some(3)]);
+        // One in another's place, and one that leaves room for no other.
+        graphs.keep(2, &long[..1], 4);
+        assert_eq!(graphs.get(2, &long), None);
+        assert_eq!(graphs.get(2, &long[..1]), Some(&4));
+        graphs.keep(5, &vec![launch(1, 5); MOST_GRAPHED], 5);
+        assert_eq!(kept(&mut graphs, &long), [None; 4]);
+        assert_eq!((graphs.kept.len(), graphs.size), (1, GRAPH + MOST_GRAPHED));
+    }
+
+    #[test]
+    fn two_steps_of_many_stretches_do_not_take_each_others_graphs() {
+        let mut graphs = Graphs::default();
+        for hash in 0..2 * 161 {
+            graphs.keep(hash, &[launch(1, 5); 9], hash);
+        }
+        assert_eq!(graphs.kept.len(), 322);
+    }
+
     #[test]
     fn launches_that_differ_in_one_argument_or_block_differ() {
-        let launch = |blocks, arg: usize| {
-            Work::Kernel(Launch::new("embed", Grid::new(blocks, 32), 0, &[arg.into(), 1usize.into()]))
-        };
         let base = [launch(1, 5), launch(2, 6)];
         assert_eq!(hash(&base), hash(&[launch(1, 5), launch(2, 6)]));
         for other in
