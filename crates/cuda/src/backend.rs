@@ -3,6 +3,7 @@
 //! Weights are bf16 unless they are stored as what `weights` keeps; what matrices read is bf16, keys and values are unless FP8 was asked for. The
 //! residual stream, what matrices put out and logits are f32.
 
+use crate::block_reader::BlockReader;
 use crate::device::{Arg, Buffer, Device, Grid};
 use crate::kv::{self, KvCache, KvDType, Parts, PrefillKernel, Rotations, half_block};
 use crate::matmul::{Instructions, Matrix, Multiplier, Rows, Vector};
@@ -35,6 +36,7 @@ pub struct Cuda {
     /// Rotations, and the longest context that they are for.
     rope: Option<(Rotations, usize)>,
     parts: Option<Parts>,
+    block_reader: Option<BlockReader>,
     kv_dtype: KvDType,
     /// Whether the open step is one of decodes, whose launches are gathered.
     gathers: bool,
@@ -108,6 +110,7 @@ impl Cuda {
             step,
             rope: None,
             parts: None,
+            block_reader: None,
             kv_dtype: KvDType::default(),
             peers: None,
             gathers: false,
@@ -360,6 +363,7 @@ impl Backend for Cuda {
         let context = self.rope.as_ref().map_or(0, |(_, context)| *context);
         self.parts = None; // first give back, then take
         self.parts = Some(Parts::new(&self.device, shape, context)?);
+        self.block_reader = Some(BlockReader::new(&self.device, cache.block())?);
         self.step.shape = Some(*shape);
         self.step.prefix.token_bytes = self.kv_block_bytes(shape) / BLOCK_SIZE;
         Ok(cache)
@@ -374,10 +378,14 @@ impl Backend for Cuda {
     }
 
     fn read_kv_block(&mut self, cache: &KvCache, block: u32, out: &mut [u8]) -> Result<()> {
-        cache.read_block(block, out)
+        let Some(reader) = &mut self.block_reader else {
+            return Err(OpError::Backend("a KV block without a KV cache".to_owned()));
+        };
+        reader.read(cache, block, out)
     }
 
     fn write_kv_block(&mut self, cache: &mut KvCache, block: u32, bytes: &[u8]) -> Result<()> {
+        self.block_reader.as_mut().into_iter().for_each(BlockReader::wrote);
         cache.write_block(block, bytes)
     }
 
@@ -394,6 +402,9 @@ impl Backend for Cuda {
             0 => self.sampler.answers(&batch.drawn)?,
             _ => Arg::NULL, // rank 0 shows what it drew
         };
+        if let Some(reader) = &mut self.block_reader {
+            reader.begin(!batch.drawn.is_empty())?;
+        }
         self.step.set(batch, &self.device)?;
         self.gathers = is_decode(batch);
         if let Some(peers) = &mut self.peers {

@@ -3,7 +3,7 @@
 //! Work is queued on one stream and runs in the order of the calls.
 
 use crate::cublaslt::CublasLt;
-use crate::gpu::Gpu;
+use crate::gpu::{Event, Gpu};
 use crate::mapping::Mapping;
 use crate::queue::{Launch, Product, ProductShape, Queue, Work};
 use rudder_ops::{OpError, Result};
@@ -189,18 +189,18 @@ pub(crate) struct Staging {
     device: Device,
     at: *mut u8,
     bytes: usize,
-    sent: Sent,
+    /// When its last copy is done.
+    copied: Point,
 }
 
 /// Memory of a device for what changes from step to step, and the stage that it comes by; both grow to the largest and stay.
 #[derive(Default)]
 pub(crate) struct Inlet(Option<(Staging, Buffer)>);
 
-/// When a stage's last copy is done.
-enum Sent {
-    Gpu(crate::gpu::Event),
-    #[cfg(feature = "emulate")]
-    Emulated,
+/// A point in a device's queue of work. It has come where it was not recorded yet, and where work is done as it is queued.
+pub(crate) struct Point {
+    device: Device,
+    event: Option<Event>,
 }
 
 // SAFETY: the memory belongs to this value alone, the event's calls bind the context.
@@ -523,14 +523,13 @@ impl Drop for Buffer {
 impl Staging {
     /// Allocates a stage.
     pub fn new(device: &Device, bytes: usize) -> Result<Self> {
-        let (at, sent) = match device.kind() {
-            Kind::Gpu(gpu) => (gpu.allocate_host(bytes)?, Sent::Gpu(gpu.event()?)),
+        let copied = Point::new(device)?;
+        let at = match device.kind() {
+            Kind::Gpu(gpu) => gpu.allocate_host(bytes)?,
             #[cfg(feature = "emulate")]
-            Kind::Emulated { .. } => {
-                (Box::into_raw(vec![0u8; bytes].into_boxed_slice()).cast(), Sent::Emulated)
-            }
+            Kind::Emulated { .. } => Box::into_raw(vec![0u8; bytes].into_boxed_slice()).cast(),
         };
-        Ok(Self { device: device.clone(), at, bytes, sent })
+        Ok(Self { device: device.clone(), at, bytes, copied })
     }
 
     pub fn bytes(&self) -> usize {
@@ -551,56 +550,87 @@ impl Staging {
 
     /// Whether [`Staging::memory`] has nothing to wait for.
     pub fn has_come(&self) -> Result<bool> {
-        match (self.device.kind(), &self.sent) {
-            (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.has_come(event),
-            #[cfg(feature = "emulate")]
-            _ => Ok(true),
-        }
+        self.copied.has_come()
     }
 
     /// Its memory, once what was sent last has left it, and what was fetched last has come.
     pub fn memory(&mut self) -> Result<&mut [u8]> {
-        match (self.device.kind(), &self.sent) {
-            (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.wait(event)?,
-            #[cfg(feature = "emulate")]
-            _ => {}
-        }
+        self.copied.wait()?;
         // SAFETY: `bytes` initialised bytes that belong to this value; no copy of them is under way.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) })
     }
 
+    /// `len` of its bytes from `at` on, for a copy: to be looked at by nobody before that is done (`memory` waits).
+    fn part(&mut self, at: usize, len: usize) -> &mut [u8] {
+        let fits = at.checked_add(len).is_some_and(|end| end <= self.bytes);
+        assert!(fits, "a stage of {} bytes holds no {len} at {at}", self.bytes);
+        // SAFETY: within the stage's own memory, which lives until its copies are done.
+        unsafe { std::slice::from_raw_parts_mut(self.at.add(at), len) }
+    }
+
     /// Queues the copy of the first `len` bytes to `offset` of `to`.
     pub fn send(&mut self, len: usize, to: &Buffer, offset: usize) -> Result<()> {
-        to.check(offset, len)?;
-        assert!(len <= self.bytes, "a stage of {} bytes holds no {len}", self.bytes);
-        // SAFETY: within the stage's own memory, which is not written before the copy is done (`memory` waits).
-        let data = unsafe { std::slice::from_raw_parts(self.at, len) };
-        to.write(offset, data)?;
-        match (self.device.kind(), &self.sent) {
-            (Kind::Gpu(gpu), Sent::Gpu(event)) => gpu.record(event),
-            #[cfg(feature = "emulate")]
-            _ => Ok(()),
-        }
+        to.write(offset, self.part(0, len))?;
+        self.copied.record()
     }
 
     /// Queues the copy of `len` bytes at the beginning of `from` to its own; [`Staging::memory`] waits for them.
     pub fn fetch(&mut self, from: &Buffer, len: usize) -> Result<()> {
         from.check(0, len)?;
-        assert!(len <= self.bytes, "a stage of {} bytes holds no {len}", self.bytes);
-        self.device.flush()?;
-        // SAFETY: within the stage's own memory, which nobody sees before the copy is done (`memory` waits).
-        let data = unsafe { std::slice::from_raw_parts_mut(self.at, len) };
-        match (self.device.kind(), &self.sent) {
-            (Kind::Gpu(gpu), Sent::Gpu(event)) => {
-                gpu.fetch(from.address, data)?;
-                gpu.record(event)
-            }
+        from.device.flush()?;
+        match from.device.kind() {
+            Kind::Gpu(gpu) => gpu.fetch(from.address, self.part(0, len))?,
             #[cfg(feature = "emulate")]
-            _ => {
-                crate::emulated::read(from.address, data);
-                Ok(())
+            Kind::Emulated { .. } => crate::emulated::read(from.address, self.part(0, len)),
+        }
+        self.copied.record()
+    }
+
+    /// Queues copies beside the work, which wait for nothing of it but what lies before a point: `len` bytes each, of a buffer from an offset on, one
+    /// behind the other to its own beginning. [`Staging::memory`] waits for them.
+    pub fn fetch_beside<'a>(
+        &mut self,
+        after: &Point,
+        pieces: impl Iterator<Item = (&'a Buffer, usize)>,
+        len: usize,
+    ) -> Result<()> {
+        after.on_gpu().map_or(Ok(()), |(gpu, event)| gpu.wait_beside(event))?;
+        for ((from, offset), at) in pieces.zip((0..).step_by(len)) {
+            from.check(offset, len)?;
+            let address = from.address + offset as u64;
+            match from.device.kind() {
+                Kind::Gpu(gpu) => gpu.fetch_beside(address, self.part(at, len))?,
+                #[cfg(feature = "emulate")]
+                Kind::Emulated { .. } => crate::emulated::read(address, self.part(at, len)),
             }
         }
+        self.copied.on_gpu().map_or(Ok(()), |(gpu, event)| gpu.record_beside(event))
+    }
+}
+
+impl Point {
+    pub fn new(device: &Device) -> Result<Self> {
+        let event = device.on_gpu().map(Gpu::event).transpose()?;
+        Ok(Self { device: device.clone(), event })
+    }
+
+    /// The GPU and its event, where there is one.
+    fn on_gpu(&self) -> Option<(&Gpu, &Event)> {
+        self.device.on_gpu().zip(self.event.as_ref())
+    }
+
+    /// Puts it behind all that is queued.
+    pub fn record(&self) -> Result<()> {
+        self.device.flush()?;
+        self.on_gpu().map_or(Ok(()), |(gpu, event)| gpu.record(event))
+    }
+
+    pub fn has_come(&self) -> Result<bool> {
+        self.on_gpu().map_or(Ok(true), |(gpu, event)| gpu.has_come(event))
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.on_gpu().map_or(Ok(()), |(gpu, event)| gpu.wait(event))
     }
 }
 

@@ -14,6 +14,8 @@ pub(crate) struct Gpu {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// For copies that need not wait for what is queued.
+    beside: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
     compute_capability: (i32, i32),
     uuid: u64,
@@ -74,12 +76,14 @@ impl Gpu {
         // SAFETY: just retained.
         unsafe { result::ctx::set_current(context) }.map_err(failed(&what))?;
         let stream =
-            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed(&what))?;
+            || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed(&what));
+        let (stream, beside) = (stream()?, stream()?);
         let functions = load(device).map_err(failed("the embedded kernels cannot be loaded"))?;
         if let Some((name, _)) = KERNELS.iter().find(|(name, _)| !functions.contains_key(name)) {
             return Err(OpError::Backend(format!("kernel {name} is in none of the embedded images")));
         }
-        Ok(Self { device, context, stream, functions, compute_capability: gpu.compute_capability, uuid })
+        let compute_capability = gpu.compute_capability;
+        Ok(Self { device, context, stream, beside, functions, compute_capability, uuid })
     }
 
     /// Major and minor number of its architecture.
@@ -235,6 +239,29 @@ impl Gpu {
         self.bind()?;
         // SAFETY: the caller checked the range, and waits before `data` is looked at or given back.
         unsafe { result::memcpy_dtoh_async(data, address, self.stream) }.map_err(failed("copy from the GPU"))
+    }
+
+    /// Has copies beside the work, from here on, wait until an event has come.
+    pub fn wait_beside(&self, event: &Event) -> Result<()> {
+        self.bind()?;
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both live as long as their owners.
+        unsafe { result::stream::wait_event(self.beside, event.at, flags) }
+            .map_err(failed("an event cannot be waited for"))
+    }
+
+    /// Queues a copy beside the work, to `data`, which is not to be looked at before it is done.
+    pub fn fetch_beside(&self, address: u64, data: &mut [u8]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: as `fetch`.
+        unsafe { result::memcpy_dtoh_async(data, address, self.beside) }.map_err(failed("copy from the GPU"))
+    }
+
+    /// Queues an event's coming behind the copies beside the work.
+    pub fn record_beside(&self, event: &Event) -> Result<()> {
+        self.bind()?;
+        // SAFETY: both live as long as their owners.
+        unsafe { result::event::record(event.at, self.beside) }.map_err(failed("an event cannot be recorded"))
     }
 
     pub fn launch(&self, kernel: &'static str, grid: Grid, shared: u32, args: &[Arg]) -> Result<()> {

@@ -148,7 +148,7 @@ impl KvCache {
     }
 
     /// Bytes of one block's keys, or of its values, in one layer.
-    fn half_block(&self) -> usize {
+    pub(crate) fn half_block(&self) -> usize {
         half_block(&self.shape, self.dtype)
     }
 
@@ -157,35 +157,30 @@ impl KvCache {
         [&self.keys, &self.values].map(|buffer| Arg::at(buffer, offset))
     }
 
-    /// Where each layer's part of a block lies: buffer, offset and range of the block's bytes.
-    fn parts(&self, block: u32, bytes: usize) -> Result<impl Iterator<Item = (&Buffer, usize, usize)> + '_> {
+    /// Bytes of one block in all layers.
+    pub(crate) fn block(&self) -> usize {
+        2 * self.half_block() * self.layers
+    }
+
+    /// Where a block of so many bytes lies: buffer and offset of each layer's keys, then values.
+    pub(crate) fn pieces(
+        &self,
+        block: u32,
+        bytes: usize,
+    ) -> Result<impl Iterator<Item = (&Buffer, usize)> + '_> {
         let (half, block) = (self.half_block(), block as usize);
         check(block < self.blocks, || format!("KV block {block} of {}", self.blocks))?;
-        check(bytes == 2 * half * self.layers, || {
-            format!("{bytes} bytes for a KV block of {}", 2 * half * self.layers)
-        })?;
-        Ok((0..2 * self.layers).map(move |i| {
-            let buffer = if i % 2 == 0 { &self.keys } else { &self.values };
-            (buffer, (i / 2 * self.blocks + block) * half, i * half)
+        check(bytes == self.block(), || format!("{bytes} bytes for a KV block of {}", self.block()))?;
+        Ok((0..self.layers).flat_map(move |layer| {
+            let offset = (layer * self.blocks + block) * half;
+            [(&self.keys, offset), (&self.values, offset)]
         }))
     }
 
-    /// Copies a block of all layers to the host: keys, then values, layer by layer.
-    pub(crate) fn read_block(&self, block: u32, out: &mut [u8]) -> Result<()> {
-        let half = self.half_block();
-        for (buffer, offset, at) in self.parts(block, out.len())? {
-            buffer.read(offset, &mut out[at..at + half])?;
-        }
-        Ok(())
-    }
-
-    /// The way back.
+    /// Fills a block of all layers with what [`crate::block_reader`] read.
     pub(crate) fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()> {
-        let half = self.half_block();
-        for (buffer, offset, at) in self.parts(block, bytes.len())? {
-            buffer.write(offset, &bytes[at..at + half])?;
-        }
-        Ok(())
+        let mut pieces = self.pieces(block, bytes.len())?.zip(bytes.chunks(self.half_block()));
+        pieces.try_for_each(|((buffer, offset), bytes)| buffer.write(offset, bytes))
     }
 
     /// Checks what the two ops on the cache need.

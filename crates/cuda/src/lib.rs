@@ -5,6 +5,7 @@
 //! all of this is tested where there is no GPU.
 
 mod backend;
+mod block_reader;
 mod cublaslt;
 mod device;
 #[cfg(feature = "emulate")]

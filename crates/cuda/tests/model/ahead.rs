@@ -137,6 +137,41 @@ fn two_steps() -> [Batch; 2] {
 }
 
 #[test]
+fn blocks_are_read_beside_a_step_in_flight_as_they_are_once_it_has_landed() {
+    let Some(cuda) = cuda() else { return };
+    let mut model = model("qwen2", cuda, OPTIONS.kv);
+    let bytes = model.kv_block().expect("blocks move").bytes;
+    let read = |model: &mut dyn Model, block: usize| {
+        let mut found = vec![0; bytes];
+        model.export_block(BLOCKS[0][block], &mut found).expect("a block");
+        found
+    };
+    let params = SamplingParams::default();
+    let row = |position: u64| SampleRow {
+        params: &params,
+        counts: None,
+        drafted: &[],
+        position,
+        mask: None,
+        forced: None,
+    };
+    // The prompt fills a block, and the step that flies begins another.
+    let (mut prompt, mut next, mut last) = (Batch::default(), Batch::default(), Batch::default());
+    prompt.push(&[3; 16], 0, &BLOCKS[0], 1);
+    next.push_drawn(0, 16, &BLOCKS[0]);
+    last.push(&[3], 17, &BLOCKS[0], 1);
+    model.forward(&prompt).and_then(|()| model.draw(&[row(16)])).expect("a step");
+    model.forward(&next).and_then(|()| model.drawn(&mut Vec::new())).expect("a step behind it");
+    let beside = read(&mut *model, 0);
+    model.draw(&[row(17)]).and_then(|()| model.drawn(&mut Vec::new())).expect("it lands");
+    let begun = read(&mut *model, 1);
+    assert!(beside.iter().any(|&byte| byte != 0) && begun.iter().any(|&byte| byte != 0));
+    assert!(read(&mut *model, 0) == beside);
+    model.forward(&last).and_then(|()| model.sample(&[row(18)], &mut Vec::new())).expect("a step that lands");
+    assert!(read(&mut *model, 0) == beside && read(&mut *model, 1) != begun);
+}
+
+#[test]
 fn ranks_draw_ahead_once_they_have_met_in_each_others_memory_and_only_there() {
     let [prompt, next] = two_steps();
     let params = SamplingParams::default();
