@@ -245,6 +245,15 @@ impl Cuda {
         Ok(Stack { weights, bias })
     }
 
+    /// Gates, in FP8 too if what reads them can read that.
+    fn gate(&mut self, gate_up: &Tensor, feeds_fp8: bool, out: &mut Tensor) -> Result<()> {
+        gate_up.expect_f32("gates and ups")?;
+        let width = gate_up.width / 2;
+        out.set(gate_up.rows, width, Format::Bf16)?;
+        out.in_fp8 = feeds_fp8 && self.multiplier.reads_fp8(out.rows, width);
+        moe::gate(&self.device, gate_up.into(), width, Activation::Silu, (&*out).into())
+    }
+
     /// Refuses rows to draw that are not the step's outputs.
     fn expect_rows(&self, logits: &Tensor, rows: &[SampleRow<'_>]) -> Result<()> {
         let real = self.step.real_of(logits.rows);
@@ -495,11 +504,20 @@ impl Backend for Cuda {
     }
 
     fn silu_mul(&mut self, gate_up: &Tensor, out: &mut Tensor) -> Result<()> {
-        gate_up.expect_f32("gates and ups")?;
-        let width = gate_up.width / 2;
-        out.set(gate_up.rows, width, Format::Bf16)?;
-        out.in_fp8 = self.multiplier.reads_fp8(out.rows, width);
-        moe::gate(&self.device, gate_up.into(), width, Activation::Silu, (&*out).into())
+        self.gate(gate_up, true, out)
+    }
+
+    fn mlp(
+        &mut self,
+        x: &Tensor,
+        gate_up: &Matrix,
+        down: &Matrix,
+        (both, activated): (&mut Tensor, &mut Tensor),
+        out: &mut Tensor,
+    ) -> Result<()> {
+        self.linear(x, gate_up, None, both)?;
+        self.gate(both, down.weights.takes_fp8(), activated)?;
+        self.linear(activated, down, None, out)
     }
 
     fn moe(
@@ -740,6 +758,16 @@ mod tests {
         Ok(())
     }
 
+    /// A matrix `[128, 128]` whose blocks of FP8, if that is what it is, have these scales in turn.
+    fn square(dtype: DType, scales: [f32; 2]) -> RawTensor {
+        let mut bytes = vec![0u8; dtype.bytes(128 * 128).expect("whole blocks")];
+        if dtype == DType::F8_E4M3 {
+            let blocks = bytes.chunks_exact_mut(dtype.block_bytes()).zip(scales.into_iter().cycle());
+            blocks.for_each(|(block, scale)| block[..4].copy_from_slice(&scale.to_le_bytes()));
+        }
+        RawTensor::new("w", vec![128, 128], dtype, Arc::new(bytes), 0).expect("whole blocks")
+    }
+
     /// Whether a norm that feeds such a matrix, or experts of it, writes rows in FP8 too.
     fn norm_writes_fp8(cuda: &mut Cuda, w: &RawTensor, experts: bool) -> Result<bool> {
         const ROWS: usize = 17;
@@ -776,16 +804,33 @@ mod tests {
             (DType::BF16, [0.0; 2], false),
         ];
         for (dtype, scales, reads) in formats {
-            let mut bytes = vec![0u8; dtype.bytes(128 * 128).expect("whole blocks")];
-            if dtype == DType::F8_E4M3 {
-                let blocks = bytes.chunks_exact_mut(dtype.block_bytes()).zip(scales.into_iter().cycle());
-                blocks.for_each(|(block, scale)| block[..4].copy_from_slice(&scale.to_le_bytes()));
-            }
-            let w = RawTensor::new("w", vec![128, 128], dtype, Arc::new(bytes), 0).expect("whole blocks");
+            let w = square(dtype, scales);
             for experts in [false, true] {
                 let found = norm_writes_fp8(&mut cuda, &w, experts)?;
                 assert_eq!(found, reads, "{dtype:?}, {scales:?}, experts {experts}");
             }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_gate_of_an_mlp_writes_fp8_where_down_reads_it() -> Result<()> {
+        const ROWS: usize = 17;
+        let mut cuda = Cuda::emulated()?;
+        cuda.set_fp8_products(true)?;
+        let gate_up = cuda.load_matrix(&[square(DType::BF16, [0.0; 2]), square(DType::BF16, [0.0; 2])])?;
+        for (dtype, reads) in
+            [(DType::F8_E4M3, true), (DType::NVFP4, false), (DType::MXFP4, false), (DType::BF16, false)]
+        {
+            let down = cuda.load_matrix(&[square(dtype, [1.0; 2])])?;
+            let (mut x, mut out) = (cuda.tensor(ROWS, 128)?, cuda.tensor(ROWS, 128)?);
+            let (mut both, mut activated) = (cuda.tensor(ROWS, 256)?, cuda.tensor(ROWS, 128)?);
+            fill(&mut cuda, ROWS, &mut x)?;
+            LAUNCHED.take();
+            cuda.mlp(&x, &gate_up, &down, (&mut both, &mut activated), &mut out)?;
+            let launched = LAUNCHED.take();
+            let gate = launched.iter().find(|(kernel, _)| *kernel == "silu_mul").expect("a gate");
+            assert_eq!(gate.1[2] != Arg::NULL, reads, "{dtype:?}");
         }
         Ok(())
     }
