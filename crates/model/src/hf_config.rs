@@ -16,8 +16,9 @@ pub(crate) struct HfConfig {
     pub arch: &'static Architecture,
     pub config: ModelConfig,
     pub tied: Option<bool>,
-    /// What matrices are stored as, of gpt-oss the experts' (MXFP4), elsewhere the projections (FP8, INT4, NVFP4); `None`: as numbers.
-    pub quantised: Option<DType>,
+    /// What matrices are stored as that are not stored as numbers, of gpt-oss the experts (MXFP4), elsewhere projections (FP8, INT4, NVFP4). Where
+    /// there are several, each tensor says of itself which it is.
+    pub quantised: Vec<DType>,
     /// Rows and columns that share a scale where matrices are stored as FP8 in blocks.
     pub fp8_block: [usize; 2],
     /// How matrices of four-bit integers are packed.
@@ -58,16 +59,20 @@ pub(crate) fn parse(json: &[u8]) -> Result<HfConfig, String> {
         },
     };
     let config = stated.check(arch, RopePairing::Halves)?;
-    let method = method(&fields, arch)?;
-    let quantised = method.as_ref().map(|method| match method {
-        Method::Mxfp4 => DType::MXFP4,
-        Method::Fp8 => DType::F8_E4M3,
-        Method::Int4(_) => DType::INT4,
-        Method::Nvfp4 { .. } => DType::NVFP4,
+    let methods = methods(&fields, arch)?;
+    let mut quantised: Vec<DType> = Vec::new();
+    for dtype in methods.iter().map(Method::dtype) {
+        if !quantised.contains(&dtype) {
+            quantised.push(dtype);
+        }
+    }
+    let int4 = methods.iter().find_map(|method| match method {
+        Method::Int4(packing) => Some(*packing),
+        _ => None,
     });
-    let fp4_activations = matches!(method, Some(Method::Nvfp4 { activations: true }));
-    let int4 =
-        method.and_then(|method| if let Method::Int4(packing) = method { Some(packing) } else { None });
+    let mut nvfp4 = methods.iter().filter(|method| matches!(method, Method::Nvfp4 { .. })).peekable();
+    let fp4_activations =
+        nvfp4.peek().is_some() && nvfp4.all(|method| matches!(method, Method::Nvfp4 { activations: true }));
     let (tied, fp8_block) = (fields.bool("tie_word_embeddings")?, fp8_block(&fields)?);
     let declared_activations = declared_activations(&fields);
     Ok(HfConfig { arch, config, tied, quantised, fp8_block, int4, fp4_activations, declared_activations })
@@ -152,23 +157,28 @@ enum Method {
     },
 }
 
-/// The method of quantisation, if there is one.
-fn method(fields: &Fields<'_>, arch: &Architecture) -> Result<Option<Method>, String> {
-    let Some(Value::Object(section)) = fields.0.get("quantization_config") else { return Ok(None) };
+impl Method {
+    fn dtype(&self) -> DType {
+        match self {
+            Self::Mxfp4 => DType::MXFP4,
+            Self::Fp8 => DType::F8_E4M3,
+            Self::Int4(_) => DType::INT4,
+            Self::Nvfp4 { .. } => DType::NVFP4,
+        }
+    }
+}
+
+/// The methods of quantisation, if there are some.
+fn methods(fields: &Fields<'_>, arch: &Architecture) -> Result<Vec<Method>, String> {
+    let Some(Value::Object(section)) = fields.0.get("quantization_config") else { return Ok(Vec::new()) };
+    let groups = groups(section).map_or_else(Vec::new, |groups| groups.iter().collect());
     let section = Fields(section);
     let method = section.str("quant_method")?.unwrap_or("unknown");
-    let refused = |what: &str| {
+    let refused = |what: String| {
         format!("quantised by {method:?}{what}, which is not supported; use the GGUF or the original weights")
     };
-    let four_bits = |bits: Option<usize>| match bits {
-        Some(4) => Ok(()),
-        Some(bits) => Err(refused(&format!(" to {bits} bits"))),
-        None => Err(refused(" to an unknown number of bits")),
-    };
-    let bits = |group: &Value, of: &str| group.get(of).and_then(|of| of.get("num_bits")?.as_u64());
-    let fp4_activations =
-        || Some(groups(section.0)?.values().all(|group| bits(group, "input_activations") == Some(4)));
-    Ok(Some(match method {
+    let four_bits = |bits: Option<usize>| four_bits(bits).map_err(refused);
+    Ok(vec![match method {
         "mxfp4" if arch.expert_biases => Method::Mxfp4,
         "fp8" => Method::Fp8,
         "gptq" => {
@@ -176,35 +186,101 @@ fn method(fields: &Fields<'_>, arch: &Architecture) -> Result<Option<Method>, St
             match section.str("checkpoint_format")? {
                 None | Some("gptq") => Method::Int4(Packing::Gptq { offset: 1 }),
                 Some("gptq_v2") => Method::Int4(Packing::Gptq { offset: 0 }),
-                Some(other) => return Err(refused(&format!(" in format {other:?}"))),
+                Some(other) => return Err(refused(format!(" in format {other:?}"))),
             }
         }
         "awq" => {
             four_bits(section.usize("bits")?)?;
             match section.str("version")? {
                 None | Some("gemm" | "GEMM") => Method::Int4(Packing::Awq),
-                Some(other) => return Err(refused(&format!(" in version {other:?}"))),
+                Some(other) => return Err(refused(format!(" in version {other:?}"))),
             }
         }
-        "compressed-tensors" => match section.str("format")? {
-            Some("float-quantized") => Method::Fp8,
-            Some("nvfp4-pack-quantized") => Method::Nvfp4 { activations: fp4_activations().unwrap_or(false) },
-            Some("pack-quantized") => {
-                for group in groups(section.0).into_iter().flat_map(Map::values) {
-                    four_bits(bits(group, "weights").and_then(|bits| usize::try_from(bits).ok()))?;
-                }
-                Method::Int4(Packing::Compressed)
+        "compressed-tensors" => return compressed(section.str("format")?, &groups).map_err(refused),
+        "modelopt" => return modelopt(&section, section.str("quant_algo")?, &groups).map_err(refused),
+        _ => return Err(refused(String::new())),
+    }])
+}
+
+/// Matrices that are quantised alike: their name in config.json, and what is said of them.
+type Group<'a> = (&'a String, &'a Value);
+
+/// Bits of a group's `weights` or `input_activations`.
+fn bits(group: &Value, of: &str) -> Option<u64> {
+    group.get(of)?.get("num_bits")?.as_u64()
+}
+
+fn four_bits(bits: Option<usize>) -> Result<(), String> {
+    match bits {
+        Some(4) => Ok(()),
+        Some(bits) => Err(format!(" to {bits} bits")),
+        None => Err(" to an unknown number of bits".to_owned()),
+    }
+}
+
+/// Whether NVFP4 matrices are for activations of four bits, where groups say so.
+fn fp4_activations(groups: &[Group<'_>]) -> Option<bool> {
+    let all = || groups.iter().all(|(_, group)| bits(group, "input_activations") == Some(4));
+    (!groups.is_empty()).then(all)
+}
+
+/// The methods of compressed-tensors, of a mixture each group's; else what is wrong with them.
+fn compressed(format: Option<&str>, groups: &[Group<'_>]) -> Result<Vec<Method>, String> {
+    let of_group = |group: &Group<'_>| {
+        let format = group.1.get("format").and_then(Value::as_str);
+        let method = compressed_format(format, &[*group]);
+        method.map_err(|what| format!("{what} (config_groups.{})", group.0))
+    };
+    match format {
+        Some("mixed-precision") => groups.iter().map(of_group).collect(),
+        format => Ok(vec![compressed_format(format, groups)?]),
+    }
+}
+
+fn compressed_format(format: Option<&str>, groups: &[Group<'_>]) -> Result<Method, String> {
+    Ok(match format {
+        Some("float-quantized") => Method::Fp8,
+        Some("nvfp4-pack-quantized") => {
+            Method::Nvfp4 { activations: fp4_activations(groups).unwrap_or(false) }
+        }
+        Some("pack-quantized") => {
+            for (_, group) in groups {
+                four_bits(bits(group, "weights").and_then(|bits| usize::try_from(bits).ok()))?;
             }
-            other => return Err(refused(&format!(" in format {:?}", other.unwrap_or("unknown")))),
-        },
-        "modelopt" => match section.str("quant_algo")? {
-            Some("FP8") => Method::Fp8,
-            // The name says both.
-            Some("NVFP4") => Method::Nvfp4 { activations: fp4_activations().unwrap_or(true) },
-            other => return Err(refused(&format!(" with {:?}", other.unwrap_or("unknown")))),
-        },
-        _ => return Err(refused("")),
-    }))
+            Method::Int4(Packing::Compressed)
+        }
+        other => return Err(format!(" in format {:?}", other.unwrap_or("unknown"))),
+    })
+}
+
+/// The methods of Model Optimizer, of a mixture each that `quantized_layers` names; else what is wrong with them.
+fn modelopt(
+    section: &Fields<'_>,
+    algorithm: Option<&str>,
+    groups: &[Group<'_>],
+) -> Result<Vec<Method>, String> {
+    if algorithm != Some("MIXED_PRECISION") {
+        return Ok(vec![modelopt_algorithm(algorithm, groups)?]);
+    }
+    let fp4: Vec<_> = groups.iter().filter(|(_, group)| bits(group, "weights") == Some(4)).copied().collect();
+    let Some(layers) = section.0.get("quantized_layers").and_then(Value::as_object) else {
+        // Each tensor will say of itself which it is.
+        return ["FP8", "NVFP4"].into_iter().map(|name| modelopt_algorithm(Some(name), &fp4)).collect();
+    };
+    let of_layer = |(name, layer): (&String, &Value)| {
+        let method = modelopt_algorithm(layer.get("quant_algo").and_then(Value::as_str), &fp4);
+        method.map_err(|what| format!("{what} (tensor {name})"))
+    };
+    layers.iter().map(of_layer).collect()
+}
+
+fn modelopt_algorithm(algorithm: Option<&str>, groups: &[Group<'_>]) -> Result<Method, String> {
+    match algorithm {
+        Some("FP8") => Ok(Method::Fp8),
+        // The name says both.
+        Some("NVFP4") => Ok(Method::Nvfp4 { activations: fp4_activations(groups).unwrap_or(true) }),
+        other => Err(format!(" with {:?}", other.unwrap_or("unknown"))),
+    }
 }
 
 /// What compressed-tensors and Model Optimizer say of matrices that are quantised alike, if they say it.
@@ -227,6 +303,7 @@ fn declared_activations(fields: &Fields<'_>) -> String {
         [Some("fp8"), ..] => "8-bit dynamic",
         [Some("modelopt"), Some("FP8"), _] => "8-bit",
         [Some("modelopt"), Some("NVFP4"), _] => "4-bit",
+        [Some("modelopt"), Some("MIXED_PRECISION"), _] => "mixed",
         _ => "none",
     };
     declared.to_owned()
@@ -430,8 +507,8 @@ mod tests {
                 format!(r#"{{{GPT_OSS}, "quantization_config": {{"quant_method": "{method}"}}}}"#);
             with(&quantised).map(|hf| hf.quantised)
         };
-        assert_eq!((quantised("mxfp4"), quantised("awq").is_err()), (Ok(Some(DType::MXFP4)), true));
-        assert_eq!(quantised("fp8"), Ok(Some(DType::F8_E4M3)));
+        assert_eq!((quantised("mxfp4"), quantised("awq").is_err()), (Ok(vec![DType::MXFP4]), true));
+        assert_eq!(quantised("fp8"), Ok(vec![DType::F8_E4M3]));
         assert_eq!(with("{}").unwrap().config.windows, [None, None]);
     }
 
@@ -484,7 +561,7 @@ mod tests {
         let packing = |section: &str| {
             with(&format!(r#"{{"quantization_config": {{{section}}}}}"#)).map(|hf| (hf.quantised, hf.int4))
         };
-        let int4 = |packing| Ok((Some(DType::INT4), Some(packing)));
+        let int4 = |packing| Ok((vec![DType::INT4], Some(packing)));
         let gptq = r#""quant_method": "gptq", "bits": 4"#;
         assert_eq!(packing(gptq), int4(Packing::Gptq { offset: 1 }));
         assert_eq!(
@@ -506,14 +583,56 @@ mod tests {
         };
         assert_eq!(compressed("pack-quantized", 4), int4(Packing::Compressed));
         assert!(compressed("pack-quantized", 8).unwrap_err().contains("8 bits"));
-        assert_eq!(compressed("float-quantized", 8), Ok((Some(DType::F8_E4M3), None)));
-        assert_eq!(compressed("nvfp4-pack-quantized", 4), Ok((Some(DType::NVFP4), None)));
+        assert_eq!(compressed("float-quantized", 8), Ok((vec![DType::F8_E4M3], None)));
+        assert_eq!(compressed("nvfp4-pack-quantized", 4), Ok((vec![DType::NVFP4], None)));
         let modelopt =
             |algo: &str| packing(&format!(r#""quant_method": "modelopt", "quant_algo": "{algo}""#));
-        assert_eq!(modelopt("NVFP4"), Ok((Some(DType::NVFP4), None)));
-        assert_eq!(modelopt("FP8"), Ok((Some(DType::F8_E4M3), None)));
+        assert_eq!(modelopt("NVFP4"), Ok((vec![DType::NVFP4], None)));
+        assert_eq!(modelopt("FP8"), Ok((vec![DType::F8_E4M3], None)));
         assert!(modelopt("W4A8_AWQ").unwrap_err().contains("W4A8_AWQ"));
         assert!(compressed("int-quantized", 8).unwrap_err().contains("int-quantized"));
+    }
+
+    #[test]
+    fn mixtures_are_of_formats_that_are_read_or_name_the_other() {
+        let found = |section: &str| {
+            with(&format!(r#"{{"quantization_config": {{{section}}}}}"#))
+                .map(|hf| (hf.quantised, hf.int4, hf.fp4_activations))
+        };
+        let nvfp4 = |activations: usize| {
+            format!(
+                r#"{{"format": "nvfp4-pack-quantized", "input_activations": {{"num_bits": {activations}}}}}"#
+            )
+        };
+        let fp8 = r#"{"format": "float-quantized", "input_activations": {"num_bits": 8}}"#;
+        let int4 = r#"{"format": "pack-quantized", "weights": {"num_bits": 4}}"#;
+        let compressed = |groups: [&str; 2]| {
+            let [a, b] = groups;
+            found(&format!(
+                r#""quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {{"a": {a}, "b": {b}}}"#
+            ))
+        };
+        let both = vec![DType::NVFP4, DType::F8_E4M3];
+        assert_eq!(compressed([&nvfp4(4), fp8]), Ok((both.clone(), None, true)));
+        assert_eq!(compressed([&nvfp4(16), fp8]), Ok((both, None, false)));
+        assert_eq!(compressed([&nvfp4(4), &nvfp4(16)]), Ok((vec![DType::NVFP4], None, false)));
+        let packed = Ok((vec![DType::F8_E4M3, DType::INT4], Some(Packing::Compressed), false));
+        assert_eq!(compressed([fp8, int4]), packed);
+        let refusal = compressed([fp8, r#"{"format": "int-quantized"}"#]).unwrap_err();
+        assert!(refusal.contains("int-quantized") && refusal.contains("config_groups.b"), "{refusal}");
+        assert!(compressed([fp8, r#"{"weights": {"num_bits": 8}}"#]).unwrap_err().contains("unknown"));
+        assert!(compressed([fp8, &int4.replace('4', "8")]).unwrap_err().contains("8 bits (config_groups.b)"));
+
+        let modelopt = r#""quant_method": "modelopt", "quant_algo": "MIXED_PRECISION""#;
+        let layers = |[a, b]: [&str; 2]| {
+            found(&format!(
+                r#"{modelopt}, "quantized_layers": {{"a": {{"quant_algo": "{a}"}}, "b": {{"quant_algo": "{b}"}}}}"#
+            ))
+        };
+        assert_eq!(layers(["FP8", "NVFP4"]), Ok((vec![DType::F8_E4M3, DType::NVFP4], None, true)));
+        assert_eq!(found(modelopt), Ok((vec![DType::F8_E4M3, DType::NVFP4], None, true)));
+        let refusal = layers(["FP8", "W4A8_AWQ"]).unwrap_err();
+        assert!(refusal.contains("W4A8_AWQ") && refusal.contains("tensor b"), "{refusal}");
     }
 
     #[test]

@@ -119,7 +119,15 @@ impl ModelSource {
         };
         let hf = hf.map_err(|reason| LoadError::invalid(&file, reason))?;
         let tied = hf.tied.unwrap_or(false);
-        let weights = Weights::dummy(Dummy::new(&hf.config, hf.arch, tied, hf.quantised));
+        let quantised = match hf.quantised[..] {
+            [] => None,
+            [one] => Some(one),
+            _ => {
+                let reason = "matrices of several formats, which cannot be random weights";
+                return Err(LoadError::invalid(&file, reason));
+            }
+        };
+        let weights = Weights::dummy(Dummy::new(&hf.config, hf.arch, tied, quantised));
         Ok(Self::of_config(name.into(), hf, weights, tied))
     }
 

@@ -107,6 +107,25 @@ impl Checkpoint {
         stored
     }
 
+    /// Of so many layers the first of each kind, by the names, dtypes and shapes of the tensors that belong to its matrix, or experts, of this name.
+    pub fn layers_of_all_kinds(&self, layers: usize, name: &str) -> Vec<usize> {
+        let mut kinds = vec![BTreeSet::new(); layers];
+        for (tensor, entry) in &self.tensors {
+            let Some((layer, rest)) =
+                tensor.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'))
+            else {
+                continue;
+            };
+            let kind = layer.parse().ok().and_then(|layer: usize| kinds.get_mut(layer));
+            if let (Some(kind), Some(part)) = (kind, rest.strip_prefix(name)) {
+                // Whichever expert's.
+                let part = part.trim_start_matches(|c: char| c == '.' || c.is_ascii_digit());
+                kind.insert((part, format!("{:?}", entry.dtype), &entry.shape));
+            }
+        }
+        (0..layers).filter(|&layer| !kinds[..layer].contains(&kinds[layer])).collect()
+    }
+
     /// Bytes of all tensors together.
     pub fn tensor_bytes(&self) -> u64 {
         self.tensors.values().map(|entry| entry.bytes as u64).sum()

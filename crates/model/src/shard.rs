@@ -87,9 +87,13 @@ impl<'a> Cut<'a> {
             Some(moe) => weights.experts(layer, "down", moe.experts, [hidden, inner]),
             None => Ok(vec![weights.matrix(layer, "ffn_down", [hidden, inner])?]),
         };
-        // Layers differ in format in GGUF files only. Elsewhere looking at a tensor may mean to convert it.
-        let layers = if weights.gguf().is_some() { config.layers } else { 1 };
-        Ok(Self { config, attn_output: coarsest(layers, attn_output)?, down: coarsest(layers, down)? })
+        let ffn = if config.moe.is_some() { "experts" } else { "ffn_down" };
+        let layers = |name| weights.layers_of_all_formats(config.layers, name);
+        Ok(Self {
+            config,
+            attn_output: coarsest(layers("attn_output"), attn_output)?,
+            down: coarsest(layers(ffn), down)?,
+        })
     }
 
     /// Whether the model can be cut for `world` ranks; if not, why, and for how many it can.
@@ -130,13 +134,13 @@ impl<'a> Cut<'a> {
     }
 }
 
-/// The matrix with the largest blocks of all layers, the first of them.
+/// The matrix with the largest blocks of these layers, the first of them.
 fn coarsest(
-    layers: usize,
+    layers: Vec<usize>,
     of: impl Fn(usize) -> Result<Vec<RawTensor>, LoadError>,
 ) -> Result<RawTensor, LoadError> {
     let mut coarsest: Option<RawTensor> = None;
-    for layer in 0..layers {
+    for layer in layers {
         for tensor in of(layer)? {
             if coarsest.as_ref().is_none_or(|c| c.dtype.block_len() < tensor.dtype.block_len()) {
                 coarsest = Some(tensor);

@@ -65,13 +65,14 @@ impl Stored {
         if checkpoint.is_fp8(name) {
             return fp8::matrix(checkpoint, name, self.fp8_block);
         }
-        if let (Some(packing), &[n, k]) = (self.int4, shape)
-            && let Some(matrix) = int4::matrix(checkpoint, name, packing, [n, k])?
+        // Before integers of four bits, which a mixture may have under the same name.
+        if let &[n, k] = shape
+            && let Some(matrix) = nvfp4::matrix(checkpoint, name, [n, k])?
         {
             return Ok(matrix);
         }
-        if let &[n, k] = shape
-            && let Some(matrix) = nvfp4::matrix(checkpoint, name, [n, k])?
+        if let (Some(packing), &[n, k]) = (self.int4, shape)
+            && let Some(matrix) = int4::matrix(checkpoint, name, packing, [n, k])?
         {
             return Ok(matrix);
         }
@@ -128,6 +129,20 @@ impl Weights {
                 checkpoint.stored().iter().for_each(|(name, bytes)| fingerprint.add_stored(name, bytes));
             }
             Format::Dummy(_) => {}
+        }
+    }
+
+    /// Of so many layers some that together have matrices of this name, or experts, in all formats that the layers have them in.
+    pub fn layers_of_all_formats(&self, layers: usize, name: &str) -> Vec<usize> {
+        match &self.format {
+            Format::Gguf(_) => (0..layers).collect(),
+            // Looking at a tensor may mean to convert it.
+            Format::HuggingFace(checkpoint, _) => {
+                let theirs =
+                    LAYER_NAMES.iter().find(|(ours, _)| *ours == name).map_or(name, |(_, theirs)| theirs);
+                checkpoint.layers_of_all_kinds(layers, theirs)
+            }
+            Format::Dummy(_) => (0..layers.min(1)).collect(),
         }
     }
 
