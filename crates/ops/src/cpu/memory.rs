@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Address space taken at a time. Pages that nothing was written to take no memory.
 const REGION: usize = 128 << 20;
 const HUGE_PAGE: usize = 2 << 20;
-/// What is owned starts at a cache line.
-const LINE: usize = 64;
+/// Bytes of a cache line. What is owned starts at one.
+pub(super) const LINE: usize = 64;
 
 /// Bytes inside a region that belong to one owner.
 pub(super) struct Memory {

@@ -7,12 +7,12 @@
 
 use super::compact::{self, HEADER_BYTES, Patches, RECORD_BYTES, TABLE_BYTES};
 use super::kernel::{
-    AHEAD, Input, Job, LINE, MANY_ROWS, ROW_BLOCK, part_of, passes, prefetch, prefetch_second, store,
-    with_rows,
+    AHEAD, Input, Job, MANY_ROWS, ROW_BLOCK, part_of, passes, prefetch, prefetch_second, store, with_rows,
 };
 use super::layout::{LANES, tile_bytes};
 use super::unit::{Unit, VECTOR};
 use crate::DType;
+use crate::cpu::memory::LINE;
 use std::ops::Range;
 
 /// Rows of a register tile, which is two tiles of weights wide.
@@ -120,6 +120,7 @@ unsafe fn compact_pass<U: Unit>(
 unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
     let (tiles, pairs) = (job.outputs.div_ceil(LANES), pairs(job));
     let step = if U::MANY { ROWS } else { part_of::<U>(job.rows) };
+    let shares = job.rows.div_ceil(step);
     let mut groups = groups(tiles, group_tiles(job.width)).peekable();
     while let Some(group) = groups.next() {
         let next = widened_next(job.tiles, job.tile_bytes, job.compact, groups.peek(), group.len());
@@ -138,7 +139,7 @@ unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
             }
         };
         for (share, row) in (0..job.rows).step_by(step).enumerate() {
-            fetch(next, share, job.rows.div_ceil(step));
+            fetch(next, share, shares);
             let last = job.rows.min(row + step);
             let twos = if U::MANY && last - row == ROWS { group.len() / 2 * 2 } else { 0 };
             for i in (0..twos).step_by(2) {

@@ -53,6 +53,7 @@ pub(super) type Kernel = unsafe fn(&Job<'_>);
 pub(super) unsafe fn gated<U: Unit>(job: &Job<'_>) {
     let pairs = job.width.div_ceil(2);
     let step = if U::MANY { ROWS } else { part_of::<U>(job.rows) };
+    let shares = job.rows.div_ceil(step);
     let mut groups = groups(job.tiles, (group_tiles(job.width) / 4 * 2).max(2)).peekable();
     while let Some(group) = groups.next() {
         let following = groups.peek();
@@ -72,7 +73,7 @@ pub(super) unsafe fn gated<U: Unit>(job: &Job<'_>) {
         let at = |i: usize| [gates.wrapping_add(i * gate_bytes), ups.wrapping_add(i * up_bytes)];
         for (share, row) in (0..job.rows).step_by(step).enumerate() {
             for next in next {
-                fetch(next, share, job.rows.div_ceil(step));
+                fetch(next, share, shares);
             }
             let last = job.rows.min(row + step);
             if U::MANY && last - row == ROWS {

@@ -10,6 +10,7 @@ use super::bf16::Compact;
 use super::layout::{BLOCK, LANES, Layout, Quants, Scales};
 use super::quantize::Activations;
 use super::unit::{Unit, VECTOR};
+use crate::cpu::memory::LINE;
 use crate::{DType, mxfp4};
 
 /// Rows computed per pass over a set of tiles, so that their activations stay in the cache.
@@ -21,9 +22,6 @@ pub(super) const MANY_ROWS: usize = 12;
 /// Bytes of weights to fetch ahead while a tile is read for the first time. The hardware alone does not
 /// look far enough ahead once several rows are computed a block: some 200 ns at 12 GB/s a thread.
 pub(super) const AHEAD: usize = 4096;
-
-/// Bytes of a cache line.
-pub(super) const LINE: usize = 64;
 
 /// Activations of a job.
 #[derive(Clone, Copy)]
