@@ -420,10 +420,14 @@ impl ServerSettings {
     /// # Errors
     /// As [`ModelSettings::over`].
     pub fn over(self, config: Option<&Path>) -> Result<Self> {
-        let merged = match config {
+        let mut merged = match config {
             Some(path) => self.or(read(path)?),
             None => self,
         };
+        // HTTP drops space around a header's value: no client could send a key with it.
+        for key in merged.api_key.iter_mut().flatten() {
+            *key = key.trim().to_owned();
+        }
         // An empty key would let everybody in who sends an empty one.
         if merged.api_key.iter().flatten().any(String::is_empty) {
             bail!("api_key is empty; leave it out to ask for no key");
@@ -569,7 +573,8 @@ mod tests {
         assert!(message.contains("duplicate key"), "{message}");
         let message = format!("{:#}", server("host = \"localhorst\"").unwrap_err());
         assert!(message.contains("host") && message.contains("line 1"), "{message}");
-        assert!(server("api_key = \"\"").is_err());
+        assert!(server("api_key = \"\"").is_err() && server("api_key = [\"a\", \" \"]").is_err());
+        assert_eq!(server("api_key = [\" a\", \"b\\n\"]").unwrap().api_key.unwrap(), ["a", "b"]);
         assert!(server("api_key = \"a\"\nkey_weight = 3").is_ok());
         for weights in ["0", "1001", "[1, 2]", "-1", "\"many\""] {
             assert!(server(&format!("api_key = \"a\"\nkey_weight = {weights}")).is_err(), "{weights}");
