@@ -90,13 +90,10 @@ fn neutral(index: usize, tool: ChatTool) -> Result<Option<Tool>, ApiError> {
     match tool.r#type.as_deref().unwrap_or("function") {
         "function" => {
             let function = tool.function.ok_or_else(|| missing("function"))?;
-            Ok(Some(function_tool(
-                function.name,
-                function.description,
-                function.parameters,
-                function.strict,
-                &format!("tools[{index}].function.parameters"),
-            )?))
+            let param = format!("tools[{index}].function.parameters");
+            let input = function_input(function.parameters, function.strict, &param)?;
+            let description = function.description.unwrap_or_default();
+            Ok(Some(Tool { name: function.name, description, input }))
         }
         "custom" => {
             let custom = tool.custom.ok_or_else(|| missing("custom"))?;
@@ -116,21 +113,18 @@ fn neutral(index: usize, tool: ChatTool) -> Result<Option<Tool>, ApiError> {
     }
 }
 
-/// A function in no dialect's terms. Without parameters it takes an empty object.
-pub(crate) fn function_tool(
-    name: String,
-    description: Option<String>,
+/// What a function's call is held to. Without parameters it takes an empty object.
+pub(crate) fn function_input(
     parameters: Option<Value>,
     strict: Option<bool>,
     param: &str,
-) -> Result<Tool, ApiError> {
+) -> Result<ToolInput, ApiError> {
     let schema = match parameters {
         None | Some(Value::Null) => json!({"type": "object", "properties": {}}),
         Some(schema @ Value::Object(_)) => schema,
         Some(_) => return Err(ApiError::param(param, "parameters must be a JSON schema, an object.")),
     };
-    let input = ToolInput::Json { schema, strict: strict.unwrap_or(false) };
-    Ok(Tool { name, description: description.unwrap_or_default(), input })
+    Ok(ToolInput::Json { schema, strict: strict.unwrap_or(false) })
 }
 
 /// `tool_choice`, and the tools it allows (`None`: all).

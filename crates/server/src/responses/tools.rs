@@ -4,9 +4,10 @@ use std::collections::HashMap;
 
 use rudder_text::{Tool, ToolChoice, ToolInput};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::openai::ApiError;
+use crate::openai::tools::{CustomGrammar, function_input};
 
 /// Longest tool name.
 const MAX_NAME: usize = 128;
@@ -78,8 +79,8 @@ struct Definition {
 #[derive(Deserialize)]
 struct Format {
     r#type: String,
-    syntax: Option<String>,
-    definition: Option<String>,
+    #[serde(flatten)]
+    grammar: Option<CustomGrammar>,
 }
 
 impl Toolbox {
@@ -208,32 +209,26 @@ impl Definition {
 
     fn input(self, path: &str) -> Result<ToolInput, ApiError> {
         if self.r#type == "function" {
-            let schema = match self.parameters {
-                None | Some(Value::Null) => json!({"type": "object", "properties": {}}),
-                Some(schema @ Value::Object(_)) => schema,
-                Some(_) => {
-                    let param = format!("{path}.parameters");
-                    return Err(ApiError::param(param, "A function's parameters must be a JSON schema."));
-                }
-            };
-            return Ok(ToolInput::Json { schema, strict: self.strict.unwrap_or(false) });
+            return function_input(self.parameters, self.strict, &format!("{path}.parameters"));
         }
         let Some(format) = self.format.filter(|format| format.r#type != "text") else {
             return Ok(ToolInput::Text);
         };
-        let refuse = |message: &str| Err(ApiError::param(format!("{path}.format"), message));
-        match (format.r#type.as_str(), format.syntax.as_deref(), format.definition) {
-            ("grammar", Some("lark"), Some(definition)) => Ok(ToolInput::Lark(definition)),
-            ("grammar", Some("regex"), Some(definition)) => Ok(ToolInput::Regex(definition)),
-            ("grammar", _, None) => refuse("A grammar needs its `definition`."),
-            ("grammar", _, _) => refuse("A grammar's syntax must be `lark` or `regex`."),
-            _ => refuse("A custom tool's format must be `text` or `grammar`."),
+        let param = format!("{path}.format");
+        match (format.r#type.as_str(), format.grammar) {
+            ("grammar", Some(grammar)) => grammar.input(&param),
+            ("grammar", None) => {
+                Err(ApiError::param(param, "A grammar needs its `syntax` and `definition`."))
+            }
+            _ => Err(ApiError::param(param, "A custom tool's format must be `text` or `grammar`.")),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn toolbox(tools: Value) -> Toolbox {
