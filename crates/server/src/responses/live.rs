@@ -410,6 +410,7 @@ mod tests {
     use super::*;
     use crate::responses::events::Dressing;
     use crate::responses::request::Settings;
+    use crate::responses::steer::Code;
     use crate::responses::types::Echo;
 
     const MIB: usize = 1 << 20;
@@ -493,4 +494,19 @@ mod tests {
         assert_eq!(kept(&registry, &["b", "c", "d", "e", "f"]), [true; 5]);
         end(&registry, &live("g", 5 * MIB, None));
         assert_eq!(kept(&registry, &["b", "e", "f", "g"]), [false, false, false, true]);
-    }}
+    }
+    #[test]
+    fn corrections_that_were_put_back_count_again() {
+        let live = live("a", 1, None);
+        let steer = || {
+            let input = "x".repeat(600 << 10);
+            Steer::read(&json!({"previous_response_id": "a", "input": input})).unwrap()
+        };
+        live.steer(steer()).unwrap();
+        live.write(|state| {
+            let steers = state.steers.take();
+            state.steers.put_back(steers);
+        });
+        assert_eq!(live.steer(steer()).unwrap_err().code, Code::TooManyPendingSteers);
+    }
+}

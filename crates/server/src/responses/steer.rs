@@ -58,7 +58,6 @@ pub(crate) struct Refusal {
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     waiting: Vec<Steer>,
-    bytes: usize,
     /// Items that the client owes before the waiting ones can be applied; set when the response has ended.
     pub owed: Vec<Value>,
     /// The id that the successor will have, given with the first correction.
@@ -87,7 +86,6 @@ impl Queue {
 
     /// Takes all that wait.
     pub fn take(&mut self) -> Vec<Steer> {
-        self.bytes = 0;
         std::mem::take(&mut self.waiting)
     }
 
@@ -177,7 +175,8 @@ impl Refusal {
 impl State {
     /// Takes a correction, or says why not.
     pub fn accept(&mut self, ask: &Ask, steer: Steer) -> Result<Accepted, Box<Refusal>> {
-        let bytes = steer.input.to_string().len();
+        let all = self.steers.waiting.iter().chain([&steer]);
+        let bytes: usize = all.map(|steer| steer.input.to_string().len()).sum();
         let status = self.recorder.response().status;
         let refused = if status == Status::Completed {
             Some((Code::ResponseAlreadyCompleted, "The response has completed and takes no more steering."))
@@ -188,7 +187,7 @@ impl State {
                 Code::SteeringNotSupported,
                 "A response that is bound to a conversation or compacts by itself cannot be steered.",
             ))
-        } else if self.steers.waiting.len() >= MAX_WAITING || self.steers.bytes + bytes > MAX_WAITING_BYTES {
+        } else if self.steers.waiting.len() >= MAX_WAITING || bytes > MAX_WAITING_BYTES {
             Some((Code::TooManyPendingSteers, "Too much steering input waits for this response already."))
         } else {
             None
@@ -198,7 +197,6 @@ impl State {
         }
         let sequence = self.recorder.count();
         self.recorder.note("response.steer.accepted", &steer.accepted());
-        self.steers.bytes += bytes;
         self.steers.waiting.push(steer);
         let successor_id = self.steers.successor_id.get_or_insert_with(response_id).clone();
         Ok(Accepted { sequence, successor_id })
