@@ -1,8 +1,10 @@
 //! The command line.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::builder::Resettable;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::settings::{ModelSettings, ServerSettings};
 
@@ -19,6 +21,26 @@ pub struct Cli {
     /// Log more (-v: what happens, -vv: in detail); RUST_LOG chooses finer
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
+}
+
+impl Cli {
+    /// Reads the command line and the variables; ends the process where they make no sense.
+    pub fn read() -> Self {
+        let command = Self::command().mut_subcommands(|command| {
+            command.mut_args(|argument| match argument.get_env().is_some_and(is_of_kubernetes) {
+                true => argument.env(Resettable::Reset),
+                false => argument,
+            })
+        });
+        Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    }
+}
+
+/// Whether a variable holds what Kubernetes puts into every container where a service is called rudder, as
+/// RUDDER_PORT=tcp://10.96.0.1:8000.
+fn is_of_kubernetes(variable: &OsStr) -> bool {
+    std::env::var(variable)
+        .is_ok_and(|value| ["tcp://", "udp://", "sctp://"].iter().any(|protocol| value.starts_with(protocol)))
 }
 
 const AFTER_HELP: &str = "Examples:
@@ -171,7 +193,7 @@ pub fn variables() -> Vec<String> {
         command.get_subcommands().for_each(|c| collect(c, names));
     }
     let mut names = Vec::new();
-    collect(&<Cli as clap::CommandFactory>::command(), &mut names);
+    collect(&Cli::command(), &mut names);
     names.sort();
     names.dedup();
     names
@@ -183,7 +205,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_sound() {
-        <Cli as clap::CommandFactory>::command().debug_assert();
+        Cli::command().debug_assert();
     }
 
     #[test]

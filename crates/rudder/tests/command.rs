@@ -108,6 +108,20 @@ fn a_flag_wins_over_a_variable_and_a_variable_over_the_file() {
 }
 
 #[test]
+fn a_service_of_kubernetes_called_rudder_is_not_taken_for_settings() {
+    let complaint = |port: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rudder"));
+        command.args(["serve", "--model=no-such-model", "--host=127.0.0.1"]).env("RUDDER_PORT", port);
+        // From a service called rudder-master.
+        command.env("RUDDER_MASTER_PORT", "tcp://10.96.0.2:29501");
+        text(&command.output().unwrap().stderr)
+    };
+    let of_kubernetes = complaint("tcp://10.96.0.1:8000");
+    assert!(!of_kubernetes.contains("invalid value"), "{of_kubernetes}");
+    assert!(complaint("eight").contains("invalid value"));
+}
+
+#[test]
 fn an_unknown_key_of_the_config_file_is_an_error_that_names_it() {
     let cache = tempfile::tempdir().unwrap();
     let file = cache.path().join("c.toml");
