@@ -138,7 +138,7 @@ pub(crate) struct Shared {
     pub(crate) places: Places,
     /// Moving average of a request's time from submission to end, in milliseconds.
     pub(crate) mean_request_ms: AtomicU64,
-    /// Why the model can be used no more, once that is so.
+    /// Why nothing can be computed any more, once that is so.
     pub(crate) broken: watch::Sender<Option<String>>,
     draining: AtomicBool,
     next_id: AtomicU64,
@@ -265,7 +265,7 @@ impl Engine {
         stats
     }
 
-    /// Waits until the model can be used no more, if ever, and says why. What ran has failed then, and nothing new is taken.
+    /// Waits until nothing can be computed any more, if ever, and says why: the model can be used no more, or the step loop panicked. What ran has failed then, and nothing new is taken.
     pub async fn broken(&self) -> String {
         let mut broken = self.shared.broken.subscribe();
         match broken.wait_for(Option::is_some).await.as_deref() {

@@ -267,6 +267,43 @@ async fn a_device_that_computes_no_more_ends_all_requests_and_the_engine_which_s
     assert!(engine.shutdown(Duration::ZERO).await, "places are held");
 }
 
+/// The real model, which panics in a later step, where the step loop asks it about itself.
+struct Panicking(Box<dyn Model>, AtomicUsize);
+
+impl Model for Panicking {
+    fn config(&self) -> &ModelConfig {
+        self.0.config()
+    }
+    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        self.0.forward(batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.0.sample(rows, out)
+    }
+    fn draws_ahead(&self) -> bool {
+        assert!(self.1.fetch_add(1, Ordering::SeqCst) < 10, "a fault for the test");
+        false
+    }
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        self.0.logits()
+    }
+}
+
+#[tokio::test]
+async fn a_panic_of_the_step_loop_ends_all_requests_and_the_engine_which_says_why() {
+    let engine = Engine::start(Box::new(Panicking(model(&CONFIG), AtomicUsize::new(0))), CONFIG);
+    // More than run at once: some wait, and are in no step.
+    let asked: Vec<_> = (0..20).map(|i| engine.submit(request(prompt(i, 70), 64)).unwrap()).collect();
+    let reason = engine.broken().await;
+    assert_eq!(reason, "the engine failed unexpectedly");
+    assert_eq!(engine.submit(request([1], 1)).err(), Some(SubmitError::ShuttingDown));
+    let reader = std::thread::spawn(move || asked.into_iter().map(collect).collect::<Vec<_>>());
+    for answer in reader.join().unwrap() {
+        assert_eq!(answer.end.unwrap().unwrap_err(), reason);
+    }
+    assert!(engine.shutdown(Duration::ZERO).await, "places are held");
+}
+
 #[tokio::test]
 async fn shutdown_lets_running_requests_finish_and_refuses_new_ones() {
     let engine = start(CONFIG);

@@ -55,8 +55,8 @@ pub fn run(model: &ModelSettings, settings: ServerSettings, force_tool_call: Opt
                 fault = Some(format!("{}; start all nodes again", failed.reason));
             }
             reason = computing.broken() => {
-                tracing::error!("{reason}; the device computes no more in this process");
-                fault = Some(format!("{reason}; the device computes no more in this process, start it again"));
+                tracing::error!("{reason}; nothing more can be computed in this process");
+                fault = Some(format!("{reason}; nothing more can be computed in this process, start it again"));
             }
         }
     };

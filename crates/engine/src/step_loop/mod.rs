@@ -12,6 +12,7 @@ mod tier;
 mod waiting;
 
 use std::collections::{BTreeSet, HashMap};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -148,11 +149,10 @@ impl StepLoop {
         self.scheduler.max_tokens()
     }
 
-    /// Runs until told to stop or until nobody holds a handle any more.
+    /// Runs until told to stop, until nobody holds a handle any more, or until nothing can be computed any more.
     pub(crate) fn run(mut self) {
-        while self.broken.is_none() && self.take_commands() {
-            self.step();
-            self.publish_stats();
+        if catch_unwind(AssertUnwindSafe(|| self.take_steps())).is_err() {
+            return self.give_up();
         }
         // What came meanwhile ends with the rest.
         while let Ok(command) = self.commands.try_recv() {
@@ -172,6 +172,30 @@ impl StepLoop {
             drop(self);
             shared.broken.send_replace(Some(reason));
         }
+    }
+
+    fn take_steps(&mut self) {
+        while self.broken.is_none() && self.take_commands() {
+            self.step();
+            self.publish_stats();
+        }
+    }
+
+    /// After a panic nothing here can be relied on any more: tells whoever waits, and no more than that.
+    fn give_up(mut self) {
+        const REASON: &str = "the engine failed unexpectedly";
+        let commands = std::iter::from_fn(|| self.commands.try_recv().ok());
+        let queued = commands.filter_map(|command| match command {
+            Command::Submit(submission) => Some(*submission),
+            _ => None,
+        });
+        for submission in self.active.drain().map(|(_, active)| active.submission).chain(queued) {
+            self.shared.places.give_back(&submission.request.owner);
+            let _ = submission.events.send(Event::Failed { message: REASON.into() });
+        }
+        let shared = self.shared.clone();
+        drop(self);
+        shared.broken.send_replace(Some(REASON.into()));
     }
 
     /// Takes all commands that are there; when idle, waits for one. False means stop.
