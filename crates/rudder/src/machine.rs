@@ -27,7 +27,8 @@ pub fn memory() -> Memory {
     let (mut total, mut available) = (system.total_memory(), system.available_memory());
     if let Some(limits) = system.cgroup_limits() {
         total = total.min(limits.total_memory);
-        available = available.min(limits.free_memory);
+        // Not its free memory, which counts files in the page cache as used: a model just downloaded, say.
+        available = available.min(limits.total_memory.saturating_sub(limits.rss));
     }
     Memory { total, available }
 }
