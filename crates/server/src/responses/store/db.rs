@@ -78,7 +78,7 @@ impl Db {
     pub fn open(path: &Path) -> std::result::Result<Self, Unusable> {
         let mut moved = false;
         loop {
-            let error = match prepare(Connection::open(path)) {
+            let error = match prepare(connect(path)) {
                 Ok(connection) => return Ok(Self { connection, path: Some(path.to_owned()) }),
                 Err(error) => error,
             };
@@ -110,7 +110,7 @@ impl Db {
         let Some(path) = self.path.clone() else { return Ok(()) };
         self.connection = Self::in_memory()?.connection;
         move_aside(&path, error).map_err(|_| Error::InvalidPath(path.clone()))?;
-        self.connection = prepare(Connection::open(&path))?;
+        self.connection = prepare(connect(&path))?;
         Ok(())
     }
 
@@ -429,6 +429,32 @@ impl Db {
 /// Whether an error means that the file is damaged.
 pub(super) fn is_damage(error: &Error) -> bool {
     matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase))
+}
+
+/// Opens or makes the file, which its owner alone may read: it holds whole conversations. What SQLite puts beside
+/// it gets the mode that it has.
+fn connect(path: &Path) -> Result<Connection> {
+    #[cfg(unix)]
+    keep_private(path);
+    Connection::open(path)
+}
+
+/// Never opens a file that is there: closing it would let go of the locks that this process has on it.
+#[cfg(unix)]
+fn keep_private(path: &Path) {
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+    // One that cannot be made SQLite cannot make either, and says why.
+    let _ = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    for end in ["", "-wal", "-shm"] {
+        let mut name = path.as_os_str().to_owned();
+        name.push(end);
+        let file = Path::new(&name);
+        if let Err(error) = std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o600))
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, "others may be able to read {}, which holds stored responses", file.display());
+        }
+    }
 }
 
 /// Sets a fresh connection up and sees that the file holds our tables, whole.

@@ -43,6 +43,29 @@ async fn history(store: &Store, id: &str) -> History {
     store.history(owner(b"key"), id).await.unwrap()
 }
 
+#[cfg(unix)]
+#[tokio::test]
+async fn stored_responses_are_for_the_servers_user_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = TempDir::new().unwrap();
+    let modes = || {
+        let files = std::fs::read_dir(folder.path()).unwrap().map(Result::unwrap);
+        let mode = |file: std::fs::DirEntry| file.metadata().unwrap().permissions().mode() & 0o777;
+        files.map(|file| (file.file_name().into_string().unwrap(), mode(file))).collect::<Vec<_>>()
+    };
+    for _ in 0..2 {
+        let store = Store::open(&config(folder.path()));
+        insert(&store, record("a", None)).await;
+        let modes = modes();
+        assert!(modes.iter().any(|(name, _)| name == FILE), "{modes:?}");
+        assert!(modes.iter().all(|(_, mode)| *mode == 0o600), "{modes:?}");
+        drop(store);
+        // As an earlier version left it.
+        let readable = std::fs::Permissions::from_mode(0o644);
+        std::fs::set_permissions(folder.path().join(FILE), readable).unwrap();
+    }
+}
+
 #[tokio::test]
 async fn what_is_written_is_read_again_by_its_owner_alone() {
     let store = Store::open(&StoreConfig::default());
