@@ -204,7 +204,7 @@ impl Metrics {
         for (counter, total) in
             [(&self.store_failures, &stats.failures), (&self.store_evictions, &stats.evicted)]
         {
-            counter.inc_by(total.load(Ordering::Relaxed).saturating_sub(counter.get()));
+            raise(counter, total.load(Ordering::Relaxed));
         }
     }
 
@@ -228,7 +228,7 @@ impl Metrics {
             (&self.preemptions, stats.preemptions),
             (&self.steps, stats.steps),
         ] {
-            counter.inc_by(total.saturating_sub(counter.get()));
+            raise(counter, total);
         }
         self.take_drafts("copy", &stats.copies());
         if let Some(model) = &stats.model_drafts {
@@ -243,14 +243,17 @@ impl Metrics {
             (&self.drafted_tokens, counts.tokens),
             (&self.accepted_tokens, accepted),
         ] {
-            let counter = counters.with_label_values(&[source]);
-            counter.inc_by(total.saturating_sub(counter.get()));
+            raise(&counters.with_label_values(&[source]), total);
         }
         for (position, &total) in counts.accepted_at.iter().enumerate() {
-            let counter = self.accepted_at.with_label_values(&[source, &position.to_string()]);
-            counter.inc_by(total.saturating_sub(counter.get()));
+            raise(&self.accepted_at.with_label_values(&[source, &position.to_string()]), total);
         }
     }
+}
+
+/// Moves a counter to a total that only grows.
+pub(crate) fn raise(counter: &IntCounter, total: u64) {
+    counter.inc_by(total.saturating_sub(counter.get()));
 }
 
 /// Makes registered metrics that carry the model's name.

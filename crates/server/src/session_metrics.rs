@@ -3,7 +3,7 @@
 use prometheus::{IntCounterVec, IntGauge, IntGaugeVec};
 use rudder_engine::SessionStats;
 
-use crate::metrics::Builder;
+use crate::metrics::{Builder, raise};
 
 /// See the module.
 pub(crate) struct SessionMetrics {
@@ -37,8 +37,7 @@ impl SessionMetrics {
         }
         self.protected.set(stats.protected_blocks as i64);
         for (protected, total) in [("true", stats.evicted_protected), ("false", stats.evicted_unprotected)] {
-            let counter = self.evicted.with_label_values(&[protected]);
-            counter.inc_by(total.saturating_sub(counter.get()));
+            raise(&self.evicted.with_label_values(&[protected]), total);
         }
     }
 }

@@ -3,7 +3,7 @@
 use prometheus::{IntCounter, IntCounterVec, IntGauge};
 use rudder_engine::TierStats;
 
-use crate::metrics::Builder;
+use crate::metrics::{Builder, raise};
 
 /// See the module.
 pub(crate) struct TierMetrics {
@@ -77,10 +77,6 @@ impl TierMetrics {
             raise(&self.restores.with_label_values(&[outcome]), total);
         }
     }
-}
-
-fn raise(counter: &IntCounter, total: u64) {
-    counter.inc_by(total.saturating_sub(counter.get()));
 }
 
 #[cfg(test)]
