@@ -132,11 +132,13 @@ impl Choice {
             self.note_usage();
             self.finish_text(EndReason::Stopped);
         }
+        // One time for all: a step that accepts drafted tokens brings several at once.
+        let now = Instant::now();
         while let Some(generation) = &mut self.generation {
             let event = pin!(generation.next()).poll(cx);
             match event {
                 Poll::Pending => break,
-                Poll::Ready(Some(event)) => self.absorb(event),
+                Poll::Ready(Some(event)) => self.absorb(event, now),
                 // A generation ends with Finished or Failed; without one the step loop is gone.
                 Poll::Ready(None) => {
                     self.end(EndReason::Failed("the engine ended without finishing this request".into()));
@@ -146,8 +148,7 @@ impl Choice {
         !self.delta.is_empty()
     }
 
-    fn absorb(&mut self, event: Event) {
-        let now = Instant::now();
+    fn absorb(&mut self, event: Event, now: Instant) {
         if !matches!(event, Event::Queued { .. } | Event::Expired { .. }) {
             self.clock.started.get_or_insert(now);
         }
@@ -284,6 +285,7 @@ impl Choice {
                 self.clock.first_token = Some(now);
                 self.metrics.time_to_first_token(now - self.clock.arrived);
             }
+            Some(last) if last == now => {}
             Some(last) => self.metrics.inter_token(now - last),
         }
         self.clock.last_token = Some(now);

@@ -121,7 +121,7 @@ impl Metrics {
                 &["finished_reason"],
             )),
             first_token: builder.histogram("time_to_first_token_seconds", "Arrival to first token.", &WAITS),
-            inter_token: builder.histogram("inter_token_latency_seconds", "One token to the next.", &STEPS),
+            inter_token: builder.histogram("inter_token_latency_seconds", "One step's tokens to the next.", &STEPS),
             whole: builder.histogram("e2e_request_latency_seconds", "Arrival to the end.", &WAITS),
             queue: builder.histogram("request_queue_time_seconds", "Submission to the first step.", &WAITS),
             preparation: builder.add(HistogramVec::new(
@@ -157,7 +157,7 @@ impl Metrics {
         self.preparation.with_label_values(&[stage]).observe(took.as_secs_f64());
     }
 
-    /// A further token came.
+    /// Further tokens of one step came.
     pub fn inter_token(&self, since_last: Duration) {
         self.inter_token.observe(since_last.as_secs_f64());
     }
