@@ -16,6 +16,9 @@ pub struct ServeArgs {
     /// Model name to send; the first that /v1/models lists unless given.
     #[arg(long)]
     pub model: Option<String>,
+    /// Key to send, if the server asks for one. Prefer the variable: others can read a command line.
+    #[arg(long, env = "RUDDER_API_KEY", value_name = "KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
     /// Let the model end its answers; otherwise `ignore_eos` is sent so that lengths are as asked.
     #[arg(long)]
     pub respect_eos: bool,
@@ -42,6 +45,9 @@ pub struct AgentTraceArgs {
     /// Model name to send; the first that /v1/models lists unless given.
     #[arg(long)]
     pub model: Option<String>,
+    /// Key to send, if the server asks for one. Prefer the variable: others can read a command line.
+    #[arg(long, env = "RUDDER_API_KEY", value_name = "KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
     /// Go on from the recorded answers instead of the server's own: all servers get the same prompts.
     #[arg(long)]
     pub recorded: bool,

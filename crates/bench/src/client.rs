@@ -8,6 +8,8 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
+use hyper::header::HeaderValue;
+use hyper::http::request::Builder;
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
@@ -22,6 +24,8 @@ pub(crate) struct Client {
     http: hyper_util::client::legacy::Client<HttpConnector, Full<Bytes>>,
     base: String,
     model: String,
+    /// The `authorization` header, if there is a key.
+    authorization: Option<HeaderValue>,
     endpoint: Endpoint,
     respect_eos: bool,
     timeout: Duration,
@@ -114,6 +118,7 @@ impl Client {
     pub(crate) fn new(
         url: &str,
         model: Option<String>,
+        api_key: Option<&str>,
         endpoint: Endpoint,
         respect_eos: bool,
         timeout: f64,
@@ -129,6 +134,7 @@ impl Client {
             http,
             base: base_url(url)?,
             model: model.unwrap_or_default(),
+            authorization: api_key.map(bearer).transpose()?,
             endpoint,
             respect_eos,
             timeout: Duration::from_secs_f64(timeout),
@@ -139,8 +145,8 @@ impl Client {
 
     /// Finds the server's model and how to make prompts of a known length for it.
     pub(crate) async fn connect(args: &ServeArgs) -> anyhow::Result<Self> {
-        let mut client =
-            Self::new(&args.url, args.model.clone(), args.endpoint, args.respect_eos, args.timeout)?;
+        let (model, key) = (args.model.clone(), args.api_key.as_deref());
+        let mut client = Self::new(&args.url, model, key, args.endpoint, args.respect_eos, args.timeout)?;
         client.find_model().await?;
         client.calibrate().await;
         Ok(client)
@@ -237,7 +243,7 @@ impl Client {
             Endpoint::Completions => "/v1/completions",
             Endpoint::Chat => "/v1/chat/completions",
         };
-        let request = match post(&format!("{}{route}", self.base), &body) {
+        let request = match self.post(&format!("{}{route}", self.base), &body) {
             Ok(request) => request,
             Err(e) => return (Answer::default(), Some(Fault::Protocol(e.to_string()))),
         };
@@ -301,11 +307,23 @@ impl Client {
         if done || answer.finished { Ok(()) } else { Err(Fault::Cut("it ended without [DONE]".into())) }
     }
 
+    fn post(&self, url: &str, body: &Value) -> anyhow::Result<Request<Full<Bytes>>> {
+        let request = self.with_key(Request::post(url)).header("content-type", "application/json");
+        Ok(request.body(Full::new(Bytes::from(serde_json::to_vec(body)?)))?)
+    }
+
+    fn with_key(&self, request: Builder) -> Builder {
+        match &self.authorization {
+            Some(authorization) => request.header("authorization", authorization),
+            None => request,
+        }
+    }
+
     /// A plain JSON exchange: GET, or POST with a body.
     async fn json(&self, url: &str, body: Option<Value>) -> anyhow::Result<Value> {
         let request = match &body {
-            Some(body) => post(url, body)?,
-            None => Request::get(url).body(Full::default())?,
+            Some(body) => self.post(url, body)?,
+            None => self.with_key(Request::get(url)).body(Full::default())?,
         };
         let exchange = async {
             let response = self.exchange(request).await.map_err(|e| anyhow::anyhow!(chain(&e)))?;
@@ -364,9 +382,12 @@ fn base_url(url: &str) -> anyhow::Result<String> {
     }
 }
 
-fn post(url: &str, body: &Value) -> anyhow::Result<Request<Full<Bytes>>> {
-    let request = Request::post(url).header("content-type", "application/json");
-    Ok(request.body(Full::new(Bytes::from(serde_json::to_vec(body)?)))?)
+/// The header that a key goes by. The key shows in no message.
+fn bearer(key: &str) -> anyhow::Result<HeaderValue> {
+    let header = HeaderValue::try_from(format!("Bearer {key}"));
+    let mut header = header.ok().context("--api-key holds what no header can: write it in ASCII")?;
+    header.set_sensitive(true);
+    Ok(header)
 }
 
 /// The beginning of an error's body; OpenAI's `error.message` if it has one.

@@ -154,7 +154,8 @@ fn fnv1a(bytes: &[u8]) -> u64 {
 
 /// The client that a replay uses.
 pub(crate) fn client(args: &AgentTraceArgs) -> anyhow::Result<Client> {
-    Client::new(&args.url, args.model.clone(), Endpoint::Chat, args.respect_eos, args.timeout)
+    let (model, key) = (args.model.clone(), args.api_key.as_deref());
+    Client::new(&args.url, model, key, Endpoint::Chat, args.respect_eos, args.timeout)
 }
 
 #[cfg(test)]

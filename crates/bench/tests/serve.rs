@@ -50,6 +50,14 @@ async fn good_answers_are_clocked_and_counted() {
 }
 
 #[tokio::test]
+async fn a_key_goes_with_every_request() {
+    let address = server(vec![Deed::AnswerToKey]).await;
+    let (ended, report) = bench("key", address, &["--requests", "2", "--api-key", "secret"]).await;
+    ended.unwrap();
+    assert_eq!((report.model.as_str(), errors(&report).len()), ("tiny", 0));
+}
+
+#[tokio::test]
 async fn without_usage_chunks_are_counted() {
     let address = server(vec![Deed::AnswerWithoutUsage]).await;
     let (ended, report) = bench("no-usage", address, &["--requests", "2", "--output", "5"]).await;

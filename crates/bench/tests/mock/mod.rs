@@ -14,6 +14,8 @@ pub type Bodies = Arc<Mutex<Vec<serde_json::Value>>>;
 pub enum Deed {
     Answer,
     AnswerWithoutUsage,
+    /// Answers whoever sends the key `secret`.
+    AnswerToKey,
     Fail500,
     Cut,
     Garbage,
@@ -52,6 +54,10 @@ async fn handle(
     heard: &Bodies,
 ) -> std::io::Result<()> {
     let (head, body) = read_request(&mut stream).await?;
+    let knows_key = head.lines().any(|line| line.eq_ignore_ascii_case("authorization: bearer secret"));
+    if deeds.contains(&Deed::AnswerToKey) && !knows_key {
+        return plain(&mut stream, "401 Unauthorized", "no key").await;
+    }
     if head.starts_with("GET /v1/models ") {
         return plain(&mut stream, "200 OK", r#"{"data":[{"id":"tiny"}]}"#).await;
     }
@@ -64,7 +70,7 @@ async fn handle(
     let tokens = body["max_tokens"].as_u64().unwrap_or(0);
     let words = body.to_string().split_whitespace().count();
     match deeds[next() % deeds.len()] {
-        Deed::Answer => answer(&mut stream, tokens, Some(words)).await,
+        Deed::Answer | Deed::AnswerToKey => answer(&mut stream, tokens, Some(words)).await,
         Deed::AnswerWithoutUsage => answer(&mut stream, tokens, None).await,
         Deed::Fail500 => {
             plain(&mut stream, "500 Internal Server Error", r#"{"error":{"message":"it broke"}}"#).await
