@@ -1,6 +1,8 @@
 # CPU image.
 #   docker build -t rudder .
-#   docker run -p 8000:8000 -v rudder-models:/models rudder
+#   docker run -p 8000:8000 --stop-timeout 40 -v rudder-models:/models -v rudder-data:/data rudder
+# Stopping waits up to 30 s for running requests (RUDDER_DRAIN_SECONDS): the orchestrator must wait longer before it
+# kills, --stop-timeout 40 here, terminationGracePeriodSeconds: 40 in Kubernetes.
 FROM rust:1.95-slim-trixie AS build
 WORKDIR /src
 COPY . .
@@ -15,12 +17,13 @@ RUN apt-get update \
     && useradd --uid 10001 --create-home rudder \
     && install -d -o rudder -g rudder /models /data
 COPY --from=build /rudder /usr/local/bin/rudder
-USER rudder
-ENV RUDDER_HOST=0.0.0.0 RUDDER_CACHE=/models RUDDER_DATA_DIR=/data
+# By number: Kubernetes cannot tell of a name that it is not root.
+USER 10001:10001
+ENV RUDDER_HOST=0.0.0.0 RUDDER_CACHE=/models RUDDER_DATA_DIR=/data RUDDER_KV_DIR=/data/kv
 VOLUME /models /data
 EXPOSE 8000
 # The first start downloads the model: until then the container is starting, not unhealthy.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=15m --retries=3 \
-    CMD curl -fsS http://127.0.0.1:8000/health || exit 1
+    CMD curl -fsS http://127.0.0.1:${RUDDER_PORT:-8000}/health || exit 1
 ENTRYPOINT ["rudder"]
 CMD ["serve"]

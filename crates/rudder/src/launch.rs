@@ -207,11 +207,11 @@ fn bring_up<T: Send>(
     Ok(Launched { engine, text, name, group, summary })
 }
 
-/// Runs what node 0 tells this node to, until that ends.
+/// Runs what node 0 tells this node to, until that ends; `begin` is called once all is loaded.
 ///
 /// # Errors
 /// If the model cannot be found, fetched, read or held in memory, the nodes do not come together, or node 0 is gone.
-pub fn follow(settings: &ModelSettings) -> Result<()> {
+pub fn follow(settings: &ModelSettings, begin: impl FnOnce()) -> Result<()> {
     let device = device::choose(settings.device.unwrap_or_default())?;
     let source = match settings.load_format {
         Some(LoadFormat::Dummy) => ModelSource::dummy(models::asked(settings))?,
@@ -241,6 +241,7 @@ pub fn follow(settings: &ModelSettings) -> Result<()> {
     println!("device    {}", device.reason);
     println!("kv cache  {} tokens", node.kv_blocks * BLOCK_SIZE);
     println!("ready     node 0 begins the steps");
+    begin();
     node.run().context("start all nodes again")?;
     println!("node 0 has ended");
     Ok(())

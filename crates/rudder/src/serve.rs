@@ -20,14 +20,13 @@ use crate::settings::{ModelSettings, ServerSettings};
 pub fn run(model: &ModelSettings, settings: ServerSettings, force_tool_call: Option<&Path>) -> Result<()> {
     let forced_calls = force_tool_call.map(forced_calls).transpose()?.unwrap_or_default();
     let runtime = Runtime::new().context("cannot start the async runtime")?;
+    // Without it, signals would do nothing to the first process of a container until it serves.
+    let starting = runtime.spawn(end_at_once());
     if model.node_rank.is_some_and(|node| node > 0) {
-        runtime.spawn(async {
-            terminated().await;
-            eprintln!("going on until node 0 ends; again to end at once");
-            terminated().await;
-            std::process::exit(1);
+        return follow(model, || {
+            starting.abort();
+            runtime.spawn(end_at_second_signal());
         });
-        return follow(model);
     }
     let host = settings.host.unwrap_or(Ipv4Addr::LOCALHOST.into());
     let address = SocketAddr::new(host, settings.port.unwrap_or(8000));
@@ -60,6 +59,7 @@ pub fn run(model: &ModelSettings, settings: ServerSettings, force_tool_call: Opt
             }
         }
     };
+    starting.abort();
     let all_ended = runtime.block_on(serve(listener, Server::new(config, text, engine), end))?;
     if let Some(fault) = fault {
         bail!(fault);
@@ -148,10 +148,20 @@ fn default_data_dir() -> Option<PathBuf> {
 async fn told_to_end(grace: Duration) {
     terminated().await;
     eprintln!("finishing running requests, at most {} s; again to end at once", grace.as_secs());
-    tokio::spawn(async {
-        terminated().await;
-        std::process::exit(1);
-    });
+    tokio::spawn(end_at_once());
+}
+
+/// Of a node other than 0 that computes.
+async fn end_at_second_signal() {
+    terminated().await;
+    eprintln!("going on until node 0 ends; again to end at once");
+    end_at_once().await;
+}
+
+/// Ends the process at the first signal to end.
+async fn end_at_once() {
+    terminated().await;
+    std::process::exit(1);
 }
 
 fn print_summary(config: &ServerConfig, s: &Summary, address: SocketAddr) {
