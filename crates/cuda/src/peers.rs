@@ -162,6 +162,14 @@ impl Peers {
         }
     }
 
+    /// The same after a step has failed on some rank, and of one that flies too: it may wait for that rank.
+    pub fn give_up(&mut self) {
+        if self.flies {
+            self.state = State::Broken;
+        }
+        self.give_up_unfinished();
+    }
+
     /// Begins a step, which only decodes or does not: decides with the other ranks by which ways its sums go.
     pub fn begin(&mut self, decodes: bool) -> Result<()> {
         (self.direct, self.flies) = (false, false);
