@@ -140,7 +140,8 @@ pub(crate) struct Shared {
     pub(crate) mean_request_ms: AtomicU64,
     /// Why nothing can be computed any more, once that is so.
     pub(crate) broken: watch::Sender<Option<String>>,
-    draining: AtomicBool,
+    /// Whether nothing new is taken.
+    pub(crate) draining: AtomicBool,
     next_id: AtomicU64,
 }
 

@@ -13,6 +13,7 @@ mod waiting;
 
 use std::collections::{BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -151,7 +152,10 @@ impl StepLoop {
 
     /// Runs until told to stop, until nobody holds a handle any more, or until nothing can be computed any more.
     pub(crate) fn run(mut self) {
-        if catch_unwind(AssertUnwindSafe(|| self.take_steps())).is_err() {
+        let ended = catch_unwind(AssertUnwindSafe(|| self.take_steps()));
+        // Nobody reads what would come once the rest has ended.
+        self.shared.draining.store(true, Ordering::Release);
+        if ended.is_err() {
             return self.give_up();
         }
         // What came meanwhile ends with the rest.
