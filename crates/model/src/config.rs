@@ -267,13 +267,14 @@ fn gguf_scaling(keys: &Keys<'_>, arch: &Architecture) -> Result<Scaling, String>
             let beta = |name, default| keys.float(name).map(|beta| beta.map_or(default, f64::from));
             let [fast, slow] = Yarn::BETAS;
             let attention_factor = keys.float("rope.scaling.yarn_attn_factor")?;
+            let times = keys.float("rope.scaling.attn_factor")?.map_or(1.0, f64::from);
             Ok(Scaling::Yarn(Yarn {
                 factor,
                 beta_fast: beta("rope.scaling.yarn_beta_fast", fast)?,
                 beta_slow: beta("rope.scaling.yarn_beta_slow", slow)?,
                 original_context: keys.required("rope.scaling.original_context_length")? as f64,
                 truncate: arch.yarn_truncates,
-                attention_factor: attention_factor.map_or(Yarn::mscale(factor, 1.0), f64::from),
+                attention_factor: times * attention_factor.map_or(Yarn::mscale(factor, 1.0), f64::from),
             }))
         }
         Some(other) => Err(format!(

@@ -373,7 +373,8 @@ fn rope(fields: &Fields<'_>) -> Result<(f64, Scaling), String> {
                 match (rope.f64("attention_factor")?, weighted("mscale")?, weighted("mscale_all_dim")?) {
                     (Some(attention_factor), ..) => attention_factor,
                     (None, Some(some), Some(all)) => some / all,
-                    _ => Yarn::mscale(factor, 1.0),
+                    // As vLLM has it; transformers passes over it.
+                    _ => Yarn::mscale(factor, 1.0) * rope.f64("attn_factor")?.unwrap_or(1.0),
                 };
             Scaling::Yarn(Yarn {
                 factor,
@@ -537,6 +538,8 @@ mod tests {
         let unscaled = yarn(r#", "mscale": 1.0, "mscale_all_dim": 1.0"#);
         assert_eq!(unscaled.attention.scale, plain.attention.scale);
         assert_eq!(yarn(r#", "attention_factor": 2.0"#).attention.scale, 0.5);
+        let half = yarn(r#", "attn_factor": 0.5"#);
+        assert!((half.attention.scale - exact.attention.scale / 4.0).abs() < 1e-6);
         // Both files state 512 positions.
         assert_eq!((plain.context_length, exact.context_length), (512, 32 * 4096));
     }

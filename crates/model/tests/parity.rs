@@ -5,11 +5,11 @@ mod support;
 use std::fs;
 use std::path::Path;
 
-use rudder_model::{KvSize, LoadOptions, Model, ModelSource, load};
+use rudder_model::{KvSize, LoadOptions, Model, ModelConfig, ModelSource, load};
 use rudder_ops::cpu::{Cpu, KvDType};
 use rudder_ops::reference::Reference;
 use rudder_ops::{Backend, Batch};
-use support::{Expected, F32, FIXTURES, STRING, expected, fixture, string, to_gguf};
+use support::{Expected, F32, FIXTURES, STRING, U32, expected, fixture, string, to_gguf};
 
 const OPTIONS: LoadOptions =
     LoadOptions { max_batch_tokens: 80, max_outputs: 80, kv: KvSize::Blocks(8), max_context: 64 };
@@ -140,18 +140,39 @@ fn options_that_do_not_fit_are_errors() {
     assert!(loaded.kv_blocks > 0 && loaded.kv_bytes <= 100_000);
 }
 
+/// What a GGUF file is with these keys of rope.
+fn config_with(keys: &[(&str, u32, Vec<u8>)]) -> ModelConfig {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let mut writer = to_gguf("qwen2");
+    keys.iter().for_each(|(key, kind, value)| writer.key(&format!("qwen2.rope.{key}"), *kind, value.clone()));
+    fs::write(&path, writer.bytes()).unwrap();
+    ModelSource::open(&path).unwrap().config().clone()
+}
+
+fn float(x: f32) -> Vec<u8> {
+    x.to_le_bytes().to_vec()
+}
+
+#[test]
+fn gguf_files_may_weaken_what_yarn_does_to_attention() {
+    let yarn = |factor: f32| {
+        config_with(&[
+            ("scaling.type", STRING, string("yarn")),
+            ("scaling.factor", F32, float(4.0)),
+            ("scaling.original_context_length", U32, 64u32.to_le_bytes().to_vec()),
+            ("scaling.attn_factor", F32, float(factor)),
+        ])
+    };
+    assert_eq!(yarn(0.5).attention.scale, yarn(1.0).attention.scale / 4.0);
+    assert!(
+        (yarn(1.0).attention.scale / config_with(&[]).attention.scale - 1.1386294f32.powi(2)).abs() < 1e-5
+    );
+}
+
 #[test]
 fn older_gguf_files_scale_rope_without_naming_a_type() {
-    let rope = |keys: &[(&str, u32, Vec<u8>)]| {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("model.gguf");
-        let mut writer = to_gguf("qwen2");
-        keys.iter()
-            .for_each(|(key, kind, value)| writer.key(&format!("qwen2.rope.{key}"), *kind, value.clone()));
-        std::fs::write(&path, writer.bytes()).unwrap();
-        ModelSource::open(&path).unwrap().config().rope.clone()
-    };
-    let float = |x: f32| x.to_le_bytes().to_vec();
+    let rope = |keys: &[(&str, u32, Vec<u8>)]| config_with(keys).rope;
     let named = rope(&[("scaling.type", STRING, string("linear")), ("scaling.factor", F32, float(4.0))]);
     assert_eq!(rope(&[("scale_linear", F32, float(4.0))]), named);
     assert_eq!(rope(&[("scaling.factor", F32, float(4.0))]), named);
