@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -10,6 +12,7 @@ use rudder_server::{ForcedCall, Server, ServerConfig, StoreConfig, serve, termin
 use rudder_text::{ReasoningFormat, ToolFormat};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
 
 use crate::launch::{Launched, Summary, follow, launch};
 use crate::nodes;
@@ -20,13 +23,11 @@ use crate::settings::{ModelSettings, ServerSettings};
 pub fn run(model: &ModelSettings, settings: ServerSettings, force_tool_call: Option<&Path>) -> Result<()> {
     let forced_calls = force_tool_call.map(forced_calls).transpose()?.unwrap_or_default();
     let runtime = Runtime::new().context("cannot start the async runtime")?;
-    // Without it, signals would do nothing to the first process of a container until it serves.
-    let starting = runtime.spawn(end_at_once());
+    let begun = Arc::new(AtomicBool::new(false));
+    let told = runtime.spawn(first_signal(begun.clone()));
     if model.node_rank.is_some_and(|node| node > 0) {
-        return follow(model, || {
-            starting.abort();
-            runtime.spawn(end_at_second_signal());
-        });
+        runtime.spawn(told_in_vain(told));
+        return follow(model, || begun.store(true, Ordering::Relaxed));
     }
     let host = settings.host.unwrap_or(Ipv4Addr::LOCALHOST.into());
     let address = SocketAddr::new(host, settings.port.unwrap_or(8000));
@@ -48,7 +49,7 @@ pub fn run(model: &ModelSettings, settings: ServerSettings, force_tool_call: Opt
     let computing = engine.clone();
     let end = async {
         tokio::select! {
-            () = told_to_end(grace) => {}
+            () = told_to_end(told, grace) => {}
             Ok(failed) = lost => {
                 tracing::error!("{}; nothing can be computed without it", failed.reason);
                 fault = Some(format!("{}; start all nodes again", failed.reason));
@@ -59,7 +60,7 @@ pub fn run(model: &ModelSettings, settings: ServerSettings, force_tool_call: Opt
             }
         }
     };
-    starting.abort();
+    begun.store(true, Ordering::Relaxed);
     let all_ended = runtime.block_on(serve(listener, Server::new(config, text, engine), end))?;
     if let Some(fault) = fault {
         bail!(fault);
@@ -144,16 +145,26 @@ fn default_data_dir() -> Option<PathBuf> {
     base.map(|base| base.join("rudder"))
 }
 
-/// Done at the first signal to end. The second ends the process at once.
-async fn told_to_end(grace: Duration) {
+/// Done at the first signal to end. One that comes before all has `begun` ends the process: there is nothing to finish. It is listened for
+/// from the start on: signals do nothing to the first process of a container that does not.
+async fn first_signal(begun: Arc<AtomicBool>) {
     terminated().await;
+    if !begun.load(Ordering::Relaxed) {
+        eprintln!("ended before anything was served");
+        std::process::exit(0);
+    }
+}
+
+/// Done once `told` is. The second signal ends the process at once.
+async fn told_to_end(told: JoinHandle<()>, grace: Duration) {
+    let _ = told.await;
     eprintln!("finishing running requests, at most {} s; again to end at once", grace.as_secs());
     tokio::spawn(end_at_once());
 }
 
-/// Of a node other than 0 that computes.
-async fn end_at_second_signal() {
-    terminated().await;
+/// The same of a node other than 0.
+async fn told_in_vain(told: JoinHandle<()>) {
+    let _ = told.await;
     eprintln!("going on until node 0 ends; again to end at once");
     end_at_once().await;
 }
