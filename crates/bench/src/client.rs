@@ -382,10 +382,11 @@ fn base_url(url: &str) -> anyhow::Result<String> {
     }
 }
 
-/// The header that a key goes by. The key shows in no message.
-fn bearer(key: &str) -> anyhow::Result<HeaderValue> {
+/// The header that a key goes by, the first where the server's own variable holds several. The key shows in no message.
+fn bearer(keys: &str) -> anyhow::Result<HeaderValue> {
+    let key = keys.split(',').next().unwrap_or(keys).trim();
     let header = HeaderValue::try_from(format!("Bearer {key}"));
-    let mut header = header.ok().context("--api-key holds what no header can: write it in ASCII")?;
+    let mut header = header.ok().context("--api-key holds control characters, which no header can")?;
     header.set_sensitive(true);
     Ok(header)
 }
