@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
@@ -251,11 +251,14 @@ fn a_failing_step_ends_its_requests_and_the_engine_goes_on() {
 
 #[tokio::test]
 async fn a_device_that_computes_no_more_ends_all_requests_and_the_engine_which_says_why() {
+    const LATE: usize = 1 << 20;
+    let steps = Arc::new(AtomicUsize::new(0));
     let faulty =
-        Faulty { inner: model(&CONFIG), steps: Arc::default(), fail_at: 5, panic: false, recovers: false };
+        Faulty { inner: model(&CONFIG), steps: steps.clone(), fail_at: LATE, panic: false, recovers: false };
     let engine = Engine::start(Box::new(faulty), CONFIG);
     // More than run at once: some wait, and are in no step.
-    let asked: Vec<_> = (0..20).map(|i| engine.submit(request(prompt(i, 70), 64)).unwrap()).collect();
+    let asked: Vec<_> = (0..20).map(|i| engine.submit(request(prompt(i, 70), 180)).unwrap()).collect();
+    steps.store(LATE, Ordering::SeqCst);
     let reason = engine.broken().await;
     assert!(reason.contains("an illegal address"), "{reason}");
     assert_eq!(engine.submit(request([1], 1)).err(), Some(SubmitError::ShuttingDown));
@@ -267,8 +270,8 @@ async fn a_device_that_computes_no_more_ends_all_requests_and_the_engine_which_s
     assert!(engine.shutdown(Duration::ZERO).await, "places are held");
 }
 
-/// The real model, which panics in a later step, where the step loop asks it about itself.
-struct Panicking(Box<dyn Model>, AtomicUsize);
+/// The real model, which panics once it is told to, where the step loop asks it about itself.
+struct Panicking(Box<dyn Model>, Arc<AtomicBool>);
 
 impl Model for Panicking {
     fn config(&self) -> &ModelConfig {
@@ -281,7 +284,7 @@ impl Model for Panicking {
         self.0.sample(rows, out)
     }
     fn draws_ahead(&self) -> bool {
-        assert!(self.1.fetch_add(1, Ordering::SeqCst) < 10, "a fault for the test");
+        assert!(!self.1.load(Ordering::SeqCst), "a fault for the test");
         false
     }
     fn logits(&mut self) -> Result<Vec<f32>, OpError> {
@@ -291,9 +294,11 @@ impl Model for Panicking {
 
 #[tokio::test]
 async fn a_panic_of_the_step_loop_ends_all_requests_and_the_engine_which_says_why() {
-    let engine = Engine::start(Box::new(Panicking(model(&CONFIG), AtomicUsize::new(0))), CONFIG);
+    let told = Arc::new(AtomicBool::new(false));
+    let engine = Engine::start(Box::new(Panicking(model(&CONFIG), told.clone())), CONFIG);
     // More than run at once: some wait, and are in no step.
-    let asked: Vec<_> = (0..20).map(|i| engine.submit(request(prompt(i, 70), 64)).unwrap()).collect();
+    let asked: Vec<_> = (0..20).map(|i| engine.submit(request(prompt(i, 70), 180)).unwrap()).collect();
+    told.store(true, Ordering::SeqCst);
     let reason = engine.broken().await;
     assert_eq!(reason, "the engine failed unexpectedly");
     assert_eq!(engine.submit(request([1], 1)).err(), Some(SubmitError::ShuttingDown));

@@ -338,8 +338,12 @@ impl StepLoop {
         self.stats.preemptions += plan.preempted.len() as u64;
         for &id in &plan.preempted {
             self.release_guesses(id);
-            if let Some(active) = self.active.get_mut(&id) {
-                active.preempted = true;
+            let loads = self.tier.as_ref().is_some_and(|tier| tier.is_loading(id));
+            match self.active.get_mut(&id) {
+                // It finds again what it would have had.
+                Some(active) if loads && !active.preempted => active.cached = None,
+                Some(active) => active.preempted = true,
+                None => {}
             }
         }
         let now = Instant::now();
@@ -347,9 +351,9 @@ impl StepLoop {
             let Some(active) = self.active.get_mut(id) else { continue };
             if active.planned.is_none() {
                 active.planned = Some(now);
-                active.cached = Some(*cached);
                 self.stats.prompt_tokens += active.submission.request.prompt.len() as u64;
             }
+            active.cached.get_or_insert(*cached);
         }
     }
 

@@ -290,6 +290,11 @@ impl DiskTier {
         self.reader.read(Order { ticket, keys, cancelled });
     }
 
+    /// Whether a sequence waits for its blocks.
+    pub(crate) fn is_loading(&self, id: SequenceId) -> bool {
+        self.loads.contains_key(&id)
+    }
+
     /// Puts blocks that have arrived in their places, and lets sequences go on whose blocks have all
     /// arrived or will not. `ended` is told each of these with the number of tokens it was given.
     pub(crate) fn fetch(
