@@ -39,12 +39,18 @@ pub(crate) fn cors(config: &ServerConfig) -> CorsLayer {
     }
 }
 
+/// Schemes of pages that programs on this machine show as their own: Electron's, and editors'. No website has them.
+const PROGRAMS: [&str; 3] = ["app", "vscode-webview", "vscode-file"];
+
 /// Whether an origin is this machine's, or that of the server as its client knows it.
 fn is_near(origin: &HeaderValue, headers: &HeaderMap) -> bool {
-    let origin = origin.to_str().ok().and_then(|origin| origin.split_once("://"));
-    let Some(authority) = origin.and_then(|(_, authority)| authority.parse::<Authority>().ok()) else {
+    let Some((scheme, authority)) = origin.to_str().ok().and_then(|origin| origin.split_once("://")) else {
         return false;
     };
+    if PROGRAMS.contains(&scheme) {
+        return true;
+    }
+    let Ok(authority) = authority.parse::<Authority>() else { return false };
     let own = headers.get(header::HOST).map(HeaderValue::as_bytes);
     is_loopback(authority.host())
         || own.is_some_and(|own| own.eq_ignore_ascii_case(authority.as_str().as_bytes()))
@@ -84,6 +90,8 @@ mod tests {
             "http://127.8.0.1",
             "http://[::1]:5173",
             "tauri://localhost",
+            "app://obsidian.md",
+            "vscode-webview://1qvvd3b0",
             "https://models.example.org",
         ] {
             assert_eq!(status(&[], origin, "models.Example.org"), 200, "{origin}");
@@ -102,6 +110,7 @@ mod tests {
             "http://192.168.0.7:8001",
             "http://[::2]",
             "null",
+            "chrome-extension://abc",
             "localhost",
             "",
         ] {
