@@ -318,6 +318,19 @@ struct Ended {
     own: usize,
     /// Its conversation; 0 once a response that goes on from it counts that as part of its own.
     conversation: usize,
+    /// The response that it goes on from.
+    previous: Option<String>,
+}
+
+impl Known {
+    /// Lets go of the oldest ended ones until what is left is no more than may be kept.
+    fn trim(&mut self) {
+        while self.ended.len() > MAX_ENDED || self.bytes > MAX_ENDED_BYTES {
+            let Some(oldest) = self.ended.pop_front() else { break };
+            self.bytes -= oldest.own + oldest.conversation;
+            self.lives.remove(&oldest.id);
+        }
+    }
 }
 
 impl Registry {
@@ -350,27 +363,32 @@ impl Registry {
             known.lives.remove(&live.id);
             return;
         }
-        let previous = live.ask.previous_response_id.as_deref();
-        if let Some(previous) = known.ended.iter_mut().find(|ended| Some(ended.id.as_str()) == previous) {
+        let previous = live.ask.previous_response_id.clone();
+        if let Some(previous) = known.ended.iter_mut().find(|ended| Some(&ended.id) == previous.as_ref()) {
             let shared = std::mem::take(&mut previous.conversation);
             known.bytes -= shared;
         }
         known.bytes += own + conversation;
-        known.ended.push_back(Ended { id: live.id.clone(), own, conversation });
-        while known.ended.len() > MAX_ENDED || known.bytes > MAX_ENDED_BYTES {
-            let Some(oldest) = known.ended.pop_front() else { break };
-            known.bytes -= oldest.own + oldest.conversation;
-            known.lives.remove(&oldest.id);
-        }
+        known.ended.push_back(Ended { id: live.id.clone(), own, conversation, previous });
+        known.trim();
     }
 
     /// Forgets a response, as when it is deleted.
     pub fn forget(&self, id: &str) {
-        let mut known = self.known();
+        let known = &mut *self.known();
         known.lives.remove(id);
         let at = known.ended.iter().position(|ended| ended.id == id);
-        if let Some(gone) = at.and_then(|at| known.ended.remove(at)) {
-            known.bytes -= gone.own + gone.conversation;
+        let Some(gone) = at.and_then(|at| known.ended.remove(at)) else { return };
+        known.bytes -= gone.own + gone.conversation;
+        // The one that it went on from counts its conversation again.
+        let previous = gone.previous.and_then(|previous| known.lives.get(&previous)).cloned();
+        if let Some(previous) = previous
+            && let Some(ended) = known.ended.iter_mut().find(|ended| ended.id == previous.id)
+        {
+            known.bytes -= ended.conversation;
+            ended.conversation = previous.conversation_weight();
+            known.bytes += ended.conversation;
+            known.trim();
         }
     }
 
@@ -495,6 +513,21 @@ mod tests {
         end(&registry, &live("g", 5 * MIB, None));
         assert_eq!(kept(&registry, &["b", "e", "f", "g"]), [false, false, false, true]);
     }
+
+    #[test]
+    fn a_conversation_counts_although_its_last_response_was_deleted() {
+        let registry = Registry::default();
+        for id in ["a", "b", "c", "d"] {
+            let first = linked(id, 20 * MIB, None);
+            end(&registry, &first);
+            let second = format!("{id}2");
+            end(&registry, &linked(&second, 1, Some(&first)));
+            registry.forget(&second);
+        }
+        assert!(kept(&registry, &["a", "b", "c", "d"]).contains(&false));
+        assert!(registry.known().bytes <= MAX_ENDED_BYTES);
+    }
+
     #[test]
     fn corrections_that_were_put_back_count_again() {
         let live = live("a", 1, None);
