@@ -632,7 +632,7 @@ impl Backend for Cuda {
 
     fn recover(&mut self) -> Result<()> {
         if let Some(peers) = &mut self.peers {
-            peers.give_up();
+            peers.give_up_unfinished();
         }
         // After a fault on the device every call gives its error, however often it is asked.
         self.synchronize()

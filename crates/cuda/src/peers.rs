@@ -162,18 +162,10 @@ impl Peers {
         }
     }
 
-    /// The same after a step has failed on some rank, and of one that flies too: it may wait for that rank.
-    pub fn give_up(&mut self) {
-        if self.flies {
-            self.state = State::Broken;
-        }
-        self.give_up_unfinished();
-    }
-
     /// Begins a step, which only decodes or does not: decides with the other ranks by which ways its sums go.
     pub fn begin(&mut self, decodes: bool) -> Result<()> {
+        (self.direct, self.flies) = (false, false);
         self.member.share(self.state as u64 | (self.library as u64) << 32, &mut self.told)?;
-        (self.direct, self.flies) = (false, false); // and not before: a rank that fails above may still have a step in flight
         match Connection::of(self.told.iter().map(|told| told >> 32)) {
             Connection::Keep => self.library = Library::Broken, // until the step has ended well
             Connection::Make => {
