@@ -130,11 +130,16 @@ fn flatten(index: usize, content: Content) -> Result<String, ApiError> {
     Ok(text)
 }
 
+/// A call's arguments, an object without any where a client writes none.
+pub(crate) fn arguments_or_none(text: String) -> String {
+    if text.trim().is_empty() { "{}".into() } else { text }
+}
+
 fn tool_call(index: usize, call_index: usize, call: Call) -> Result<ToolCall, ApiError> {
     match (call.function, call.custom) {
         (Some(FunctionCall { name, arguments }), _) => {
             let input = match arguments {
-                Value::String(text) => text,
+                Value::String(text) => arguments_or_none(text),
                 Value::Null => "{}".into(),
                 other => other.to_string(),
             };
@@ -179,10 +184,10 @@ mod tests {
         let call = |arguments: Value| json!({"id": "c", "function": {"name": "f", "arguments": arguments}});
         let custom = json!({"id": "d", "type": "custom", "custom": {"name": "p", "input": "x"}});
         let said = json!([{"role": "assistant", "content": null, "reasoning_content": "hm",
-            "tool_calls": [call(json!("{\"x\":  1}")), call(json!({"x": 1})), custom]}]);
+            "tool_calls": [call(json!("{\"x\":  1}")), call(json!({"x": 1})), custom, call(json!(" "))]}]);
         let [message] = &check(said).unwrap()[..] else { panic!() };
         let inputs: Vec<&str> = message.calls.iter().map(|call| &call.input[..]).collect();
-        assert_eq!(inputs, ["{\"x\":  1}", "{\"x\":1}", "x"]);
+        assert_eq!(inputs, ["{\"x\":  1}", "{\"x\":1}", "x", "{}"]);
         assert!(message.calls[2].custom && message.text.is_empty());
         assert_eq!(message.reasoning.as_deref(), Some("hm"));
     }

@@ -11,6 +11,7 @@ use super::tools::CallNames;
 use crate::admission::random_id;
 use crate::conversation::{KnownMessage, Message, Role, ToolCall};
 use crate::openai::ApiError;
+use crate::openai::messages::arguments_or_none;
 
 /// What items are read with.
 pub(crate) struct Reading<'a> {
@@ -118,7 +119,9 @@ impl Reading<'_> {
                 let custom = text("type") == Some("custom_tool_call");
                 let key = if custom { "input" } else { "arguments" };
                 let name = self.names.inward(need("name")?, text("namespace"));
-                let call = ToolCall { id: need("call_id")?.into(), name, input: need(key)?.into(), custom };
+                let input = need(key)?.to_owned();
+                let input = if custom { input } else { arguments_or_none(input) };
+                let call = ToolCall { id: need("call_id")?.into(), name, input, custom };
                 // One that was cut short was never made.
                 if text("status") != Some("incomplete") {
                     conversation.call(call);
