@@ -266,7 +266,8 @@ impl Engine {
         stats
     }
 
-    /// Waits until nothing can be computed any more, if ever, and says why: the model can be used no more, or the step loop panicked. What ran has failed then, and nothing new is taken.
+    /// Waits until nothing can be computed any more, if ever, and says why: the model can be used no more, or the step loop
+    /// panicked. What ran has failed then, and nothing new is taken.
     pub async fn broken(&self) -> String {
         let mut broken = self.shared.broken.subscribe();
         match broken.wait_for(Option::is_some).await.as_deref() {

@@ -23,7 +23,7 @@ pub(super) struct Active {
     pub(super) generated: usize,
     /// Prompt tokens that it found computed when it was first admitted.
     pub(super) cached: Option<usize>,
-    /// Whether it was ever, having computed something, so that what it finds later is its own.
+    /// Whether it was ever preempted with something computed: what it finds later is its own.
     pub(super) preempted: bool,
     pub(super) planned: Option<Instant>,
     pub(super) first_token: Option<Instant>,
