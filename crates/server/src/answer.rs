@@ -1,11 +1,13 @@
 //! A choice's text read as an answer: reasoning, text and calls, streamed and whole from one reader.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use rudder_text::{OutputEvent, OutputFormat, OutputParser, Tool};
 
 use crate::admission::random_id;
 use crate::conversation::{Message, Piece, Role, ToolCall};
+use crate::text_places::TextPlaces;
 use crate::verbatim::{Prefix, Verbatim};
 
 /// How the answers of one turn are read.
@@ -50,10 +52,15 @@ pub(crate) struct AnswerReader {
     answer: Message,
     reasoning_tokens: usize,
     reasons: bool,
+    /// Only kept when log-probabilities are asked for.
+    places: Option<TextPlaces>,
+    /// Where texts stand that were read, in bytes, with the indices of their pieces.
+    texts: Vec<(usize, Range<usize>)>,
 }
 
 impl AnswerReader {
-    pub fn new(reading: &Reading) -> Self {
+    /// `places`: whether it is asked for where texts stand.
+    pub fn new(reading: &Reading, places: bool) -> Self {
         let custom = reading.tools.iter().filter(|tool| tool.is_custom());
         Self {
             parser: OutputParser::new(reading.format, &reading.tools, &reading.prompt_tail),
@@ -65,7 +72,14 @@ impl AnswerReader {
             answer: Message::new(Role::Assistant, ""),
             reasoning_tokens: 0,
             reasons: false,
+            places: places.then(TextPlaces::default),
+            texts: Vec::new(),
         }
+    }
+
+    /// Where texts stand that were read since the last time, in bytes, with the indices of their pieces.
+    pub fn take_texts(&mut self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        self.texts.drain(..)
     }
 
     /// What was said so far.
@@ -90,7 +104,7 @@ impl AnswerReader {
 
     /// Reads the text of one token; returns whether the answer is over.
     pub fn token(&mut self, text: &str, pieces: &mut Vec<Piece>) -> bool {
-        self.parser.push(text, &mut self.events);
+        self.read(text);
         if let Some(event) = self.events.last() {
             self.reasons = matches!(event, OutputEvent::Reasoning(_));
         }
@@ -100,9 +114,16 @@ impl AnswerReader {
 
     /// Reads the end of the text, of which `rest` was held back. `ended`: the model ended it by itself.
     pub fn finish(&mut self, rest: &str, ended: bool, pieces: &mut Vec<Piece>) {
-        self.parser.push(rest, &mut self.events);
+        self.read(rest);
         self.parser.finish(ended, &mut self.events);
         self.take_events(pieces);
+    }
+
+    fn read(&mut self, text: &str) {
+        if let Some(places) = &mut self.places {
+            places.read(text);
+        }
+        self.parser.push(text, &mut self.events);
     }
 
     /// Returns whether the answer is over: after its last call, and the mark that closes it, so that what is
@@ -140,7 +161,9 @@ impl AnswerReader {
                 OutputEvent::CallEnd => Piece::CallEnd,
             };
             self.complete = piece == Piece::CallEnd && (self.single_call || self.repeats());
+            let place = self.places.as_mut().and_then(|places| places.note(&piece));
             append(piece, pieces);
+            self.texts.extend(place.map(|place| (pieces.len() - 1, place)));
         }
         self.events = events;
         self.complete && (self.cut || !self.parser.in_block())
@@ -172,14 +195,15 @@ mod tests {
 
     fn reader(single_call: bool) -> AnswerReader {
         let input = ToolInput::Json { schema: serde_json::json!({}), strict: false };
-        AnswerReader::new(&Reading {
+        let reading = Reading {
             format: OutputFormat { tools: Some(ToolFormat::Hermes), reasoning: None },
             tools: Arc::from([Tool { name: "weather".into(), description: String::new(), input }]),
             prompt_tail: String::new(),
             single_call,
             memory: Arc::new(Verbatim::new()),
             conversation: Prefix::default(),
-        })
+        };
+        AnswerReader::new(&reading, false)
     }
 
     fn call(city: &str) -> String {

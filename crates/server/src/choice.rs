@@ -27,6 +27,9 @@ pub(crate) struct Choice {
     scratch: String,
     /// Reads the text as an answer.
     reader: Option<AnswerReader>,
+    /// Tokens that went out and are in no text of the answer yet, with the byte at which their text begins; only
+    /// kept with a reader, when log-probabilities are asked for.
+    spoken: Option<VecDeque<(usize, Token)>>,
     /// What was generated, to be remembered; only kept with a reader.
     generated: Vec<u32>,
     reading: Option<Arc<Reading>>,
@@ -61,13 +64,15 @@ impl Choice {
         prompt_tokens: usize,
         metrics: Arc<Metrics>,
     ) -> Self {
+        let scored = completion.sampling.logprobs.is_some();
         Self {
             generation: Some(generation),
             decoder,
             stops: (!completion.stop.is_empty()).then(|| StopMatcher::new(completion.stop.clone())),
-            held: (completion.sampling.logprobs.is_some() || completion.token_ids).then(VecDeque::new),
+            held: (scored || completion.token_ids).then(VecDeque::new),
             scratch: String::new(),
-            reader: completion.reading.as_deref().map(AnswerReader::new),
+            reader: completion.reading.as_deref().map(|reading| AnswerReader::new(reading, scored)),
+            spoken: (scored && completion.reading.is_some()).then(VecDeque::new),
             generated: Vec::new(),
             reading: completion.reading.clone(),
             stopped: false,
@@ -204,7 +209,21 @@ impl Choice {
         let Some(reader) = &mut self.reader else { return false };
         let over = reader.token(&self.delta.text, &mut self.delta.pieces);
         self.delta.text.clear();
+        self.tell_texts();
         over
+    }
+
+    /// Puts the tokens of the texts that were read beside their pieces. A token is that of the first text that it reaches into.
+    fn tell_texts(&mut self) {
+        let (Some(reader), Some(spoken)) = (&mut self.reader, &mut self.spoken) else { return };
+        for (piece, place) in reader.take_texts() {
+            while let Some((begin, token)) = spoken.pop_front_if(|(begin, _)| *begin < place.end) {
+                let end = spoken.front().map_or(usize::MAX, |&(next, _)| next);
+                if begin >= place.start || end > place.start {
+                    self.delta.text_tokens.push((piece, token));
+                }
+            }
+        }
     }
 
     /// Counts and times of a generation that is dropped before the engine reports on it.
@@ -236,9 +255,19 @@ impl Choice {
     /// Hands out the tokens whose text has begun to go out. A token whose character is unfinished
     /// begins where nothing is released yet, so it waits for its text.
     fn release_tokens(&mut self) {
+        self.hand_out_tokens(self.released);
+    }
+
+    /// Hands out the held tokens whose text begins before this byte.
+    fn hand_out_tokens(&mut self, until: usize) {
         let Some(held) = &mut self.held else { return };
-        while held.front().is_some_and(|(begin, _)| *begin < self.released) {
-            self.delta.tokens.extend(held.pop_front().map(|(_, token)| token));
+        while let Some((begin, token)) = held.pop_front_if(|(begin, _)| *begin < until) {
+            if let Some(spoken) = &mut self.spoken
+                && !self.decoder.leaves_out(token.id)
+            {
+                spoken.push_back((begin, token.clone()));
+            }
+            self.delta.tokens.push(token);
         }
     }
 
@@ -253,9 +282,7 @@ impl Choice {
         if let Some(stops) = &mut self.stops {
             stops.finish(&mut self.delta.text);
         }
-        if let Some(held) = &mut self.held {
-            self.delta.tokens.extend(held.drain(..).map(|(_, token)| token));
-        }
+        self.hand_out_tokens(usize::MAX);
         self.end(reason);
     }
 
@@ -264,6 +291,7 @@ impl Choice {
         if let Some(reader) = &mut self.reader {
             reader.finish(&self.delta.text, reason == EndReason::StopToken, &mut self.delta.pieces);
             self.delta.text.clear();
+            self.tell_texts();
             self.remember(&reason);
         }
         self.metrics.ended(&reason, &self.usage, self.clock.arrived.elapsed());

@@ -92,6 +92,9 @@ pub struct Delta {
     pub pieces: Vec<Piece>,
     /// With log-probabilities or token ids asked for, the tokens that the text is made of.
     pub tokens: Vec<Token>,
+    /// With log-probabilities asked for, the tokens that texts of the answer are made of, with the indices of their
+    /// pieces.
+    pub text_tokens: Vec<(usize, Token)>,
     /// With prompt log-probabilities asked for, the prompt's tokens; comes once, first.
     pub prompt: Vec<Token>,
     /// Set in a choice's last delta.
@@ -111,6 +114,7 @@ impl Delta {
         self.text.clear();
         self.pieces.clear();
         self.tokens.clear();
+        self.text_tokens.clear();
         self.prompt.clear();
         self.end = None;
     }

@@ -104,13 +104,10 @@ fn encode(text: &Text, fields: InfillFields) -> Result<Vec<u32>, ApiError> {
     let infill = Infill {
         prefix: fields.input_prefix.unwrap_or_default(),
         suffix: fields.input_suffix.unwrap_or_default(),
+        middle: fields.prompt.unwrap_or_default(),
         extra: extra.into_iter().map(|Extra { filename, text }| (filename, text)).collect(),
     };
-    let mut tokens = text.encode_infill(&infill)?;
-    if let Some(typed) = fields.prompt.filter(|typed| !typed.is_empty()) {
-        tokens.extend(text.encode(&typed, false, false)?);
-    }
-    Ok(tokens)
+    Ok(text.encode_infill(&infill)?)
 }
 
 /// Words the answer, whole or in chunks.

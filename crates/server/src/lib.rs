@@ -31,6 +31,8 @@ mod session;
 mod session_metrics;
 mod sessions;
 mod sse;
+mod template_view;
+mod text_places;
 mod tier_metrics;
 mod timing;
 mod tokenize;
@@ -134,6 +136,8 @@ pub struct Server {
     pub(crate) markup: prompt::Markup,
     /// How the model's answers are read.
     pub(crate) format: OutputFormat,
+    /// How its template is shown conversations.
+    pub(crate) view: template_view::View,
     /// What the model said, for the turns to come.
     pub(crate) verbatim: Arc<verbatim::Verbatim>,
     /// What clients said, as it was read.
@@ -155,10 +159,12 @@ impl Server {
             tools: config.tool_parser.unwrap_or(own.tools),
             reasoning: config.reasoning_parser.unwrap_or(own.reasoning),
         };
+        let view = template_view::View::of(&text, format);
         Arc::new(Self {
             generator: Generator::new(&config.model, text, engine).with_weights(admission::weights(&config)),
             markup,
             format,
+            view,
             verbatim: Arc::new(verbatim::Verbatim::new()),
             messages: message_cache::MessageCache::new(),
             prompts: prompt_cache::PromptCache::new(),

@@ -9,12 +9,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aho_corasick::{AhoCorasick, MatchKind};
-use rudder_text::{Rendered, TemplateValue, Text, TextError, Tool, ToolInput};
+use rudder_text::{Rendered, TemplateValue, Text, TextError, Tool};
 use serde_json::{Map, Value, json};
 
-use crate::conversation::{KnownMessage, Message, Role, ToolCall};
+use crate::conversation::{KnownMessage, Role};
 use crate::openai::ApiError;
 use crate::prompt_cache::{KnownPrompt, Literal, PromptCache, ShownMessage};
+use crate::template_view::View;
 use crate::verbatim::{Prefix, Verbatim};
 
 /// Texts longer than this are tokenized off the async threads.
@@ -79,6 +80,7 @@ pub(crate) struct ChatPrompt<'a> {
     pub tools: &'a [Tool],
     /// Further variables of the template.
     pub extra: &'a Map<String, Value>,
+    pub view: View,
 }
 
 /// A rendered and tokenized conversation, up to where the assistant begins to speak.
@@ -106,16 +108,24 @@ impl ChatPrompt<'_> {
     ) -> Result<EncodedPrompt, TextError> {
         let conversations = self.conversations(memory);
         let answers = self.remembered(&conversations, memory);
+        // A template may show one call of a message.
+        let encode = |answers: &[_], known: &mut _| match self.view.one_by_one(self.messages, answers) {
+            None => self.encode_with(answers, text, markup, known),
+            Some(parted) => {
+                let (messages, answers): (Vec<_>, Vec<_>) = parted.into_iter().unzip();
+                ChatPrompt { messages: &messages, ..*self }.encode_with(&answers, text, markup, known)
+            }
+        };
         prompts.with(&conversations, |known| {
             if answers.iter().any(Option::is_some) {
-                match self.encode_with(&answers, text, markup, known) {
+                match encode(&answers, known) {
                     // A template may want to see the calls that a result answers.
                     Ok(None) | Err(TextError::Template(_)) => {}
                     Ok(Some(encoded)) => return Ok(encoded),
                     Err(error) => return Err(error),
                 }
             }
-            let plain = self.encode_with(&[], text, markup, known)?;
+            let plain = encode(&[], known)?;
             plain.ok_or_else(|| TextError::Model("a prompt without answers could not be encoded".into()))
         })
     }
@@ -149,7 +159,7 @@ impl ChatPrompt<'_> {
         let mut literals = Literals::default();
         // Before the messages: so their placeholders have the same numbers in every turn.
         let tools = (!self.tools.is_empty()).then(|| {
-            let mut tools = self.tools.iter().map(template_tool).collect();
+            let mut tools = self.tools.iter().map(|tool| self.view.tool(tool)).collect();
             literals.hide(&mut tools, markup);
             TemplateValue::from(&tools)
         });
@@ -160,7 +170,7 @@ impl ChatPrompt<'_> {
             numbers.push(literals.hidden.len());
             match answer(index) {
                 Some(tokens) => literals.verbatim(tokens.clone()),
-                None => literals.shown(message, markup),
+                None => literals.shown(message, self.view, markup),
             }
         });
         let messages: Vec<_> = messages.collect();
@@ -228,27 +238,9 @@ impl ChatPrompt<'_> {
     }
 }
 
-/// A tool in the shape that templates expect, OpenAI's.
-fn template_tool(tool: &Tool) -> Value {
-    let (description, parameters) = match &tool.input {
-        ToolInput::Json { schema, .. } => (tool.description.clone(), schema.clone()),
-        ToolInput::Text => (custom_description(tool, ""), json!({"type": "object", "properties": {}})),
-        ToolInput::Lark(grammar) | ToolInput::Regex(grammar) => {
-            let grammar = format!(" TEXT must match this grammar:\n{grammar}");
-            (custom_description(tool, &grammar), json!({"type": "object", "properties": {}}))
-        }
-    };
-    let function = json!({"name": tool.name, "description": description, "parameters": parameters});
-    json!({"type": "function", "function": function})
-}
-
-/// How a model is told of a custom tool, for which no template has words.
-fn custom_description(tool: &Tool, grammar: &str) -> String {
-    format!(
-        "{}\nThis tool takes plain text, not JSON. Call it by writing exactly:\n\
-         <custom_tool_call name=\"{}\">\nTEXT\n</custom_tool_call>{grammar}",
-        tool.description, tool.name
-    )
+/// Whether a string holds what a placeholder has to stand for.
+fn hides(string: &str, markup: &Markup) -> bool {
+    string.contains(OPEN) || markup.spans(string).next().is_some()
 }
 
 /// What of a rendered prompt is not known.
@@ -268,46 +260,17 @@ struct Literals {
 }
 
 impl Literals {
-    /// A message in the shape that templates expect: content as one string, arguments as objects.
-    fn message(&mut self, message: &Message, markup: &Markup) -> Value {
-        let mut fields = Map::new();
-        let mut content = message.text.clone();
-        let (custom, calls): (Vec<_>, Vec<_>) = message.calls.iter().partition(|call| call.custom);
-        for ToolCall { name, input, .. } in custom {
-            let gap = if content.is_empty() { "" } else { "\n" };
-            content
-                .push_str(&format!("{gap}<custom_tool_call name=\"{name}\">\n{input}\n</custom_tool_call>"));
-        }
-        // gpt-oss's template reads reasoning under this name, and refuses it where text and calls came after it.
-        let thinking = message.reasoning.clone().filter(|_| content.is_empty() || calls.is_empty());
-        fields.insert("content".into(), content.into());
-        for (key, value) in [
-            ("name", &message.name),
-            ("reasoning_content", &message.reasoning),
-            ("thinking", &thinking),
-            ("tool_call_id", &message.call_id),
-        ] {
-            if let Some(value) = value {
-                fields.insert(key.into(), value.as_str().into());
-            }
-        }
-        if !calls.is_empty() {
-            fields.insert("tool_calls".into(), calls.into_iter().map(template_call).collect());
-        }
-        let mut message_value = Value::Object(fields);
-        self.hide(&mut message_value, markup);
-        message_value["role"] = message.role.as_str().into();
-        message_value
-    }
-
-    /// The same, ready for the template; kept with the message unless it holds placeholders, whose numbers
-    /// go by what came before.
-    fn shown(&mut self, message: &KnownMessage, markup: &Markup) -> TemplateValue {
+    /// A message as the template sees it, ready for it; kept with the message unless it holds placeholders, whose
+    /// numbers go by what came before.
+    fn shown(&mut self, message: &KnownMessage, view: View, markup: &Markup) -> TemplateValue {
         if let Some(shown) = message.shown() {
             return shown;
         }
         let before = self.hidden.len();
-        let shown = TemplateValue::from(&self.message(message, markup));
+        let mut value = view.message(message);
+        self.hide(&mut value, markup);
+        value["role"] = message.role.as_str().into();
+        let shown = TemplateValue::from(&value);
         if self.hidden.len() == before {
             message.keep_shown(shown.clone());
         }
@@ -325,7 +288,7 @@ impl Literals {
         format!("{OPEN}{}{CLOSE}", self.hidden.len() - 1)
     }
 
-    /// Replaces markup in every string of `value` by placeholders. A string that holds the
+    /// Replaces markup in every string and key of `value` by placeholders. A string that holds the
     /// placeholder's own character has that replaced too, so a client cannot name one.
     fn hide(&mut self, value: &mut Value, markup: &Markup) {
         match value {
@@ -335,7 +298,14 @@ impl Literals {
                 }
             }
             Value::Array(values) => values.iter_mut().for_each(|value| self.hide(value, markup)),
-            Value::Object(fields) => fields.values_mut().for_each(|value| self.hide(value, markup)),
+            Value::Object(fields) => {
+                fields.values_mut().for_each(|value| self.hide(value, markup));
+                if fields.keys().any(|key| hides(key, markup)) {
+                    let hidden =
+                        |(key, value): (String, Value)| (self.hide_in(&key, markup).unwrap_or(key), value);
+                    *fields = std::mem::take(fields).into_iter().map(hidden).collect();
+                }
+            }
             Value::Null | Value::Bool(_) | Value::Number(_) => {}
         }
     }
@@ -523,22 +493,14 @@ impl Rest {
     }
 }
 
-/// A call in the shape that templates expect: arguments as an object where they are one.
-fn template_call(call: &ToolCall) -> Value {
-    let arguments = match serde_json::from_str::<Map<String, Value>>(&call.input) {
-        Ok(arguments) => Value::Object(arguments),
-        Err(_) => call.input.as_str().into(),
-    };
-    json!({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
     use proptest::test_runner::TestRunner;
-    use rudder_text::TextSource;
+    use rudder_text::{OutputFormat, TextSource, ToolInput};
 
     use super::*;
+    use crate::conversation::Message;
 
     fn markup() -> Markup {
         let finder = AhoCorasick::builder()
@@ -580,24 +542,16 @@ mod tests {
     }
 
     #[test]
-    fn strings_are_hidden_however_deep_they_lie() {
-        let mut literals = Literals::default();
-        let mut value = json!([{"function": {"arguments": {"text": "<s>"}}}]);
-        literals.hide(&mut value, &markup());
-        assert!(!value.to_string().contains("<s>"));
-        assert!(matches!(&literals.hidden[..], [Literal::Text(text)] if text == "<s>"));
-    }
-
-    #[test]
-    fn reasoning_has_both_names_that_templates_read_but_beside_text_and_calls() {
-        let call = ToolCall { id: "call_1".into(), name: "f".into(), input: "{}".into(), custom: false };
-        for (text, calls, both) in
-            [("", vec![call.clone()], true), ("so", vec![], true), ("so", vec![call], false)]
-        {
-            let reasoning = Some("hm".to_owned());
-            let message = Message { reasoning, calls, ..Message::new(Role::Assistant, text) };
-            let value = Literals::default().message(&message, &markup());
-            assert_eq!((&value["reasoning_content"], value.get("thinking").is_some()), (&json!("hm"), both));
+    fn strings_and_keys_are_hidden_however_deep_they_lie() {
+        for mut value in [
+            json!([{"function": {"arguments": {"text": "<s>"}}}]),
+            json!({"properties": {"a": {}, "<s>": {"type": "string"}, "b": {}}}),
+        ] {
+            let (mut literals, before) = (Literals::default(), value.to_string());
+            literals.hide(&mut value, &markup());
+            assert!(!value.to_string().contains("<s>"));
+            assert!(matches!(&literals.hidden[..], [Literal::Text(text)] if text == "<s>"));
+            assert_eq!(restored(&literals, &value.to_string()), before);
         }
     }
 
@@ -636,18 +590,6 @@ mod tests {
         assert_eq!(replaced(&[2..4, 9..9]), ("01xxx45678xxx9".into(), vec![0, 2, 6, 10]));
         assert_eq!(replaced(&[1..3, 7..8]), ("0xxx3456xxx89".into(), vec![]));
         assert_eq!(replaced(&[4..6, 6..10]), ("0123xxxxxx".into(), vec![]));
-    }
-
-    #[test]
-    fn custom_calls_stand_in_the_text_as_they_are_written() {
-        let call =
-            |custom, input: &str| ToolCall { id: "c".into(), name: "f".into(), input: input.into(), custom };
-        let calls = vec![call(true, "a\nb"), call(false, r#"{"x":1}"#), call(false, "no json")];
-        let message = Message { calls, ..Message::new(Role::Assistant, "so:") };
-        let value = Literals::default().message(&message, &markup());
-        assert_eq!(value["content"], "so:\n<custom_tool_call name=\"f\">\na\nb\n</custom_tool_call>");
-        assert_eq!(value["tool_calls"][0]["function"]["arguments"], json!({"x": 1}));
-        assert_eq!(value["tool_calls"][1]["function"]["arguments"], "no json");
     }
 
     /// A vocabulary of bytes and the marks of ChatML, with a chat template.
@@ -731,11 +673,51 @@ mod tests {
     }
 
     #[test]
+    fn rules_that_are_said_otherwise_stay_as_they_are_from_turn_to_turn() {
+        let text = text(
+            "{% if messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        );
+        let (markup, view) = (Markup::of(&text), View::of(&text, OutputFormat::default()));
+        let (memory, prompts, extra) = (Verbatim::new(), PromptCache::new(), Map::new());
+        let after = |prefix, message: &KnownMessage| memory.after(prefix, message.digest());
+        let say = |said: &[(Role, &str)]| {
+            let mut messages = said.iter().map(|&(role, text)| Message::new(role, text).into()).collect();
+            view.fit(&mut messages);
+            messages
+        };
+        let encode = |messages: &[KnownMessage]| {
+            ChatPrompt { messages, tools: &[], extra: &extra, view }
+                .encode(&text, &markup, &memory, &prompts)
+                .unwrap()
+        };
+        let mut said = vec![(Role::System, "a"), (Role::System, "b"), (Role::User, "c"), (Role::System, "d")];
+        let asked = say(&said);
+        encode(&asked);
+        let answer: KnownMessage = Message::new(Role::Assistant, "e").into();
+        let conversation = after(asked.iter().fold(Prefix::default(), after), &answer);
+        memory.keep(conversation, Arc::from([7, 200]));
+        said.extend([(Role::Assistant, "e"), (Role::System, "f")]);
+        let going_on = say(&said);
+        let prompt = ChatPrompt { messages: &going_on, tools: &[], extra: &extra, view };
+        prompts.with(&prompt.conversations(&memory), |known| {
+            let plain = going_on.iter().map(|message| (message, None));
+            assert_eq!(known.known_messages(&[], &extra, plain), asked.len() - 1);
+        });
+        let shown = encode(&going_on).tokens;
+        let answer = text.decode(&[7, 200], false);
+        let expected = "<|im_start|>system\na\n\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>user\nd\
+                        <|im_end|>\n<|im_start|>assistant\n#<|im_end|>\n<|im_start|>user\nf<|im_end|>\n\
+                        <|im_start|>assistant\n";
+        assert_eq!(text.decode(&shown, false), expected.replace('#', &answer));
+    }
+
+    #[test]
     fn a_prompt_that_goes_on_from_the_last_one_is_what_it_is_alone() {
         let mut reused = 0;
         for template in TEMPLATES {
             let text = text(template);
             let markup = Markup::of(&text);
+            let view = View::of(&text, OutputFormat::default());
             let config = ProptestConfig { failure_persistence: None, cases: 64, ..Default::default() };
             let acts = prop::collection::vec((0u32..9, 0usize..40), 1..40);
             let counted = std::cell::Cell::new(0);
@@ -750,7 +732,7 @@ mod tests {
                         }
                         let extra = Map::new();
                         let prompt =
-                            ChatPrompt { messages: &talk.messages, tools: &talk.tools, extra: &extra };
+                            ChatPrompt { messages: &talk.messages, tools: &talk.tools, extra: &extra, view };
                         prompts.with(&prompt.conversations(&memory), |known| {
                             let plain = talk.messages.iter().map(|message| (message, None));
                             counted.update(|count| count + known.known_messages(&talk.tools, &extra, plain));

@@ -95,6 +95,7 @@ fn encode(server: &Server, fields: TokenizeFields) -> Result<Vec<u32>, ApiError>
             let mut turn = Turn::new(conversation(messages)?);
             turn.tools = tools::tools(fields.tools.unwrap_or_default())?;
             turn.template_args = fields.chat_template_kwargs.unwrap_or_default();
+            server.view.fit(&mut turn.messages);
             Ok(server.encode_prompt(&turn)?.tokens.to_vec())
         }
         _ => Err(ApiError::param("prompt", "Send one of prompt, messages or content.")),

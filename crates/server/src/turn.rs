@@ -25,6 +25,7 @@ impl Server {
     /// # Errors
     /// What is wrong with the conversation, as the client is told; a full or ending server.
     pub async fn start_turn(self: &Arc<Self>, mut turn: Turn) -> Result<Running, ApiError> {
+        self.view.fit(&mut turn.messages);
         forced::force(&mut turn, &self.config.forced_calls);
         if self.format.tools.is_none()
             && matches!(turn.tool_choice, ToolChoice::Required | ToolChoice::Named(_))
@@ -52,12 +53,15 @@ impl Server {
     ///
     /// # Errors
     /// What is wrong with the conversation.
-    pub async fn count_tokens(self: &Arc<Self>, turn: Turn) -> Result<usize, ApiError> {
+    pub async fn count_tokens(self: &Arc<Self>, mut turn: Turn) -> Result<usize, ApiError> {
+        self.view.fit(&mut turn.messages);
         Ok(self.encode_turn(Arc::new(turn)).await?.tokens.len())
     }
 
     async fn encode_turn(self: &Arc<Self>, turn: Arc<Turn>) -> Result<EncodedPrompt, ApiError> {
-        let bytes = turn.messages.iter().map(|message| message.text.len()).sum();
+        let calls =
+            |message: &KnownMessage| -> usize { message.calls.iter().map(|call| call.input.len()).sum() };
+        let bytes = turn.messages.iter().map(|message| 1 + message.text.len() + calls(message)).sum();
         let server = self.clone();
         off_thread_if_large(bytes, move || Ok(server.encode_prompt(&turn)?)).await
     }
@@ -73,13 +77,14 @@ impl Server {
         .await
     }
 
-    /// The prompt of a turn. It takes a while if the conversation is long.
+    /// The prompt of a turn whose messages fit the template. It takes a while if the conversation is long.
     ///
     /// # Errors
     /// If the model has no template or its template refuses the messages.
     pub(crate) fn encode_prompt(&self, turn: &Turn) -> Result<EncodedPrompt, TextError> {
         let tools = if turn.tool_choice == ToolChoice::None { &[] } else { &turn.tools[..] };
-        let prompt = ChatPrompt { messages: &turn.messages, tools, extra: &turn.template_args };
+        let prompt =
+            ChatPrompt { messages: &turn.messages, tools, extra: &turn.template_args, view: self.view };
         prompt.encode(self.generator.text(), &self.markup, &self.verbatim, &self.prompts)
     }
 

@@ -18,11 +18,10 @@ impl Decoder {
 
     /// Adds a token; appends to `out` whatever text is now certain.
     pub fn push(&mut self, token: u32, out: &mut String) {
-        let vocab = &self.text.parts.vocab;
-        if vocab.is_control(token) && !self.kept.contains(&token) {
+        if self.leaves_out(token) {
             return;
         }
-        let bytes = vocab.bytes(token);
+        let bytes = self.text.parts.vocab.bytes(token);
         match std::str::from_utf8(bytes) {
             Ok(text) if self.pending.is_empty() => out.push_str(text),
             _ => {
@@ -30,6 +29,11 @@ impl Decoder {
                 self.release(out);
             }
         }
+    }
+
+    /// Whether the token is a mark that is no part of the text.
+    pub fn leaves_out(&self, token: u32) -> bool {
+        self.text.is_control(token) && !self.kept.contains(&token)
     }
 
     /// The end: appends what was held back (an unfinished character becomes U+FFFD).

@@ -7,12 +7,11 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::models::bpe::BPE;
-use tokenizers::{NormalizerWrapper, PreTokenizerWrapper};
 
 use crate::gguf::check_merges;
 use crate::grammar::Grammars;
 use crate::infill::FimTokens;
-use crate::listed::Listed;
+use crate::listed::{Listed, Steps};
 use crate::pretokenizer::PreTokenizer;
 use crate::template::{Template, TemplateSource};
 use crate::token_cache::TokenCache;
@@ -227,14 +226,11 @@ impl TokenizerFile {
         if let (Some(compose), Some(pre_tokenizer)) = (compose, pre_tokenizer) {
             return Ok(Pipeline::ByteLevel { compose, pre_tokenizer });
         }
-        let normalizer: Option<NormalizerWrapper> =
-            self.normalizer.as_ref().map(|part| parse(part, "normalizer of tokenizer.json")).transpose()?;
-        let pre_tokenizer: Option<PreTokenizerWrapper> = self
-            .pre_tokenizer
-            .as_ref()
-            .map(|part| parse(part, "pre_tokenizer of tokenizer.json"))
-            .transpose()?;
-        Ok(Pipeline::Listed(Box::new(Listed { normalizer, pre_tokenizer })))
+        let first = steps(self.normalizer.as_ref(), self.pre_tokenizer.as_ref())?;
+        let [normalizer, pre_tokenizer] =
+            [&self.normalizer, &self.pre_tokenizer].map(|part| part.clone().and_then(without_prefix));
+        let continued = steps(normalizer.as_ref(), pre_tokenizer.as_ref())?;
+        Ok(Pipeline::Listed(Box::new(Listed { first, continued })))
     }
 
     /// The token that the file's own template puts before a single text.
@@ -266,6 +262,34 @@ struct ModelParts {
 enum Merge {
     Pair(String, String),
     Line(String),
+}
+
+fn steps(normalizer: Option<&Value>, pre_tokenizer: Option<&Value>) -> Result<Steps, TextError> {
+    Ok(Steps {
+        normalizer: normalizer.map(|part| parse(part, "normalizer of tokenizer.json")).transpose()?,
+        pre_tokenizer: pre_tokenizer
+            .map(|part| parse(part, "pre_tokenizer of tokenizer.json"))
+            .transpose()?,
+    })
+}
+
+/// A normalizer or pre-tokenizer that puts nothing before the text; `None` if it did nothing else.
+fn without_prefix(mut part: Value) -> Option<Value> {
+    for list in ["normalizers", "pretokenizers"] {
+        if let Some(parts) = part.get_mut(list).and_then(Value::as_array_mut) {
+            *parts = std::mem::take(parts).into_iter().filter_map(without_prefix).collect();
+        }
+    }
+    match part["type"].as_str() {
+        Some("Prepend") => return None,
+        Some("Metaspace") => {
+            part["prepend_scheme"] = "never".into();
+            part["add_prefix_space"] = false.into();
+        }
+        Some("ByteLevel") => part["add_prefix_space"] = false.into(),
+        _ => {}
+    }
+    Some(part)
 }
 
 /// The parts of a sequence, or the one part.

@@ -11,7 +11,9 @@ pub struct Infill {
     pub prefix: String,
     /// Text after the hole.
     pub suffix: String,
-    /// Other files for context: (name, text); used where the model has repository tokens.
+    /// What stands in the hole already; the answer goes on from it.
+    pub middle: String,
+    /// Other files for context: (name, text).
     pub extra: Vec<(String, String)>,
 }
 
@@ -55,7 +57,7 @@ impl FimTokens {
                 middle: vocab.special(middle)?,
                 pad: token(&["<|fim_pad|>", "<fim_pad>", "<fim-pad>"]),
                 repo: token(&["<|repo_name|>", "<|fim_repo|>", "<repo_name>", "<reponame>", "<fim-repo>"]),
-                separator: token(&["<|file_sep|>", "<file_sep>"]),
+                separator: token(&["<|file_sep|>", "<file_sep>", "<filename>"]),
             })
         })
     }
@@ -81,21 +83,44 @@ pub(crate) fn encode(
     infill: &Infill,
 ) -> Result<Vec<u32>, TextError> {
     let mut tokens: Vec<u32> = begin.into_iter().collect();
-    if let (Some(repo), Some(separator), false) = (fim.repo, fim.separator, infill.extra.is_empty()) {
-        tokens.push(repo);
-        tokenizer.encode_continued("repository\n", &mut tokens)?;
-        for (name, text) in &infill.extra {
-            tokens.push(separator);
-            let end = if text.ends_with('\n') { "" } else { "\n" };
-            tokenizer.encode_continued(&format!("{name}\n{text}{end}"), &mut tokens)?;
-        }
-        tokens.push(separator);
-        tokenizer.encode_continued("current\n", &mut tokens)?;
+    if !infill.extra.is_empty() {
+        encode_extra(fim, tokenizer, &infill.extra, &mut tokens)?;
     }
     tokens.push(fim.prefix);
     tokenizer.encode(&infill.prefix, false, &mut tokens)?;
     tokens.push(fim.suffix);
     tokenizer.encode_continued(&infill.suffix, &mut tokens)?;
     tokens.push(fim.middle);
+    tokenizer.encode_continued(&infill.middle, &mut tokens)?;
     Ok(tokens)
+}
+
+/// Appends other files, each behind the model's mark for a file or, as llama.cpp's `/infill` does where it has
+/// none, a line that parts them.
+fn encode_extra(
+    fim: &FimTokens,
+    tokenizer: &Tokenizer,
+    extra: &[(String, String)],
+    tokens: &mut Vec<u32>,
+) -> Result<(), TextError> {
+    if let (Some(repo), Some(_)) = (fim.repo, fim.separator) {
+        tokens.push(repo);
+        tokenizer.encode_continued("repository\n", tokens)?;
+    }
+    for (name, text) in extra {
+        let end = if text.ends_with('\n') { "" } else { "\n" };
+        let head = match fim.separator {
+            Some(separator) => {
+                tokens.push(separator);
+                format!("{name}\n")
+            }
+            None => format!("\n\n--- {name} ---\n\n"),
+        };
+        tokenizer.encode_continued(&format!("{head}{text}{end}"), tokens)?;
+    }
+    if let Some(separator) = fim.separator {
+        tokens.push(separator);
+        tokenizer.encode_continued("current\n", tokens)?;
+    }
+    Ok(())
 }

@@ -10,8 +10,10 @@ mod listed;
 mod message_loop;
 mod output;
 mod pretokenizer;
+mod schema;
 mod stop;
 mod template;
+mod template_limits;
 mod token_cache;
 mod tokenizer;
 mod tool;
@@ -28,6 +30,7 @@ pub use infill::{FimTokens, Infill};
 pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ReasoningMarks, ToolFormat};
 pub use stop::StopMatcher;
 pub use template::{Rendered, TemplateValue};
+pub use template_limits::{CallArguments, TemplateLimits};
 pub use tool::{Tool, ToolChoice, ToolInput};
 
 /// What text handling can fail with. Every message is fit for a client.
@@ -112,6 +115,11 @@ impl Text {
         self.parts.vocab.bytes(token).to_vec()
     }
 
+    /// Whether the token is a control token: a mark such as `<|im_start|>`, which decoders leave out.
+    pub fn is_control(&self, token: u32) -> bool {
+        self.parts.vocab.is_control(token)
+    }
+
     /// The token written exactly so in text with `special` set: `<|im_end|>`, `<tool_call>`.
     pub fn special_token(&self, text: &str) -> Option<u32> {
         self.parts.vocab.special(text)
@@ -180,6 +188,11 @@ impl Text {
     /// How the model marks tool calls and reasoning, going by its chat template.
     pub fn output_format(&self) -> OutputFormat {
         self.parts.template.as_ref().map(template::Template::output_format).unwrap_or_default()
+    }
+
+    /// What the chat template cannot show.
+    pub fn template_limits(&self) -> TemplateLimits {
+        self.parts.template.as_ref().map(template::Template::limits).unwrap_or_default()
     }
 
     /// Tokens of a fill-in-the-middle prompt. The texts are taken literally: markup in them is text.

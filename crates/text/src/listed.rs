@@ -11,13 +11,21 @@ use tokenizers::{
 use crate::TextError;
 use crate::tokenizer::{Span, broken};
 
-/// A normalizer and a pre-tokenizer of the library's.
+/// What a tokenizer.json lists.
 pub(crate) struct Listed {
+    /// For a text of its own.
+    pub(crate) first: Steps,
+    /// For a text that continues another one: the same, but that nothing is put before it.
+    pub(crate) continued: Steps,
+}
+
+/// A normalizer and a pre-tokenizer of the library's.
+pub(crate) struct Steps {
     pub(crate) normalizer: Option<NormalizerWrapper>,
     pub(crate) pre_tokenizer: Option<PreTokenizerWrapper>,
 }
 
-impl Listed {
+impl Steps {
     /// Whether a text's first stretch is encoded otherwise than the same stretch after markup.
     pub(crate) fn sees_the_start(&self) -> bool {
         fn sees(pre_tokenizer: &PreTokenizerWrapper) -> bool {
@@ -65,7 +73,9 @@ fn slices(whole: &NormalizedString, spans: &[Span<'_>]) -> Vec<(NormalizedString
             Span::Text(_) => None,
             Span::Token(id, text) => Some(vec![Token::new(id, text.to_owned(), (0, text.len()))]),
         };
-        slices.extend(whole.slice(Range::Original(range)).map(|slice| (slice, tokens)));
+        // Nothing is normalised yet, so both ranges are the same; that of the original would be looked for from
+        // the text's beginning on.
+        slices.extend(whole.slice(Range::Normalized(range)).map(|slice| (slice, tokens)));
     }
     slices
 }

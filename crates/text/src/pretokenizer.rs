@@ -42,8 +42,7 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const DEEPSEEK3: &str =
-    r"[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const DEEPSEEK3: &str = r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Expressions that take a space and the letters after it as one match and, like all of [`FAMILIES`],
 /// never match a letter and a space after it.
@@ -258,6 +257,18 @@ mod tests {
         assert!(FAMILIES.iter().all(|(names, _)| PreTokenizer::named(names[0]).unwrap().cuts_words));
         assert!(!PreTokenizer::new([QWEN2, r"\w \w"]).unwrap().cuts_words);
         assert!(!PreTokenizer::new([r"\p{N}"]).unwrap().cuts_words, "digits alone leave words together");
+    }
+
+    #[test]
+    fn deepseek_takes_words_whole_and_punctuation_with_the_ascii_behind_it() {
+        for (text, expected) in [
+            ("naïve", &["naïve"][..]),
+            ("Übung\nCafé au", &["Übung", "\n", "Café", " au"]),
+            ("a_b[c:d{e", &["a", "_b", "[c", ":d", "{e"]),
+            (".naïve", &[".na", "ïve"]),
+        ] {
+            assert_eq!(pieces("deepseek-v3", text), expected);
+        }
     }
 
     #[test]

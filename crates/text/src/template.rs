@@ -9,7 +9,7 @@ use regex::Regex;
 use serde_json::Map;
 
 use crate::message_loop::{KNOWN, MARK, with_marks};
-use crate::{OutputFormat, TextError};
+use crate::{OutputFormat, TemplateLimits, TextError};
 
 /// Instructions that one rendering may run. A long conversation takes some hundred thousand; this
 /// many take a few seconds at most.
@@ -62,6 +62,7 @@ pub(crate) struct Template {
     /// `bos_token` and the like, as the template sees them.
     tokens: BTreeMap<String, Value>,
     output: OutputFormat,
+    limits: TemplateLimits,
 }
 
 /// What a model file says about its templates.
@@ -97,17 +98,25 @@ impl Template {
             }
         }
         let tokens = source.tokens.into_iter();
-        Ok(Self {
+        let mut template = Self {
             env,
             has_tool_use: source.tool_use.is_some(),
             tokens: tokens.filter_map(|(name, token)| Some((name.to_owned(), token?.into()))).collect(),
             output: OutputFormat::of_templates([source.chat].into_iter().chain(source.tool_use)),
-        })
+            limits: TemplateLimits::default(),
+        };
+        template.limits = TemplateLimits::of(&template);
+        Ok(template)
     }
 
     /// How the model writes its answers, going by the markup that the templates show it.
     pub(crate) fn output_format(&self) -> OutputFormat {
         self.output
+    }
+
+    /// What the templates cannot show.
+    pub(crate) fn limits(&self) -> TemplateLimits {
+        self.limits
     }
 
     pub(crate) fn render(

@@ -72,9 +72,9 @@ impl Tokenizer {
         let finder = if special { &self.markup.all } else { &self.markup.plain };
         let spans = finder.spans(text);
         if let Pipeline::Listed(listed) = &self.pipeline
-            && listed.sees_the_start()
+            && listed.first.sees_the_start()
         {
-            return listed.encode(&self.bpe, text, &spans, out);
+            return listed.first.encode(&self.bpe, text, &spans, out);
         }
         for span in spans {
             match span {
@@ -87,7 +87,8 @@ impl Tokenizer {
 
     /// Whether markup, found wherever it stands, parts a text into texts that are encoded each by itself.
     pub(crate) fn cuts_at_markup(&self) -> bool {
-        let sees_the_start = matches!(&self.pipeline, Pipeline::Listed(listed) if listed.sees_the_start());
+        let sees_the_start =
+            matches!(&self.pipeline, Pipeline::Listed(listed) if listed.first.sees_the_start());
         !sees_the_start
             && self.markup.all.markers.iter().all(|marker| !marker.strip_left && !marker.strip_right)
     }
@@ -106,7 +107,10 @@ impl Tokenizer {
     pub(crate) fn encode_continued(&self, text: &str, out: &mut Vec<u32>) -> Result<(), TextError> {
         match &self.pipeline {
             Pipeline::SentencePiece { .. } => self.encode_plain(text, false, out),
-            _ => self.encode(text, false, out),
+            Pipeline::Listed(listed) => {
+                listed.continued.encode(&self.bpe, text, &self.markup.plain.spans(text), out)
+            }
+            Pipeline::ByteLevel { .. } => self.encode(text, false, out),
         }
     }
 
@@ -134,7 +138,7 @@ impl Tokenizer {
                 spelled.push_str(&text.replace(' ', "▁"));
                 self.merge(&spelled, out)
             }
-            Pipeline::Listed(listed) => listed.encode(&self.bpe, text, &[Span::Text(text)], out),
+            Pipeline::Listed(listed) => listed.first.encode(&self.bpe, text, &[Span::Text(text)], out),
         }
     }
 

@@ -1,9 +1,10 @@
 //! Hugging Face folders: small tokenizers trained here, with the `tokenizers` crate as the oracle.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use rudder_text::{Text, TextError};
+use rudder_text::{Infill, Text, TextError};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 use tokenizers::Tokenizer;
@@ -158,6 +159,38 @@ fn sentence_piece_folders_encode_and_decode_as_the_library_does() {
         }
         let tokens = text.encode("日本 😀", false, false).unwrap();
         assert_eq!(text.decode(&tokens, true), "日本 😀");
+    }
+}
+
+#[test]
+fn much_markup_is_encoded_in_linear_time() {
+    let first = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+    let (text, _) = open(&sentence_piece(Value::Null, first));
+    let begun = Instant::now();
+    let tokens = text.encode(&"<|im_start|>".repeat(100_000), true, false).unwrap();
+    assert_eq!(tokens.len(), 100_000);
+    // Walking over all that comes before each mark would take minutes.
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn what_continues_a_text_gets_no_space_put_before_it() {
+    let prepend = json!({"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]});
+    let metaspace = |scheme: &str| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false});
+    for (normalizer, pre_tokenizer) in
+        [(prepend, Value::Null), (Value::Null, metaspace("first")), (Value::Null, metaspace("always"))]
+    {
+        let mut file = sentence_piece(normalizer, pre_tokenizer);
+        for marker in ["<PRE>", "<SUF>", "<MID>"] {
+            add(&mut file, marker, true);
+        }
+        let (text, _) = open(&file);
+        let infill =
+            Infill { prefix: "let a".into(), suffix: "b c".into(), middle: "d".into(), extra: vec![] };
+        let tokens = text.encode_infill(&infill).unwrap();
+        assert_eq!(text.decode(&tokens, false), "<PRE> let a<SUF>b c<MID>d");
     }
 }
 

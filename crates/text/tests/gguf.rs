@@ -153,17 +153,48 @@ fn holes_are_marked_in_the_models_order() {
     let infill = Infill {
         prefix: "hello".into(),
         suffix: "<|im_end|>".into(),
+        middle: "<s>w".into(),
         extra: vec![("a".into(), "b".into()), ("c".into(), "d\n".into())],
     };
     let tokens = text.encode_infill(&infill).unwrap();
     assert_eq!(
         text.decode(&tokens, false),
-        "<s><|repo_name|>repository\n<|file_sep|>a\nb\n<|file_sep|>c\nd\n<|file_sep|>current\n<|fim_prefix|>hello<|fim_suffix|><|im_end|><|fim_middle|>"
+        "<s><|repo_name|>repository\n<|file_sep|>a\nb\n<|file_sep|>c\nd\n<|file_sep|>current\n<|fim_prefix|>hello<|fim_suffix|><|im_end|><|fim_middle|><s>w"
     );
+    assert_eq!(tokens.iter().filter(|&&token| Some(token) == text.special_token("<s>")).count(), 1);
     assert!(!tokens.contains(&text.special_token("<|im_end|>").unwrap()));
     for marker in ["<|fim_middle|>", "<|file_sep|>", "<|im_end|>"] {
         assert!(text.infill_stop_tokens().contains(&text.special_token(marker).unwrap()), "{marker}");
     }
+}
+
+#[test]
+fn other_files_are_told_whatever_markers_a_model_has() {
+    let infill = Infill {
+        prefix: "x".into(),
+        suffix: "y".into(),
+        middle: String::new(),
+        extra: vec![("a".into(), "b".into()), ("c".into(), "d\n".into())],
+    };
+    let told = |renamed: &[(&str, &str)]| {
+        let mut source = byte_level();
+        for (from, to) in renamed {
+            source.tokens.iter_mut().filter(|token| token == from).for_each(|token| *token = (*to).into());
+        }
+        let text = Text::from_gguf(source).unwrap();
+        text.decode(&text.encode_infill(&infill).unwrap(), false)
+    };
+    let hole = "<|fim_prefix|>x<|fim_suffix|>y<|fim_middle|>";
+    // Granite's and the first StarCoder's.
+    assert_eq!(
+        told(&[("<|repo_name|>", "<reponame>"), ("<|file_sep|>", "<filename>")]),
+        format!("<reponame>repository\n<filename>a\nb\n<filename>c\nd\n<filename>current\n{hole}")
+    );
+    assert_eq!(
+        told(&[("<|repo_name|>", "<x>")]),
+        format!("<|file_sep|>a\nb\n<|file_sep|>c\nd\n<|file_sep|>current\n{hole}")
+    );
+    assert_eq!(told(&[("<|file_sep|>", "<x>")]), format!("\n\n--- a ---\n\nb\n\n\n--- c ---\n\nd\n{hole}"));
 }
 
 #[test]
@@ -172,7 +203,7 @@ fn ids_that_the_file_names_come_before_well_known_names() {
     let position = |name| source.tokens.iter().position(|token| token == name).map(|at| at as u32);
     let (begin, tool) = (position("<s>"), position("<tool_call>"));
     let text = Text::from_gguf(TextSource { fim_middle: tool, fim_prefix: begin, ..source }).unwrap();
-    let infill = Infill { prefix: "a".into(), suffix: "b".into(), extra: vec![] };
+    let infill = Infill { prefix: "a".into(), suffix: "b".into(), ..Infill::default() };
     assert_eq!(text.decode(&text.encode_infill(&infill).unwrap(), false), "<s>a<|fim_suffix|>b<tool_call>");
 }
 

@@ -160,6 +160,7 @@ fn turns_end_and_holes_are_filled_with_the_models_own_tokens() {
         prefix: "def f():".into(),
         suffix: "<|im_end|>".into(),
         extra: vec![("a.py".into(), "x = 1".into())],
+        ..Infill::default()
     };
     if !text.has_infill() {
         assert!(text.encode_infill(&infill).is_err());

@@ -168,7 +168,7 @@ struct Encoded {
 fn encode(text: &Text, input: Input, suffix: Option<&str>, echo: bool) -> Result<Encoded, ApiError> {
     match (input, suffix) {
         (Input::Text(prefix), Some(suffix)) => {
-            let infill = Infill { prefix, suffix: suffix.to_owned(), extra: Vec::new() };
+            let infill = Infill { prefix, suffix: suffix.to_owned(), ..Infill::default() };
             let tokens = text.encode_infill(&infill).map_err(|error| ApiError::from(error).at("suffix"))?;
             Ok(Encoded { tokens, echoed: String::new() })
         }
@@ -212,10 +212,13 @@ impl Writer {
     fn choice(&mut self, delta: &Delta) -> Choice {
         let state = &mut self.choices[delta.index];
         let mut text = state.echo.take().unwrap_or_default();
+        let echoed = text.len();
         text.push_str(&delta.text);
         let logprobs = self.columns.as_ref().map(|model| {
             let mut columns = ColumnLogprobs::default();
-            columns.extend(model, &delta.prompt, &mut state.offset);
+            if !delta.prompt.is_empty() {
+                columns.extend_prompt(model, &delta.prompt, &text[..echoed], &mut state.offset);
+            }
             columns.extend(model, &delta.tokens, &mut state.offset);
             columns
         });

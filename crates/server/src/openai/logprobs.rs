@@ -4,6 +4,7 @@ use rudder_engine::Token;
 use rudder_text::Text;
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
+use serde_json::Value;
 
 /// JSON has no infinity; OpenAI writes this for what is impossible.
 const IMPOSSIBLE: f32 = -9999.0;
@@ -50,9 +51,9 @@ impl Alternative {
 }
 
 impl ChatLogprobs {
-    pub fn new(text: &Text, tokens: &[Token]) -> Self {
+    pub fn new<'t>(text: &Text, tokens: impl IntoIterator<Item = &'t Token>) -> Self {
         let content = tokens
-            .iter()
+            .into_iter()
             .map(|token| ChatToken {
                 token: Alternative::new(text, token.id, token.logprob.unwrap_or(IMPOSSIBLE)),
                 top_logprobs: token
@@ -63,6 +64,15 @@ impl ChatLogprobs {
             })
             .collect();
         Self { content, refusal: None }
+    }
+
+    /// The tokens' entries alone.
+    pub fn into_values(self) -> Vec<Value> {
+        let values = self.content.iter().map(serde_json::to_value).collect::<Result<_, _>>();
+        values.unwrap_or_else(|error| {
+            tracing::error!(%error, "log-probabilities could not be serialised");
+            Vec::new()
+        })
     }
 }
 
@@ -97,19 +107,49 @@ pub(crate) struct Offset {
 }
 
 impl ColumnLogprobs {
+    /// Appends a prompt's tokens; `echoed` is the text that repeats it. It lacks what encoding put before the
+    /// prompt: a begin token, a space.
+    pub fn extend_prompt(&mut self, text: &Text, tokens: &[Token], echoed: &str, offset: &mut Offset) {
+        let mut rest = echoed.as_bytes();
+        for token in tokens {
+            let bytes = text.token_bytes(token.id);
+            let shown = match bytes.strip_prefix(b" ") {
+                _ if rest.starts_with(&bytes) => &bytes[..],
+                Some(word) if rest.len() == echoed.len() && rest.starts_with(word) => word,
+                _ if text.is_control(token.id) => &[],
+                // Normalised or no UTF-8: about as long as what it became.
+                _ => &bytes[..bytes.len().min(rest.len())],
+            };
+            rest = &rest[shown.len()..];
+            let chars = chars(shown);
+            self.push(text, token, bytes, offset.chars);
+            offset.chars += chars;
+        }
+        offset.chars = echoed.chars().count();
+    }
+
     /// Appends tokens that continue the text from `offset`, which moves on.
     pub fn extend(&mut self, text: &Text, tokens: &[Token], offset: &mut Offset) {
         for token in tokens {
             let bytes = text.token_bytes(token.id);
-            self.text_offset.push(offset.chars);
-            // A character that is spread over several tokens counts where it begins.
-            offset.chars += bytes.iter().filter(|&&byte| byte & 0xc0 != 0x80).count();
-            let name = spelled(bytes);
-            self.token_logprobs.push(token.logprob.map(finite));
-            self.top_logprobs.push(token.logprob.map(|logprob| top_map(text, token, &name, logprob)));
-            self.tokens.push(name);
+            let chars = if text.is_control(token.id) { 0 } else { chars(&bytes) };
+            self.push(text, token, bytes, offset.chars);
+            offset.chars += chars;
         }
     }
+
+    fn push(&mut self, text: &Text, token: &Token, bytes: Vec<u8>, offset: usize) {
+        self.text_offset.push(offset);
+        let name = spelled(bytes);
+        self.token_logprobs.push(token.logprob.map(finite));
+        self.top_logprobs.push(token.logprob.map(|logprob| top_map(text, token, &name, logprob)));
+        self.tokens.push(name);
+    }
+}
+
+/// The characters that begin in these bytes: one that is spread over several tokens counts where it begins.
+fn chars(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|&&byte| byte & 0xc0 != 0x80).count()
 }
 
 /// The alternatives and, if it is not among them, the token itself.

@@ -1,7 +1,6 @@
 //! A response's task: runs the turn, writes its events, ends it where it is told to, and starts the
 //! successor that a correction asks for.
 
-use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +17,7 @@ use super::request::{Ask, Prepared, response_id};
 use super::steer::{self, Code, Steer};
 use super::types::{Failure, Link, Reason, Response, Status, Usage};
 use crate::Server;
-use crate::conversation::{KnownMessage, Piece, Role, Turn};
+use crate::conversation::{KnownMessage, Role, Turn};
 use crate::generate::{Delta, EndReason, Running, Totals};
 use crate::openai::ApiError;
 use crate::openai::logprobs::ChatLogprobs;
@@ -222,7 +221,6 @@ fn drive(
 
 /// Writes events until the turn ends or is ended.
 async fn follow(server: &Server, live: &Live, running: &mut Running) -> Ending {
-    let mut logprobs = Logprobs::of(server, live);
     loop {
         let (wish, steered) = {
             let state = live.state();
@@ -246,7 +244,7 @@ async fn follow(server: &Server, live: &Live, running: &mut Running) -> Ending {
         let Some(delta) = running.deltas().next().filter(|_| news) else {
             return Ending::Completed;
         };
-        write(live, delta, &mut logprobs);
+        write(server, live, delta);
         if let Some(end) = &delta.end {
             if let Some(failed) = end.reason.failure() {
                 return Ending::Failed(failure(&failed.into()));
@@ -267,73 +265,21 @@ fn calls_tools(live: &Live) -> bool {
     !steer::owed(&live.state().recorder.response().output).is_empty()
 }
 
-fn write(live: &Live, delta: &Delta, logprobs: &mut Logprobs) {
-    logprobs.hear(delta);
+fn write(server: &Server, live: &Live, delta: &Delta) {
+    let text = live.ask.settings.logprobs.then(|| server.generator.text());
     live.write(|state| {
         state.progress = None;
-        for piece in &delta.pieces {
-            state.recorder.piece(piece, &logprobs.of_piece(piece));
+        for (index, piece) in delta.pieces.iter().enumerate() {
+            let logprobs = text.map(|text| logprobs(text, delta, index)).unwrap_or_default();
+            state.recorder.piece(piece, &logprobs);
         }
     });
 }
 
-/// Log-probabilities on their way to the text they belong to.
-struct Logprobs {
-    /// Absent if nobody asked for them.
-    text: Option<Text>,
-    waiting: VecDeque<Value>,
-}
-
-impl Logprobs {
-    fn of(server: &Server, live: &Live) -> Self {
-        let text = live.ask.settings.logprobs.then(|| server.generator.text().clone());
-        Self { text, waiting: VecDeque::new() }
-    }
-
-    fn hear(&mut self, delta: &Delta) {
-        if let Some(text) = &self.text {
-            match serde_json::to_value(ChatLogprobs::new(text, &delta.tokens)) {
-                Ok(Value::Object(mut fields)) => {
-                    let tokens = fields.get_mut("content").and_then(Value::as_array_mut);
-                    self.waiting.extend(tokens.into_iter().flat_map(std::mem::take));
-                }
-                _ => tracing::error!("log-probabilities could not be serialised"),
-            }
-        }
-    }
-
-    /// Those of a piece that is text. Those of reasoning, of calls and of markup are not reported.
-    fn of_piece(&mut self, piece: &Piece) -> Vec<Value> {
-        match piece {
-            _ if self.waiting.is_empty() => Vec::new(),
-            Piece::Text(said) => self.take(said),
-            Piece::Reasoning(said) => {
-                self.take(said);
-                Vec::new()
-            }
-            Piece::CallBegin { .. } | Piece::CallInput(_) | Piece::CallEnd => Vec::new(),
-        }
-    }
-
-    /// Takes the tokens that `said` is made of; what stands before them was markup.
-    fn take(&mut self, said: &str) -> Vec<Value> {
-        let mut raw = Vec::new();
-        let mut begins = Vec::with_capacity(self.waiting.len());
-        for token in &self.waiting {
-            begins.push(raw.len());
-            let bytes = token["bytes"].as_array().into_iter().flatten().filter_map(Value::as_u64);
-            raw.extend(bytes.filter_map(|byte| u8::try_from(byte).ok()));
-        }
-        let windows = raw.windows(said.len().max(1));
-        let Some(begin) = windows.enumerate().find(|(_, part)| *part == said.as_bytes()).map(|(at, _)| at)
-        else {
-            return Vec::new();
-        };
-        let end = begin + said.len();
-        let before = begins.iter().take_while(|&&at| at < begin).count();
-        let until = begins.iter().take_while(|&&at| at < end).count();
-        self.waiting.drain(..until).skip(before).collect()
-    }
+/// Those of a piece that is text. Those of reasoning, of calls and of markup are not reported.
+fn logprobs(text: &Text, delta: &Delta, piece: usize) -> Vec<Value> {
+    let tokens = delta.text_tokens.iter().filter(|(index, _)| *index == piece).map(|(_, token)| token);
+    ChatLogprobs::new(text, tokens).into_values()
 }
 
 /// Ends the response. Returns corrections for a successor to take up.

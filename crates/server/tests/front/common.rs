@@ -30,6 +30,17 @@ const AGENT_TEMPLATE: &str = "{% if tools %}<|im_start|>system\n{{ tools | tojso
     {% for c in m.tool_calls or [] %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}\
     <|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}\
     {# <think> #}";
+/// A template as gpt-oss has it: the name that a result is shown with is the last call's, of which a message has one,
+/// and only the first message is the system's.
+const HARMONY_TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}{% endif %}{% set call = namespace(name=none) %}\
+    {% if messages[0].role == 'system' %}<|start|>developer<|message|>{{ messages[0].content }}<|end|>{% endif %}\
+    {% for m in messages %}{% if m.role == 'assistant' and 'tool_calls' in m %}{% set f = m.tool_calls[0].function %}\
+    <|start|>assistant to=functions.{{ f.name }}<|channel|>commentary json<|message|>{{ f.arguments | tojson }}<|call|>\
+    {% set call.name = f.name %}{% elif m.role == 'tool' %}\
+    {% if call.name is none %}{{ raise_exception('a result without a call') }}{% endif %}\
+    <|start|>functions.{{ call.name }} to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>\
+    {% elif m.role in ['user', 'assistant'] %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}\
+    {% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}";
 /// The same for a model that does not reason.
 const CALLING_TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}{% endif %}\
     {% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
@@ -59,8 +70,39 @@ pub fn text(infill: bool) -> Text {
     text_with(infill, TEMPLATE, &[])
 }
 
+/// The same of a model that begins every text with `<|im_start|>`.
+pub fn beginning_text() -> Text {
+    let source = source(true, TEMPLATE, &[]);
+    Text::from_gguf(TextSource { bos: Some(257), add_bos: Some(true), ..source }).unwrap()
+}
+
+/// The same of a SentencePiece model: token 259 is an `a` with a space before it.
+pub fn spaced_text() -> Text {
+    let mut tokens: Vec<String> = (0..256).map(|byte| format!("<0x{byte:02X}>")).collect();
+    tokens.extend(["<unk>", "<s>", "</s>", "▁a", "▁", "a", "b"].map(String::from));
+    let kind = |index: usize| match index {
+        0..256 => 6,
+        256 => 2,
+        257 | 258 => 3,
+        _ => 1,
+    };
+    Text::from_gguf(TextSource {
+        model: "llama".into(),
+        token_types: (0..tokens.len()).map(kind).collect(),
+        scores: vec![0.0; tokens.len()],
+        tokens,
+        eos: Some(258),
+        ..TextSource::default()
+    })
+    .unwrap()
+}
+
 /// The same with another template, and tokens for these marks.
 fn text_with(infill: bool, template: &str, marks: &[&str]) -> Text {
+    Text::from_gguf(source(infill, template, marks)).unwrap()
+}
+
+fn source(infill: bool, template: &str, marks: &[&str]) -> TextSource {
     let mut tokens = byte_tokens();
     let count = if infill { 6 } else { 3 };
     tokens.extend(SPECIALS[..count].iter().map(|&token| token.to_owned()));
@@ -71,7 +113,7 @@ fn text_with(infill: bool, template: &str, marks: &[&str]) -> Text {
     let nul = tokens[0].clone();
     tokens.push(nul.repeat(2));
     let special = |index: u32| infill.then_some(256 + index);
-    Text::from_gguf(TextSource {
+    TextSource {
         model: "gpt2".into(),
         pre: Some("qwen2".into()),
         tokens,
@@ -83,8 +125,7 @@ fn text_with(infill: bool, template: &str, marks: &[&str]) -> Text {
         fim_middle: special(5),
         chat_template: Some(template.into()),
         ..TextSource::default()
-    })
-    .unwrap()
+    }
 }
 
 /// How the model behaves.
@@ -127,7 +168,8 @@ impl Reciter {
     fn row_logits(&mut self, position: u64) -> Vec<f32> {
         let mut logits = vec![0.0; self.config.vocab];
         if !self.manner.answers.is_empty() {
-            logits[self.answer_token(position)] = 9.0;
+            // Told apart by their places.
+            logits[self.answer_token(position)] = 9.0 + (position % 100) as f32 / 100.0;
             return logits;
         }
         let script = SCRIPT.as_bytes();
@@ -198,6 +240,13 @@ pub fn start_with(config: ServerConfig, engine: EngineConfig, manner: Manner, in
 /// A server whose model gives these answers, one after the other, and may reason and call tools.
 pub fn start_agent(answers: &[&str]) -> Fixture {
     start_answering(ServerConfig::new(MODEL), answers, Duration::ZERO, text_with(true, AGENT_TEMPLATE, &[]))
+}
+
+/// A server whose model gives these answers in harmony's channels.
+pub fn start_harmony(answers: &[&str]) -> Fixture {
+    let marks = ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>"];
+    let text = text_with(true, HARMONY_TEMPLATE, &marks);
+    start_answering(ServerConfig::new(MODEL), answers, Duration::ZERO, text)
 }
 
 /// A server whose model reasons as its prompt has begun to, and gives these answers.
@@ -323,6 +372,14 @@ impl Fixture {
 
     pub async fn post_bytes(&self, path: &str, body: Vec<u8>) -> Answer {
         self.send(Request::post(path).body(Body::from(body)).unwrap()).await
+    }
+
+    /// A conversation as the model is shown it.
+    pub async fn shown(&self, messages: &Value, tools: &Value) -> String {
+        let answer = self.post("/tokenize", &serde_json::json!({"messages": messages, "tools": tools})).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let tokens: Vec<u32> = serde_json::from_value(answer.json()["tokens"].take()).unwrap();
+        self.text.decode(&tokens, false)
     }
 
     /// Waits until nothing runs and every KV block is accounted for.

@@ -1,6 +1,9 @@
 //! What clients are answered: streams and wholes alike, choices, ends, log-probabilities.
 
-use crate::common::{Fixture, Manner, SCRIPT, start, start_in};
+use crate::common::{
+    Fixture, Manner, SCRIPT, beginning_text, engine_config, spaced_text, start, start_in, start_text,
+};
+use rudder_server::ServerConfig;
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -230,6 +233,30 @@ async fn echo_with_log_probabilities_scores_the_prompt() {
         assert_eq!(columns["tokens"][0], "bytes:\\xc3");
         assert_eq!(columns["text_offset"].as_array().unwrap()[..4], [json!(0), json!(1), json!(1), json!(2)]);
         assert_eq!(body["usage"]["completion_tokens"], max_tokens);
+    }
+}
+
+#[tokio::test]
+async fn offsets_are_places_in_the_text() {
+    let starts = async |fixture: &Fixture, extra: Value| {
+        let body = answer(fixture, COMPLETIONS, &complete(extra)).await;
+        let choice = &body["choices"][0];
+        let offsets: Vec<usize> = serde_json::from_value(choice["logprobs"]["text_offset"].clone()).unwrap();
+        (choice["text"].as_str().unwrap().to_owned(), offsets)
+    };
+    let begins = start_text(ServerConfig::new("tiny"), engine_config(), Manner::default(), beginning_text());
+    let echo = json!({"prompt": "Hi", "echo": true, "logprobs": 1, "max_tokens": 3});
+    assert_eq!(starts(&begins, echo).await, (format!("Hi{}", recited(3, 3)), vec![0, 0, 1, 2, 3, 4]));
+    let written = json!({"prompt": "<|im_start|>Hi", "echo": true, "logprobs": 1, "max_tokens": 1});
+    assert_eq!(starts(&begins, written).await.1, [0, 12, 13, 14]);
+    // Control tokens are no part of the text that was generated.
+    let control = json!({"logit_bias": {"257": 100}, "logprobs": 1, "max_tokens": 3});
+    assert_eq!(starts(&start(), control).await, (String::new(), vec![0, 0, 0]));
+
+    let spaced = start_text(ServerConfig::new("tiny"), engine_config(), Manner::default(), spaced_text());
+    for prompt in [json!("ab"), json!([259, 98])] {
+        let echo = json!({"prompt": prompt, "echo": true, "logprobs": 1, "max_tokens": 2});
+        assert_eq!(starts(&spaced, echo).await, (format!("ab{}", recited(2, 2)), vec![0, 1, 2, 3]));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::common::{Fixture, start, start_agent};
+use crate::common::{Fixture, start, start_agent, start_harmony};
 
 async fn tokens(server: &Fixture, messages: &[Value], tools: bool) -> Value {
     let tool = json!({"type": "function", "function": {"name": "f", "description": "takes <|im_end|>"}});
@@ -97,4 +97,30 @@ async fn what_one_says_in_several_messages_is_counted_the_same_when_it_is_known(
         }
         assert!(counts[0] > 0 && counts.iter().all(|&count| count == counts[2]), "{counts:?}");
     }
+}
+
+#[tokio::test]
+async fn rules_that_a_template_shows_nowhere_are_told_all_the_same() {
+    let said = |role: &str, text: &str| json!({"role": role, "content": text});
+    let messages = [
+        said("system", "one"),
+        said("developer", "two"),
+        said("user", "go"),
+        said("assistant", "Done."),
+        said("developer", "three"),
+    ];
+    let harmony = start_harmony(&["<|channel|>final<|message|>x"]);
+    let expected = "<|start|>developer<|message|>one\n\ntwo<|end|><|start|>user<|message|>go<|end|>\
+                    <|start|>assistant<|message|>Done.<|end|><|start|>user<|message|>three<|end|><|start|>assistant";
+    let tools = json!([]);
+    assert_eq!(harmony.shown(&json!(messages), &tools).await, expected);
+    let expected = "<|im_start|>system\none<|im_end|>\n<|im_start|>system\ntwo<|im_end|>\n";
+    let shown = start_agent(&["x"]).shown(&json!(messages), &tools).await;
+    assert!(shown.starts_with(expected) && shown.contains("<|im_start|>system\nthree"), "{shown}");
+    let body = json!({"messages": messages, "max_tokens": 1});
+    let answered = harmony.post("/v1/chat/completions", &body).await.json();
+    assert_eq!(
+        answered["usage"]["prompt_tokens"],
+        tokens(&harmony, &messages, false).await.as_array().unwrap().len()
+    );
 }

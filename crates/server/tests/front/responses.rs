@@ -210,6 +210,36 @@ async fn logprobs_are_those_of_the_text() {
 }
 
 #[tokio::test]
+async fn logprobs_are_those_of_the_texts_own_tokens() {
+    let call = "<tool_call>\n{\"name\": \"read\", \"arguments\": {\"path\": \"the cat\"}}\n</tool_call>\n";
+    for (markup, said) in
+        [("<think>the thing</think>\n", "hi"), (call, "the"), (&format!("On it.{call}"), "cat")]
+    {
+        let (server, answer) = (start_agent(&[&format!("{markup}{said}")]), format!("{markup}{said}"));
+        let function = json!({"name": "read", "parameters": {"type": "object"}});
+        let chat = json!({"messages": [{"role": "user", "content": "x"}], "temperature": 0, "logprobs": true,
+            "tools": [{"type": "function", "function": function}]});
+        let chat = server.post("/v1/chat/completions", &chat).await.json();
+        let all = chat["choices"][0]["logprobs"]["content"].as_array().unwrap();
+        assert_eq!(all.len(), answer.len(), "a byte a token");
+
+        let include = json!({"include": ["message.output_text.logprobs"], "stream": true,
+            "tools": [{"type": "function", "name": "read", "parameters": {"type": "object"}}]});
+        let response = legal::check(&events(&server.post(PATH, &body(include)).await));
+        assert_eq!(response["usage"]["input_tokens"], chat["usage"]["prompt_tokens"]);
+        let message = response["output"].as_array().unwrap().last().unwrap();
+        let own = message["content"][0]["logprobs"].as_array().unwrap();
+        assert_eq!(message["content"][0]["text"], said);
+        assert_eq!(own.len(), said.len());
+        for (own, expected) in own.iter().zip(&all[all.len() - said.len()..]) {
+            assert_eq!(own["token"], expected["token"]);
+            let difference = own["logprob"].as_f64().unwrap() - expected["logprob"].as_f64().unwrap();
+            assert!(difference.abs() < 1e-6, "{answer}: {own} for {expected}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_overflow_is_a_400_or_an_event_that_names_it() {
     let server = start();
     let long = "word ".repeat(CONTEXT);

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::common::{Fixture, start_agent};
+use crate::common::{Fixture, start_agent, start_harmony};
 
 const CALLS: &str = "<think>two files</think>Reading both.\n\
     <tool_call>\n{\"name\": \"read\", \"arguments\": {\"path\":  \"a </tool_call> b\"}}\n</tool_call>\n\
@@ -96,6 +96,45 @@ async fn a_custom_call_carries_its_text_as_it_is() {
     assert_eq!(whole["content"], Value::Null);
     let (stream, _) = streamed(&server, body).await;
     assert_eq!(json!(without_ids(&stream["tool_calls"])), expected);
+}
+
+#[tokio::test]
+async fn a_custom_call_in_harmonys_channels_has_its_result_in_the_next_turn() {
+    let call =
+        "<|channel|>commentary to=functions.patch <|constrain|>json<|message|>{\"input\": \"*** a\\n+c\"}";
+    let server = start_harmony(&[call, "<|channel|>final<|message|>Done."]);
+    let (said, _) = message(&server, &request(&[user("go")])).await;
+    assert_eq!(said["tool_calls"][0]["custom"], json!({"name": "patch", "input": "*** a\n+c"}));
+    let result = json!({"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "ok"});
+    let messages = [user("go"), said, result];
+    let shown = server.shown(&json!(messages), &tools()).await;
+    let expected = "to=functions.patch<|channel|>commentary json<|message|>{\"input\": \"*** a\\n+c\"}<|call|>\
+                    <|start|>functions.patch to=assistant";
+    assert!(shown.contains(expected) && !shown.contains("<custom_tool_call"), "{shown}");
+    let (done, _) = message(&server, &request(&messages)).await;
+    assert_eq!(done["content"], "Done.");
+}
+
+#[tokio::test]
+async fn several_calls_of_a_message_are_shown_one_by_one_where_its_template_shows_one() {
+    let read = json!({"id": "a", "type": "function", "function": {"name": "read", "arguments": "{\"path\": \"x\"}"}});
+    let patch = json!({"id": "b", "type": "custom", "custom": {"name": "patch", "input": "y"}});
+    let result = |id: &str, text: &str| json!({"role": "tool", "tool_call_id": id, "content": text});
+    let said = json!({"role": "assistant", "content": null, "tool_calls": [read, patch]});
+    let messages = [user("go"), said, result("b", "patched"), result("a", "is x")];
+    let server = start_harmony(&["<|channel|>final<|message|>Done."]);
+    let shown = server.shown(&json!(messages), &tools()).await;
+    let (_, calls) = shown.split_once("go<|end|>").unwrap();
+    let channel = "<|channel|>commentary";
+    let expected = format!(
+        "<|start|>assistant to=functions.read{channel} json<|message|>{{\"path\": \"x\"}}<|call|>\
+         <|start|>functions.read to=assistant{channel}<|message|>\"is x\"<|end|>\
+         <|start|>assistant to=functions.patch{channel} json<|message|>{{\"input\": \"y\"}}<|call|>\
+         <|start|>functions.patch to=assistant{channel}<|message|>\"patched\"<|end|><|start|>assistant"
+    );
+    assert_eq!(calls, expected);
+    let (done, _) = message(&server, &request(&messages)).await;
+    assert_eq!(done["content"], "Done.");
 }
 
 #[tokio::test]

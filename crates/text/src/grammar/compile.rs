@@ -13,10 +13,11 @@ use serde_json::{Value, json};
 use super::cache::Cache;
 use super::vocabulary::Vocabulary;
 use super::{CompiledGrammar, GrammarError, GrammarPart, GrammarSpec, JsonLayout};
+use crate::schema::closed;
 use crate::{Parts, Text};
 
 /// Largest grammar, as text.
-const MAX_BYTES: usize = 1 << 20;
+pub(super) const MAX_BYTES: usize = 1 << 20;
 /// Compilations at once; more wait, within their time.
 const MAX_COMPILING: usize = 2;
 /// Compilation recurses as deeply as the grammar is nested.
@@ -143,7 +144,7 @@ fn check_size(spec: &GrammarSpec) -> Result<(), GrammarError> {
 }
 
 /// Bytes of a grammar's text.
-fn size(spec: &GrammarSpec) -> usize {
+pub(super) fn size(spec: &GrammarSpec) -> usize {
     match spec {
         GrammarSpec::Json => 0,
         GrammarSpec::JsonSchema { schema, .. } => schema.to_string().len(),
@@ -173,7 +174,7 @@ fn single(spec: &GrammarSpec, layout: JsonLayout) -> Result<GrammarWithLexer, Gr
     };
     Ok(match spec {
         GrammarSpec::Json => json(json!({"type": "object"}), true)?,
-        GrammarSpec::JsonSchema { schema, strict } => json(schema.clone(), *strict)?,
+        GrammarSpec::JsonSchema { schema, strict } => json(closed(schema, schema), *strict)?,
         GrammarSpec::Regex(regex) => {
             GrammarWithLexer::from_lark(format!("start: /{}/", regex_to_lark(unanchored(regex), "")))
         }

@@ -25,7 +25,11 @@ enum Written {
     String,
     /// A string unless it is `null`: as much of that as there is.
     StringOrNull(String),
-    Whole(String, Kind),
+    Whole {
+        key: String,
+        value: String,
+        kind: Kind,
+    },
     /// A custom tool's text.
     Raw,
     Ignored,
@@ -82,7 +86,7 @@ impl Arguments {
                 Written::String
             }
             Kind::TextOrNull => Written::StringOrNull(String::new()),
-            kind => Written::Whole(String::new(), kind),
+            kind => Written::Whole { key: key.to_owned(), value: String::new(), kind },
         };
     }
 
@@ -91,7 +95,7 @@ impl Arguments {
         match &mut self.value {
             Written::String => text.chars().for_each(|c| escape_into(c, &mut self.scratch)),
             Written::Raw => self.scratch.push_str(text),
-            Written::Whole(value, _) => value.push_str(text),
+            Written::Whole { value, .. } => value.push_str(text),
             Written::StringOrNull(value) => {
                 value.push_str(text);
                 if !"null".starts_with(value.as_str()) {
@@ -110,7 +114,10 @@ impl Arguments {
             Written::String => out.input("\""),
             Written::StringOrNull(value) if value == "null" => out.input(&value),
             Written::StringOrNull(value) => out.input(&quoted(&value)),
-            Written::Whole(value, kind) => out.input(&typed(value, kind)),
+            Written::Whole { key, value, kind } => {
+                let takes = |json: &Value| self.tools.takes(&self.tool, &key, json);
+                out.input(&typed(&value, kind, takes));
+            }
             Written::Raw | Written::Ignored => {}
         }
     }
@@ -124,16 +131,19 @@ impl Arguments {
     }
 }
 
-/// The JSON that a text stands for: itself if it is JSON, else a string.
-fn typed(text: String, kind: Kind) -> String {
+/// The JSON that a text stands for: itself if it is JSON, else a string. Where the schema takes strings too, it is a
+/// string if the schema takes that and not what it says as JSON.
+fn typed(text: &str, kind: Kind, takes: impl Fn(&Value) -> bool) -> String {
     let trimmed = text.trim();
-    if serde_json::from_str::<Value>(trimmed).is_ok() {
+    if let Ok(json) = serde_json::from_str::<Value>(trimmed)
+        && (kind == Kind::Other || takes(&json) || !takes(&text.into()))
+    {
         return trimmed.to_owned();
     }
     match trimmed {
         "True" | "False" if kind == Kind::Other => trimmed.to_lowercase(),
         "None" if kind == Kind::Other => "null".to_owned(),
-        _ => quoted(&text),
+        _ => quoted(text),
     }
 }
 

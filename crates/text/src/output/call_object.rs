@@ -13,7 +13,8 @@ const MAX_KEY: usize = 32;
 /// Reads one object. Whatever is given out has a name; before that, malformed is refused.
 pub(super) struct CallObject {
     tools: Arc<Offered>,
-    /// Refuses names that were not offered and keys that no call has: nothing else says that this is a call.
+    /// Refuses names that were not offered, and keys that no call has before its arguments: nothing else says
+    /// that this is a call.
     strict: bool,
     mark: &'static str,
     state: State,
@@ -97,6 +98,7 @@ impl CallObject {
             State::Key { .. } if c == '}' => return self.close(out),
             State::InKey if c == '"' => {
                 if self.strict
+                    && !self.begun
                     && !matches!(self.key.as_str(), "name" | "arguments" | "parameters" | "type" | "id")
                 {
                     return Take::Past;

@@ -78,15 +78,15 @@ impl PythonicCalls {
             ')' => return self.close(out),
             ',' => {}
             c if c.is_whitespace() => {}
-            c if c.is_alphabetic() || c == '_' => {
-                self.word.clear();
-                self.word.push(c);
-                self.state = State::Word;
-            }
-            c => {
+            '\'' | '"' | '(' | '[' | '{' => {
                 self.place(out);
                 let value = PythonValue::new(self.is_custom());
                 return self.value(value, c, out);
+            }
+            c => {
+                self.word.clear();
+                self.word.push(c);
+                self.state = State::Word;
             }
         }
         Step::More
@@ -94,7 +94,6 @@ impl PythonicCalls {
 
     fn word(&mut self, c: char, out: &mut Sink<'_>) -> Step {
         match c {
-            c if c.is_alphanumeric() || c == '_' || c.is_whitespace() => self.word.push(c),
             '=' => {
                 let key = std::mem::take(&mut self.word);
                 if let Some(arguments) = &mut self.arguments {
@@ -102,11 +101,13 @@ impl PythonicCalls {
                 }
                 self.state = State::Value(PythonValue::new(self.is_custom()));
             }
-            c => {
+            '\'' | '"' | '(' | '[' | '{' | ',' | ')' => {
                 self.place(out);
                 let value = PythonValue::of_word(self.is_custom(), std::mem::take(&mut self.word));
                 return self.value(value, c, out);
             }
+            // Not all that schemas name is a name in Python.
+            c => self.word.push(c),
         }
         Step::More
     }

@@ -22,6 +22,18 @@ impl ReasoningFormat {
         }
     }
 
+    /// Parts the text of an answer that holds its reasoning too, as servers give it that do not read it: the reasoning, between the marks at
+    /// the beginning or, of one that the prompt opened, before a closing mark on a line of its own that stands in no code, and what follows.
+    pub fn part(self, text: &str) -> Option<(&str, &str)> {
+        let (opening, closing) = self.marks()?;
+        let opened = text.trim_start().strip_prefix(opening);
+        let (reasoning, answer) = opened.unwrap_or(text).split_once(closing)?;
+        let alone = reasoning.ends_with('\n') && (answer.is_empty() || answer.starts_with('\n'));
+        let fences = reasoning.lines().filter(|line| line.trim_start().starts_with("```")).count();
+        let parts = opened.is_some() || alone && fences % 2 == 0 && !reasoning.contains(opening);
+        parts.then(|| (reasoning.trim(), answer.trim_start()))
+    }
+
     /// Whether a rendered prompt with this end has opened the reasoning already.
     pub fn is_open(self, prompt: &str) -> bool {
         self.marks().is_some_and(|(opening, _)| prompt.trim_end().ends_with(opening))

@@ -4,13 +4,11 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
+use crate::schema::{self, Types};
 use crate::{Tool, ToolInput};
 
 /// Longer names, in bytes, are no tool's.
 pub(super) const MAX_NAME: usize = 256;
-
-/// References in a schema are followed so far.
-const MAX_DEPTH: usize = 8;
 
 /// The offered tools by name.
 pub(super) struct Offered {
@@ -26,7 +24,7 @@ pub(super) enum Kind {
     TextOrNull,
     /// No string.
     Other,
-    /// Anything, or the schema does not say.
+    /// A string or something else, or the schema does not say.
     Unknown,
 }
 
@@ -51,74 +49,31 @@ impl Offered {
     /// What an argument of a tool may be.
     pub(super) fn kind(&self, tool: &str, argument: &str) -> Kind {
         let Some(schema) = self.schema(tool) else { return Kind::Unknown };
-        let mut types = Types::default();
-        types.add(&schema["properties"][argument], schema, 0);
+        let types = schema::types(&schema::member(schema, argument), schema);
+        let text_or_null = Types::STRING.or(Types::NULL);
         match types {
-            Types { string: true, null: false, other: false } => Kind::Text,
-            Types { string: true, null: true, other: false } => Kind::TextOrNull,
-            Types { string: false, null: _, other: true } => Kind::Other,
+            Types::NONE => Kind::Unknown,
+            Types::STRING => Kind::Text,
+            types if types == text_or_null => Kind::TextOrNull,
+            types if !types.has(Types::STRING) => Kind::Other,
             _ => Kind::Unknown,
         }
     }
 
+    /// Whether an argument of a tool may be this value.
+    pub(super) fn takes(&self, tool: &str, argument: &str, value: &Value) -> bool {
+        self.schema(tool).is_none_or(|schema| schema::fits(value, &schema::member(schema, argument), schema))
+    }
+
     /// The name of the argument at a place.
     pub(super) fn argument(&self, tool: &str, place: usize) -> Option<&str> {
-        self.schema(tool)?["properties"].as_object()?.keys().nth(place).map(String::as_str)
+        schema::names(self.schema(tool)?).get(place).copied()
     }
 
     fn schema(&self, tool: &str) -> Option<&Value> {
         match &self.tools.get(tool)?.input {
             ToolInput::Json { schema, .. } => Some(schema),
             _ => None,
-        }
-    }
-}
-
-/// The JSON types that a schema allows; none: it does not say.
-#[derive(Default)]
-struct Types {
-    string: bool,
-    null: bool,
-    other: bool,
-}
-
-impl Types {
-    fn add(&mut self, schema: &Value, root: &Value, depth: usize) {
-        if depth > MAX_DEPTH {
-            return;
-        }
-        match &schema["type"] {
-            Value::String(name) => self.add_named(name),
-            Value::Array(names) => {
-                names.iter().filter_map(Value::as_str).for_each(|name| self.add_named(name))
-            }
-            _ => self.add_untyped(schema, root, depth),
-        }
-    }
-
-    fn add_untyped(&mut self, schema: &Value, root: &Value, depth: usize) {
-        let reference = schema["$ref"].as_str().and_then(|path| root.pointer(path.strip_prefix('#')?));
-        let unions =
-            ["anyOf", "oneOf", "allOf"].into_iter().filter_map(|key| schema[key].as_array()).flatten();
-        for part in reference.into_iter().chain(unions) {
-            self.add(part, root, depth + 1);
-        }
-        let values = schema["enum"].as_array().into_iter().flatten();
-        for value in values.chain(schema.get("const")) {
-            match value {
-                Value::String(_) => self.string = true,
-                Value::Null => self.null = true,
-                _ => self.other = true,
-            }
-        }
-        self.other |= schema.get("properties").is_some() || schema.get("items").is_some();
-    }
-
-    fn add_named(&mut self, name: &str) {
-        match name {
-            "string" => self.string = true,
-            "null" => self.null = true,
-            _ => self.other = true,
         }
     }
 }
@@ -142,12 +97,18 @@ mod tests {
                 "g": {"$ref": "#/properties/g"},
                 "h": {"description": "anything"},
                 "i": {"properties": {}},
+                "k": {"allOf": [{"type": ["string", "integer"]}, {"$ref": "#/properties/a"}]},
+                "l": {"enum": ["x", null]},
+                "m": {"enum": ["x", 1, null]},
+                "n": {"$ref": "#/$defs/a%3Cb~1c%3E"},
+                "o": {"type": "string", "oneOf": vec![json!({"const": "1"}); 70]},
+                "p": {"anyOf": [{"type": "string"}, {"$ref": "other.json"}]},
             },
-            "$defs": {"text": {"type": "string"}},
+            "$defs": {"text": {"type": "string"}, "a<b/c>": {"type": "boolean"}},
         });
         let input = ToolInput::Json { schema, strict: false };
         let tools = Offered::new(&[Tool { name: "f".into(), description: String::new(), input }]);
-        let kinds = "abcdefghij".chars().map(|name| tools.kind("f", &name.to_string()));
+        let kinds = "abcdefghijklmnop".chars().map(|name| tools.kind("f", &name.to_string()));
         let expected = [
             Kind::Text,
             Kind::TextOrNull,
@@ -159,10 +120,16 @@ mod tests {
             Kind::Unknown,
             Kind::Other,
             Kind::Unknown,
+            Kind::Text,
+            Kind::TextOrNull,
+            Kind::Unknown,
+            Kind::Other,
+            Kind::Text,
+            Kind::Text,
         ];
         assert!(kinds.eq(expected));
         assert_eq!(tools.kind("g", "a"), Kind::Unknown);
         assert_eq!(tools.argument("f", 1), Some("b"));
-        assert_eq!(tools.argument("f", 9), None);
+        assert_eq!(tools.argument("f", 99), None);
     }
 }

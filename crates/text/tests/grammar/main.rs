@@ -1,6 +1,7 @@
 //! Grammars over small vocabularies made here: random walks under the masks, what they force, where
 //! they end, and what is refused.
 
+mod arguments;
 mod schema;
 mod tools;
 mod walk;

@@ -4,13 +4,20 @@ use serde_json::Value;
 
 /// What is wrong with a value, if anything is.
 pub fn check(value: &Value, schema: &Value, root: &Value) -> Result<(), String> {
-    if let Some(path) = schema["$ref"].as_str() {
-        let target = root.pointer(path.trim_start_matches('#')).ok_or("a reference leads nowhere")?;
-        return check(value, target, root);
+    if schema == false {
+        return Err(format!("{value} may not be there"));
     }
-    if let Some(options) = schema["anyOf"].as_array() {
+    if let Some(path) = schema["$ref"].as_str() {
+        let path = path.trim_start_matches('#').replace("%3C", "<").replace("%3E", ">");
+        let target = root.pointer(&path).ok_or("a reference leads nowhere")?;
+        check(value, target, root)?;
+    }
+    for part in schema["allOf"].as_array().into_iter().flatten() {
+        check(value, part, root)?;
+    }
+    for options in ["anyOf", "oneOf"].into_iter().filter_map(|key| schema[key].as_array()) {
         let any = options.iter().any(|option| check(value, option, root).is_ok());
-        return any.then_some(()).ok_or_else(|| format!("{value} is none of {options:?}"));
+        any.then_some(()).ok_or_else(|| format!("{value} is none of {options:?}"))?;
     }
     let listed =
         schema["enum"].as_array().map(Vec::as_slice).or(schema.get("const").map(std::slice::from_ref));
@@ -20,9 +27,9 @@ pub fn check(value: &Value, schema: &Value, root: &Value) -> Result<(), String> 
     let types: Vec<&str> = match &schema["type"] {
         Value::String(name) => vec![name],
         Value::Array(names) => names.iter().filter_map(Value::as_str).collect(),
-        _ => return Ok(()),
+        _ => Vec::new(),
     };
-    if !types.iter().any(|name| is_a(value, name)) {
+    if !types.is_empty() && !types.iter().any(|name| is_a(value, name)) {
         return Err(format!("{value} is no {types:?}"));
     }
     bounds(value, schema)?;
@@ -41,11 +48,8 @@ pub fn check(value: &Value, schema: &Value, root: &Value) -> Result<(), String> 
         }
     }
     for (key, value) in object {
-        match schema["properties"].get(key) {
-            Some(property) => check(value, property, root)?,
-            None if schema["additionalProperties"] == false => return Err(format!("{key} is too many")),
-            None => {}
-        }
+        let property = schema["properties"].get(key).or(schema.get("additionalProperties"));
+        check(value, property.unwrap_or(&no_schema), root).map_err(|wrong| format!("{key}: {wrong}"))?;
     }
     Ok(())
 }

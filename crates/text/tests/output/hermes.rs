@@ -119,6 +119,27 @@ fn a_call_after_code_or_a_stray_backtick_is_a_call() {
 }
 
 #[test]
+fn a_fence_within_a_fence_hides_no_call_behind_both() {
+    for before in [
+        "```markdown\n# X\n```sh\nmake\n```\nDone.\n```\nNow I write it.",
+        "````markdown\n```sh\nmake\n```\n````\nNow I write it.",
+        "```markdown\n```sh\nmake\n``` \n```",
+        "Run:\n```ls```",
+    ] {
+        let answer = format!("{before}\n{}", weather());
+        assert_reads(hermes(), &answer, &[text(before), call("get_weather", WEATHER)]);
+    }
+    assert_text(hermes(), &format!("```markdown\n```sh\nmake\n```\n{}\n```", weather()));
+}
+
+#[test]
+fn a_call_right_behind_a_closing_fence_is_a_call() {
+    let before = "Run:\n```sh\nls\n```";
+    assert_reads(hermes(), &format!("{before}{}", weather()), &[text(before), call("get_weather", WEATHER)]);
+    assert_text(hermes(), &format!("Like this:\n```{}\n```", weather()));
+}
+
+#[test]
 fn without_tools_nothing_is_a_call() {
     assert_eq!(read_after(hermes(), &[], "", &weather()), [text(&weather())]);
 }
@@ -182,11 +203,21 @@ fn known_quirks_are_forgiven() {
 }
 
 #[test]
+fn keys_behind_an_unmarked_calls_arguments_are_passed_over() {
+    let object = "{\"name\": \"now\", \"arguments\": {}, \"description\": \"x\", \"more\": {\"a\": [1]}}";
+    for answer in [object, &format!("```json\n{object}\n```"), &format!("[{object}]")] {
+        assert_reads(hermes(), answer, &[call("now", "{}")]);
+    }
+    assert_reads(hermes(), &format!("{object}\nDone."), &[call("now", "{}"), text("Done.")]);
+}
+
+#[test]
 fn bare_json_of_another_kind_is_text() {
     for answer in [
         "{\"name\": \"Bob\", \"age\": 3}",
         "{\"name\": \"unknown\", \"arguments\": {}}",
         "{\"name\": \"now\"}",
+        "{\"name\": \"now\", \"description\": \"x\", \"arguments\": {}}",
         "{\"result\": {\"name\": \"now\", \"arguments\": {}}}",
         "[1, 2]",
         "{",

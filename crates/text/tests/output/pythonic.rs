@@ -55,6 +55,18 @@ fn arguments_without_a_name_take_those_of_the_schema() {
 }
 
 #[test]
+fn names_that_python_does_not_have_are_names() {
+    assert_reads(
+        pythonic(),
+        "[now(file-path='a', $x=1, a.b=True), get_weather(-2, f'x')]",
+        &[
+            call("now", "{\"file-path\": \"a\", \"$x\": 1, \"a.b\": true}"),
+            call("get_weather", "{\"city\": -2, \"days\": \"x\"}"),
+        ],
+    );
+}
+
+#[test]
 fn custom_tools_take_their_text_raw() {
     assert_reads(pythonic(), "[apply_patch(input=\"a\\n'b'\")]", &[call("apply_patch", "a\n'b'")]);
 }

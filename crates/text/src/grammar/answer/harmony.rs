@@ -2,6 +2,8 @@
 //!
 //! `<|channel|>commentary to=functions.f <|constrain|>json<|message|>{..}`, which a stop token ends.
 
+use serde_json::json;
+
 use super::writer::Writer;
 use super::{Answer, input};
 use crate::ToolInput;
@@ -16,7 +18,8 @@ pub(super) fn answer(writer: &mut Writer<'_>, answer: &Answer<'_>) -> String {
         let address = format!("<|channel|>commentary to=functions.{} ", tool.name);
         let (kind, body) = match &tool.input {
             ToolInput::Json { .. } => ("<|constrain|>json<|message|>", input(writer, tool)),
-            ToolInput::Text => ("<|message|>", text.clone()),
+            // As the model is told of them; what is held to a grammar is the text itself.
+            ToolInput::Text => ("<|constrain|>json<|message|>", writer.part(text_in_object())),
             ToolInput::Lark(lark) => ("<|message|>", writer.part(GrammarSpec::Lark(lark.clone()))),
             ToolInput::Regex(regex) => ("<|message|>", writer.part(GrammarSpec::Regex(regex.clone()))),
         };
@@ -32,4 +35,11 @@ pub(super) fn answer(writer: &mut Writer<'_>, answer: &Answer<'_>) -> String {
         None => {}
     }
     format!("({aside} {text} {next})* ({})", ends.join(" | "))
+}
+
+/// A custom tool's text as a function's only argument.
+fn text_in_object() -> GrammarSpec {
+    let schema = json!({"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+        "additionalProperties": false});
+    GrammarSpec::JsonSchema { schema, strict: true }
 }

@@ -4,6 +4,7 @@
 //! Where a call is required, there is nothing but calls. Where the model is free to call, its text is
 //! free until it opens a call; from there on the call is held.
 
+mod arguments;
 mod custom;
 mod harmony;
 mod marked;

@@ -1,12 +1,15 @@
 //! Calls as a list in Python, `[f(x=1), g()]`: Llama 3.2 and 4.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::Calls;
-use super::tagged::within;
+use super::arguments::{Held, objects};
 use super::writer::Writer;
-use crate::grammar::GrammarSpec;
-use crate::{Tool, ToolInput};
+use crate::Tool;
+use crate::schema::{self, Member, Object, Types};
+
+/// What an argument may be called that the schema does not name.
+const OTHER_NAME: &str = "[A-Za-z_][A-Za-z0-9_]{0,60}";
 
 /// The list, alone in an answer.
 pub(super) fn list(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool, calls: &mut Calls) {
@@ -27,39 +30,67 @@ pub(super) fn list(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool, cal
     calls.bare = Some((format!(r#""[" {call} {more} "]""#), begins.collect()));
 }
 
-/// The arguments by name, in the order of the schema: those it requires, then any of the others.
+/// The arguments by name, in the order of the schema: those it requires, then any of the others, named or not.
 fn arguments(writer: &mut Writer<'_>, tool: &Tool) -> String {
-    let ToolInput::Json { schema, strict } = &tool.input else { return String::new() };
-    let no_properties = Map::new();
-    let properties = schema["properties"].as_object().unwrap_or(&no_properties);
-    let required: Vec<&str> =
-        schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    let (first, others): (Vec<_>, Vec<_>) =
-        properties.iter().partition(|(name, _)| required.contains(&name.as_str()));
-    let mut argument = |(name, property): (&String, &Value)| {
-        let head = writer.literal(&format!("{name}="));
-        format!("{head} {}", value(writer, property, schema, *strict))
+    let Some((held, objects)) = objects(writer, tool) else { return String::new() };
+    let ways: Vec<String> = objects.iter().map(|object| of_object(writer, object, held)).collect();
+    format!("({})", ways.join(" | "))
+}
+
+fn of_object(writer: &mut Writer<'_>, object: &Object<'_>, held: Held<'_>) -> String {
+    let (first, others): (Vec<&Member<'_>>, Vec<_>) =
+        object.members.iter().partition(|member| member.required);
+    let mut argument = |member: &Member<'_>| {
+        if writer.is_full() {
+            return String::new();
+        }
+        let head = writer.literal(&format!("{}=", member.name));
+        format!("{head} {}", value(writer, &member.schema, held))
     };
     let first: Vec<String> = first.into_iter().map(&mut argument).collect();
-    let others: Vec<String> = others.into_iter().map(&mut argument).collect();
+    let mut others: Vec<(String, &str)> = others.into_iter().map(|other| (argument(other), "?")).collect();
+    if let Some(schema) = &object.others {
+        let known: Vec<&str> = object.members.iter().map(|member| member.name).collect();
+        let head = writer.name_between("", OTHER_NAME, &known, "=");
+        others.push((format!("{head} {}", value(writer, schema, held)), "*"));
+    }
+    let after = |others: &[(String, &str)]| {
+        others.iter().map(|(other, times)| format!(r#"(", " {other}){times}"#)).collect::<Vec<_>>().join(" ")
+    };
     if !first.is_empty() {
-        let others = others.iter().map(|other| format!(r#"(", " {other})?"#)).collect::<Vec<_>>();
-        return format!("{} {}", first.join(r#" ", " "#), others.join(" "));
+        return format!("{} {}", first.join(r#" ", " "#), after(&others));
     }
     // Without a required one, the first written may be any, and those after it may follow.
-    let ways = (0..others.len()).map(|i| {
-        let after = others[i + 1..].iter().map(|other| format!(r#"(", " {other})?"#)).collect::<Vec<_>>();
-        writer.rule(&format!("{} {}", others[i], after.join(" ")))
+    let ways = (0..others.len()).map_while(|i| {
+        if writer.is_full() {
+            return None;
+        }
+        // The last may follow itself, if it stands for all that have no name of their own.
+        let from = if others[i].1 == "*" { i } else { i + 1 };
+        Some(writer.rule(&format!("{} {}", others[i].0, after(&others[from..]))))
     });
     let ways: Vec<String> = ways.collect();
-    if ways.is_empty() { String::new() } else { format!("({})?", ways.join(" | ")) }
+    if ways.is_empty() { r#""""#.into() } else { format!("({})?", ways.join(" | ")) }
 }
 
 /// A value: Python's own words for true, false and none at the top, else as JSON, which is Python too.
-fn value(writer: &mut Writer<'_>, property: &Value, root: &Value, strict: bool) -> String {
-    match property["type"].as_str() {
-        Some("boolean") => r#"("True" | "False")"#.into(),
-        Some("null") => r#""None""#.into(),
-        _ => writer.part(GrammarSpec::JsonSchema { schema: within(property, root), strict }),
+fn value(writer: &mut Writer<'_>, schema: &Value, held: Held<'_>) -> String {
+    let ways = schema::ways(schema, held.root).unwrap_or_default();
+    let types = ways.iter().fold(Types::NONE, |types, way| types.or(way.types()));
+    let mut words = Vec::new();
+    if ways.iter().any(|way| way.types().has(Types::BOOLEAN) && way.listed().is_none()) {
+        words.extend([r#""True""#, r#""False""#]);
     }
+    if types.has(Types::NULL) {
+        words.push(r#""None""#);
+    }
+    let words = words.join(" | ");
+    if !words.is_empty()
+        && types.within(Types::BOOLEAN.or(Types::NULL))
+        && ways.iter().all(|way| way.listed().is_none())
+    {
+        return format!("({words})");
+    }
+    let json = held.json(writer, schema);
+    if words.is_empty() { json } else { format!("({words} | {json})") }
 }

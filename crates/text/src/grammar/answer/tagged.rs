@@ -1,13 +1,16 @@
 //! Calls whose arguments stand between tags, strings as they are and all else as JSON: Qwen3-Coder, GLM.
 
-use serde_json::{Map, Value};
+use llguidance::regex_to_lark;
+use regex_syntax::ast::Ast;
+use serde_json::Value;
 
 use super::Group;
+use super::arguments::{Held, objects};
 use super::writer::Writer;
-use crate::grammar::GrammarSpec;
+use crate::Tool;
 use crate::grammar::compile::unanchored;
 use crate::output::{self, ValueTags};
-use crate::{Tool, ToolInput};
+use crate::schema::{self, Member, Types, Way};
 
 /// How a family writes an argument: before its name, between name and value, after the value.
 struct Tags {
@@ -28,6 +31,12 @@ const GLM: Tags = Tags {
     gap: "\n",
     read: &output::GLM.values,
 };
+
+/// What an argument may be called that the schema does not name, so that its name is read as it was written.
+const OTHER_NAME: &str = r"[^<>\s]([^<>\n\r]{0,60}[^<>\s])?";
+
+/// How null is written.
+const NULL: &str = "null";
 
 /// `<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>`.
 pub(super) fn qwen(writer: &mut Writer<'_>, tools: &[&Tool]) -> Group {
@@ -55,100 +64,136 @@ fn group(
     Group { mark: "<tool_call>".into(), rest: format!("{call} {}", writer.literal(end)) }
 }
 
-/// The arguments in the order of the schema, those that it does not require as the model likes.
+/// The arguments in the order of the schema, those that it does not require as the model likes, and then others if
+/// there may be any.
 fn arguments(writer: &mut Writer<'_>, tool: &Tool, tags: &Tags) -> String {
-    let ToolInput::Json { schema, strict } = &tool.input else { return String::new() };
-    let no_properties = Map::new();
-    let properties = schema["properties"].as_object().unwrap_or(&no_properties);
-    let required: Vec<&str> =
-        schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    let mut arguments = Vec::new();
-    for (name, property) in properties {
-        let head = writer.literal(&format!("{}{name}{}", tags.name, tags.value));
-        let value = value(writer, property, schema, *strict, tags);
-        let optional = if required.contains(&name.as_str()) { "" } else { "?" };
-        let gap = writer.literal(tags.gap);
-        arguments.push(format!("({head} {value} {gap}){optional}"));
+    let Some((held, objects)) = objects(writer, tool) else { return String::new() };
+    let gap = writer.literal(tags.gap);
+    let mut ways = Vec::new();
+    for object in objects {
+        let mut arguments = Vec::new();
+        for Member { name, schema, required } in &object.members {
+            if writer.is_full() {
+                break;
+            }
+            let head = writer.literal(&format!("{}{name}{}", tags.name, tags.value));
+            let value = value(writer, schema, held, tags);
+            let optional = if *required { "" } else { "?" };
+            arguments.push(format!("({head} {value} {gap}){optional}"));
+        }
+        if let Some(schema) = &object.others {
+            let known: Vec<&str> = object.members.iter().map(|member| member.name).collect();
+            let head = writer.name_between(tags.name, OTHER_NAME, &known, tags.value);
+            let value = value(writer, schema, held, tags);
+            arguments.push(format!("({head} {value} {gap})*"));
+        }
+        ways.push(arguments.join(" "));
     }
-    arguments.join(" ")
+    if let [way] = &mut ways[..] { std::mem::take(way) } else { format!("({})", ways.join(" | ")) }
 }
 
 /// A value with its closing tag.
-fn value(writer: &mut Writer<'_>, property: &Value, root: &Value, strict: bool, tags: &Tags) -> String {
+fn value(writer: &mut Writer<'_>, schema: &Value, held: Held<'_>, tags: &Tags) -> String {
+    let Some(ways) = schema::ways(schema, held.root) else {
+        return writer.value_until(tags.end, tags.read);
+    };
     let end = writer.literal(tags.end);
-    let texts = literal_texts(property);
-    if !texts.is_empty() {
-        let texts: Vec<String> = texts.iter().map(|text| writer.literal(text)).collect();
-        return format!("({}) {end}", texts.join(" | "));
+    let types = ways.iter().fold(Types::NONE, |types, way| types.or(way.types()));
+    let nothing_else = types.within(Types::STRING.or(Types::NULL));
+    if !types.has(Types::STRING) {
+        return format!("{} {end}", held.json(writer, schema));
     }
-    let held = text_rules(property);
-    if !held.is_empty() {
-        return writer.matched_until(&held, tags.end, tags.read);
-    }
-    if may_be_text(property, root, 0) {
+    let texts: Vec<Texts<'_>> =
+        ways.iter().filter(|way| way.types().has(Types::STRING)).map(Texts::of).collect();
+    if texts.iter().any(Texts::is_free) {
         return writer.value_until(tags.end, tags.read);
     }
-    format!("{} {end}", writer.part(GrammarSpec::JsonSchema { schema: within(property, root), strict }))
+    if let Some(listed) = Texts::all_listed(&texts) {
+        let mut ways: Vec<String> = listed.iter().map(|text| writer.literal(text)).collect();
+        if !nothing_else {
+            ways.push(held.json(writer, schema));
+        } else if types.has(Types::NULL) {
+            ways.push(writer.literal(NULL));
+        }
+        return format!("({}) {end}", ways.join(" | "));
+    }
+    if !nothing_else {
+        // A string in quotes is read as well, where not all that fits is a string.
+        return format!("{} {end}", held.json(writer, schema));
+    }
+    let null = types.has(Types::NULL).then(|| vec![NULL.to_owned()]);
+    let ways: Vec<Vec<String>> = texts.into_iter().flat_map(Texts::rules).chain(null).collect();
+    writer.matched_until(&ways, tags.end, tags.read)
 }
 
-/// The texts that a schema lists, if it allows nothing else.
-fn literal_texts(schema: &Value) -> Vec<&str> {
-    let listed =
-        schema["enum"].as_array().map(Vec::as_slice).or(schema.get("const").map(std::slice::from_ref));
-    let listed = listed.unwrap_or_default();
-    let texts: Vec<&str> = listed.iter().filter_map(Value::as_str).filter(|text| !text.is_empty()).collect();
-    if texts.len() == listed.len() { texts } else { Vec::new() }
+/// What one way of a schema says of strings.
+enum Texts<'s> {
+    Listed(Vec<&'s str>),
+    /// Expressions that a string must match, all of them.
+    Matched(Vec<String>),
 }
 
-/// Expressions that a string must match, if the schema allows a string alone and holds it to any.
-fn text_rules(schema: &Value) -> Vec<String> {
-    if schema["type"] != "string" {
-        return Vec::new();
-    }
-    let [least, most] = ["minLength", "maxLength"].map(|key| schema[key].as_u64());
-    let length = (least.is_some() || most.is_some()).then(|| {
-        let most = most.map(|most| most.to_string()).unwrap_or_default();
-        format!("(?s:.{{{},{most}}})", least.unwrap_or(0))
-    });
-    let pattern = schema["pattern"].as_str().map(|pattern| {
-        let whole = unanchored(pattern);
-        let before = if pattern.starts_with('^') { "" } else { "(?s:.*)" };
-        let after = if pattern.len() > whole.len() + usize::from(before.is_empty()) { "" } else { "(?s:.*)" };
-        format!("{before}(?:{whole}){after}")
-    });
-    length.into_iter().chain(pattern).collect()
-}
-
-/// Whether a schema allows a string, or does not say what it allows.
-pub(super) fn may_be_text(schema: &Value, root: &Value, depth: usize) -> bool {
-    const MAX_DEPTH: usize = 16;
-    if depth > MAX_DEPTH {
-        return true;
-    }
-    match &schema["type"] {
-        Value::String(name) => return name == "string",
-        Value::Array(names) => return names.iter().any(|name| name == "string"),
-        _ => {}
-    }
-    let target = schema["$ref"].as_str().and_then(|path| root.pointer(path.strip_prefix('#')?));
-    let unions = ["anyOf", "oneOf"].into_iter().filter_map(|key| schema[key].as_array()).flatten();
-    let parts: Vec<&Value> = target.into_iter().chain(unions).collect();
-    if !parts.is_empty() {
-        return parts.into_iter().any(|part| may_be_text(part, root, depth + 1));
-    }
-    match schema["enum"].as_array() {
-        Some(values) => values.iter().any(Value::is_string),
-        None => schema.get("properties").is_none() && schema.get("items").is_none(),
-    }
-}
-
-/// A property's schema on its own, with the definitions of the whole that it may refer to.
-pub(super) fn within(property: &Value, root: &Value) -> Value {
-    let mut schema = property.as_object().cloned().unwrap_or_default();
-    for key in ["$defs", "definitions"] {
-        if let Some(definitions) = root.get(key) {
-            schema.entry(key).or_insert_with(|| definitions.clone());
+impl<'s> Texts<'s> {
+    fn of(way: &Way<'s>) -> Self {
+        match way.listed() {
+            Some(listed) => Self::Listed(listed.into_iter().filter_map(Value::as_str).collect()),
+            None => {
+                Self::Matched(length(way).into_iter().chain(way.all("pattern").filter_map(pattern)).collect())
+            }
         }
     }
-    Value::Object(schema)
+
+    fn is_free(&self) -> bool {
+        matches!(self, Self::Matched(rules) if rules.is_empty())
+    }
+
+    /// The listed texts, if all are.
+    fn all_listed(all: &[Self]) -> Option<Vec<&'s str>> {
+        let mut texts = Vec::new();
+        for one in all {
+            let Self::Listed(listed) = one else { return None };
+            texts.extend(listed);
+        }
+        Some(texts)
+    }
+
+    /// Expressions for each of its ways.
+    fn rules(self) -> Vec<Vec<String>> {
+        match self {
+            Self::Listed(texts) => texts.into_iter().map(|text| vec![regex_syntax::escape(text)]).collect(),
+            Self::Matched(rules) => vec![rules],
+        }
+    }
+}
+
+/// The length that a string must have, as an expression.
+fn length(way: &Way<'_>) -> Option<String> {
+    let least = way.all("minLength").filter_map(Value::as_u64).max();
+    let most = way.all("maxLength").filter_map(Value::as_u64).min();
+    let bounded = least.is_some_and(|least| least > 0) || most.is_some();
+    let most = most.map(|most| most.to_string()).unwrap_or_default();
+    bounded.then(|| format!("(?s:.{{{},{most}}})", least.unwrap_or(0)))
+}
+
+/// A `pattern` as an expression that the whole string must match. It is JavaScript's, whose digits and words are ASCII,
+/// and may match anywhere; each of its alternatives has anchors of its own. `None` of one that looks ahead or behind, or is none.
+fn pattern(pattern: &Value) -> Option<String> {
+    let pattern = regex_to_lark(pattern.as_str()?, "dw");
+    let parsed = regex_syntax::ast::parse::Parser::new().parse(&pattern);
+    let alternatives: Vec<&str> = match &parsed {
+        Ok(Ast::Alternation(alternation)) => {
+            let spans = alternation.asts.iter().map(Ast::span);
+            spans.map(|span| &pattern[span.start.offset..span.end.offset]).collect()
+        }
+        Ok(_) => vec![&pattern],
+        Err(_) => return None,
+    };
+    let whole = alternatives.into_iter().map(|alternative| {
+        let inner = unanchored(alternative);
+        let before = if alternative.starts_with('^') { "" } else { "(?s:.*)" };
+        let anchored = alternative.len() > inner.len() + usize::from(before.is_empty());
+        let after = if anchored { "" } else { "(?s:.*)" };
+        format!("{before}(?:{inner}){after}")
+    });
+    Some(whole.collect::<Vec<_>>().join("|"))
 }

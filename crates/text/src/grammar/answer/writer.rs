@@ -3,7 +3,7 @@
 use llguidance::regex_to_lark;
 
 use crate::Text;
-use crate::grammar::compile::lark_string;
+use crate::grammar::compile::{MAX_BYTES, lark_string, size};
 use crate::grammar::{GrammarPart, GrammarSpec, JsonLayout};
 use crate::output::ValueTags;
 
@@ -17,16 +17,38 @@ pub(super) struct Writer<'t> {
     rules: String,
     count: usize,
     parts: Vec<GrammarPart>,
+    /// Bytes of the parts.
+    part_bytes: usize,
+}
+
+/// A piece of a text as the model writes it.
+enum Piece<'p> {
+    Text(&'p str),
+    Control(u32),
+}
+
+impl Piece<'_> {
+    fn written(&self) -> String {
+        match self {
+            Self::Text(text) => lark_string(text),
+            Self::Control(token) => format!("<[{token}]>"),
+        }
+    }
 }
 
 impl<'t> Writer<'t> {
     pub(super) fn new(text: &'t Text, marks: Vec<&'static str>, free: bool) -> Self {
-        Self { text, marks, free, rules: String::new(), count: 0, parts: Vec::new() }
+        Self { text, marks, free, rules: String::new(), count: 0, parts: Vec::new(), part_bytes: 0 }
     }
 
     /// The grammar, whose start has this body.
     pub(super) fn finish(self, start: &str) -> GrammarSpec {
         GrammarSpec::Composed { lark: format!("start: {start}\n{}", self.rules), parts: self.parts }
+    }
+
+    /// Whether the grammar is too large to be compiled, so that there is no use in writing more.
+    pub(super) fn is_full(&self) -> bool {
+        self.rules.len() + self.part_bytes > MAX_BYTES
     }
 
     /// Adds a rule; returns its name.
@@ -39,21 +61,24 @@ impl<'t> Writer<'t> {
         self.add("[lazy]", &format!("/{}/", regex_to_lark(regex, "")))
     }
 
-    /// Adds a rule that ends as soon as all of the first of these regular expressions match a text, the whole of
-    /// which none of the others may match.
-    fn lazy_but(&mut self, all: &[String], none: &[String]) -> String {
-        let text = self.text_but(all, none);
+    /// Adds a rule that ends as soon as a text is one of [`Self::text_but`].
+    fn lazy_but(&mut self, any: &[Vec<String>], none: &[String]) -> String {
+        let text = self.text_but(any, none);
         self.add("[lazy]", &text)
     }
 
-    /// Adds a terminal: the texts that all of the first expressions match, and none of the others.
-    fn text_but(&mut self, all: &[String], none: &[String]) -> String {
+    /// Adds a terminal: the texts that all of any of these lists of regular expressions match as a whole, and none of
+    /// the last.
+    fn text_but(&mut self, any: &[Vec<String>], none: &[String]) -> String {
         let name = format!("TEXT{}", self.count);
         self.count += 1;
-        let all = all.iter().map(|regex| format!("/{}/", regex_to_lark(regex, "")));
-        let none = none.iter().map(|regex| format!("~/{}/", regex_to_lark(regex, "")));
-        let body = all.chain(none).collect::<Vec<_>>().join(" & ");
-        self.rules.push_str(&format!("{name}: {body}\n"));
+        let expression = |regex: &String| format!("/{}/", regex_to_lark(regex, ""));
+        let any: Vec<String> = any
+            .iter()
+            .map(|all| format!("({})", all.iter().map(expression).collect::<Vec<_>>().join(" & ")))
+            .collect();
+        let none: String = none.iter().map(|regex| format!(" & ~{}", expression(regex))).collect();
+        self.rules.push_str(&format!("{name}: ({}){none}\n", any.join(" | ")));
         name
     }
 
@@ -64,14 +89,40 @@ impl<'t> Writer<'t> {
 
     /// Adds a part whose JSON is laid out as told.
     pub(super) fn part_laid_out(&mut self, grammar: GrammarSpec, layout: JsonLayout) -> String {
+        self.part_bytes += size(&grammar);
         let name = format!("part{}", self.parts.len());
         let reference = format!("@{name}");
         self.parts.push(GrammarPart { name, grammar, layout });
         reference
     }
 
+    /// A name that this expression matches and that is none of the known ones, between two texts. With what of them
+    /// is text it is one terminal, as a lexer that has begun to read a known name in its text would not look back.
+    pub(super) fn name_between(&mut self, before: &str, name: &str, known: &[&str], after: &str) -> String {
+        let (mut before, mut after) = (self.pieces(before), self.pieces(after));
+        let head = before.pop_if(|piece| matches!(piece, Piece::Text(_)));
+        let tail =
+            (after.first().is_some_and(|piece| matches!(piece, Piece::Text(_)))).then(|| after.remove(0));
+        let [head, tail] = [head, tail].map(|piece| match piece {
+            Some(Piece::Text(text)) => regex_syntax::escape(text),
+            _ => String::new(),
+        });
+        let known: Vec<String> = known.iter().map(|name| regex_syntax::escape(name)).collect();
+        let none = (!known.is_empty()).then(|| format!("{head}({}){tail}", known.join("|")));
+        let name = self.text_but(&[vec![format!("{head}{name}{tail}")]], none.as_slice());
+        let written = before.iter().map(Piece::written).chain([name]).chain(after.iter().map(Piece::written));
+        written.collect::<Vec<_>>().join(" ")
+    }
+
     /// This text, its control tokens by their ids.
     pub(super) fn literal(&self, text: &str) -> String {
+        match &self.pieces(text)[..] {
+            [] => lark_string(""),
+            pieces => pieces.iter().map(Piece::written).collect::<Vec<_>>().join(" "),
+        }
+    }
+
+    fn pieces<'p>(&self, text: &'p str) -> Vec<Piece<'p>> {
         let mut pieces = Vec::new();
         let mut rest = text;
         while !rest.is_empty() {
@@ -80,16 +131,16 @@ impl<'t> Writer<'t> {
                 Some((rest.find(mark)?, *mark, token))
             });
             let Some((at, mark, token)) = found.min_by_key(|&(at, ..)| at) else {
-                pieces.push(lark_string(rest));
+                pieces.push(Piece::Text(rest));
                 break;
             };
             if at > 0 {
-                pieces.push(lark_string(&rest[..at]));
+                pieces.push(Piece::Text(&rest[..at]));
             }
-            pieces.push(format!("<[{token}]>"));
+            pieces.push(Piece::Control(token));
             rest = &rest[at + mark.len()..];
         }
-        pieces.join(" ")
+        pieces
     }
 
     /// Any text up to and with a mark.
@@ -110,10 +161,10 @@ impl<'t> Writer<'t> {
         let followers =
             tags.followers.iter().map(|tag| regex_syntax::escape(tag)).collect::<Vec<_>>().join("|");
         let early = [format!(r"(?s:.*){closing}\s*({followers})(?s:.*)")];
-        let end = self.lazy_but(&[format!("(?s:.*){}", regex_syntax::escape(mark))], &early);
-        let opened = self.lazy_but(&[format!(r"(?s:.*)\n\s*{opening}")], &early);
+        let end = self.lazy_but(&[vec![format!("(?s:.*){}", regex_syntax::escape(mark))]], &early);
+        let opened = self.lazy_but(&[vec![format!(r"(?s:.*)\n\s*{opening}")]], &early);
         let opened_first = match tags.in_lines {
-            true => self.lazy_but(&[format!(r"((?s:.*)\n)?\s*{opening}")], &early),
+            true => self.lazy_but(&[vec![format!(r"((?s:.*)\n)?\s*{opening}")]], &early),
             false => opened.clone(),
         };
         // In a value within nothing ends the whole.
@@ -126,17 +177,18 @@ impl<'t> Writer<'t> {
         self.rule(&format!("{end} | {opened_first} {within} {after}"))
     }
 
-    /// A value that all of these expressions match, up to and with a mark. It shows no tags.
-    pub(super) fn matched_until(&mut self, value: &[String], mark: &str, tags: &ValueTags) -> String {
+    /// A value that all of any of these lists of expressions match, up to and with a mark. It shows no tags.
+    pub(super) fn matched_until(&mut self, any: &[Vec<String>], mark: &str, tags: &ValueTags) -> String {
         let [opening, closing] = [tags.opening, tags.closing].map(regex_syntax::escape);
         let token = self.control(mark);
         let end = if token.is_none() { regex_syntax::escape(mark) } else { String::new() };
-        let all: Vec<String> = value.iter().map(|regex| format!("(?:{regex}){end}")).collect();
+        let ended = |all: &Vec<String>| all.iter().map(|regex| format!("(?:{regex}){end}")).collect();
+        let any: Vec<Vec<String>> = any.iter().map(ended).collect();
         let none = [format!("(?s:.*){closing}(?s:.+)"), format!("(?s:.*){opening}(?s:.*)")];
         match token {
             // What ends it is no part of the text, so it goes as far as it may.
-            Some(token) => format!("{} <[{token}]>", self.text_but(&all, &none)),
-            None => self.lazy_but(&all, &none),
+            Some(token) => format!("{} <[{token}]>", self.text_but(&any, &none)),
+            None => self.lazy_but(&any, &none),
         }
     }
 

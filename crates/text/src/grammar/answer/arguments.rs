@@ -1,0 +1,34 @@
+//! What a tool's arguments are held to, in the formats that write each by its name.
+
+use serde_json::Value;
+
+use super::writer::Writer;
+use crate::grammar::GrammarSpec;
+use crate::schema::{self, Object};
+use crate::{Tool, ToolInput};
+
+/// How arguments are held.
+#[derive(Clone, Copy)]
+pub(super) struct Held<'t> {
+    /// The tool's schema, to which references lead.
+    pub(super) root: &'t Value,
+    pub(super) strict: bool,
+}
+
+/// The objects that a tool takes, one for each way of its schema. Of a free call of a tool that is not strict any
+/// object, as of a schema whose ways cannot be told.
+pub(super) fn objects<'t>(writer: &Writer<'_>, tool: &'t Tool) -> Option<(Held<'t>, Vec<Object<'t>>)> {
+    let ToolInput::Json { schema, strict } = &tool.input else { return None };
+    let held = Held { root: schema, strict: *strict };
+    let free = writer.free && !strict;
+    let objects = if free { None } else { schema::objects(schema).filter(|objects| !objects.is_empty()) };
+    Some((held, objects.unwrap_or_else(|| vec![Object::any()])))
+}
+
+impl Held<'_> {
+    /// A value as JSON that its schema allows.
+    pub(super) fn json(self, writer: &mut Writer<'_>, value: &Value) -> String {
+        let schema = schema::closed(value, self.root);
+        writer.part(GrammarSpec::JsonSchema { schema, strict: self.strict })
+    }
+}
