@@ -149,7 +149,7 @@ impl<B: Backend> Layer<B> {
         backend.rope_and_cache(&mut w.qkv, &config.attention, norm, index, cache)
     }
 
-    /// Attention of all rows, from `qkv` to `heads`.
+    /// Attention from `qkv` to `heads`, of all rows but in the last layer.
     fn attend(
         &self,
         index: usize,
@@ -158,7 +158,8 @@ impl<B: Backend> Layer<B> {
         cache: &B::KvCache,
         w: &mut Workspace<B>,
     ) -> Result<(), OpError> {
-        let options = AttentionOptions { window: self.window, sinks: self.sinks.as_ref() };
+        let outputs_only = index + 1 == config.layers;
+        let options = AttentionOptions { window: self.window, sinks: self.sinks.as_ref(), outputs_only };
         backend.attention(&w.qkv, &config.attention, options, index, cache, &mut w.heads)
     }
 

@@ -81,7 +81,7 @@ fn bench(c: &mut Criterion) {
                 group.bench_function(BenchmarkId::from_parameter(rows), |b| {
                     b.iter(|| {
                         let matrix = next.next().expect("never ends");
-                        matmul(&pool, &mut scratch, &x, rows, matrix, None, &mut out);
+                        matmul(&pool, &mut scratch, x[..].into(), rows, matrix, None, &mut out);
                     });
                 });
             }

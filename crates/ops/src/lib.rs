@@ -135,12 +135,14 @@ pub struct AttentionOptions<'a, V> {
     /// A learnt logit for each query head, `[heads]`, that draws its share of the softmax and brings no value: an
     /// attention sink (Xiao et al. 2023, arXiv:2309.17453, as gpt-oss has it).
     pub sinks: Option<&'a V>,
+    /// Whether nobody reads other rows than the batch's outputs afterwards, as in the last layer: the others may then hold anything.
+    pub outputs_only: bool,
 }
 
 // Derived, both would ask it of `V`.
 impl<V> Default for AttentionOptions<'_, V> {
     fn default() -> Self {
-        Self { window: None, sinks: None }
+        Self { window: None, sinks: None, outputs_only: false }
     }
 }
 

@@ -44,6 +44,7 @@ fn bf16(seed: u32, shape: &[usize]) -> RawTensor {
 struct Model {
     cpu: Cpu,
     window: Option<usize>,
+    outputs_only: bool,
     sinks: Vec<f32>,
     embedding: <Cpu as Backend>::Embedding,
     norm: Vec<f32>,
@@ -82,6 +83,7 @@ impl Model {
         };
         Ok(Self {
             window,
+            outputs_only: false,
             sinks: cpu.load_vector(&[raw(10, &[SHAPE.heads])])?,
             embedding: cpu.load_embedding(&RawTensor::from_f32("table", vec![VOCAB, HIDDEN], &table))?,
             norm: cpu.load_vector(&[raw(2, &[HIDDEN])])?,
@@ -97,7 +99,7 @@ impl Model {
         })
     }
 
-    /// The bits of every row's result.
+    /// The bits of the results of the rows that are outputs.
     fn forward(&mut self, batch: &Batch) -> Result<Vec<u32>> {
         let (b, rows) = (&mut self.cpu, batch.rows());
         let mut tensor = |width| b.tensor(rows, width);
@@ -111,7 +113,8 @@ impl Model {
         b.linear(&normed, &self.qkv, None, &mut qkv)?;
         let norm = QkNorm { q: &self.head_norm, k: &self.head_norm, eps: 1e-6 };
         b.rope_and_cache(&mut qkv, &SHAPE, Some(norm), 0, &mut self.cache)?;
-        let options = AttentionOptions { window: self.window, sinks: self.window.map(|_| &self.sinks) };
+        let (window, outputs_only) = (self.window, self.outputs_only);
+        let options = AttentionOptions { window, sinks: window.map(|_| &self.sinks), outputs_only };
         b.attention(&qkv, &SHAPE, options, 0, &self.cache, &mut attended)?;
         b.linear(&attended, &self.attention_out, None, &mut y)?;
         b.rms_norm(&mut x, Some(&y), &self.norm, 1e-6, &mut normed)?;
@@ -242,6 +245,27 @@ fn a_later_token_of_the_same_chunk_does_not_show_even_when_it_is_nan() -> Result
         tokens[last] = NAN_TOKEN;
         let before = last * HIDDEN;
         assert!(whole(&tokens, kv_dtype, None)?[..before] == expected[..before], "{kv_dtype:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_that_are_wanted_have_the_same_bits_where_attention_leaves_out_the_others() -> Result<()> {
+    let mut batch = Batch::default();
+    batch.push(&prompt(700), 0, &(0..100).collect::<Vec<_>>(), 0);
+    batch.push(&prompt(40), 0, &[100, 101, 102], 0);
+    batch.push(&prompt(5), 0, &[103], 0);
+    // None of the last sequence; some in the middle of one, more at once than are computed together, and the ends of two that meet.
+    batch.outputs = [3, 4, 6].into_iter().chain(600..640).chain([698, 699, 700, 739]).collect();
+    for (kv_dtype, window) in SERVED.into_iter().flat_map(|kv_dtype| [None, Some(90)].map(|n| (kv_dtype, n)))
+    {
+        let expected = Model::new(2, kv_dtype, window)?.forward(&batch)?;
+        assert_eq!(expected.len(), batch.outputs.len() * HIDDEN);
+        for threads in 1..4 {
+            let mut model = Model { outputs_only: true, ..Model::new(threads, kv_dtype, window)? };
+            let found = model.forward(&batch)?;
+            assert!(found == expected, "{kv_dtype:?}, window {window:?}, {threads} threads");
+        }
     }
     Ok(())
 }

@@ -299,7 +299,8 @@ impl AttentionCase {
             b.begin(step)?;
             let norm = norm.as_ref().map(|(q, k)| QkNorm { q, k, eps: 1e-6 });
             b.rope_and_cache(&mut qkv, &self.shape, norm, 1, &mut cache)?;
-            let options = AttentionOptions { window: self.window, sinks: sinks.as_ref() };
+            let options =
+                AttentionOptions { window: self.window, sinks: sinks.as_ref(), ..Default::default() };
             b.attention(&qkv, &self.shape, options, 1, &cache, &mut out)?;
             results.extend(b.to_host(&qkv)?);
             results.extend(b.to_host(&out)?);
@@ -540,6 +541,13 @@ fn steps_that_do_not_fit_are_errors() -> Result<()> {
     let mut batch = plain_batch(2);
     batch.spans[0].context = 40;
     assert!(b.begin(&batch).is_err());
+    let mut batch = plain_batch(2);
+    batch.spans.push(batch.spans[0]);
+    assert!(b.begin(&batch).is_err_and(|e| e.to_string().contains("bad Span")));
+    for outputs in [vec![2], vec![1, 0], vec![0, 0]] {
+        let batch = Batch { outputs, ..plain_batch(2) };
+        assert!(b.begin(&batch).is_err_and(|e| e.to_string().contains("outputs")));
+    }
     assert!(b.kv_cache(usize::MAX / 2, &shape, 64).is_err());
     assert!(b.kv_cache(1 << 20, &shape, 1 << 40).is_err());
     Ok(())

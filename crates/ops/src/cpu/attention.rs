@@ -18,6 +18,7 @@
 
 use super::attention_pairs::{PairTile, Pairs};
 use super::kv::{Bf16, Element, KvCache, Layer, Layout, Loaded};
+use super::matmul;
 use super::pool::Pool;
 use super::rows::Disjoint;
 use super::simd::{self, Kernel, LANES, Level, Simd};
@@ -38,7 +39,7 @@ const SMALL: usize = 128 * 1024;
 /// Most f32 that partial results may take when pieces are computed in parallel.
 const MAX_PARTIALS: usize = 4 << 20;
 
-/// How a step's attention is cut; the same for all layers.
+/// How a step's attention over some of its rows is cut; the same for all layers.
 #[derive(Default)]
 pub(super) struct Plan {
     blocks: Vec<RowBlock>,
@@ -64,30 +65,48 @@ struct RowBlock {
 }
 
 impl Plan {
-    /// Plans `batch`.
+    /// Plans all rows of `batch`.
     pub fn set(&mut self, batch: &Batch) {
+        self.clear();
+        for span in &batch.spans {
+            for start in (0..span.len).step_by(ROWS) {
+                self.push(span, start, ROWS.min(span.len - start));
+            }
+        }
+    }
+
+    /// Plans the rows of `batch` that are outputs.
+    pub fn set_outputs(&mut self, batch: &Batch) {
+        self.clear();
+        let mut outputs = batch.outputs.iter().map(|&row| row as usize).peekable();
+        for span in &batch.spans {
+            while let Some(row) = outputs.next_if(|&row| row < span.start + span.len) {
+                let mut rows = 1;
+                while rows < ROWS
+                    && outputs.next_if(|&next| next == row + rows && next < span.start + span.len).is_some()
+                {
+                    rows += 1;
+                }
+                self.push(span, row - span.start, rows);
+            }
+        }
+    }
+
+    fn clear(&mut self) {
         self.blocks.clear();
         self.pieces.clear();
         (self.max_rows, self.pairs) = (0, 0);
-        for &span in &batch.spans {
-            for start in (0..span.len).step_by(ROWS) {
-                let rows = ROWS.min(span.len - start);
-                let position = span.context - span.len + start;
-                let pieces = (position + rows).div_ceil(PIECE);
-                let first_piece = self.pieces.len();
-                self.pieces.extend((0..pieces).map(|piece| (self.blocks.len(), piece)));
-                self.blocks.push(RowBlock {
-                    span,
-                    row: span.start + start,
-                    rows,
-                    position,
-                    first_piece,
-                    pieces,
-                });
-                self.max_rows = self.max_rows.max(rows);
-                self.pairs += rows * (position + rows);
-            }
-        }
+    }
+
+    /// Plans `rows` rows of a sequence from its row `start` of this step on.
+    fn push(&mut self, &span: &Span, start: usize, rows: usize) {
+        let position = span.context - span.len + start;
+        let pieces = (position + rows).div_ceil(PIECE);
+        let first_piece = self.pieces.len();
+        self.pieces.extend((0..pieces).map(|piece| (self.blocks.len(), piece)));
+        self.blocks.push(RowBlock { span, row: span.start + start, rows, position, first_piece, pieces });
+        self.max_rows = self.max_rows.max(rows);
+        self.pairs += rows * (position + rows);
     }
 }
 
@@ -139,14 +158,22 @@ pub(super) struct Attention<'a> {
 }
 
 impl Attention<'_> {
-    /// Computes `out`, `[rows, heads * head_dim]`. All block tables are within `cache`.
-    pub fn run(&self, pool: &Pool, cache: &KvCache, layer: usize, buffers: &mut Buffers, out: &mut [f32]) {
+    /// Computes `out`. All block tables are within `cache`.
+    pub fn run(&self, pool: &Pool, cache: &KvCache, layer: usize, buffers: &mut Buffers, out: &Out<'_>) {
         match cache.layer(layer) {
             Layer::F16(kv) => Job { op: self, kv, layout: cache.layout }.run(pool, buffers, out),
             Layer::BF16(kv) => Job { op: self, kv, layout: cache.layout }.run(pool, buffers, out),
             Layer::F32(kv) => Job { op: self, kv, layout: cache.layout }.run(pool, buffers, out),
         }
     }
+}
+
+/// Where attention's result goes.
+pub(super) struct Out<'a> {
+    /// `[rows, heads * head_dim]`.
+    pub rows: Disjoint<'a, f32>,
+    /// The same in pairs of bf16, where they are wanted and a head is whole pairs.
+    pub pairs: Option<Disjoint<'a, u32>>,
 }
 
 /// An [`Attention`] on elements of a known type.
@@ -157,13 +184,12 @@ struct Job<'a, E> {
 }
 
 impl<E: Stored> Job<'_, E> {
-    fn run(&self, pool: &Pool, buffers: &mut Buffers, out: &mut [f32]) {
+    fn run(&self, pool: &Pool, buffers: &mut Buffers, out: &Out<'_>) {
         let plan = self.op.plan;
         let Buffers { workers, partials } = buffers;
         for worker in workers.iter_mut() {
             self.reserve(worker.get_mut().unwrap_or_else(PoisonError::into_inner));
         }
-        let out = Disjoint::new(out);
         let small = plan.pairs * self.op.shape.out_width() < SMALL;
         let threads = if small { 1 } else { pool.threads() };
         let units = plan.blocks.len() * self.layout.kv_heads;
@@ -173,14 +199,14 @@ impl<E: Stored> Job<'_, E> {
             && plan.pieces.len() > plan.blocks.len()
             && len <= MAX_PARTIALS;
         if !parallel_pieces {
-            return claim(pool, threads, units, workers, |unit, worker| self.whole(unit, worker, &out));
+            return claim(pool, threads, units, workers, |unit, worker| self.whole(unit, worker, out));
         }
         partials.resize(partials.len().max(len), 0.0);
         let shared = Disjoint::new(partials);
         let tasks = plan.pieces.len() * self.layout.kv_heads;
         claim(pool, threads, tasks, workers, |task, worker| self.one_piece(task, worker, &shared));
         let partials = &*partials;
-        claim(pool, threads, units, workers, |unit, worker| self.merge_pieces(unit, worker, partials, &out));
+        claim(pool, threads, units, workers, |unit, worker| self.merge_pieces(unit, worker, partials, out));
     }
 
     /// Query heads that share a key head.
@@ -223,7 +249,7 @@ impl<E: Stored> Job<'_, E> {
     }
 
     /// A row block and key head from first to last piece.
-    fn whole(&self, unit: usize, worker: &mut Worker, out: &Disjoint<'_, f32>) {
+    fn whole(&self, unit: usize, worker: &mut Worker, out: &Out<'_>) {
         // Last first: the later rows of a chunk are the longer work.
         let block = &self.op.plan.blocks[self.op.plan.blocks.len() - 1 - unit / self.layout.kv_heads];
         let head = unit % self.layout.kv_heads;
@@ -260,7 +286,7 @@ impl<E: Stored> Job<'_, E> {
     }
 
     /// The pieces of a row block and key head, merged first to last.
-    fn merge_pieces(&self, unit: usize, worker: &mut Worker, partials: &[f32], out: &Disjoint<'_, f32>) {
+    fn merge_pieces(&self, unit: usize, worker: &mut Worker, partials: &[f32], out: &Out<'_>) {
         let (block, head) = (&self.op.plan.blocks[unit / self.layout.kv_heads], unit % self.layout.kv_heads);
         let len = self.state_len();
         let states = &mut worker.states[..block.rows * self.group() * len];
@@ -344,18 +370,41 @@ impl<E: Stored> Job<'_, E> {
     }
 
     /// Divides by the sums and writes the heads of a group.
-    fn finish(&self, block: &RowBlock, head: usize, states: &[f32], out: &Disjoint<'_, f32>) {
+    fn finish(&self, block: &RowBlock, head: usize, states: &[f32], out: &Out<'_>) {
         let (dim, padded, width) = (self.layout.head_dim, self.layout.padded(), self.op.shape.out_width());
         for (query, state) in states.chunks_exact(self.state_len()).enumerate() {
             let (row, head) = (block.row + query / self.group(), head * self.group() + query % self.group());
             let start = row * width + head * dim;
             // SAFETY: every row and head belongs to one unit.
-            let out = unsafe { out.part(start..start + dim) };
+            let to = unsafe { out.rows.part(start..start + dim) };
+            // SAFETY: likewise.
+            let pairs = out.pairs.as_ref().map(|pairs| unsafe { pairs.part(start / 2..(start + dim) / 2) });
             let sink = self.op.sinks.map_or(0.0, |sinks| (sinks[head] - state[padded]).exp());
             let scale = 1.0 / (state[padded + 1] + sink);
-            for (y, x) in out.iter_mut().zip(state) {
-                *y = x * scale;
-            }
+            self.op.level.run(Scaled { x: state, scale, to, pairs });
+        }
+    }
+}
+
+/// `to = x * scale`, and in pairs of bf16 where they are wanted.
+struct Scaled<'a> {
+    x: &'a [f32],
+    scale: f32,
+    to: &'a mut [f32],
+    pairs: Option<&'a mut [u32]>,
+}
+
+impl Kernel for Scaled<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Scaled { x, scale, to, pairs } = self;
+        for (y, x) in to.iter_mut().zip(x) {
+            *y = x * scale;
+        }
+        if let Some(pairs) = pairs {
+            // SAFETY: the caller's promise is the same.
+            unsafe { matmul::Pairs { x: to, row: to.len(), out: pairs }.run::<S>() };
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A gated MLP: gate and up, the activation, *down*.
 
 use super::activation;
-use super::matmul::{Isa, PackedMatrix, Scratch, gated, matmul, matmul_gated, takes_gated};
+use super::matmul::{Isa, PackedMatrix, Rows, Scratch, gated, matmul, matmul_gated, takes_gated};
 use super::pool::Pool;
 use super::simd::Level;
 use crate::Activation;
@@ -32,12 +32,12 @@ impl Mlp<'_> {
         pool: &Pool,
         level: Level,
         scratch: &mut Scratch,
-        x: &[f32],
+        x: Rows<'_>,
         room: Room<'_>,
         out: &mut [f32],
     ) {
         let Mlp { gate_up, down, activation, .. } = *self;
-        let rows = x.len() / gate_up.width();
+        let rows = out.len() / down.rows();
         let [bias, down_bias] = self.biases.map_or([None; 2], |biases| biases.map(Some));
         if takes_gated(rows, gate_up, down) {
             gated(Isa::widest(), pool, scratch, activation, x, rows, gate_up, bias);
@@ -45,6 +45,6 @@ impl Mlp<'_> {
         }
         matmul(pool, scratch, x, rows, gate_up, bias, room.gate_up);
         activation::gated(pool, level, activation, room.gate_up, down.width(), room.activated);
-        matmul(pool, scratch, room.activated, rows, down, down_bias, out);
+        matmul(pool, scratch, Rows::from(&*room.activated), rows, down, down_bias, out);
     }
 }

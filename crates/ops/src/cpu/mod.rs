@@ -26,7 +26,7 @@ use crate::{
     Rank, RawTensor, Result, Rope, SampleRow, Sampled, SamplerScratch, dequant, sample_row,
 };
 use kv::{LayerMut, Layout};
-use matmul::{PackedMatrix, Scratch};
+use matmul::{PackedMatrix, Rows, Scratch};
 use memory::Numbers;
 use mlp::Mlp;
 use norm::{RmsNorm, RmsNormInPlace};
@@ -44,6 +44,8 @@ pub struct Cpu {
     rope: Option<Rope>,
     max_rows: usize,
     max_width: usize,
+    /// Whether there are weights that multiply pairs of bf16, so that rows are kept as pairs too by the ops that make them.
+    pairs: bool,
     scratch: Scratch,
     step: Step,
     attention: attention::Buffers,
@@ -59,6 +61,8 @@ struct Step {
     batch: Batch,
     rotations: rope::Rotations,
     plan: attention::Plan,
+    /// Of the outputs alone.
+    output_plan: attention::Plan,
     /// Blocks that a cache must have for the step's slots and block tables to lie in it.
     blocks: usize,
 }
@@ -66,6 +70,10 @@ struct Step {
 /// Activations, `[rows, width]`.
 pub struct Tensor {
     data: Numbers<f32>,
+    /// The same as pairs of bf16, `[rows, width / 2]` rounded up, where `paired`.
+    pairs: Numbers<u32>,
+    /// Whether the op that wrote the rows wrote pairs too: few do.
+    paired: bool,
     rows: usize,
     max_rows: usize,
     width: usize,
@@ -90,6 +98,7 @@ impl Cpu {
             rope: None,
             max_rows: 0,
             max_width: 0,
+            pairs: false,
             scratch: Scratch::new(0, 0),
             step: Step::default(),
             attention: attention::Buffers::new(threads),
@@ -115,6 +124,7 @@ impl Cpu {
     fn pack(&mut self, parts: &[RawTensor]) -> Result<PackedMatrix> {
         let matrix = PackedMatrix::pack(&self.pool, parts)?;
         self.reserve(0, matrix.width());
+        self.pairs |= matrix.is_bf16();
         Ok(matrix)
     }
 
@@ -140,14 +150,29 @@ impl Tensor {
     }
 
     fn data_mut(&mut self) -> &mut [f32] {
+        self.paired = false;
         &mut self.data[..self.rows * self.width]
+    }
+
+    /// The current rows to be written, all of them where `paired`, as pairs too.
+    fn written(&mut self, paired: bool) -> (Disjoint<'_, f32>, Option<Disjoint<'_, u32>>) {
+        self.paired = paired;
+        let (len, half) = (self.rows * self.width, self.rows * self.width.div_ceil(2));
+        let pairs = paired.then(|| Disjoint::new(&mut self.pairs[..half]));
+        (Disjoint::new(&mut self.data[..len]), pairs)
+    }
+
+    /// The current rows to be multiplied.
+    fn input(&self) -> Rows<'_> {
+        let pairs = self.paired.then(|| &self.pairs[..self.rows * self.width.div_ceil(2)]);
+        Rows { plain: self.data(), pairs }
     }
 
     /// Makes it an output of `rows` rows of `width`, which it has to have room for.
     fn resize(&mut self, rows: usize, width: usize) -> Result<()> {
         check(width == self.width, || format!("an output is {} wide, not {width}", self.width))?;
         check(rows <= self.max_rows, || format!("{rows} rows in a tensor of at most {}", self.max_rows))?;
-        self.rows = rows;
+        (self.rows, self.paired) = (rows, false);
         Ok(())
     }
 }
@@ -176,15 +201,19 @@ impl Step {
         check(batch.positions.len() == rows && batch.slots.len() == rows, || {
             "a batch's tokens, positions and slots differ in number".to_owned()
         })?;
+        let mut end = 0;
+        let mut outputs = batch.outputs.iter().map(|&row| row as usize).peekable();
         for span in &batch.spans {
             let table = span.table.saturating_add(span.context.div_ceil(BLOCK_SIZE));
             let fits = span.len <= span.context && table <= batch.block_tables.len();
-            check(fits && span.start.saturating_add(span.len) <= rows, || {
-                format!("a batch holds a bad {span:?}")
-            })?;
+            // One behind the other, as no two threads may write a row.
+            let within = end <= span.start && span.start.saturating_add(span.len) <= rows;
+            check(fits && within, || format!("a batch holds a bad {span:?}"))?;
+            end = span.start + span.len;
+            while outputs.next_if(|row| (span.start..end).contains(row)).is_some() {}
         }
-        check(batch.outputs.iter().all(|&row| (row as usize) < rows), || {
-            "a batch wants the output of a row that it does not have".to_owned()
+        check(outputs.next().is_none() && batch.outputs.is_sorted_by(|a, b| a < b), || {
+            "a batch's outputs are not rows of its sequences, in their order".to_owned()
         })?;
         self.batch.copy_from(batch);
         let blocks =
@@ -194,6 +223,7 @@ impl Step {
             self.rotations.set(rope, &batch.positions);
         }
         self.plan.set(batch);
+        self.output_plan.set_outputs(batch);
         Ok(())
     }
 
@@ -279,11 +309,12 @@ impl Backend for Cpu {
     }
 
     fn tensor(&mut self, max_rows: usize, width: usize) -> Result<Tensor> {
-        let data = max_rows.checked_mul(width).and_then(|len| Numbers::new(len).ok());
-        let data =
-            data.ok_or_else(|| OpError::Backend(format!("no memory for a [{max_rows}, {width}] tensor")))?;
+        let refuse = || OpError::Backend(format!("no memory for a [{max_rows}, {width}] tensor"));
+        let room = |width| max_rows.checked_mul(width).ok_or_else(refuse);
+        let data = Numbers::new(room(width)?).map_err(|_| refuse())?;
+        let pairs = Numbers::new(room(width.div_ceil(2))?).map_err(|_| refuse())?;
         self.reserve(max_rows, 0);
-        Ok(Tensor { data, rows: 0, max_rows, width })
+        Ok(Tensor { data, pairs, paired: false, rows: 0, max_rows, width })
     }
 
     fn kv_cache(&mut self, layers: usize, shape: &AttentionShape, blocks: usize) -> Result<KvCache> {
@@ -353,16 +384,20 @@ impl Backend for Cpu {
             "a residual of another shape".to_owned()
         })?;
         out.resize(rows, width)?;
-        let (x, out) = (Disjoint::new(x.data_mut()), Disjoint::new(out.data_mut()));
+        let x = Disjoint::new(x.data_mut());
+        let (out, pairs) = out.written(self.pairs);
+        let half = width.div_ceil(2);
         for_rows(&self.pool, rows, width, |range| {
             for row in range {
                 let part = row * width..(row + 1) * width;
                 // SAFETY: every row is in one range.
                 let (x, out) = unsafe { (x.part(part.clone()), out.part(part)) };
+                // SAFETY: likewise.
+                let pairs = pairs.as_ref().map(|p| unsafe { p.part(row * half..(row + 1) * half) });
                 if let Some(delta) = delta {
                     x.iter_mut().zip(delta.row(row)).for_each(|(x, d)| *x += d);
                 }
-                level.run(RmsNorm { x, weight, eps, out });
+                level.run(RmsNorm { x, weight, eps, out, pairs });
             }
         });
         Ok(())
@@ -381,7 +416,7 @@ impl Backend for Cpu {
         })?;
         out.resize(x.rows, w.rows())?;
         let bias = bias.map(Vec::as_slice);
-        matmul::matmul(&self.pool, &mut self.scratch, x.data(), x.rows, w, bias, out.data_mut());
+        matmul::matmul(&self.pool, &mut self.scratch, x.input(), x.rows, w, bias, out.data_mut());
         Ok(())
     }
 
@@ -424,17 +459,20 @@ impl Backend for Cpu {
         out: &mut Tensor,
     ) -> Result<()> {
         self.step.check_cache(qkv, shape, layer, cache)?;
-        let AttentionOptions { window, sinks } = options;
+        let AttentionOptions { window, sinks, outputs_only } = options;
         check(window != Some(0), || "attention within a window of no token".to_owned())?;
         check(sinks.is_none_or(|s| s.len() == shape.heads), || {
             format!("attention sinks for other than {} heads", shape.heads)
         })?;
         out.resize(qkv.rows, shape.out_width())?;
-        let Step { batch, plan, .. } = &self.step;
+        let Step { batch, plan, output_plan, .. } = &self.step;
+        let plan = if outputs_only { output_plan } else { plan };
         let sinks = sinks.map(Vec::as_slice);
         let op =
             attention::Attention { plan, batch, shape, window, sinks, qkv: qkv.data(), level: self.level };
-        op.run(&self.pool, cache, layer, &mut self.attention, out.data_mut());
+        let (rows, pairs) = out.written(self.pairs && !outputs_only && shape.head_dim.is_multiple_of(2));
+        let out = attention::Out { rows, pairs };
+        op.run(&self.pool, cache, layer, &mut self.attention, &out);
         Ok(())
     }
 
@@ -467,7 +505,7 @@ impl Backend for Cpu {
         out.resize(x.rows, down.rows())?;
         let room = mlp::Room { gate_up: both.data_mut(), activated: activated.data_mut() };
         let mlp = Mlp { gate_up, down, biases: None, activation: Activation::Silu };
-        mlp.run(&self.pool, self.level, &mut self.scratch, x.data(), room, out.data_mut());
+        mlp.run(&self.pool, self.level, &mut self.scratch, x.input(), room, out.data_mut());
         Ok(())
     }
 
@@ -619,7 +657,9 @@ mod tests {
         batch.push(&(0..rows as u32).collect::<Vec<_>>(), 0, &[2, 0, 1], rows);
         cpu.begin(&batch)?;
         cpu.embed(&table, &mut qkv)?;
+        cpu.pairs = true;
         cpu.rms_norm(&mut qkv, None, &vec![1.5; width], 1e-6, &mut normed)?;
+        let mut pairs = normed.pairs.to_vec();
         cpu.silu_mul(&normed, &mut gated)?;
         let norm = vec![0.7; shape.head_dim];
         cpu.rope_and_cache(
@@ -630,9 +670,68 @@ mod tests {
             &mut cache,
         )?;
         let sinks = vec![0.3; shape.heads];
-        let options = AttentionOptions { window: Some(20), sinks: Some(&sinks) };
+        let options = AttentionOptions { window: Some(20), sinks: Some(&sinks), outputs_only: false };
         cpu.attention(&normed, shape, options, 0, &cache, &mut attended)?;
-        Ok([&normed, &gated, &attended].iter().flat_map(|t| t.data()).map(|x| x.to_bits()).collect())
+        pairs.extend_from_slice(&attended.pairs);
+        let numbers = [&normed, &gated, &attended].into_iter().flat_map(|t| t.data());
+        Ok(numbers.map(|x| x.to_bits()).chain(pairs).collect())
+    }
+
+    #[test]
+    fn rows_that_are_kept_as_pairs_too_give_the_products_that_they_give_without() -> Result<()> {
+        for (heads, head_dim, rows) in [(3, 64, 1), (3, 64, 30), (1, 36, 30), (5, 6, 12)] {
+            let shape = AttentionShape { heads, kv_heads: 1, head_dim, scale: 0.3 };
+            let mut cpu = Cpu::new(2, KvDType::BF16);
+            let inv_freq = (0..head_dim / 2).map(|i| 0.9f32.powi(i as i32)).collect();
+            cpu.load_rope(&Rope { inv_freq, pairing: RopePairing::Halves }, 64)?;
+            let number = |i| ((i * 7919 % 1013) as f32 - 506.0) / 200.0;
+            let data = |len: usize| (0..len).map(number).collect::<Vec<f32>>();
+            let mut matrix = |width: usize| {
+                let bytes = data(5 * width).into_iter().flat_map(|x| half::bf16::from_f32(x).to_le_bytes());
+                let bytes = std::sync::Arc::new(bytes.collect::<Vec<u8>>());
+                cpu.load_matrix(&[
+                    RawTensor::new("w", vec![5, width], crate::DType::BF16, bytes, 0).expect("whole numbers")
+                ])
+            };
+            let (qkv_width, width) = (shape.qkv_width(), shape.out_width());
+            let (of_norm, of_heads) = (matrix(qkv_width)?, matrix(width)?);
+            let upload = |cpu: &mut Cpu, rows: usize, data: &[f32]| {
+                let width = data.len() / rows;
+                let table = cpu.load_embedding(&RawTensor::from_f32("x", vec![rows, width], data))?;
+                let mut x = cpu.tensor(rows, width)?;
+                cpu.embed(&table, &mut x)?;
+                Ok::<_, OpError>(x)
+            };
+            let mut batch = Batch::default();
+            batch.push(&(0..rows as u32).collect::<Vec<_>>(), 0, &[1, 0], rows);
+            cpu.begin(&batch)?;
+            let mut x = upload(&mut cpu, rows, &data(rows * qkv_width))?;
+            let (mut normed, mut heads) = (cpu.tensor(rows, qkv_width)?, cpu.tensor(rows, width)?);
+            cpu.rms_norm(&mut x, None, &vec![1.5; qkv_width], 1e-6, &mut normed)?;
+            let (mut cache, mut qkv) = (cpu.kv_cache(1, &shape, 2)?, upload(&mut cpu, rows, normed.data())?);
+            cpu.rope_and_cache(&mut qkv, &shape, None, 0, &mut cache)?;
+            cpu.attention(&qkv, &shape, AttentionOptions::default(), 0, &cache, &mut heads)?;
+            assert!(normed.paired && heads.paired && !x.paired && !qkv.paired);
+            let options = AttentionOptions { outputs_only: true, ..Default::default() };
+            let mut some = cpu.tensor(rows, width)?;
+            cpu.attention(&qkv, &shape, options, 0, &cache, &mut some)?;
+            assert!(!some.paired, "not all rows are written");
+            for (x, w) in [(&normed, &of_norm), (&heads, &of_heads)] {
+                let plain = upload(&mut cpu, rows, x.data())?;
+                let (mut found, mut expected) = (cpu.tensor(rows, 5)?, cpu.tensor(rows, 5)?);
+                cpu.linear(x, w, None, &mut found)?;
+                cpu.linear(&plain, w, None, &mut expected)?;
+                assert!(!plain.paired && found.data() == expected.data(), "{shape:?}, {rows} rows");
+            }
+            // Written again by an op that writes no pairs.
+            cpu.rope_and_cache(&mut normed, &shape, None, 0, &mut cache)?;
+            let plain = upload(&mut cpu, rows, normed.data())?;
+            let (mut found, mut expected) = (cpu.tensor(rows, 5)?, cpu.tensor(rows, 5)?);
+            cpu.linear(&normed, &of_norm, None, &mut found)?;
+            cpu.linear(&plain, &of_norm, None, &mut expected)?;
+            assert!(!normed.paired && found.data() == expected.data(), "rotated, {shape:?}, {rows} rows");
+        }
+        Ok(())
     }
 
     #[test]

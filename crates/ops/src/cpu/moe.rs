@@ -2,7 +2,7 @@
 //!
 //! Every row adds up its experts in ascending order, whatever other rows are there.
 
-use super::matmul::{PackedMatrix, Scratch};
+use super::matmul::{PackedMatrix, Rows, Scratch};
 use super::mlp::{self, Mlp};
 use super::pool::Pool;
 use super::simd::{self, Kernel, LANES, Level, Simd};
@@ -82,7 +82,7 @@ pub(super) fn moe(
             activated: sized(activated, n * intermediate),
         };
         let y = sized(y, n * hidden);
-        mlp.run(pool, level, scratch, rows_in, room, y);
+        mlp.run(pool, level, scratch, Rows::from(&rows_in[..]), room, y);
         for (route, y) in routes.iter().zip(y.chunks_exact(hidden)) {
             for (out, y) in out[route.row * hidden..(route.row + 1) * hidden].iter_mut().zip(y) {
                 *out += route.weight * y;

@@ -1,13 +1,15 @@
 //! Root-mean-square norm of a row.
 
+use super::matmul::Pairs;
 use super::simd::{self, Kernel, LANES, Simd};
 
-/// `row = row / sqrt(mean(row^2) + eps) * weight`, from `x` to `out`.
+/// `row = row / sqrt(mean(row^2) + eps) * weight`, from `x` to `out`, and to pairs of bf16 where they are wanted.
 pub(super) struct RmsNorm<'a> {
     pub x: &'a [f32],
     pub weight: &'a [f32],
     pub eps: f32,
     pub out: &'a mut [f32],
+    pub pairs: Option<&'a mut [u32]>,
 }
 
 impl Kernel for RmsNorm<'_> {
@@ -18,6 +20,10 @@ impl Kernel for RmsNorm<'_> {
         let scale = unsafe { inverse_rms::<S>(self.x, self.eps) };
         for ((y, x), w) in self.out.iter_mut().zip(self.x).zip(self.weight) {
             *y = x * scale * w;
+        }
+        if let Some(pairs) = self.pairs {
+            // SAFETY: the caller's promise is the same.
+            unsafe { Pairs { x: self.out, row: self.out.len(), out: pairs }.run::<S>() };
         }
     }
 }

@@ -33,7 +33,7 @@ pub(super) use kernel::prefetch;
 use kernel::{Input, Job, MANY_ROWS};
 use layout::{BLOCK, LANES, Layout, tile_bytes};
 use quantize::Activations;
-pub(super) use quantize::{pair_bf16, round_bf16};
+pub(super) use quantize::{Pairs, pair_bf16, round_bf16};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -99,7 +99,7 @@ impl PackedMatrix {
     }
 
     /// Whether it multiplies pairs of bf16 alone.
-    fn is_bf16(&self) -> bool {
+    pub(super) fn is_bf16(&self) -> bool {
         self.parts.iter().all(|part| part.dtype == DType::BF16)
     }
 
@@ -262,17 +262,44 @@ impl Scratch {
     }
 
     /// `rows` rows of `x` as the parts of `w` want them.
-    fn convert<'a>(&'a mut self, pool: &Pool, x: &'a [f32], rows: usize, w: &PackedMatrix) -> Inputs<'a> {
+    fn convert<'a>(&'a mut self, pool: &Pool, x: Rows<'a>, rows: usize, w: &PackedMatrix) -> Inputs<'a> {
         let width = w.width;
-        let mut inputs = Inputs { plain: x, ..Inputs::default() };
+        let mut inputs = Inputs { plain: x.plain, ..Inputs::default() };
         if w.parts.iter().any(|part| Layout::of(part.dtype).is_some()) {
             inputs.quantized =
-                convert_rows(pool, x, rows, width / BLOCK, &mut self.quantized, quantize::quantize);
+                convert_rows(pool, x.plain, rows, width / BLOCK, &mut self.quantized, quantize::quantize);
         }
         if w.parts.iter().any(|part| part.dtype == DType::BF16) {
-            inputs.pairs = to_pairs(pool, x, rows, width, &mut self.pairs);
+            inputs.pairs = x.to_pairs(pool, rows, width, &mut self.pairs);
         }
         inputs
+    }
+}
+
+/// Rows of activations that are multiplied.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// `[rows, width]`.
+    pub(super) plain: &'a [f32],
+    /// The same as [`Pairs`] makes of each row, where it is at hand.
+    pub(super) pairs: Option<&'a [u32]>,
+}
+
+impl<'a> From<&'a [f32]> for Rows<'a> {
+    fn from(plain: &'a [f32]) -> Self {
+        Self { plain, pairs: None }
+    }
+}
+
+impl<'a> Rows<'a> {
+    /// All `rows` rows of `width` numbers as pairs of bf16, converted to `room` where need be.
+    fn to_pairs(self, pool: &Pool, rows: usize, width: usize, room: &'a mut Numbers<u32>) -> &'a [u32] {
+        if let Some(pairs) = self.pairs {
+            assert_eq!(pairs.len(), rows * width.div_ceil(2), "pairs of x");
+            return pairs;
+        }
+        let to_bf16 = |x: &[f32], out: &mut [u32]| quantize::to_bf16(x, width, out);
+        convert_rows(pool, self.plain, rows, width.div_ceil(2), room, to_bf16)
     }
 }
 
@@ -325,12 +352,6 @@ fn convert_rows<'a, T: Number + Send>(
     out
 }
 
-/// `rows` rows of `width` numbers as pairs of bf16.
-fn to_pairs<'a>(pool: &Pool, x: &[f32], rows: usize, width: usize, out: &'a mut Numbers<u32>) -> &'a [u32] {
-    let to_bf16 = |x: &[f32], out: &mut [u32]| quantize::to_bf16(x, width, out);
-    convert_rows(pool, x, rows, width.div_ceil(2), out, to_bf16)
-}
-
 /// The first `len` numbers of `room`, which is made anew where it is too short.
 ///
 /// # Panics
@@ -350,7 +371,7 @@ fn grown<T: Number>(room: &mut Numbers<T>, len: usize) -> &mut [T] {
 pub fn matmul(
     pool: &Pool,
     scratch: &mut Scratch,
-    x: &[f32],
+    x: Rows<'_>,
     rows: usize,
     w: &PackedMatrix,
     bias: Option<&[f32]>,
@@ -365,13 +386,13 @@ fn matmul_on(
     isa: Isa,
     pool: &Pool,
     scratch: &mut Scratch,
-    x: &[f32],
+    x: Rows<'_>,
     rows: usize,
     w: &PackedMatrix,
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    assert_eq!(x.len(), rows * w.width, "x");
+    assert_eq!(x.plain.len(), rows * w.width, "x");
     if rows > 0 {
         multiply(isa, pool, scratch.convert(pool, x, rows, w), rows, w, bias, out);
     }
@@ -454,15 +475,15 @@ pub(super) fn gated(
     pool: &Pool,
     scratch: &mut Scratch,
     activation: Activation,
-    x: &[f32],
+    x: Rows<'_>,
     rows: usize,
     w: &PackedMatrix,
     bias: Option<&[f32]>,
 ) {
     let [gate, up] = &w.parts[..] else { panic!("gate and up") };
-    assert!(w.is_gated() && x.len() == rows * w.width && bias.is_none_or(|bias| bias.len() == w.rows));
+    assert!(w.is_gated() && x.plain.len() == rows * w.width && bias.is_none_or(|bias| bias.len() == w.rows));
     let (width, outputs) = (w.width, gate.rows);
-    let x = to_pairs(pool, x, rows, width, &mut scratch.pairs);
+    let x = x.to_pairs(pool, rows, width, &mut scratch.pairs);
     let out = Shared(grown(&mut scratch.gated, rows * outputs / 2).as_mut_ptr());
     let tiles = gate.tile_count();
     let pieces = tiles.min(pool.threads() * PIECES_OF_MANY);

@@ -96,21 +96,21 @@ fn quantize_block(x: &[f32; BLOCK], out: &mut Activations) {
     };
 }
 
-/// Rounds rows of `width` inputs to pairs of bf16, the first in the low half; a row of odd width ends with a
-/// zero.
+/// Rounds rows of `width` inputs to [`Pairs`].
 pub(super) fn to_bf16(x: &[f32], width: usize, out: &mut [u32]) {
     // Rows of whole pairs are one long row.
     let row = if width.is_multiple_of(2) { x.len() } else { width };
-    Level::detect().run(ToBf16 { x, row, out });
+    Level::detect().run(Pairs { x, row, out });
 }
 
-struct ToBf16<'a> {
-    x: &'a [f32],
-    row: usize,
-    out: &'a mut [u32],
+/// Rounds rows of `row` inputs to pairs of bf16, the first in the low half; a row of odd width ends with a zero.
+pub(in crate::cpu) struct Pairs<'a> {
+    pub x: &'a [f32],
+    pub row: usize,
+    pub out: &'a mut [u32],
 }
 
-impl Kernel for ToBf16<'_> {
+impl Kernel for Pairs<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {

@@ -120,7 +120,7 @@ fn widen(w: &RawTensor) -> Vec<f32> {
 
 fn run(isa: Isa, threads: usize, x: &[f32], rows: usize, w: &PackedMatrix, bias: Option<&[f32]>) -> Vec<f32> {
     let mut out = vec![f32::NAN; rows * w.rows()];
-    matmul_on(isa, &Pool::new(threads), &mut Scratch::new(1, 32), x, rows, w, bias, &mut out);
+    matmul_on(isa, &Pool::new(threads), &mut Scratch::new(1, 32), Rows::from(x), rows, w, bias, &mut out);
     out
 }
 
@@ -239,14 +239,14 @@ fn stacked_parts_of_different_formats_give_what_each_gives_alone() {
     let stacked = PackedMatrix::pack(&pool, &parts).unwrap();
     assert_eq!((stacked.rows(), stacked.width()), (76, 256));
     let mut out = vec![f32::NAN; 3 * 76];
-    matmul(&pool, &mut Scratch::new(3, 256), &x, 3, &stacked, Some(&bias), &mut out);
+    matmul(&pool, &mut Scratch::new(3, 256), Rows::from(&x[..]), 3, &stacked, Some(&bias), &mut out);
     let mut first = 0;
     for part in parts {
         let rows = part.shape[0];
         let alone = PackedMatrix::pack(&pool, &[part]).unwrap();
         let mut expected = vec![f32::NAN; 3 * rows];
         let bias = &bias[first..first + rows];
-        matmul(&pool, &mut Scratch::new(3, 256), &x, 3, &alone, Some(bias), &mut expected);
+        matmul(&pool, &mut Scratch::new(3, 256), Rows::from(&x[..]), 3, &alone, Some(bias), &mut expected);
         for row in 0..3 {
             assert_eq!(bits(&out[row * 76 + first..][..rows]), bits(&expected[row * rows..][..rows]));
         }
@@ -434,7 +434,8 @@ fn gate_and_up_in_one_pass_give_the_bits_that_they_give_one_by_one() {
             for isa in Isa::available() {
                 for threads in [1, 3] {
                     let mut scratch = Scratch::new(1, 32);
-                    gated(isa, &Pool::new(threads), &mut scratch, activation, &x, rows, &w, bias);
+                    let x = Rows::from(&x[..]);
+                    gated(isa, &Pool::new(threads), &mut scratch, activation, x, rows, &w, bias);
                     let found = &scratch.gated[..expected.len()];
                     assert!(
                         found == expected,
