@@ -27,11 +27,16 @@ fn main() {
         .filter(|path| path.extension().is_some_and(|e| e == "cu"))
         .collect();
     sources.sort();
-    let images = nvcc(&out).map(|nvcc| compile(&nvcc, &sources, &out)).unwrap_or_default();
+    let found = nvcc(&out);
+    let images = found.as_deref().map(|nvcc| compile(nvcc, &sources, &out)).unwrap_or_default();
     // The driver reads 64-bit fields of an image's header.
     let list: String =
         images.iter().map(|path| format!("    &Aligned(*include_bytes!({path:?})).0,\n")).collect();
-    let code = format!("/// One fat binary a source file.\npub const IMAGES: &[&[u8]] = &[\n{list}];\n");
+    let cuda = found.as_deref().map_or(0, cuda_version);
+    let code = format!(
+        "/// One fat binary a source file.\npub const IMAGES: &[&[u8]] = &[\n{list}];\n\
+         /// The major number of the CUDA that made them, 0 if nvcc did not say or there are none.\npub const CUDA: i32 = {cuda};\n"
+    );
     fs::write(out.join("images.rs"), code).unwrap();
     #[cfg(feature = "emulate")]
     emulate(&kernels);
@@ -44,6 +49,14 @@ fn nvcc(out: &Path) -> Option<PathBuf> {
         Some(path) => Some(path.into()),
         None => out.ancestors().map(|a| a.join("nvcc/site/nvidia/cu13/bin/nvcc")).find(|p| p.exists()),
     }
+}
+
+/// The major number of an nvcc's CUDA: it says `release 13.0, V13.0.88`. 0 if it says something else.
+fn cuda_version(nvcc: &Path) -> u32 {
+    let said = Command::new(nvcc).arg("--version").output().map(|output| output.stdout).unwrap_or_default();
+    let said = String::from_utf8_lossy(&said);
+    let release = said.split_once("release ").and_then(|(_, release)| release.split_once('.'));
+    release.and_then(|(major, _)| major.parse().ok()).unwrap_or(0)
 }
 
 fn compile(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Vec<PathBuf> {

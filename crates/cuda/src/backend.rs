@@ -3,7 +3,7 @@
 //! Weights are bf16 unless they are stored as what `weights` keeps; what matrices read is bf16, keys and values are unless FP8 was asked for. The
 //! residual stream, what matrices put out and logits are f32.
 
-use crate::block_reader::BlockReader;
+use crate::block_mover::BlockMover;
 use crate::device::{Arg, Buffer, Device, Grid};
 use crate::kv::{self, KvCache, KvDType, Parts, PrefillKernel, Rotations, half_block};
 use crate::matmul::{Instructions, Matrix, Multiplier, Rows, Vector};
@@ -36,7 +36,7 @@ pub struct Cuda {
     /// Rotations, and the longest context that they are for.
     rope: Option<(Rotations, usize)>,
     parts: Option<Parts>,
-    block_reader: Option<BlockReader>,
+    block_mover: Option<BlockMover>,
     kv_dtype: KvDType,
     /// Whether the open step is one of decodes, whose launches are gathered.
     gathers: bool,
@@ -110,7 +110,7 @@ impl Cuda {
             step,
             rope: None,
             parts: None,
-            block_reader: None,
+            block_mover: None,
             kv_dtype: KvDType::default(),
             peers: None,
             gathers: false,
@@ -261,6 +261,10 @@ impl Cuda {
         logits.expect_f32("logits")
     }
 
+    fn block_mover(&mut self) -> Result<&mut BlockMover> {
+        self.block_mover.as_mut().ok_or_else(|| OpError::Backend("a KV block without a KV cache".to_owned()))
+    }
+
     /// Draws rows that the kernel cannot on the host.
     fn sample_on_host(
         &mut self,
@@ -372,7 +376,7 @@ impl Backend for Cuda {
         let context = self.rope.as_ref().map_or(0, |(_, context)| *context);
         self.parts = None; // first give back, then take
         self.parts = Some(Parts::new(&self.device, shape, context)?);
-        self.block_reader = Some(BlockReader::new(&self.device, cache.block())?);
+        self.block_mover = Some(BlockMover::new(&self.device, cache.block())?);
         self.step.shape = Some(*shape);
         self.step.prefix.token_bytes = self.kv_block_bytes(shape) / BLOCK_SIZE;
         Ok(cache)
@@ -387,15 +391,11 @@ impl Backend for Cuda {
     }
 
     fn read_kv_block(&mut self, cache: &KvCache, block: u32, out: &mut [u8]) -> Result<()> {
-        let Some(reader) = &mut self.block_reader else {
-            return Err(OpError::Backend("a KV block without a KV cache".to_owned()));
-        };
-        reader.read(cache, block, out)
+        self.block_mover()?.read(cache, block, out)
     }
 
     fn write_kv_block(&mut self, cache: &mut KvCache, block: u32, bytes: &[u8]) -> Result<()> {
-        self.block_reader.as_mut().into_iter().for_each(BlockReader::wrote);
-        cache.write_block(block, bytes)
+        self.block_mover()?.write(cache, block, bytes)
     }
 
     fn load_rope(&mut self, rope: &Rope, max_positions: usize) -> Result<()> {
@@ -411,8 +411,8 @@ impl Backend for Cuda {
             0 => self.sampler.answers(&batch.drawn)?,
             _ => Arg::NULL, // rank 0 shows what it drew
         };
-        if let Some(reader) = &mut self.block_reader {
-            reader.begin(!batch.drawn.is_empty())?;
+        if let Some(mover) = &mut self.block_mover {
+            mover.begin(!batch.drawn.is_empty())?;
         }
         self.step.set(batch, &self.device)?;
         self.gathers = is_decode(batch);

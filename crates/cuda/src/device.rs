@@ -475,8 +475,14 @@ impl Buffer {
         }
     }
 
-    /// Queues a copy of `data` to `offset`; `data` may change once this returns.
+    /// Copies `data` to `offset` when all that was queued before is done.
     pub fn write(&self, offset: usize, data: &[u8]) -> Result<()> {
+        self.queue_write(offset, data)?;
+        self.device.synchronize()
+    }
+
+    /// Queues a copy of `data` to `offset`, which may read `data` until it is done.
+    fn queue_write(&self, offset: usize, data: &[u8]) -> Result<()> {
         self.check(offset, data.len())?;
         self.device.flush()?;
         match self.device.kind() {
@@ -560,7 +566,7 @@ impl Staging {
         Ok(unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) })
     }
 
-    /// `len` of its bytes from `at` on, for a copy: to be looked at by nobody before that is done (`memory` waits).
+    /// `len` of its bytes from `at` on, for a copy or before one: to be looked at by nobody before that is done (`memory` waits).
     fn part(&mut self, at: usize, len: usize) -> &mut [u8] {
         let fits = at.checked_add(len).is_some_and(|end| end <= self.bytes);
         assert!(fits, "a stage of {} bytes holds no {len} at {at}", self.bytes);
@@ -570,7 +576,23 @@ impl Staging {
 
     /// Queues the copy of the first `len` bytes to `offset` of `to`.
     pub fn send(&mut self, len: usize, to: &Buffer, offset: usize) -> Result<()> {
-        to.write(offset, self.part(0, len))?;
+        to.queue_write(offset, self.part(0, len))?;
+        self.copied.record()
+    }
+
+    /// Takes over bytes to `at`, where no copy is under way, and queues copies of `len` of them each, one behind the other, to a buffer from an
+    /// offset on.
+    pub fn send_pieces<'a>(
+        &mut self,
+        at: usize,
+        bytes: &[u8],
+        pieces: impl Iterator<Item = (&'a Buffer, usize)>,
+        len: usize,
+    ) -> Result<()> {
+        self.part(at, bytes.len()).copy_from_slice(bytes);
+        for ((to, offset), at) in pieces.zip((at..at + bytes.len()).step_by(len)) {
+            to.queue_write(offset, self.part(at, len))?;
+        }
         self.copied.record()
     }
 

@@ -222,10 +222,11 @@ impl Gpu {
         is_done(unsafe { sys::cuEventQuery(event.at) })
     }
 
+    /// Queues a copy of `data`, which is not to be changed or given back before it is done: where the GPU reads the host's pages itself, as on
+    /// GB200, pageable memory need not be taken over before this returns.
     pub fn write(&self, address: u64, data: &[u8]) -> Result<()> {
         self.bind()?;
-        // SAFETY: the caller checked the range; pageable memory is taken over before the call returns, page-locked memory is
-        // a stage's, which waits before it is written again.
+        // SAFETY: the caller checked the range, and waits before `data` changes or is given back.
         unsafe { result::memcpy_htod_async(address, data, self.stream) }.map_err(failed("copy to the GPU"))
     }
 
@@ -282,7 +283,7 @@ impl Gpu {
         .map_err(|e| OpError::Backend(format!("kernel {kernel} with {grid:?}: {e}")))
     }
 
-    /// What `queue` queues, as a graph; nothing of it is run.
+    /// What `queue` queues, as a graph that is brought to the GPU, if there is room for it; nothing of it is run.
     pub fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Graph> {
         self.bind()?;
         let refused = failed("a step cannot be captured");
@@ -299,7 +300,10 @@ impl Gpu {
             result::graph::destroy(graph).map_err(&refused)?;
             executable.map_err(&refused)?
         };
-        Ok(Graph(executable))
+        let graph = Graph(executable);
+        // SAFETY: both live as long as their owners.
+        unsafe { result::graph::upload(graph.0, self.stream) }.map_err(&refused)?;
+        Ok(graph)
     }
 
     /// Queues a graph.

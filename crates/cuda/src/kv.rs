@@ -177,12 +177,6 @@ impl KvCache {
         }))
     }
 
-    /// Fills a block of all layers with what [`crate::block_reader`] read.
-    pub(crate) fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<()> {
-        let mut pieces = self.pieces(block, bytes.len())?.zip(bytes.chunks(self.half_block()));
-        pieces.try_for_each(|((buffer, offset), bytes)| buffer.write(offset, bytes))
-    }
-
     /// Checks what the two ops on the cache need.
     fn check(&self, qkv: &Tensor, shape: &AttentionShape, layer: usize, step: &Step) -> Result<()> {
         check(self.shape == *shape && layer < self.layers, || {
@@ -209,7 +203,6 @@ impl Rotations {
     pub fn new(device: &Device, rope: &Rope) -> Result<Self> {
         let inv_freq = device.buffer(4 * rope.inv_freq.len())?;
         inv_freq.write(0, crate::step::bytes(&rope.inv_freq))?;
-        device.synchronize()?;
         Ok(Self { inv_freq, len: rope.inv_freq.len(), pairing: rope.pairing })
     }
 
@@ -288,7 +281,7 @@ pub(crate) fn attention(
 ) -> Result<()> {
     let shape = cache.shape;
     cache.check(qkv, &shape, layer, step)?;
-    let AttentionOptions { window, sinks } = options;
+    let AttentionOptions { window, sinks, .. } = options;
     check(window.is_none_or(|window| (1..=i32::MAX as usize).contains(&window)), || {
         format!("attention within a window of {window:?} tokens")
     })?;

@@ -5,7 +5,7 @@
 //! all of this is tested where there is no GPU.
 
 mod backend;
-mod block_reader;
+mod block_mover;
 mod cublaslt;
 mod device;
 #[cfg(feature = "emulate")]

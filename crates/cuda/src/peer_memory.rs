@@ -73,8 +73,9 @@ pub(crate) struct PeerMemory {
     broken: Staging,
     /// Blocks of every launch, the same number on all ranks.
     blocks: usize,
-    /// Widths of the parts that are gathered, once they were.
+    /// Widths of the parts that are gathered, once they were, and the stage that the kernels are told them by.
     widths: Option<[u64; MOST_RANKS]>,
+    stage: Staging,
 }
 
 impl PeerMemory {
@@ -116,7 +117,7 @@ impl PeerMemory {
         table.write(0, bytes(&regions))?;
         table.write(8 * MOST_RANKS, bytes(&last))?;
         table.write(WINDOW, bytes(&window.as_ref().map_or([0; 2], |window| [window.own(), window.all()])))?;
-        device.synchronize()?;
+        let stage = Staging::new(device, 4 * MOST_RANKS)?;
         // Nobody leaves before all have what their kernels need.
         member.share(0, &mut regions[..rank.world])?;
         let (device, always_multicast) = (device.clone(), access == PeerAccess::Multicast);
@@ -131,6 +132,7 @@ impl PeerMemory {
             broken,
             blocks: if side_by_side { BLOCKS_SIDE_BY_SIDE } else { BLOCKS },
             widths: None,
+            stage,
         }))
     }
 
@@ -151,7 +153,6 @@ impl PeerMemory {
         member.share(0, &mut all[..self.rank.world])?; // no kernel of theirs writes to the region any more
         self.broken.memory()?[..4].fill(0);
         write_flags(&self.region)?;
-        self.device.synchronize()?;
         member.share(0, &mut all[..self.rank.world])?;
         Ok(())
     }
@@ -255,7 +256,8 @@ impl PeerMemory {
             None => {
                 let mut widths = [0; MOST_RANKS];
                 member.share(width as u64, &mut widths[..self.rank.world])?;
-                self.table.write(8 * (MOST_RANKS + 4), bytes(&widths.map(|width| width as u32)))?;
+                self.stage.memory()?.copy_from_slice(bytes(&widths.map(|width| width as u32)));
+                self.stage.send(4 * MOST_RANKS, &self.table, 8 * (MOST_RANKS + 4))?;
                 self.widths.insert(widths).to_owned()
             }
         };

@@ -27,9 +27,10 @@ pub enum PeerAccess {
     Auto,
     /// Never: through the host, for tests.
     Never,
-    /// At once, where ranks share a device too, and in the order of the ranks: for tests.
+    /// The same where ranks share a device, and in the order of the ranks: for tests. Emulated, where memory waits for no kernel, from the first
+    /// step on.
     Always,
-    /// At once, and all sums through the switch between the devices, if there is one: for tests.
+    /// The same, and all sums through the switch between the devices, if there is one: for tests.
     Multicast,
 }
 
@@ -129,6 +130,7 @@ impl Peers {
             _ if !connects(&member) => State::Host,
             PeerAccess::Auto => State::New,
             PeerAccess::Never => State::Host,
+            PeerAccess::Always | PeerAccess::Multicast if device.on_gpu().is_some() => State::New,
             PeerAccess::Always | PeerAccess::Multicast => State::Settled,
         };
         let library = if access == PeerAccess::Never { Library::Absent } else { Library::Untried };

@@ -1,5 +1,6 @@
 //! Looks for GPUs, and says why there is none to use. Safe to call on a machine without CUDA.
 
+use crate::kernels::CUDA;
 use cudarc::driver::{result, sys};
 use std::fmt;
 
@@ -27,6 +28,8 @@ pub enum NoCuda {
     NoDriver,
     /// The driver is there and fails.
     Driver(String),
+    /// The driver is older than the kernels ask for: the major and minor number of CUDA that it supports.
+    OldDriver(i32, i32),
     /// The driver finds no GPU.
     NoGpu,
 }
@@ -39,6 +42,11 @@ impl fmt::Display for NoCuda {
             }
             NoCuda::NoDriver => f.write_str("no NVIDIA driver (libcuda.so.1 cannot be loaded)"),
             NoCuda::Driver(error) => write!(f, "the NVIDIA driver fails: {error}"),
+            NoCuda::OldDriver(major, minor) => write!(
+                f,
+                "the NVIDIA driver supports CUDA {major}.{minor}, and the kernels were made by CUDA {CUDA}: install a driver that \
+                 supports it (R580 or newer for CUDA 13)"
+            ),
             NoCuda::NoGpu => f.write_str("the NVIDIA driver finds no GPU"),
         }
     }
@@ -68,7 +76,22 @@ pub fn probe() -> Result<Vec<Gpu>, NoCuda> {
     if !crate::kernels::built() {
         return Err(NoCuda::NoKernels);
     }
-    gpus()
+    let gpus = gpus()?;
+    cuda_version().map_or(Ok(()), |version| new_enough(version, CUDA))?;
+    Ok(gpus)
+}
+
+/// Refuses a driver that supports no CUDA of the major number that made the kernels, nor a later one: it loads none of them.
+fn new_enough((major, minor): (i32, i32), made_by: i32) -> Result<(), NoCuda> {
+    if major < made_by { Err(NoCuda::OldDriver(major, minor)) } else { Ok(()) }
+}
+
+/// The major and minor number of CUDA that the driver supports, if there is one and it says.
+pub fn cuda_version() -> Option<(i32, i32)> {
+    let mut version = 0;
+    // SAFETY: loads libcuda, whose initialisers are the driver's own, and has it write a number.
+    let told = unsafe { sys::is_culib_present() && sys::cuDriverGetVersion(&mut version).result().is_ok() };
+    told.then_some((version / 1000, version % 1000 / 10))
 }
 
 /// The GPUs of this machine, whether or not this binary has kernels for them.
@@ -123,6 +146,13 @@ mod tests {
         if !crate::kernels::built() {
             assert_eq!(probe(), Err(NoCuda::NoKernels));
         }
+    }
+
+    #[test]
+    fn a_driver_that_is_too_old_is_refused_with_what_to_do() {
+        assert!([(13, 0), (13, 2), (14, 0)].into_iter().all(|version| new_enough(version, 13).is_ok()));
+        let reason = new_enough((12, 8), 13).expect_err("it is too old").to_string();
+        assert!(reason.contains("CUDA 12.8") && reason.contains("R580"), "{reason}");
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! What a decode step queues, gathered so that a step that comes again runs as one CUDA graph.
 //!
 //! While the queue is open, launches are kept and not run; whatever needs their results, or the memory they use, closes it
-//! first. A sequence of launches that is the same to the last argument as one before is captured the second time and from
+//! first. A sequence of launches that is the same to the last argument as one before is captured behind its second run and from
 //! then on runs as its graph. Nothing has to be declared fit for a graph: what differs just runs.
+//!
+//! Making a graph and bringing it to the GPU may wait for the GPU, whose kernels may wait for those of other ranks. So all of a
+//! sequence is queued before its graph is made, and no rank begins the next step, whose kernels wait for this rank's, before it is there.
 
 use crate::cublaslt::CublasLt;
 use crate::device::{Arg, Grid};
@@ -110,7 +113,7 @@ impl<G> Graphs<G> {
         Some(&kept.graph)
     }
 
-    /// Keeps one that has just run, and gives up those that have not run for longest where there is no room for all.
+    /// Keeps one whose work has just run, and gives up those that have not run for longest where there is no room for all.
     fn keep(&mut self, hash: u64, work: &[Work], graph: G) {
         self.time += 1;
         self.give_up(hash);
@@ -151,24 +154,18 @@ impl Queue {
         if self.seen.len() >= MOST_SEEN {
             self.seen.clear();
         }
+        self.run_each(gpu, pending)?;
         if self.without_graphs || self.seen.insert(hash) {
-            return self.run_each(gpu, pending);
+            return Ok(());
         }
-        // A graph's first launch brings it to the GPU, which may have no room for it.
-        let launched = gpu
-            .capture(|| self.run_each(gpu, pending))
-            .and_then(|graph| gpu.launch_graph(&graph).map(|()| graph));
-        match launched {
-            Ok(graph) => {
-                self.graphs.keep(hash, pending, graph);
-                Ok(())
-            }
+        match gpu.capture(|| self.run_each(gpu, pending)) {
+            Ok(graph) => self.graphs.keep(hash, pending, graph),
             Err(e) => {
                 tracing::warn!("decode steps run without CUDA graphs: {e}");
                 self.without_graphs = true;
-                self.run_each(gpu, pending)
             }
         }
+        Ok(())
     }
 
     fn run_each(&mut self, gpu: &Gpu, work: &[Work]) -> Result<()> {

@@ -796,7 +796,8 @@ impl AttentionCase {
             b.begin(step)?;
             let norm = norm.as_ref().map(|(q, k)| QkNorm { q, k, eps: 1e-6 });
             b.rope_and_cache(&mut qkv, &self.shape, norm, 1, &mut cache)?;
-            let options = AttentionOptions { window: self.window, sinks: sinks.as_ref() };
+            let options =
+                AttentionOptions { window: self.window, sinks: sinks.as_ref(), ..Default::default() };
             b.attention(&qkv, &self.shape, options, 1, &cache, &mut out)?;
             results[0].extend(b.to_host(&qkv)?);
             results[1].extend(b.to_host(&out)?);
@@ -1071,12 +1072,12 @@ fn shared_prefixes_change_no_bit() -> Result<()> {
         let sinks = random.vec(shape.heads, 4.0);
         let (ours, theirs) = (vector(&mut cuda, &sinks)?, vector(&mut reference, &sinks)?);
         for window in [None, Some(400)] {
-            let options = AttentionOptions { window, sinks: Some(&theirs) };
+            let options = AttentionOptions { window, sinks: Some(&theirs), ..Default::default() };
             let expected = attend(&mut reference, &qkv, options, &shape, &expected_cache)?;
             let found = [SharedPrefixes::Never, SharedPrefixes::Always].map(|when| {
                 cuda.set_shared_prefixes(when);
                 let qkv = write(&mut cuda, (&queries, width), &shape, &batch, &mut cache)?;
-                let options = AttentionOptions { window, sinks: Some(&ours) };
+                let options = AttentionOptions { window, sinks: Some(&ours), ..Default::default() };
                 attend(&mut cuda, &qkv, options, &shape, &cache)
             });
             let [alone, together] = found;
@@ -1660,6 +1661,14 @@ fn blocks_leave_the_cache_and_come_back_elsewhere() -> Result<()> {
         assert!(found == bytes);
         cuda.read_kv_block(&cache, 2, &mut found)?;
         assert!(found.iter().all(|&b| b == 0), "a neighbour was written");
+        // One behind the other, by the same stage.
+        let other: Vec<u8> = bytes.iter().map(|byte| !byte).collect();
+        cuda.write_kv_block(&mut cache, 1, &other)?;
+        cuda.write_kv_block(&mut cache, 0, &bytes)?;
+        for (block, expected) in [(1, &other), (0, &bytes), (3, &bytes)] {
+            cuda.read_kv_block(&cache, block, &mut found)?;
+            assert!(found == *expected, "block {block}");
+        }
         assert!(cuda.read_kv_block(&cache, 4, &mut found).is_err());
         assert!(cuda.write_kv_block(&mut cache, 0, &bytes[1..]).is_err());
         formats.push((cuda.kv_format(), bytes.len()));
@@ -1750,8 +1759,8 @@ fn decode_steps_that_come_again_are_graphs() -> Result<()> {
     Ok(())
 }
 
-/// Runs `work` on a thread for each of several ranks that add up in each other's memory, on one GPU where there is one. Between the two
-/// meetings of the barrier nothing may be allocated or given back there, which could wait for kernels that wait.
+/// Runs `work` on a thread for each of several ranks that add up in each other's memory, on one GPU where there is one, from the next step
+/// on. Between the two meetings of the barrier nothing may be allocated or given back there, which could wait for kernels that wait.
 fn on_ranks<T: Send>(
     world: usize,
     access: PeerAccess,
@@ -1763,7 +1772,11 @@ fn on_ranks<T: Send>(
     std::thread::scope(|scope| {
         let ranks = group.members().into_iter().zip(cudas).enumerate().map(|(rank, (member, cuda))| {
             let mut cuda = cuda.in_group_by(member, access);
-            scope.spawn(move || work(&mut cuda, rank, barrier))
+            scope.spawn(move || {
+                cuda.begin(&Batch::default())?;
+                cuda.end()?;
+                work(&mut cuda, rank, barrier)
+            })
         });
         let ranks = ranks.collect::<Vec<_>>().into_iter();
         ranks.map(|rank| rank.join().expect("no rank panics")).collect::<Result<_>>().map(Some)

@@ -17,8 +17,23 @@ const OPTIONS: LoadOptions = LoadOptions {
     max_context: 2 * PROMPTS[0],
 };
 
-/// Loads a model on two backends, and runs prompts and decodes on both. Returns the largest difference of any two logits over the
-/// largest logit of `one`; infinity where one is not finite.
+/// How far apart two backends' logits are at most, of prompts and of decodes, over the largest logit; infinity where one is not finite.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Difference {
+    /// In steps of prompts.
+    pub prefill: f32,
+    /// In steps of one token a sequence.
+    pub decode: f32,
+}
+
+impl Difference {
+    /// The larger of the two.
+    pub fn worst(self) -> f32 {
+        self.prefill.max(self.decode)
+    }
+}
+
+/// Loads a model on two backends, and runs prompts and decodes on both. The largest logit is `one`'s.
 ///
 /// # Errors
 /// If either backend fails.
@@ -26,24 +41,28 @@ pub fn worst_difference(
     source: &ModelSource,
     one: impl Backend,
     other: impl Backend,
-) -> Result<f32, LoadError> {
+) -> Result<Difference, LoadError> {
     let mut one = source.load(one, OPTIONS, |_, _| ())?.model;
     let mut other = source.load(other, OPTIONS, |_, _| ())?.model;
     compare(&mut *one, &mut *other)
 }
 
-fn compare(one: &mut dyn Model, other: &mut dyn Model) -> Result<f32, LoadError> {
-    let (mut largest, mut worst) = (f32::MIN_POSITIVE, 0f32);
+fn compare(one: &mut dyn Model, other: &mut dyn Model) -> Result<Difference, LoadError> {
+    let (mut largest, mut prefill, mut decode) = (f32::MIN_POSITIVE, 0f32, 0f32);
     for batch in steps(one.config().vocab) {
+        let decodes = batch.rows() == batch.spans.len();
+        let worst = if decodes { &mut decode } else { &mut prefill };
         one.forward(&batch)?;
         other.forward(&batch)?;
         for (x, y) in one.logits()?.into_iter().zip(other.logits()?) {
-            largest = largest.max(x.abs());
+            if x.is_finite() {
+                largest = largest.max(x.abs());
+            }
             let difference = (x - y).abs();
-            worst = worst.max(if difference.is_finite() { difference } else { f32::INFINITY });
+            *worst = worst.max(if difference.is_finite() { difference } else { f32::INFINITY });
         }
     }
-    Ok(worst / largest)
+    Ok(Difference { prefill: prefill / largest, decode: decode / largest })
 }
 
 /// The steps, all of whose logits are wanted. The sequences' blocks are every other one.
@@ -81,8 +100,9 @@ mod tests {
 
     #[test]
     fn the_cpu_and_the_reference_differ_by_roundings() {
-        let worst = worst_difference(&tiny(), Reference::new(), Cpu::new(1, KvDType::F32)).expect("both run");
-        assert!(worst > 0.0 && worst < 0.01, "{worst}");
+        let found = worst_difference(&tiny(), Reference::new(), Cpu::new(1, KvDType::F32)).expect("both run");
+        let Difference { prefill, decode } = found;
+        assert!(prefill.min(decode) > 0.0 && found.worst() < 0.01, "{found:?}");
     }
 
     /// Shifts what a decode step sees, or loses a logit.
@@ -105,7 +125,7 @@ mod tests {
         fn logits(&mut self) -> Result<Vec<f32>, OpError> {
             let mut logits = self.0.logits()?;
             if !self.1 {
-                logits[5] = f32::NAN;
+                (logits[5], logits[6]) = (f32::NAN, f32::INFINITY);
             }
             Ok(logits)
         }
@@ -115,9 +135,12 @@ mod tests {
     fn one_wrong_position_and_what_is_no_number_show() {
         let load =
             || tiny().load(Cpu::new(1, KvDType::F32), OPTIONS, |_, _| ()).expect("the preset loads").model;
-        let worst = |shifts| compare(&mut *load(), &mut Broken(load(), shifts)).expect("both run");
-        assert!(worst(true) > 0.04, "{}", worst(true));
-        assert_eq!(worst(false), f32::INFINITY);
-        assert_eq!(compare(&mut *load(), &mut *load()).expect("both run"), 0.0);
+        let found = |shifts| compare(&mut *load(), &mut Broken(load(), shifts)).expect("both run");
+        let lost = compare(&mut Broken(load(), false), &mut *load()).expect("both run");
+        assert_eq!(lost.worst(), f32::INFINITY);
+        let shifted = found(true);
+        assert!(shifted.prefill == 0.0 && shifted.decode > 0.04 && shifted.worst() == shifted.decode);
+        assert_eq!(found(false), Difference { prefill: f32::INFINITY, decode: f32::INFINITY });
+        assert_eq!(compare(&mut *load(), &mut *load()).expect("both run").worst(), 0.0);
     }
 }

@@ -29,7 +29,7 @@ mod safetensors;
 mod shard;
 mod weights;
 
-pub use compare::worst_difference;
+pub use compare::{Difference, worst_difference};
 pub use config::{ModelConfig, MoeConfig};
 pub use error::LoadError;
 pub use gguf::{Array, Gguf, Value};

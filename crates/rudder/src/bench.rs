@@ -5,19 +5,20 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::cli::BenchCommand;
-use crate::launch::{Launched, launch, launch_dummy};
+use crate::launch::{Launched, launch, launch_dummy, load_kernels_first};
 use crate::settings::LoadFormat;
 
 /// Runs one of the benches.
 pub fn run(command: BenchCommand, config: Option<&Path>) -> Result<()> {
-    let runtime = tokio::runtime::Runtime::new()?;
+    let runtime = tokio::runtime::Runtime::new;
     match command {
-        BenchCommand::Serve(args) => runtime.block_on(rudder_bench::serve(args)),
-        BenchCommand::AgentTrace(args) => runtime.block_on(rudder_bench::agent_trace(args)),
+        BenchCommand::Serve(args) => runtime()?.block_on(rudder_bench::serve(args)),
+        BenchCommand::AgentTrace(args) => runtime()?.block_on(rudder_bench::agent_trace(args)),
         BenchCommand::Compare(args) => rudder_bench::compare(&args),
         BenchCommand::Simulate(args) => rudder_bench::simulate(&args),
         BenchCommand::Throughput { model, mut bench } => {
             let settings = model.over(config)?;
+            load_kernels_first(&settings);
             let engine;
             (engine, bench.model_name) = match settings.load_format {
                 Some(LoadFormat::Dummy) => {
@@ -29,7 +30,7 @@ pub fn run(command: BenchCommand, config: Option<&Path>) -> Result<()> {
                     (engine, name)
                 }
             };
-            runtime.block_on(rudder_bench::throughput(engine, *bench))
+            runtime()?.block_on(rudder_bench::throughput(engine, *bench))
         }
     }
 }

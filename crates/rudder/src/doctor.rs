@@ -133,6 +133,9 @@ fn gpu() {
         "gpu",
         if found.is_empty() { "none found (no CUDA driver, no nvidia-smi)".into() } else { found.join(", ") },
     );
+    if let Some((major, minor)) = rudder_cuda::probe::cuda_version() {
+        line("", format_args!("the driver supports CUDA {major}.{minor}"));
+    }
     for gpu in rudder_cuda::probe::gpus().unwrap_or_default() {
         line("", gpu);
     }

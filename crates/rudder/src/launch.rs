@@ -69,6 +69,28 @@ pub struct Summary {
     pub took: Duration,
 }
 
+/// Where several GPUs share a model, has their libraries load all kernels before any runs, unless the user says otherwise: a kernel that is
+/// loaded when it is first used may have to wait for those that run, and these wait for other GPUs. CUDA reads the variable when it begins;
+/// to be called while the process has one thread, else it does nothing.
+pub fn load_kernels_first(settings: &ModelSettings) {
+    const VARIABLE: &str = "CUDA_MODULE_LOADING";
+    let alone = || std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1);
+    let shared = settings.tensor_parallel_size.is_some_and(|ranks| ranks > 1);
+    if !shared || std::env::var_os(VARIABLE).is_some() {
+        return;
+    }
+    match alone() {
+        true => {
+            // SAFETY: no other thread is there that could look at variables.
+            unsafe { std::env::set_var(VARIABLE, "EAGER") };
+            tracing::debug!("{VARIABLE} is EAGER");
+        }
+        false => tracing::debug!(
+            "{VARIABLE}=EAGER, set by whoever starts this, would have GPUs wait less for each other"
+        ),
+    }
+}
+
 /// Brings the model up. Downloads it first if it is a catalog or hub model not yet in the cache.
 ///
 /// # Errors

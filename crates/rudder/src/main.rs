@@ -55,9 +55,14 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Serve(args) => {
             let (model, server) = (args.model.over(config)?, args.server.over(config)?);
+            launch::load_kernels_first(&model);
             serve::run(&model, server, args.force_tool_call.as_deref())
         }
-        Command::Chat(args) => chat::run(&args.model.over(config)?, args.system, args.temperature),
+        Command::Chat(args) => {
+            let model = args.model.over(config)?;
+            launch::load_kernels_first(&model);
+            chat::run(&model, args.system, args.temperature)
+        }
         Command::Pull(args) => models::pull(&args.name, args.cache),
         Command::Models(args) => models::run(args.command, args.cache),
         Command::Bench(args) => bench::run(args.command, config),

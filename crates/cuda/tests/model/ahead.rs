@@ -14,7 +14,7 @@ use rudder_ops::{Batch, SampleRow, Sampled, SamplingParams};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// How ranks reach each other's memory: from the second step on, and at once, a switch adding up.
+/// How ranks reach each other's memory: from the second step on, and, emulated, at once, a switch adding up.
 const RANKS: [(usize, PeerAccess); 2] = [(2, PeerAccess::Auto), (4, PeerAccess::Multicast)];
 
 /// Whether ranks are all on one GPU, which land every step unless they are told to reach each other's memory.
