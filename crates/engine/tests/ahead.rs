@@ -84,11 +84,13 @@ fn drafts_are_made_where_they_pay_and_other_steps_are_queued_ahead() {
 fn a_long_prompt_goes_on_beside_a_decode_that_flies() {
     let config = EngineConfig { max_batch_tokens: 12, ..CONFIG };
     let (engine, ahead) = queued(config, None);
-    let mut decodes = engine.submit(request(prompt(0, 20), 230)).unwrap();
-    while !matches!(decodes.next_blocking(), Some(Event::Token(_))) {}
-    // More steps than are taken in a row without one that only decodes.
-    assert_eq!(ask(&engine, request(prompt(1, 240), 1)).tokens.len(), 1);
-    assert_eq!(collect(decodes).tokens.len(), 229);
+    // Nothing runs before both are asked for. The prompt takes more steps than are taken in a row without one that only decodes.
+    let closed = ahead.gate.lock().unwrap();
+    let decodes = engine.submit(request(prompt(0, 20), 230)).unwrap();
+    let prompts = engine.submit(request(prompt(1, 240), 1)).unwrap();
+    drop(closed);
+    assert_eq!(collect(prompts).tokens.len(), 1);
+    assert_eq!(collect(decodes).tokens.len(), 230);
     assert!(ahead.steps.load(Ordering::SeqCst) > 0);
     assert!(engine.stats().steps <= 2 + 229, "the prompt waited: {} steps", engine.stats().steps);
 }

@@ -2,8 +2,8 @@
 #![allow(dead_code, missing_docs)] // each test file uses its part
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rudder_engine::{
@@ -207,11 +207,12 @@ pub fn assert_drafted(answers: &[Answer], share: f64) {
     assert!(drafted > accepted, "none was rejected");
 }
 
-/// What of the steps went on from tokens that the engine had not seen.
+/// What of the steps went on from tokens that the engine had not seen, and a gate: while it is closed no step runs.
 #[derive(Debug, Default)]
 pub struct Ahead {
     pub steps: AtomicUsize,
     pub rows: AtomicUsize,
+    pub gate: Mutex<()>,
 }
 
 /// The real model. It keeps what it draws until that is done and asked for, and reads from there what a step goes on from.
@@ -241,6 +242,8 @@ impl Model for Queued {
         self.inner.config()
     }
     fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        // Nothing is kept under the gate, so that a panic of the test that closed it breaks nothing.
+        drop(self.ahead.gate.lock());
         self.busy_until = self.busy_until.max(Instant::now()) + self.takes;
         self.batch.copy_from(batch);
         if !batch.drawn.is_empty() {
