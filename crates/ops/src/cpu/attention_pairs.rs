@@ -86,14 +86,22 @@ impl PairTile<'_, '_> {
             for block in twos..blocks {
                 self.products::<S, T, 1>(block, blocks);
             }
-            for (i, state) in self.tile.states.chunks_exact_mut(padded + 2).enumerate() {
+            // All maxima first: one lane after the other takes longer than a row's exponentials wait for nothing.
+            let mut most = [0.0; T];
+            for (i, most) in most.iter_mut().enumerate() {
                 let row = &mut self.tile.scores[i * PIECE..(i + 1) * PIECE];
                 let (start, end) = (begins[i] / STEP * STEP, limits[i].next_multiple_of(STEP));
                 row[start..begins[i]].fill(f32::NEG_INFINITY);
                 row[limits[i]..end].fill(f32::NEG_INFINITY);
+                *most = largest::<S>(&row[start..end]);
+            }
+            for (i, state) in self.tile.states.chunks_exact_mut(padded + 2).enumerate() {
+                let row = &self.tile.scores[i * PIECE..(i + 1) * PIECE];
+                let (start, end) = (begins[i] / STEP * STEP, limits[i].next_multiple_of(STEP));
                 let pairs = &mut self.pairs.probabilities[i * PAIRS..(i + 1) * PAIRS];
-                (state[padded], state[padded + 1]) =
-                    softmax::<S>(&row[start..end], &mut pairs[start / 2..end / 2]);
+                state[padded] = most[i] * std::f32::consts::LN_2;
+                state[padded + 1] =
+                    exponentials::<S>(&row[start..end], most[i], &mut pairs[start / 2..end / 2]);
             }
             for part in (0..two_parts).step_by(2) {
                 self.values::<S, T, 2>(begins, limits, part * LANES);
@@ -159,6 +167,8 @@ impl PairTile<'_, '_> {
         let least = limits.into_iter().fold(PIECE, usize::min);
         let earliest = begins.into_iter().fold(PIECE, usize::min);
         let latest = begins.into_iter().fold(0, usize::max);
+        // Blocks all of whose keys every query sees.
+        let whole = latest.div_ceil(BLOCK_SIZE)..least / BLOCK_SIZE;
         let Tile { layout, kv, table, head, ref mut states, .. } = self.tile;
         let padded = layout.padded();
         let probabilities = &self.pairs.probabilities[..T * PAIRS];
@@ -172,8 +182,18 @@ impl PairTile<'_, '_> {
                 let next = table[(index + 1).min(most.div_ceil(BLOCK_SIZE) - 1)];
                 let ahead = &kv[layout.values(next as usize, head)..][..BLOCK_SIZE * padded];
                 let first = index * BLOCK_SIZE / 2;
-                // Pairs that some queries see a key of, then those that all see both of, then again some.
                 let end = most.div_ceil(2).min(first + BLOCK_SIZE / 2);
+                if whole.contains(&index) {
+                    let (mut value, mut ahead) = (values.as_ptr().add(2 * part), ahead.as_ptr().add(2 * part));
+                    // Up to an `end` that the compiler does not know: unrolled, the loop spills its sums.
+                    for pair in first..end {
+                        prefetch(ahead.cast(), P * 64);
+                        add::<S, T, P>(&mut sums, value, probabilities.as_ptr().add(pair));
+                        (value, ahead) = (value.add(2 * padded), ahead.wrapping_add(2 * padded));
+                    }
+                    continue;
+                }
+                // Pairs that some queries see a key of, then those that all see both of, then again some.
                 let begin = (earliest / 2).clamp(first, end);
                 let all_from = latest.div_ceil(2).clamp(begin, end);
                 let all_to = (least / 2).clamp(all_from, end);
@@ -194,10 +214,6 @@ impl PairTile<'_, '_> {
                 }
                 for pair in all_from..all_to {
                     let (value, probabilities) = at(pair);
-                    prefetch(
-                        ahead.as_ptr().wrapping_add(2 * ((pair - first) * padded + part)).cast(),
-                        P * 64,
-                    );
                     add::<S, T, P>(&mut sums, value, probabilities);
                 }
                 for pair in all_to..end {
@@ -288,20 +304,31 @@ unsafe fn pair_scaled<S: Simd>(x: &[f32], scale: f32, pairs: &mut [u32]) {
     }
 }
 
-/// `e^(x[i] ln 2 - max)` in pairs of bf16; returns the maximum of `x` times ln 2 and the sum of what was rounded.
+/// The largest of `x`.
 ///
 /// # Safety
-/// The CPU has the instructions of `S`. `x` is whole [`STEP`]s, `pairs` as long in pairs; unused lanes hold minus infinity.
+/// The CPU has the instructions of `S`. `x` is whole [`STEP`]s; unused lanes hold minus infinity.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(x: &[f32], pairs: &mut [u32]) -> (f32, f32) {
-    // SAFETY: every chunk is two vectors, or one of pairs; the instructions are the caller's promise.
+unsafe fn largest<S: Simd>(x: &[f32]) -> f32 {
+    // SAFETY: every chunk is two vectors; the instructions are the caller's promise.
     unsafe {
         let mut most = [S::splat(f32::NEG_INFINITY); 2];
         for two in x.chunks_exact(STEP) {
             most[0] = S::max(S::load(two.as_ptr()), most[0]);
             most[1] = S::max(S::load(two.as_ptr().add(LANES)), most[1]);
         }
-        let most = simd::max::<S>(S::max(most[0], most[1]));
+        simd::max::<S>(S::max(most[0], most[1]))
+    }
+}
+
+/// `2^(x[i] - most)` in pairs of bf16; returns the sum of what was rounded.
+///
+/// # Safety
+/// As of [`largest`]; `pairs` is as long as `x` in pairs.
+#[inline(always)]
+unsafe fn exponentials<S: Simd>(x: &[f32], most: f32, pairs: &mut [u32]) -> f32 {
+    // SAFETY: every chunk is two vectors, or one of pairs; the instructions are the caller's promise.
+    unsafe {
         let mut total = S::splat(0.0);
         for (two, pairs) in x.chunks_exact(STEP).zip(pairs.chunks_exact_mut(LANES)) {
             let a = exp2::<S>(S::sub(S::load(two.as_ptr()), S::splat(most)));
@@ -309,7 +336,7 @@ unsafe fn softmax<S: Simd>(x: &[f32], pairs: &mut [u32]) -> (f32, f32) {
             S::store_pairs(pairs.as_mut_ptr(), S::pair(a, b));
             total = S::add(S::add(total, a), b);
         }
-        (most * std::f32::consts::LN_2, simd::sum::<S>(total))
+        simd::sum::<S>(total)
     }
 }
 

@@ -101,7 +101,7 @@ unsafe fn compact_pass<U: Unit>(
     // SAFETY: `bytes` and `x` hold a compact tile and `count` rows of `pairs` pairs; the rest as promised.
     unsafe {
         with_rows!(U, count, R => {
-            store::<U, R>(job, tile, row, compact_rows::<U, R>(bytes, patches, x, pairs, ahead))
+            store::<U, R>(job, tile, row, compact_rows::<U, R>(bytes, patches, x, pairs, ahead, None))
         })
     }
 }
@@ -119,26 +119,33 @@ unsafe fn compact_pass<U: Unit>(
 #[inline(always)]
 unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
     let (tiles, pairs) = (job.outputs.div_ceil(LANES), pairs(job));
-    let step = if U::MANY { ROWS } else { part_of::<U>(job.rows) };
-    let shares = job.rows.div_ceil(step);
+    let (first, step) = (part_of::<U>(job.rows), if U::MANY { ROWS } else { part_of::<U>(job.rows) });
+    let shares = (job.rows - first).div_ceil(step);
     let mut groups = groups(tiles, group_tiles(job.width)).peekable();
     while let Some(group) = groups.next() {
         let next = widened_next(job.tiles, job.tile_bytes, job.compact, groups.peek(), group.len());
         let bytes = job.tiles[group.start * job.tile_bytes..group.end * job.tile_bytes].as_ptr();
         let (weights, tile_bytes) = match job.compact {
             None => (bytes, job.tile_bytes),
-            Some(Compact { patches, room, .. }) => {
-                for i in 0..group.len() {
-                    // SAFETY: the tiles are of the job and the room is for a group.
-                    unsafe {
-                        let (from, to) = (bytes.add(i * job.tile_bytes), room.add(i * pairs * VECTOR));
-                        widen_tile::<U>(from, patches, pairs, to);
-                    }
-                }
-                (room.cast_const(), pairs * VECTOR)
-            }
+            Some(Compact { room, .. }) => (room.cast_const(), pairs * VECTOR),
         };
-        for (share, row) in (0..job.rows).step_by(step).enumerate() {
+        for i in 0..group.len() {
+            let (tile, from) = (group.start + i, bytes.wrapping_add(i * job.tile_bytes));
+            // SAFETY: the tiles and the rows are of the job, and the room is for a group.
+            unsafe {
+                with_rows!(U, first, R => {
+                    let sums = match job.compact {
+                        None => rows::<U, R>(from, x.as_ptr(), pairs, 0),
+                        Some(Compact { patches, room, .. }) => {
+                            let plain = Some(room.add(i * pairs * VECTOR));
+                            compact_rows::<U, R>(from, patches, x.as_ptr(), pairs, AHEAD, plain)
+                        }
+                    };
+                    store::<U, R>(job, tile, 0, sums);
+                });
+            }
+        }
+        for (share, row) in (first..job.rows).step_by(step).enumerate() {
             fetch(next, share, shares);
             let last = job.rows.min(row + step);
             let twos = if U::MANY && last - row == ROWS { group.len() / 2 * 2 } else { 0 };
@@ -290,17 +297,19 @@ pub(super) unsafe fn two_tiles<U: Unit, const R: usize>(
     }
 }
 
-/// `R` rows times one compact tile, each output summed as in [`rows`].
+/// `R` rows times one compact tile, each output summed as in [`rows`]. Writes the tile's plain form to `plain`, if that is given.
 ///
 /// # Safety
-/// `tile` holds a compact tile of `pairs` pairs, whose patches are among `patches`; `x` holds `R` rows of `pairs` pairs.
+/// `tile` holds a compact tile of `pairs` pairs, whose patches are among `patches`; `x` holds `R` rows of `pairs` pairs, and `plain` has
+/// room for as many vectors.
 #[inline(always)]
-unsafe fn compact_rows<U: Unit, const R: usize>(
+pub(super) unsafe fn compact_rows<U: Unit, const R: usize>(
     tile: *const u8,
     patches: &[u32],
     x: *const u32,
     pairs: usize,
     ahead: usize,
+    plain: Option<*mut u8>,
 ) -> [U::Floats; R] {
     // SAFETY: the tile is a header and a record for each four pairs.
     unsafe {
@@ -311,6 +320,13 @@ unsafe fn compact_rows<U: Unit, const R: usize>(
             let from = tile.add(HEADER_BYTES + record * RECORD_BYTES);
             prefetch(from.wrapping_add(ahead), RECORD_BYTES);
             let [a, b, c, d] = widen::<U>(from, &table, record, &mut patches);
+            if let Some(plain) = plain {
+                let to = plain.add(4 * record * VECTOR);
+                U::store_bytes(a, to);
+                U::store_bytes(b, to.add(VECTOR));
+                U::store_bytes(c, to.add(2 * VECTOR));
+                U::store_bytes(d, to.add(3 * VECTOR));
+            }
             for r in 0..R {
                 let x = x.add(r * pairs + 4 * record);
                 even[r] = U::dot_bf16(even[r], a, *x);
@@ -323,26 +339,6 @@ unsafe fn compact_rows<U: Unit, const R: usize>(
             *even = U::add(*even, odd);
         }
         even
-    }
-}
-
-/// Writes the plain form of a compact tile to `to`.
-///
-/// # Safety
-/// `tile` holds a compact tile of `pairs` pairs, whose patches are among `patches`; `to` has room for as many vectors.
-#[inline(always)]
-pub(super) unsafe fn widen_tile<U: Unit>(tile: *const u8, patches: &[u32], pairs: usize, to: *mut u8) {
-    // SAFETY: the tile is a header and a record for each four pairs.
-    unsafe {
-        let (table, mut patches) = header(tile, patches);
-        for record in 0..pairs / 4 {
-            let from = tile.add(HEADER_BYTES + record * RECORD_BYTES);
-            prefetch(from.wrapping_add(AHEAD), RECORD_BYTES);
-            let vectors = widen::<U>(from, &table, record, &mut patches);
-            for (i, vector) in vectors.into_iter().enumerate() {
-                U::store_bytes(vector, to.add((4 * record + i) * VECTOR));
-            }
-        }
     }
 }
 

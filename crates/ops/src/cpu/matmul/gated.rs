@@ -4,8 +4,8 @@
 //! both lie in registers when they are joined. What goes to memory is what *down* reads: pairs of bf16, an eighth of the two products in f32.
 //! Every product is summed and every output rounded as it is in two multiplications, an activation and a conversion.
 
-use super::bf16::{Compact, ROWS, fetch, group_tiles, groups, rows, two_tiles, widen_tile, widened_next};
-use super::kernel::{part_of, with_rows};
+use super::bf16::{Compact, ROWS, compact_rows, fetch, group_tiles, groups, rows, two_tiles, widened_next};
+use super::kernel::{AHEAD, part_of, with_rows};
 use super::layout::LANES;
 use super::unit::{Unit, VECTOR};
 use crate::Activation;
@@ -30,6 +30,7 @@ pub(super) struct Job<'a> {
 }
 
 /// The gate's tiles, or up's.
+#[derive(Clone, Copy)]
 pub(super) struct Half<'a> {
     pub tiles: &'a [u8],
     pub tile_bytes: usize,
@@ -52,8 +53,8 @@ pub(super) type Kernel = unsafe fn(&Job<'_>);
 #[inline(always)]
 pub(super) unsafe fn gated<U: Unit>(job: &Job<'_>) {
     let pairs = job.width.div_ceil(2);
-    let step = if U::MANY { ROWS } else { part_of::<U>(job.rows) };
-    let shares = job.rows.div_ceil(step);
+    let (first, step) = (part_of::<U>(job.rows), if U::MANY { ROWS } else { part_of::<U>(job.rows) });
+    let shares = (job.rows - first).div_ceil(step);
     let mut groups = groups(job.tiles, (group_tiles(job.width) / 4 * 2).max(2)).peekable();
     while let Some(group) = groups.next() {
         let following = groups.peek();
@@ -62,16 +63,18 @@ pub(super) unsafe fn gated<U: Unit>(job: &Job<'_>) {
             widened_next(tiles, *tile_bytes, *compact, following, group.len())
         };
         let next = [next(0), next(1)];
-        // SAFETY: the tiles are of the job and the room is for a group.
-        let weights = unsafe {
-            [
-                ready::<U>(job, 0, group.start, group.len(), pairs),
-                ready::<U>(job, 1, group.start, group.len(), pairs),
-            ]
-        };
-        let [(gates, gate_bytes), (ups, up_bytes)] = weights;
-        let at = |i: usize| [gates.wrapping_add(i * gate_bytes), ups.wrapping_add(i * up_bytes)];
-        for (share, row) in (0..job.rows).step_by(step).enumerate() {
+        let [gates, ups] = [half(job, 0, group.start, pairs), half(job, 1, group.start, pairs)];
+        for i in 0..group.len() {
+            // SAFETY: the tiles and rows are of the job, and the room is for a group.
+            unsafe {
+                with_rows!(U, first, R => {
+                    let both = [widened::<U, R>(job, gates, i, pairs), widened::<U, R>(job, ups, i, pairs)];
+                    store::<U, R>(job, group.start + i, 0, both);
+                });
+            }
+        }
+        let at = |i: usize| [gates.plain(i), ups.plain(i)];
+        for (share, row) in (first..job.rows).step_by(step).enumerate() {
             for next in next {
                 fetch(next, share, shares);
             }
@@ -107,31 +110,64 @@ pub(super) unsafe fn gated<U: Unit>(job: &Job<'_>) {
     }
 }
 
-/// Where `count` tiles of a half lie in their plain form, from tile `first` on, and how many bytes apart; widens compact ones, those of gate and
-/// up by turns.
-///
-/// # Safety
-/// The tiles are of the job, whose room is for as many of both halves.
-#[inline(always)]
-unsafe fn ready<U: Unit>(
-    job: &Job<'_>,
-    half: usize,
-    first: usize,
-    count: usize,
-    pairs: usize,
-) -> (*const u8, usize) {
-    let Half { tiles, tile_bytes, compact, .. } = &job.halves[half];
-    let bytes = tiles[first * tile_bytes..(first + count) * tile_bytes].as_ptr();
-    let Some(Compact { patches, room, .. }) = *compact else { return (bytes, *tile_bytes) };
-    let room = room.wrapping_add(half * pairs * VECTOR);
-    for i in 0..count {
-        // SAFETY: as the caller promises.
-        unsafe {
-            let (from, to) = (bytes.add(i * tile_bytes), room.add(2 * i * pairs * VECTOR));
-            widen_tile::<U>(from, patches, pairs, to);
+/// The tiles of a group's half as they are and as they are computed with.
+#[derive(Clone, Copy)]
+struct Group<'a> {
+    tiles: *const u8,
+    tile_bytes: usize,
+    compact: Option<Compact<'a>>,
+    /// Where compact tiles' plain form goes, those of gate and up by turns.
+    room: *mut u8,
+    plain_bytes: usize,
+}
+
+impl Group<'_> {
+    /// A tile in its plain form.
+    #[inline(always)]
+    fn plain(&self, i: usize) -> *const u8 {
+        match self.compact {
+            None => self.tiles.wrapping_add(i * self.tile_bytes),
+            Some(_) => self.room.wrapping_add(i * self.plain_bytes).cast_const(),
         }
     }
-    (room.cast_const(), 2 * pairs * VECTOR)
+}
+
+/// A half's tiles from `first` on.
+#[inline(always)]
+fn half<'a>(job: &Job<'a>, half: usize, first: usize, pairs: usize) -> Group<'a> {
+    let Half { tiles, tile_bytes, compact, .. } = job.halves[half];
+    let room = compact.map_or(std::ptr::null_mut(), |compact| compact.room);
+    Group {
+        tiles: tiles[first * tile_bytes..].as_ptr(),
+        tile_bytes,
+        compact,
+        room: room.wrapping_add(half * pairs * VECTOR),
+        plain_bytes: 2 * pairs * VECTOR,
+    }
+}
+
+/// The first `R` rows times a tile, which is left in its plain form.
+///
+/// # Safety
+/// The tile and the rows are of the job, and the room is for it.
+#[inline(always)]
+unsafe fn widened<U: Unit, const R: usize>(
+    job: &Job<'_>,
+    half: Group<'_>,
+    i: usize,
+    pairs: usize,
+) -> [U::Floats; R] {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let (tile, x) = (half.tiles.add(i * half.tile_bytes), job.x.as_ptr());
+        match half.compact {
+            None => rows::<U, R>(tile, x, pairs, 0),
+            Some(Compact { patches, .. }) => {
+                let plain = Some(half.room.add(i * half.plain_bytes));
+                compact_rows::<U, R>(tile, patches, x, pairs, AHEAD, plain)
+            }
+        }
+    }
 }
 
 /// Adds the biases to gate and up of `R` rows, joins them and writes what comes out.
