@@ -39,6 +39,18 @@ pub(super) trait Simd {
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// `a < b ? a : b`.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// The largest lane of a vector without NaN.
+    #[inline(always)]
+    unsafe fn largest(v: Self::V) -> f32 {
+        // SAFETY: the caller's promise is the same.
+        let mut l = unsafe { lanes::<Self>(v) };
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                l[i] = if l[i + half] > l[i] { l[i + half] } else { l[i] };
+            }
+        }
+        l[0]
+    }
     /// `(bits + 127) << 23` on the bits of each lane.
     unsafe fn exponent(v: Self::V) -> Self::V;
     unsafe fn load_pairs(from: *const u32) -> Self::Pairs;
@@ -71,7 +83,7 @@ unsafe fn pair_lanes<S: Simd + ?Sized>(a: S::V, b: S::V) -> S::Pairs {
 
 /// The lanes in memory.
 #[inline(always)]
-pub(super) unsafe fn lanes<S: Simd>(v: S::V) -> [f32; LANES] {
+pub(super) unsafe fn lanes<S: Simd + ?Sized>(v: S::V) -> [f32; LANES] {
     let mut lanes = [0.0; LANES];
     // SAFETY: `lanes` has room; the instructions are the caller's promise.
     unsafe { S::store(lanes.as_mut_ptr(), v) };
@@ -99,17 +111,11 @@ pub(super) unsafe fn sum<S: Simd>(v: S::V) -> f32 {
     (four[0] + four[2]) + (four[1] + four[3])
 }
 
-/// The largest lane, by halves; NaN lanes are passed over.
+/// The largest lane; NaN lanes are passed over.
 #[inline(always)]
 pub(super) unsafe fn max<S: Simd>(v: S::V) -> f32 {
     // SAFETY: the caller's promise is the same.
-    let mut l = unsafe { lanes::<S>(S::max(v, S::splat(f32::NEG_INFINITY))) };
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            l[i] = if l[i + half] > l[i] { l[i + half] } else { l[i] };
-        }
-    }
-    l[0]
+    unsafe { S::largest(S::max(v, S::splat(f32::NEG_INFINITY))) }
 }
 
 /// `e^x` within 3e-7 relative; 0 below -88 and infinite above 88.3, NaN for NaN.
@@ -415,6 +421,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
             _mm512_max_ps(a, b)
+        }
+        #[inline(always)]
+        unsafe fn largest(v: Self::V) -> f32 {
+            _mm512_reduce_max_ps(v)
         }
         #[inline(always)]
         unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
