@@ -2,8 +2,8 @@
 //!
 //! As in [`kernel`](super::kernel), an output is summed over its inputs in one fixed order, and compact weights are
 //! widened to the very vectors that plain ones lie in, so that both give the same bits. Few rows are memory's
-//! work: compact weights are widened in registers, record by record. For many rows, which are arithmetic's, a group of
-//! tiles is widened to memory that stays in the cache and serves all rows.
+//! work: compact weights are widened in registers, record by record. For many rows, which are arithmetic's, the first of them leave what
+//! they widen of a group of tiles in memory that stays in the cache and serves the others.
 
 use super::compact::{self, HEADER_BYTES, Patches, RECORD_BYTES, TABLE_BYTES};
 use super::kernel::{
@@ -110,9 +110,9 @@ unsafe fn compact_pass<U: Unit>(
 /// start in a cycle; a row times a tile takes a load for each dot product, this way two for three. Weights that are computed with are not
 /// fetched ahead, for that takes the place of a load.
 ///
-/// All rows go over a group of tiles before the next: widening its tiles costs little beside what follows, its weights come from the
-/// second-level cache, and a few rows' activations are read once for the whole group. Meanwhile the compact tiles of the next group are
-/// fetched from memory, a share with each few rows, so that widening does not wait for them.
+/// All rows go over a group of tiles before the next: its weights come from the second-level cache, and a few rows' activations are read
+/// once for the whole group. The first rows widen its tiles as they meet them, so that the one hides behind the other. Meanwhile the
+/// compact tiles of the next group are fetched from memory, a share with each few rows, so that widening does not wait for them.
 ///
 /// # Safety
 /// See [`bf16`].

@@ -378,10 +378,11 @@ fn every_bf16_there_is_comes_back_from_the_compact_form() {
         let table = Table::of(&rows);
         let (mut tile, mut patches) = (vec![0; compact::tile_bytes(width)], vec![7; 3 + table.patches()]);
         table.pack(&plain, 3, &mut tile, &mut patches[3..]);
-        let mut back = vec![1; plain.len()];
-        // SAFETY: the tile is of this width, and what comes back has room for its plain form.
+        let (mut back, row) = (vec![1; plain.len()], vec![0; width / 2]);
+        // SAFETY: the tile and the row are of this width, and what comes back has room for the tile's plain form.
         unsafe {
-            super::bf16::widen_tile::<unit::Portable>(tile.as_ptr(), &patches, width / 2, back.as_mut_ptr());
+            let (x, back) = (row.as_ptr(), Some(back.as_mut_ptr()));
+            super::bf16::compact_rows::<unit::Portable, 1>(tile.as_ptr(), &patches, x, width / 2, 0, back);
         }
         assert!(back == plain);
     }
