@@ -184,12 +184,13 @@ impl PairTile<'_, '_> {
                 let first = index * BLOCK_SIZE / 2;
                 let end = most.div_ceil(2).min(first + BLOCK_SIZE / 2);
                 if whole.contains(&index) {
-                    let (mut value, mut ahead) = (values.as_ptr().add(2 * part), ahead.as_ptr().add(2 * part));
+                    let (mut value, mut ahead) =
+                        (values.as_ptr().add(2 * part), ahead.as_ptr().add(2 * part));
                     // Up to an `end` that the compiler does not know: unrolled, the loop spills its sums.
                     for pair in first..end {
                         prefetch(ahead.cast(), P * 64);
                         add::<S, T, P>(&mut sums, value, probabilities.as_ptr().add(pair));
-                        (value, ahead) = (value.add(2 * padded), ahead.wrapping_add(2 * padded));
+                        (value, ahead) = (value.wrapping_add(2 * padded), ahead.wrapping_add(2 * padded));
                     }
                     continue;
                 }

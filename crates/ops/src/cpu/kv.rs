@@ -9,7 +9,8 @@
 use std::ops::Range;
 
 use super::matmul::round_bf16;
-use super::memory::Numbers;
+use super::memory::{HUGE_PAGE, Numbers};
+use super::pool::Pool;
 use super::simd::{LANES, Level, Simd};
 use crate::{AttentionShape, BLOCK_SIZE, OpError, Result};
 
@@ -42,6 +43,8 @@ pub struct KvCache {
     elements: Elements,
     layers: usize,
     blocks: usize,
+    /// Of each layer, the blocks from the first on whose memory the system has provided.
+    provided: usize,
     pub(super) layout: Layout,
 }
 
@@ -78,7 +81,34 @@ impl KvCache {
             KvDType::BF16 => Elements::BF16(Numbers::new(len).map_err(|_| too_large())?),
             KvDType::F32 => Elements::F32(Numbers::new(len).map_err(|_| too_large())?),
         };
-        Ok(Self { elements, layers, blocks, layout })
+        Ok(Self { elements, layers, blocks, provided: 0, layout })
+    }
+
+    /// Has the system provide the memory of the first `blocks` blocks, and of those in the same huge pages. Where several threads write to a
+    /// new huge page it clears one for each of them, so they provide one each.
+    pub(super) fn provide(&mut self, pool: &Pool, blocks: usize) {
+        if blocks <= self.provided {
+            return;
+        }
+        let (block, most) = (self.layout.block_len(), self.blocks * self.layout.block_len());
+        let step = HUGE_PAGE / self.element_bytes();
+        let (from, to) = (self.provided * block, (blocks * block).next_multiple_of(step).min(most));
+        pool.run(self.layers, |layer| {
+            let range = layer * most + from..layer * most + to;
+            match &self.elements {
+                Elements::F16(x) => x.provide(range),
+                Elements::BF16(x) => x.provide(range),
+                Elements::F32(x) => x.provide(range),
+            }
+        });
+        self.provided = to / block;
+    }
+
+    fn element_bytes(&self) -> usize {
+        match &self.elements {
+            Elements::F16(_) | Elements::BF16(_) => 2,
+            Elements::F32(_) => 4,
+        }
     }
 
     pub(super) fn layers(&self) -> usize {
@@ -136,11 +166,7 @@ impl KvCache {
     /// The elements of a block within a layer, if there is such a block and it has so many bytes.
     fn check_block(&self, block: usize, bytes: usize) -> Result<Range<usize>> {
         let len = self.layout.block_len();
-        let element = match &self.elements {
-            Elements::F16(_) | Elements::BF16(_) => 2,
-            Elements::F32(_) => 4,
-        };
-        let wanted = self.layers * len * element;
+        let wanted = self.layers * len * self.element_bytes();
         if block >= self.blocks || bytes != wanted || wanted == 0 {
             let there = self.blocks;
             let reason = format!("KV block {block} of {there} with {bytes} bytes; a block has {wanted}");

@@ -8,12 +8,12 @@
 use crate::{OpError, Result};
 use memmap2::{MmapMut, MmapRaw};
 use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Address space taken at a time. Pages that nothing was written to take no memory.
 const REGION: usize = 128 << 20;
-const HUGE_PAGE: usize = 2 << 20;
+pub(super) const HUGE_PAGE: usize = 2 << 20;
 /// Bytes of a cache line. What is owned starts at one.
 pub(super) const LINE: usize = 64;
 
@@ -54,6 +54,22 @@ impl Memory {
         // SAFETY: the range lies inside the mapping, which lives as long as `self`, is initialised (zeroed by
         // the system) and belongs to `self` alone, whose other accessor borrows it mutably.
         unsafe { std::slice::from_raw_parts(self.region.as_ptr().add(self.start), self.len) }
+    }
+
+    /// Has the system provide the huge pages that a range of the bytes lies in, where it can; else they come as they are written to.
+    pub fn provide(&self, range: Range<usize>) {
+        let at = self.region.as_ptr().wrapping_add(self.start) as usize;
+        let first = (at + range.start) / HUGE_PAGE * HUGE_PAGE;
+        let last = (at + range.end).next_multiple_of(HUGE_PAGE);
+        let (first, last) = (first.max(at) - at, last.min(at + self.len) - at);
+        #[cfg(target_os = "linux")]
+        if let Err(error) =
+            self.region.advise_range(memmap2::Advice::PopulateWrite, self.start + first, last - first)
+        {
+            tracing::debug!(%error, "memory is not provided ahead");
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (first, last);
     }
 
     /// The bytes, to be filled.
@@ -106,6 +122,11 @@ impl<T: Number> Numbers<T> {
         let bytes = bytes.ok_or_else(|| OpError::Backend(format!("cannot allocate {len} numbers")))?;
         Ok(Self { memory: Memory::new(bytes)?, number: PhantomData })
     }
+
+    /// [`Memory::provide`] of a range of numbers.
+    pub fn provide(&self, range: Range<usize>) {
+        self.memory.provide(range.start * size_of::<T>()..range.end * size_of::<T>());
+    }
 }
 
 impl<T: Number> Deref for Numbers<T> {
@@ -138,6 +159,24 @@ mod tests {
             assert!(memory.bytes().iter().all(|&b| b == 0));
             assert_eq!(memory.bytes().as_ptr().align_offset(LINE), 0);
             memory.bytes_mut().fill(i as u8 + 1);
+        }
+        for (i, memory) in all.iter().enumerate() {
+            assert!(memory.bytes().iter().all(|&b| b == i as u8 + 1));
+        }
+    }
+
+    #[test]
+    fn providing_memory_changes_nothing_in_it_or_beside_it() {
+        let mut all: Vec<Memory> =
+            [100, 3 * HUGE_PAGE + 5, 0, 64].map(|len| Memory::new(len).unwrap()).into();
+        for (i, memory) in all.iter_mut().enumerate() {
+            memory.bytes_mut().fill(i as u8 + 1);
+        }
+        for memory in &all {
+            let len = memory.bytes().len();
+            for range in [0..len, len / 3..len / 2, len..len] {
+                memory.provide(range);
+            }
         }
         for (i, memory) in all.iter().enumerate() {
             assert!(memory.bytes().iter().all(|&b| b == i as u8 + 1));

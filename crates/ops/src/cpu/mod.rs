@@ -318,7 +318,9 @@ impl Backend for Cpu {
     }
 
     fn kv_cache(&mut self, layers: usize, shape: &AttentionShape, blocks: usize) -> Result<KvCache> {
-        KvCache::new(layers, shape, blocks, self.kv_dtype)
+        let mut cache = KvCache::new(layers, shape, blocks, self.kv_dtype)?;
+        cache.provide(&self.pool, 1.min(blocks)); // before somebody waits
+        Ok(cache)
     }
 
     fn kv_block_bytes(&self, shape: &AttentionShape) -> usize {
@@ -440,6 +442,7 @@ impl Backend for Cpu {
             || "a query or key norm of another length than a head".to_owned(),
         )?;
         self.rotate(qkv, shape, norm.as_ref(), rope);
+        cache.provide(&self.pool, self.step.blocks);
         let layout = cache.layout;
         match cache.layer_mut(layer) {
             LayerMut::F16(kv) => self.write_kv(qkv, shape, layout, kv),
