@@ -86,22 +86,22 @@ impl PairTile<'_, '_> {
             for block in twos..blocks {
                 self.products::<S, T, 1>(block, blocks);
             }
-            // All maxima first: one lane after the other takes longer than a row's exponentials wait for nothing.
-            let mut most = [0.0; T];
-            for (i, most) in most.iter_mut().enumerate() {
+            // All maxima first: a row's ends in steps that wait for one another, lane against lane; meanwhile the next row's begins.
+            let mut maxima = [0.0; T];
+            for (i, maximum) in maxima.iter_mut().enumerate() {
                 let row = &mut self.tile.scores[i * PIECE..(i + 1) * PIECE];
                 let (start, end) = (begins[i] / STEP * STEP, limits[i].next_multiple_of(STEP));
                 row[start..begins[i]].fill(f32::NEG_INFINITY);
                 row[limits[i]..end].fill(f32::NEG_INFINITY);
-                *most = largest::<S>(&row[start..end]);
+                *maximum = largest::<S>(&row[start..end]);
             }
             for (i, state) in self.tile.states.chunks_exact_mut(padded + 2).enumerate() {
                 let row = &self.tile.scores[i * PIECE..(i + 1) * PIECE];
                 let (start, end) = (begins[i] / STEP * STEP, limits[i].next_multiple_of(STEP));
                 let pairs = &mut self.pairs.probabilities[i * PAIRS..(i + 1) * PAIRS];
-                state[padded] = most[i] * std::f32::consts::LN_2;
+                state[padded] = maxima[i] * std::f32::consts::LN_2;
                 state[padded + 1] =
-                    exponentials::<S>(&row[start..end], most[i], &mut pairs[start / 2..end / 2]);
+                    exponentials::<S>(&row[start..end], maxima[i], &mut pairs[start / 2..end / 2]);
             }
             for part in (0..two_parts).step_by(2) {
                 self.values::<S, T, 2>(begins, limits, part * LANES);
@@ -179,11 +179,11 @@ impl PairTile<'_, '_> {
             let blocks = table[..most.div_ceil(BLOCK_SIZE)].iter().enumerate();
             for (index, &block) in blocks.skip(earliest / BLOCK_SIZE) {
                 let values = &kv[layout.values(block as usize, head)..][..BLOCK_SIZE * padded];
-                let next = table[(index + 1).min(most.div_ceil(BLOCK_SIZE) - 1)];
-                let ahead = &kv[layout.values(next as usize, head)..][..BLOCK_SIZE * padded];
                 let first = index * BLOCK_SIZE / 2;
                 let end = most.div_ceil(2).min(first + BLOCK_SIZE / 2);
                 if whole.contains(&index) {
+                    let next = table[(index + 1).min(most.div_ceil(BLOCK_SIZE) - 1)];
+                    let ahead = &kv[layout.values(next as usize, head)..][..BLOCK_SIZE * padded];
                     let (mut value, mut ahead) =
                         (values.as_ptr().add(2 * part), ahead.as_ptr().add(2 * part));
                     // Up to an `end` that the compiler does not know: unrolled, the loop spills its sums.

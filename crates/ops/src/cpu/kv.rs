@@ -43,7 +43,7 @@ pub struct KvCache {
     elements: Elements,
     layers: usize,
     blocks: usize,
-    /// Of each layer, the blocks from the first on whose memory the system has provided.
+    /// Of each layer, the blocks from the first on whose memory the system was asked to provide.
     provided: usize,
     pub(super) layout: Layout,
 }
@@ -84,8 +84,9 @@ impl KvCache {
         Ok(Self { elements, layers, blocks, provided: 0, layout })
     }
 
-    /// Has the system provide the memory of the first `blocks` blocks, and of those in the same huge pages. Where several threads write to a
-    /// new huge page it clears one for each of them, so they provide one each.
+    /// Has the system provide the memory of each layer's first `blocks` blocks, and of those in the same huge pages: at the load up to two
+    /// a layer. Of threads that write to a new huge page at once each has one cleared, all but one in vain; so each thread provides another
+    /// layer's pages. Layers smaller than a huge page share some, and there are few of those then.
     pub(super) fn provide(&mut self, pool: &Pool, blocks: usize) {
         if blocks <= self.provided {
             return;
@@ -101,7 +102,7 @@ impl KvCache {
                 Elements::F32(x) => x.provide(range),
             }
         });
-        self.provided = to / block;
+        self.provided = to.checked_div(block).unwrap_or(self.blocks); // no heads take nothing
     }
 
     fn element_bytes(&self) -> usize {

@@ -11,7 +11,7 @@ use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Address space taken at a time. Pages that nothing was written to take no memory.
+/// Address space taken at a time. Pages that were neither written to nor provided take no memory.
 const REGION: usize = 128 << 20;
 pub(super) const HUGE_PAGE: usize = 2 << 20;
 /// Bytes of a cache line. What is owned starts at one.
@@ -106,7 +106,7 @@ unsafe impl Number for u32 {}
 // SAFETY: as above.
 unsafe impl Number for f32 {}
 
-/// Numbers, zeros at first, in such memory. What was not written to takes none.
+/// Numbers, zeros at first, in such memory. What was neither written to nor provided takes none.
 pub(super) struct Numbers<T> {
     memory: Memory,
     number: PhantomData<T>,

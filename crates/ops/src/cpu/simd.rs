@@ -39,7 +39,7 @@ pub(super) trait Simd {
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// `a < b ? a : b`.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
-    /// The largest lane of a vector without NaN.
+    /// The largest lane of a vector without NaN; of zeros of both signs, either.
     #[inline(always)]
     unsafe fn largest(v: Self::V) -> f32 {
         // SAFETY: the caller's promise is the same.

@@ -107,8 +107,8 @@ unsafe fn compact_pass<U: Unit>(
 }
 
 /// Many rows, on units with the registers for it six of them times two tiles at a time. As many loads as dot products
-/// start in a cycle; a row times a tile takes a load for each dot product, this way two for three. Weights that are computed with are not
-/// fetched ahead, for that takes the place of a load.
+/// start in a cycle; a row times a tile takes a load for each dot product, this way two for three. Plain weights that are computed with are
+/// not fetched ahead, for that takes the place of a load.
 ///
 /// All rows go over a group of tiles before the next: its weights come from the second-level cache, and a few rows' activations are read
 /// once for the whole group. The first rows widen its tiles as they meet them, so that the one hides behind the other. Meanwhile the
@@ -119,7 +119,8 @@ unsafe fn compact_pass<U: Unit>(
 #[inline(always)]
 unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
     let (tiles, pairs) = (job.outputs.div_ceil(LANES), pairs(job));
-    let (first, step) = (part_of::<U>(job.rows), if U::MANY { ROWS } else { part_of::<U>(job.rows) });
+    let first = if job.compact.is_some() { part_of::<U>(job.rows) } else { 0 };
+    let step = if U::MANY { ROWS } else { part_of::<U>(job.rows) };
     let shares = (job.rows - first).div_ceil(step);
     let mut groups = groups(tiles, group_tiles(job.width)).peekable();
     while let Some(group) = groups.next() {
@@ -127,24 +128,21 @@ unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
         let bytes = job.tiles[group.start * job.tile_bytes..group.end * job.tile_bytes].as_ptr();
         let (weights, tile_bytes) = match job.compact {
             None => (bytes, job.tile_bytes),
-            Some(Compact { room, .. }) => (room.cast_const(), pairs * VECTOR),
-        };
-        for i in 0..group.len() {
-            let (tile, from) = (group.start + i, bytes.wrapping_add(i * job.tile_bytes));
-            // SAFETY: the tiles and the rows are of the job, and the room is for a group.
-            unsafe {
-                with_rows!(U, first, R => {
-                    let sums = match job.compact {
-                        None => rows::<U, R>(from, x.as_ptr(), pairs, 0),
-                        Some(Compact { patches, room, .. }) => {
-                            let plain = Some(room.add(i * pairs * VECTOR));
-                            compact_rows::<U, R>(from, patches, x.as_ptr(), pairs, AHEAD, plain)
-                        }
-                    };
-                    store::<U, R>(job, tile, 0, sums);
-                });
+            Some(Compact { patches, room, .. }) => {
+                let x = x[..first * pairs].as_ptr();
+                for i in 0..group.len() {
+                    // SAFETY: the tiles and the rows are of the job, and the room is for a group.
+                    unsafe {
+                        let (from, plain) = (bytes.add(i * job.tile_bytes), room.add(i * pairs * VECTOR));
+                        with_rows!(U, first, R => {
+                            let sums = compact_rows::<U, R>(from, patches, x, pairs, AHEAD, Some(plain));
+                            store::<U, R>(job, group.start + i, 0, sums);
+                        });
+                    }
+                }
+                (room.cast_const(), pairs * VECTOR)
             }
-        }
+        };
         for (share, row) in (first..job.rows).step_by(step).enumerate() {
             fetch(next, share, shares);
             let last = job.rows.min(row + step);

@@ -11,6 +11,7 @@ use super::unit::{Unit, VECTOR};
 use crate::Activation;
 use crate::cpu::activation::gated_vector;
 use crate::cpu::simd::Simd;
+use std::ops::Range;
 
 /// Consecutive tiles of gate and up times all rows.
 pub(super) struct Job<'a> {
@@ -30,7 +31,6 @@ pub(super) struct Job<'a> {
 }
 
 /// The gate's tiles, or up's.
-#[derive(Clone, Copy)]
 pub(super) struct Half<'a> {
     pub tiles: &'a [u8],
     pub tile_bytes: usize,
@@ -53,7 +53,9 @@ pub(super) type Kernel = unsafe fn(&Job<'_>);
 #[inline(always)]
 pub(super) unsafe fn gated<U: Unit>(job: &Job<'_>) {
     let pairs = job.width.div_ceil(2);
-    let (first, step) = (part_of::<U>(job.rows), if U::MANY { ROWS } else { part_of::<U>(job.rows) });
+    let widens = job.halves.iter().any(|half| half.compact.is_some());
+    let first = if widens { part_of::<U>(job.rows) } else { 0 };
+    let step = if U::MANY { ROWS } else { part_of::<U>(job.rows) };
     let shares = (job.rows - first).div_ceil(step);
     let mut groups = groups(job.tiles, (group_tiles(job.width) / 4 * 2).max(2)).peekable();
     while let Some(group) = groups.next() {
@@ -63,8 +65,9 @@ pub(super) unsafe fn gated<U: Unit>(job: &Job<'_>) {
             widened_next(tiles, *tile_bytes, *compact, following, group.len())
         };
         let next = [next(0), next(1)];
-        let [gates, ups] = [half(job, 0, group.start, pairs), half(job, 1, group.start, pairs)];
-        for i in 0..group.len() {
+        let [gates, ups] = [half(job, 0, &group, pairs), half(job, 1, &group, pairs)];
+        let widened_first = if widens { group.len() } else { 0 };
+        for i in 0..widened_first {
             // SAFETY: the tiles and rows are of the job, and the room is for a group.
             unsafe {
                 with_rows!(U, first, R => {
@@ -132,13 +135,13 @@ impl Group<'_> {
     }
 }
 
-/// A half's tiles from `first` on.
+/// The tiles of a half that a group has.
 #[inline(always)]
-fn half<'a>(job: &Job<'a>, half: usize, first: usize, pairs: usize) -> Group<'a> {
-    let Half { tiles, tile_bytes, compact, .. } = job.halves[half];
+fn half<'a>(job: &Job<'a>, half: usize, group: &Range<usize>, pairs: usize) -> Group<'a> {
+    let &Half { tiles, tile_bytes, compact, .. } = &job.halves[half];
     let room = compact.map_or(std::ptr::null_mut(), |compact| compact.room);
     Group {
-        tiles: tiles[first * tile_bytes..].as_ptr(),
+        tiles: tiles[group.start * tile_bytes..group.end * tile_bytes].as_ptr(),
         tile_bytes,
         compact,
         room: room.wrapping_add(half * pairs * VECTOR),
@@ -159,7 +162,7 @@ unsafe fn widened<U: Unit, const R: usize>(
 ) -> [U::Floats; R] {
     // SAFETY: as the caller promises.
     unsafe {
-        let (tile, x) = (half.tiles.add(i * half.tile_bytes), job.x.as_ptr());
+        let (tile, x) = (half.tiles.add(i * half.tile_bytes), job.x[..R * pairs].as_ptr());
         match half.compact {
             None => rows::<U, R>(tile, x, pairs, 0),
             Some(Compact { patches, .. }) => {
