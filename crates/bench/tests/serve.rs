@@ -71,7 +71,7 @@ async fn each_fault_is_counted_and_the_rest_goes_on() {
     // The two first requests calibrate the prompt length.
     let deeds = [Deed::Answer, Deed::Fail500, Deed::Cut, Deed::Garbage, Deed::ErrorEvent, Deed::Hang];
     let address = server(deeds.to_vec()).await;
-    let args = ["--requests", "12", "--concurrency", "4", "--output", "3", "--timeout", "0.5"];
+    let args = ["--requests", "12", "--concurrency", "4", "--output", "3", "--timeout", "3"];
     let (ended, report) = bench("faults", address, &args).await;
     ended.unwrap();
     assert_eq!((report.summary.answered, report.summary.errors), (2.0, 10.0));

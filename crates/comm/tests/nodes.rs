@@ -318,12 +318,12 @@ fn who_does_not_belong_is_told_why_and_node_0_goes_on_waiting() {
 fn two_nodes_of_one_number_are_told_apart_and_missing_ones_named() {
     let ((listener, address), terms) = (listener(), terms(3, 3));
     std::thread::scope(|scope| {
-        let leader = scope.spawn(|| Group::lead(listener, &terms, Duration::from_secs(2)).err());
+        let leader = scope.spawn(|| Group::lead(listener, &terms, Duration::from_secs(8)).err());
         let first = Group::follow(&address, 2, &terms, PATIENCE).expect("it belongs");
         let second = Group::follow(&address, 2, &terms, PATIENCE).err().expect("a refusal").to_string();
         assert!(second.contains("there is a node 2 already"), "{second}");
         let refusal = leader.join().expect("no panic").expect("node 1 is missing").to_string();
-        assert_eq!(refusal, "node 1 has not come in 2 s");
+        assert_eq!(refusal, "node 1 has not come in 8 s");
         drop(first);
     });
 }

@@ -59,7 +59,8 @@ fn log_probabilities_come_with_what_was_drawn_in_flight_but_for_very_many() {
     for logprobs in [0, 3, 32] {
         assert!(check(CONFIG, vec![scored(logprobs), request(prompt(4, 40), 60)]) > 60);
     }
-    assert_eq!(check(CONFIG, vec![scored(33), request(prompt(4, 40), 60)]), 0);
+    // The other one may begin a step later, and ends before all the same.
+    assert_eq!(check(CONFIG, vec![scored(33), request(prompt(4, 40), 50)]), 0);
     let short = GenerateRequest { max_tokens: 5, ..scored(33) };
     assert!(check(CONFIG, vec![short, request(prompt(4, 40), 100)]) > 40, "from its end on");
 }

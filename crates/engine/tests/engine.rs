@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::{Answer, CONFIG, ask, assert_whole, collect, eventually, model, prompt, request, start};
 use rudder_engine::{
-    Engine, EngineConfig, Event, FinishReason, GenerateRequest, SamplingParams, SubmitError,
+    Engine, EngineConfig, Event, FinishReason, GenerateRequest, Generation, SamplingParams, SubmitError,
 };
 use rudder_model::{Model, ModelConfig};
 use rudder_ops::{Batch, OpError, SampleRow, Sampled};
@@ -152,9 +152,8 @@ fn dropping_a_generation_frees_its_blocks() {
 #[test]
 fn a_full_queue_turns_requests_away_and_takes_them_again_later() {
     let config = EngineConfig { max_sequences: 2, max_waiting: 3, ..CONFIG };
-    let gate = Arc::new(Mutex::new(()));
-    let held = Held { inner: model(&config), gate: gate.clone() };
-    let engine = Engine::start(Box::new(held), config);
+    let (held, gate) = held(&config);
+    let engine = Engine::start(held, config);
     let closed = gate.lock().unwrap();
     let taken: Vec<_> = (0..5).map(|i| engine.submit(request(prompt(i, 100), 20)).unwrap()).collect();
     match engine.submit(request(prompt(9, 10), 1)).err() {
@@ -185,6 +184,19 @@ fn unusable_prompts_are_refused_with_the_reason() {
 struct Held {
     inner: Box<dyn Model>,
     gate: Arc<Mutex<()>>,
+}
+
+fn held(config: &EngineConfig) -> (Box<dyn Model>, Arc<Mutex<()>>) {
+    let gate = Arc::new(Mutex::new(()));
+    (Box::new(Held { inner: model(config), gate: gate.clone() }), gate)
+}
+
+/// Asks for more than runs at once, so that some wait, and are in no step; lets `then` come before any step is done.
+fn flood(engine: &Engine, gate: &Mutex<()>, then: impl FnOnce()) -> Vec<Generation> {
+    let _closed = gate.lock().unwrap();
+    let asked = (0..20).map(|i| engine.submit(request(prompt(i, 70), 180)).unwrap()).collect();
+    then();
+    asked
 }
 
 impl Model for Held {
@@ -253,12 +265,10 @@ fn a_failing_step_ends_its_requests_and_the_engine_goes_on() {
 async fn a_device_that_computes_no_more_ends_all_requests_and_the_engine_which_says_why() {
     const LATE: usize = 1 << 20;
     let steps = Arc::new(AtomicUsize::new(0));
-    let faulty =
-        Faulty { inner: model(&CONFIG), steps: steps.clone(), fail_at: LATE, panic: false, recovers: false };
+    let (inner, gate) = held(&CONFIG);
+    let faulty = Faulty { inner, steps: steps.clone(), fail_at: LATE, panic: false, recovers: false };
     let engine = Engine::start(Box::new(faulty), CONFIG);
-    // More than run at once: some wait, and are in no step.
-    let asked: Vec<_> = (0..20).map(|i| engine.submit(request(prompt(i, 70), 180)).unwrap()).collect();
-    steps.store(LATE, Ordering::SeqCst);
+    let asked = flood(&engine, &gate, || steps.store(LATE, Ordering::SeqCst));
     let reason = engine.broken().await;
     assert!(reason.contains("an illegal address"), "{reason}");
     assert_eq!(engine.submit(request([1], 1)).err(), Some(SubmitError::ShuttingDown));
@@ -295,10 +305,9 @@ impl Model for Panicking {
 #[tokio::test]
 async fn a_panic_of_the_step_loop_ends_all_requests_and_the_engine_which_says_why() {
     let told = Arc::new(AtomicBool::new(false));
-    let engine = Engine::start(Box::new(Panicking(model(&CONFIG), told.clone())), CONFIG);
-    // More than run at once: some wait, and are in no step.
-    let asked: Vec<_> = (0..20).map(|i| engine.submit(request(prompt(i, 70), 180)).unwrap()).collect();
-    told.store(true, Ordering::SeqCst);
+    let (inner, gate) = held(&CONFIG);
+    let engine = Engine::start(Box::new(Panicking(inner, told.clone())), CONFIG);
+    let asked = flood(&engine, &gate, || told.store(true, Ordering::SeqCst));
     let reason = engine.broken().await;
     assert_eq!(reason, "the engine failed unexpectedly");
     assert_eq!(engine.submit(request([1], 1)).err(), Some(SubmitError::ShuttingDown));
@@ -320,12 +329,14 @@ async fn shutdown_lets_running_requests_finish_and_refuses_new_ones() {
     assert_eq!(engine.submit(request([1], 1)).err(), Some(SubmitError::ShuttingDown));
 }
 
-#[tokio::test]
-async fn shutdown_ends_what_outlasts_the_grace() {
-    let engine = start(EngineConfig { max_context: 512, ..CONFIG });
-    let running: Vec<_> = (0..20).map(|i| engine.submit(request(prompt(i, 70), 400)).unwrap()).collect();
-    assert!(!engine.shutdown(Duration::ZERO).await);
-    let reader = std::thread::spawn(move || running.into_iter().map(collect).collect::<Vec<_>>());
-    let answers = reader.join().unwrap();
-    assert!(answers.iter().all(|a| a.end == Some(Err("the server is shutting down".into()))));
+#[test]
+fn shutdown_ends_what_outlasts_the_grace() {
+    let (model, gate) = held(&CONFIG);
+    let engine = Engine::start(model, CONFIG);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let running =
+        flood(&engine, &gate, || assert!(!runtime.block_on(engine.shutdown(Duration::ZERO)), "none is done"));
+    for answer in running.into_iter().map(collect) {
+        assert_eq!(answer.end, Some(Err("the server is shutting down".into())));
+    }
 }

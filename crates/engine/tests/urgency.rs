@@ -4,7 +4,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{CONFIG, ask, collect, prompt, request, start};
+use common::{CONFIG, ask, collect, prompt, queued, request, start};
 use rudder_engine::{EngineConfig, Event, GenerateRequest, SubmitError};
 
 /// One at a time, so that what comes second waits.
@@ -36,9 +36,11 @@ fn what_still_waits_at_its_deadline_is_dropped_and_what_runs_is_not() {
 
 #[test]
 fn a_full_queue_still_takes_another_owners_request() {
-    let engine = start(NARROW);
+    let (engine, ahead) = queued(NARROW, None);
+    let closed = ahead.gate.lock().unwrap();
     let flood: Vec<_> = (0..4).map(|i| engine.submit(of("flood", prompt(i, 50), 100)).unwrap()).collect();
     let refused = engine.submit(of("flood", prompt(9, 50), 100)).err();
+    drop(closed);
     assert!(matches!(refused, Some(SubmitError::Busy { .. })), "{refused:?}");
     assert_eq!(ask(&engine, of("modest", prompt(7, 10), 3)).tokens.len(), 3);
     drop(flood);

@@ -170,7 +170,7 @@ fn much_markup_is_encoded_in_linear_time() {
     let tokens = text.encode(&"<|im_start|>".repeat(100_000), true, false).unwrap();
     assert_eq!(tokens.len(), 100_000);
     // Walking over all that comes before each mark would take minutes.
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
 }
 
 #[test]

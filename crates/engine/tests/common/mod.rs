@@ -319,7 +319,10 @@ pub fn queued(config: EngineConfig, fault: Option<Fault>) -> (Engine, Arc<Ahead>
 pub fn check_ahead(config: EngineConfig, requests: Vec<GenerateRequest>) -> usize {
     let expected = ask_at_once(&start(config.clone()), &requests);
     let (engine, ahead) = queued(config, None);
-    let answers = ask_at_once(&engine, &requests);
+    let closed = ahead.gate.lock().unwrap();
+    let asked: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
+    drop(closed);
+    let answers: Vec<_> = asked.into_iter().map(collect).collect();
     for (answer, expected) in answers.iter().zip(&expected) {
         assert_eq!((&answer.tokens, &answer.end), (&expected.tokens, &expected.end));
         assert_eq!(answer.usage.completion_tokens, expected.usage.completion_tokens);
