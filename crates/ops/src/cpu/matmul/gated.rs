@@ -66,8 +66,8 @@ pub(super) unsafe fn gated<U: Unit>(job: &Job<'_>) {
         };
         let next = [next(0), next(1)];
         let [gates, ups] = [half(job, 0, &group, pairs), half(job, 1, &group, pairs)];
-        let widened_first = if widens { group.len() } else { 0 };
-        for i in 0..widened_first {
+        let to_widen = if widens { 0..group.len() } else { 0..0 };
+        for i in to_widen {
             // SAFETY: the tiles and rows are of the job, and the room is for a group.
             unsafe {
                 with_rows!(U, first, R => {
@@ -188,7 +188,7 @@ unsafe fn store<U: Unit, const R: usize>(
     let mut bias = [None; 2];
     for (to, half) in bias.iter_mut().zip(&job.halves) {
         if let Some(bias) = half.bias {
-            *to = Some(bias[tile * LANES..][..LANES].as_ptr());
+            *to = Some(bias[tile * LANES..].first_chunk().expect("a tile's biases"));
         }
     }
     for (r, (gate, up)) in gate.into_iter().zip(up).enumerate() {
@@ -209,12 +209,12 @@ unsafe fn store<U: Unit, const R: usize>(
 /// # Safety
 /// The processor has the unit's features.
 #[inline(always)]
-unsafe fn biased<U: Unit>(mut sum: U::Floats, bias: Option<*const f32>) -> <U::Simd as Simd>::V {
+unsafe fn biased<U: Unit>(mut sum: U::Floats, bias: Option<&[f32; LANES]>) -> <U::Simd as Simd>::V {
     let mut floats = [0.0; LANES];
     // SAFETY: a tile's biases are a vector, and so are the floats.
     unsafe {
         if let Some(bias) = bias {
-            sum = U::add(sum, U::load_f32(bias.cast()));
+            sum = U::add(sum, U::load_f32(bias.as_ptr().cast()));
         }
         U::store(sum, floats.as_mut_ptr());
         U::Simd::load(floats.as_ptr())
