@@ -56,7 +56,7 @@ fn ranks_go_on_from_their_kv_on_disk_and_one_piece_does_not_take_it_for_its_own(
         // The threads of the engine before let the folder go a moment after its last handle is gone.
         let mut disk = None;
         eventually("a free folder", || {
-            disk = DiskTier::open(&tier, &*model).ok();
+            disk = DiskTier::open(&tier, &*model).ok().map(DiskTier::patient);
             disk.is_some()
         });
         Engine::start_with(model, ROOMY, disk)

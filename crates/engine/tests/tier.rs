@@ -4,8 +4,8 @@ mod common;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, SystemTime};
 
 use common::{
@@ -19,15 +19,6 @@ use rudder_model::Model;
 
 const ROOMY: EngineConfig = EngineConfig { kv_blocks: 512, max_context: 512, max_sequences: 8, ..CONFIG };
 const CAPACITY: u64 = 256 << 20;
-
-/// An engine on a medium with switches, after another left a turn of seed 1 on disk.
-fn restarted(folder: &Path) -> (Engine, Arc<Switches>) {
-    let engine = start(folder);
-    turn(&engine, 1);
-    stop(engine);
-    let switches = Arc::new(Switches::default());
-    (start_on(folder, &switches), switches)
-}
 
 /// An engine whose disk misbehaves as the switches say.
 fn start_on(folder: &Path, switches: &Arc<Switches>) -> Engine {
@@ -44,6 +35,11 @@ fn start_with(
     folder: &Path,
     switches: &Arc<Switches>,
 ) -> Engine {
+    let tier = open(&*model, folder, switches).patient();
+    Engine::start_with(model, config, Some(tier))
+}
+
+fn open(model: &dyn Model, folder: &Path, switches: &Arc<Switches>) -> DiskTier {
     // The threads of the engine before let the folder go a moment after its last handle is gone.
     let mut disk = None;
     eventually("a free folder", || {
@@ -51,8 +47,7 @@ fn start_with(
         disk.is_some()
     });
     let medium = Arc::new(Failing { disk: disk.unwrap(), switches: switches.clone() });
-    let tier = DiskTier::open_on(medium, CAPACITY, &*model).unwrap();
-    Engine::start_with(model, config, Some(tier))
+    DiskTier::open_on(medium, CAPACITY, model).unwrap()
 }
 
 fn start(folder: &Path) -> Engine {
@@ -140,8 +135,13 @@ fn what_a_preempted_sequence_loads_again_is_not_counted_as_cached() {
     // Two prompts of 25 blocks, and less than both answers need.
     let small = EngineConfig { kv_blocks: 54, ..ROOMY };
     let engine = start_with(model(&small), small.clone(), folder.path(), &Arc::default());
-    let asked = (0..3).map(|seed| request(prompt(seed, TURN), 100)).collect::<Vec<_>>();
-    let answers = common::ask_at_once(&engine, &asked);
+    // The first is held at its first token until the others are there.
+    let (grammar, gate) = held();
+    let mut asked = (0..3).map(|seed| request(prompt(seed, TURN), 100)).collect::<Vec<_>>();
+    asked[0].grammar = Some(grammar);
+    let asked: Vec<_> = asked.into_iter().map(|request| engine.submit(request).unwrap()).collect();
+    drop(gate);
+    let answers: Vec<_> = asked.into_iter().map(collect).collect();
     let stats = engine.stats();
     assert!(stats.preemptions > 0 && stats.tier.loads > 3, "{stats:?}");
     for answer in answers {
@@ -229,18 +229,21 @@ fn sessions_of_which_nothing_is_left_on_disk_are_not_known() {
 fn a_session_is_known_although_its_first_turn_never_ended() {
     let (folder, left) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let engine = start(folder.path());
-    let (session, grammar) = (Some(Arc::from("first")), Some(Arc::new(Slow) as Arc<dyn Grammar>));
-    let turn = GenerateRequest { session, grammar, ..request(prompt(1, TURN), 100) };
+    let (grammar, gate) = held();
+    let session = Some(Arc::from("first"));
+    let turn = GenerateRequest { session, grammar: Some(grammar), ..request(prompt(1, TURN), 100) };
     let generation = engine.submit(turn).unwrap();
     let files = || std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
-    eventually("a record", || files().any(|path| path.extension().is_some_and(|e| e == "record")));
-    eventually("more blocks", || engine.stats().tier.store.written > 20);
+    // The last step of the prompt waits for the grammar.
+    eventually("all other blocks", || engine.stats().tier.store.written == (TURN as u64 - 1) / 16);
+    assert!(files().any(|path| path.extension().is_some_and(|e| e == "record")));
     // What a process leaves that is killed now.
     for file in files() {
         std::fs::copy(&file, left.path().join(file.file_name().unwrap())).unwrap();
     }
     assert_eq!(engine.stats().running, 1, "the turn ended before it could be cut short");
     drop(generation);
+    drop(gate);
     stop(engine);
 
     let engine = start(left.path());
@@ -346,12 +349,16 @@ fn an_unreadable_disk_is_left_alone_after_a_while_and_every_turn_is_served() {
     let engine = start(folder.path());
     (0..6).for_each(|seed| drop(turn(&engine, seed)));
     stop(engine);
+    let expected: Vec<_> = (0..6).map(|seed| expected(seed).ids()).collect();
     let switches = Arc::new(Switches::default());
     let engine = start_on(folder.path(), &switches);
     switches.unreadable.store(true, Ordering::SeqCst);
-    for seed in 0..6 {
-        let answer = turn(&engine, seed);
-        assert_eq!((answer.ids(), answer.usage.cached_tokens), (expected(seed).ids(), 0));
+    let mut answers: Vec<_> = (0..3).map(|seed| turn(&engine, seed)).collect();
+    // The others at once, while the disk is left alone: for ten seconds.
+    let others = (3..6).map(|seed| request(prompt(seed, TURN), 40)).collect::<Vec<_>>();
+    answers.extend(common::ask_at_once(&engine, &others));
+    for (answer, expected) in answers.iter().zip(expected) {
+        assert_eq!((answer.ids(), answer.usage.cached_tokens), (expected, 0));
     }
     assert_whole(&engine);
     let stats = engine.stats().tier;
@@ -370,6 +377,7 @@ fn a_full_disk_costs_nothing_but_what_it_would_have_kept() {
         assert_eq!(turn(&engine, seed).ids(), expected(seed).ids());
     }
     assert_whole(&engine);
+    eventually("an empty queue", || engine.stats().tier.queued == 0);
     let stats = engine.stats().tier;
     assert!(stats.store.write_errors >= 3 && stats.dropped > 0, "{stats:?}");
     stop(engine);
@@ -386,13 +394,17 @@ fn what_a_waiting_sequence_will_load_is_fetched_ahead() {
     let single = EngineConfig { max_sequences: 1, ..ROOMY };
     let switches = Arc::new(Switches::default());
     let engine = start_with(model(&single), single, folder.path(), &switches);
-    let mut slow = request(prompt(2, 100), 400);
-    slow.grammar = Some(Arc::new(Slow));
-    let first = engine.submit(slow).unwrap();
+    let (grammar, gate) = held();
+    let mut long = request(prompt(2, 100), 400);
+    long.grammar = Some(grammar);
+    let first = engine.submit(long).unwrap();
     let waiting = engine.submit(request(prompt(1, TURN), 40)).unwrap();
+    // So that there is one more plan, and no end.
+    gate.send(()).unwrap();
     eventually("hints", || switches.hints.load(Ordering::SeqCst) == (TURN - 1) / 16);
     assert_eq!(switches.reads.load(Ordering::SeqCst), 2, "a header and a table, as yet no block");
     drop(first);
+    drop(gate);
     assert_eq!(collect(waiting).ids(), expected(1).ids());
     let stats = engine.stats().tier;
     assert_eq!((stats.ahead, stats.loads), ((TURN as u64 - 1) / 16, 1), "{stats:?}");
@@ -402,7 +414,12 @@ fn what_a_waiting_sequence_will_load_is_fetched_ahead() {
 #[test]
 fn a_slow_disk_holds_nobody_up() {
     let folder = tempfile::tempdir().unwrap();
-    let (engine, switches) = restarted(folder.path());
+    let engine = start(folder.path());
+    turn(&engine, 1);
+    stop(engine);
+    let (model, switches) = (model(&ROOMY), Arc::default());
+    let impatient = open(&*model, folder.path(), &switches);
+    let engine = Engine::start_with(model, ROOMY, Some(impatient));
     switches.millis.store(60_000, Ordering::SeqCst);
     let resumed = engine.submit(request(prompt(1, TURN), 40)).unwrap();
     assert_eq!(turn(&engine, 2).ids(), expected(2).ids(), "another goes on meanwhile");
@@ -432,10 +449,15 @@ fn a_disk_that_writes_slowly_holds_nobody_up() {
 #[test]
 fn a_client_that_leaves_while_its_blocks_are_read_leaves_nothing_behind() {
     let folder = tempfile::tempdir().unwrap();
-    let (engine, switches) = restarted(folder.path());
+    let engine = start(folder.path());
+    turn(&engine, 1);
+    stop(engine);
+    let switches = Arc::new(Switches::default());
+    let engine = start_on(folder.path(), &switches);
+    let opened = switches.reads.load(Ordering::SeqCst);
     switches.millis.store(60_000, Ordering::SeqCst);
     let resumed = engine.submit(request(prompt(1, TURN), 40)).unwrap();
-    eventually("a read", || switches.reads.load(Ordering::SeqCst) > 0);
+    eventually("a read", || switches.reads.load(Ordering::SeqCst) > opened);
     drop(resumed);
     assert_whole(&engine);
     switches.millis.store(0, Ordering::SeqCst);
@@ -456,22 +478,27 @@ fn a_tier_that_cannot_be_is_refused_with_a_reason() {
     assert!(matches!(DiskTier::open(&config(CAPACITY), &*model), Err(TierError::Store(StoreError::InUse))));
 }
 
-/// A grammar that allows everything, and takes its time.
-#[derive(Debug)]
-struct Slow;
+/// A grammar that allows everything. It gives as many answers as it is told to, and all once nobody can tell it any more.
+#[derive(Debug, Clone)]
+struct Held(Arc<Mutex<mpsc::Receiver<()>>>);
 
-impl Grammar for Slow {
+fn held() -> (Arc<dyn Grammar>, mpsc::Sender<()>) {
+    let (answers, told) = mpsc::channel();
+    (Arc::new(Held(Arc::new(Mutex::new(told)))), answers)
+}
+
+impl Grammar for Held {
     fn start(&self) -> Result<Box<dyn Constraint>, String> {
-        Ok(Box::new(Self))
+        Ok(Box::new(self.clone()))
     }
 }
 
-impl Constraint for Slow {
+impl Constraint for Held {
     fn accept(&mut self, _: u32) -> Result<(), String> {
         Ok(())
     }
     fn next(&mut self, mask: &mut [u32], _: Option<&mut Vec<u32>>) -> Result<Next, String> {
-        std::thread::sleep(Duration::from_millis(10));
+        let _ = self.0.lock().unwrap().recv();
         mask.fill(u32::MAX);
         Ok(Next::Draw)
     }

@@ -195,6 +195,13 @@ impl DiskTier {
         })
     }
 
+    /// Has every load tried, and waits minutes for it. For tests, where a stalled thread is not a slow disk.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn patient(self) -> Self {
+        Self { speeds: Speeds::patient(), ..self }
+    }
+
     /// What the step loop knows; [`TierWatch`] adds the rest.
     pub(crate) fn stats(&self) -> TierStats {
         TierStats { reads: self.reads.allows(Instant::now()), ..self.stats }

@@ -7,7 +7,7 @@ const READ_BYTES_PER_SECOND: f64 = 500e6;
 const PREFILL_TOKENS_PER_SECOND: f64 = 1000.0;
 /// What a load takes beside reading: the way to the reading thread and back, between two steps.
 const OVERHEAD: f64 = 0.0005;
-/// A new measurement's weight against all before it.
+/// See [`Speeds::weight`].
 const WEIGHT: f64 = 0.25;
 /// Steps with fewer prompt tokens say nothing about prefill.
 const LEAST_TOKENS: usize = 64;
@@ -21,26 +21,34 @@ const LEAST_PATIENCE: Duration = Duration::from_millis(100);
 pub(crate) struct Speeds {
     per_byte: f64,
     per_token: f64,
+    /// A new measurement's, against all before it.
+    weight: f64,
 }
 
 impl Default for Speeds {
     fn default() -> Self {
-        Self { per_byte: 1.0 / READ_BYTES_PER_SECOND, per_token: 1.0 / PREFILL_TOKENS_PER_SECOND }
+        let (per_byte, per_token) = (1.0 / READ_BYTES_PER_SECOND, 1.0 / PREFILL_TOKENS_PER_SECOND);
+        Self { per_byte, per_token, weight: WEIGHT }
     }
 }
 
 impl Speeds {
+    /// Of a prefill so slow that every load pays and a stalled thread makes none late, whatever is measured.
+    pub fn patient() -> Self {
+        Self { per_token: 1.0, weight: 0.0, ..Self::default() }
+    }
+
     /// A step over so many tokens, most of them of prompts, took so long.
     pub fn computed(&mut self, tokens: usize, took: Duration) {
         if tokens >= LEAST_TOKENS {
-            mix(&mut self.per_token, took.as_secs_f64() / tokens as f64);
+            mix(&mut self.per_token, took.as_secs_f64() / tokens as f64, self.weight);
         }
     }
 
     /// Reading so many bytes took so long.
     pub fn read(&mut self, bytes: usize, took: Duration) {
         if bytes > 0 {
-            mix(&mut self.per_byte, took.as_secs_f64() / bytes as f64);
+            mix(&mut self.per_byte, took.as_secs_f64() / bytes as f64, self.weight);
         }
     }
 
@@ -63,8 +71,8 @@ impl Speeds {
     }
 }
 
-fn mix(mean: &mut f64, new: f64) {
-    *mean += WEIGHT * (new - *mean);
+fn mix(mean: &mut f64, new: f64, weight: f64) {
+    *mean += weight * (new - *mean);
 }
 
 #[cfg(test)]
