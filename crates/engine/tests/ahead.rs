@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use common::{
     CONFIG, Fault, ask, assert_whole, check_ahead as check, collect, penalised, prompt, queued, request,
-    sampled, start,
+    sampled, start, unless_disturbed,
 };
 use rudder_engine::{DraftMode, EngineConfig, Event, FinishReason, GenerateRequest, SamplingParams};
 
@@ -70,15 +70,18 @@ fn drafts_are_made_where_they_pay_and_other_steps_are_queued_ahead() {
     let config = EngineConfig { draft: DraftMode::Lookup, ..CONFIG };
     let drawn = GenerateRequest { sampling: sampled(5), ..request(prompt(1, 60), 120) };
     let expected = ask(&start(CONFIG), drawn.clone());
-    let (engine, ahead) = queued(config, None);
-    // Nothing foretells what is drawn, until it is predicted.
-    let alone = ask(&engine, drawn.clone());
-    let steps = ahead.steps.load(Ordering::SeqCst);
-    assert!(steps > 40, "{ahead:?}");
-    let predicted = ask(&engine, GenerateRequest { prediction: expected.ids().into(), ..drawn });
-    assert!(predicted.usage.accepted_tokens > 30, "{:?}", predicted.usage);
-    assert!(ahead.steps.load(Ordering::SeqCst) < steps + 80, "{ahead:?} after {steps}");
-    assert_eq!([&alone.tokens, &predicted.tokens], [&expected.tokens; 2]);
+    unless_disturbed("drafts, and steps ahead without them", || {
+        let (engine, ahead) = queued(config.clone(), None);
+        // Nothing foretells what is drawn, until it is predicted.
+        let alone = ask(&engine, drawn.clone());
+        let steps = ahead.steps.load(Ordering::SeqCst);
+        let prediction = expected.ids().into();
+        let predicted = ask(&engine, GenerateRequest { prediction, ..drawn.clone() });
+        assert_eq!([&alone.tokens, &predicted.tokens], [&expected.tokens; 2]);
+        let fewer = ahead.steps.load(Ordering::SeqCst) < steps + 80;
+        println!("{ahead:?} after {steps}, {:?}", predicted.usage);
+        steps > 40 && predicted.usage.accepted_tokens > 30 && fewer
+    });
 }
 
 #[test]
