@@ -37,7 +37,7 @@ async fn whole(server: &Fixture, body: &Value) -> Value {
     answer.json()
 }
 
-/// A stream's events, each of which is named as its type says.
+/// A stream's events, each of which is named as its type says. Between them may be comments.
 fn events(answer: &Answer) -> Vec<Value> {
     assert_eq!(answer.headers["content-type"], "text/event-stream");
     let text = answer.text();
@@ -48,7 +48,7 @@ fn events(answer: &Answer) -> Vec<Value> {
         assert_eq!(name, format!("event: {}", data["type"].as_str().unwrap()));
         data
     };
-    events.map(event).collect()
+    events.filter(|event| !event.starts_with(':')).map(event).collect()
 }
 
 /// Puts a stream's message together as Anthropic's clients do; panics if its events come in an order

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::http::Request;
@@ -196,8 +196,10 @@ async fn a_sockets_timeout_holds_for_each_of_its_requests() {
 async fn a_quick_answer_has_no_comments() {
     let fixture = start();
     for (path, body) in bodies() {
+        let began = Instant::now();
         let text = fixture.post(path, &with(body, json!({"stream": true}))).await.text();
-        assert!(!text.contains("\n: ") && !text.starts_with(':'), "{text}");
+        let comments = text.contains("\n: ") || text.starts_with(':');
+        assert!(!comments || began.elapsed() >= Duration::from_millis(500), "{text}");
     }
 }
 
