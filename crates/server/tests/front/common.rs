@@ -1,12 +1,14 @@
 //! A server over a real engine and tokenizer, with a model that recites a text by heart.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::{HeaderMap, Request, StatusCode};
+use axum::http::{HeaderMap, Request, StatusCode, response};
 use http_body_util::BodyExt;
 use rudder_engine::{DraftMode, Engine, EngineConfig, Stats};
 use rudder_model::{Model, ModelConfig};
@@ -16,12 +18,17 @@ use rudder_ops::{
 use rudder_server::{Server, ServerConfig, router};
 use rudder_text::{Text, TextSource};
 use serde_json::Value;
+use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 
 pub const MODEL: &str = "tiny";
 /// What the model recites, a byte a token, from the prompt's length on, over and over.
 pub const SCRIPT: &str = "fn main() { println!(\"héllo, wörld\"); }\n// and so on\n";
 pub const CONTEXT: usize = 512;
+/// More than anything takes that does not hang.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How often a held model may take a step, where nothing depends on it.
+pub const PACE: Duration = Duration::from_millis(1);
 const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
                         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 /// The same for a model that calls tools in Hermes' markup and reasons in `<think>`.
@@ -129,18 +136,60 @@ fn source(infill: bool, template: &str, marks: &[&str]) -> TextSource {
 }
 
 /// How the model behaves.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct Manner {
     /// Every step takes this long.
     pub step: Duration,
-    /// While set, no step takes any time.
-    pub hurry: Arc<AtomicBool>,
+    /// Every step waits for one of these, until no more can come.
+    pub grants: Option<Receiver<()>>,
     /// While set, every step fails.
     pub failing: Arc<AtomicBool>,
     /// Ends the turn at this position.
     pub end_at: Option<u64>,
     /// Says these instead, one after the other, each to its end of turn; for one sequence at a time.
     pub answers: Vec<String>,
+}
+
+impl Manner {
+    /// The same on a leash, with at most a step every `pace`.
+    pub fn held(self, pace: Duration) -> (Self, Leash) {
+        // Without room for any, no step is granted before it is waited for.
+        let (sender, grants) = sync_channel(0);
+        (Self { grants: Some(grants), ..self }, Leash { grants: sender, pace })
+    }
+}
+
+/// Holds a model before each of its steps, however long its test takes. Dropped, it lets go.
+pub struct Leash {
+    grants: SyncSender<()>,
+    pace: Duration,
+}
+
+impl Leash {
+    /// Grants step after step until this is over.
+    pub async fn stepping<T>(&self, this: impl Future<Output = T>) -> T {
+        let mut this = pin!(this);
+        loop {
+            match timeout(self.pace, this.as_mut()).await {
+                Ok(output) => return output,
+                // Refused where the model does not wait for it.
+                Err(_) => drop(self.grants.try_send(())),
+            }
+        }
+    }
+
+    /// From here on the model runs as fast as it can.
+    pub fn let_go(self) {}
+}
+
+/// Waits until this holds.
+pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let polled = async {
+        while !holds().await {
+            sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(PATIENCE, polled).await.unwrap_or_else(|_| panic!("{what}: it did not come about"));
 }
 
 struct Reciter {
@@ -188,9 +237,11 @@ impl Model for Reciter {
     }
 
     fn forward(&mut self, _batch: &Batch) -> Result<(), OpError> {
-        if !self.manner.hurry.load(Ordering::SeqCst) {
-            std::thread::sleep(self.manner.step);
+        if let Some(grants) = &self.manner.grants {
+            // An error: it was let go.
+            let _ = grants.recv();
         }
+        std::thread::sleep(self.manner.step);
         match self.manner.failing.load(Ordering::SeqCst) {
             true => Err(OpError::Backend("a fault for the test".into())),
             false => Ok(()),
@@ -239,35 +290,41 @@ pub fn start_with(config: ServerConfig, engine: EngineConfig, manner: Manner, in
 
 /// A server whose model gives these answers, one after the other, and may reason and call tools.
 pub fn start_agent(answers: &[&str]) -> Fixture {
-    start_answering(ServerConfig::new(MODEL), answers, Duration::ZERO, text_with(true, AGENT_TEMPLATE, &[]))
+    start_answering(ServerConfig::new(MODEL), saying(answers), text_with(true, AGENT_TEMPLATE, &[]))
 }
 
 /// A server whose model gives these answers in harmony's channels.
 pub fn start_harmony(answers: &[&str]) -> Fixture {
     let marks = ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>"];
     let text = text_with(true, HARMONY_TEMPLATE, &marks);
-    start_answering(ServerConfig::new(MODEL), answers, Duration::ZERO, text)
+    start_answering(ServerConfig::new(MODEL), saying(answers), text)
 }
 
 /// A server whose model reasons as its prompt has begun to, and gives these answers.
 pub fn start_reasoner(answers: &[&str]) -> Fixture {
     let text = text_with(true, REASONING_TEMPLATE, &["<think>", "</think>"]);
-    start_answering(ServerConfig::new(MODEL), answers, Duration::ZERO, text)
+    start_answering(ServerConfig::new(MODEL), saying(answers), text)
 }
 
-/// The same, with steps that take a while.
-pub fn start_slow_agent(answers: &[&str], step: Duration) -> Fixture {
-    start_answering(ServerConfig::new(MODEL), answers, step, text_with(true, AGENT_TEMPLATE, &[]))
+/// The same on a leash.
+pub fn start_held_agent(answers: &[&str]) -> (Fixture, Leash) {
+    let (manner, leash) = saying(answers).held(PACE);
+    let text = text_with(true, AGENT_TEMPLATE, &[]);
+    (start_answering(ServerConfig::new(MODEL), manner, text), leash)
 }
 
 /// A server whose model would say this, and calls tools.
 pub fn start_caller(config: ServerConfig, answer: &str) -> Fixture {
-    start_answering(config, &[answer], Duration::ZERO, text_with(true, CALLING_TEMPLATE, &[]))
+    start_answering(config, saying(&[answer]), text_with(true, CALLING_TEMPLATE, &[]))
 }
 
-fn start_answering(config: ServerConfig, answers: &[&str], step: Duration, text: Text) -> Fixture {
+/// Gives these answers.
+pub fn saying(answers: &[&str]) -> Manner {
     let answers = answers.iter().map(|&answer| answer.to_owned()).collect();
-    let manner = Manner { answers, step, ..Manner::default() };
+    Manner { answers, ..Manner::default() }
+}
+
+fn start_answering(config: ServerConfig, manner: Manner, text: Text) -> Fixture {
     let engine = EngineConfig { max_context: 4096, ..engine_config() };
     start_text(config, engine, manner, text)
 }
@@ -302,6 +359,12 @@ pub fn start_in(manner: Manner) -> Fixture {
 
 pub fn start() -> Fixture {
     start_in(Manner::default())
+}
+
+/// A server whose model is on a leash.
+pub fn start_held() -> (Fixture, Leash) {
+    let (manner, leash) = Manner::default().held(PACE);
+    (start_in(manner), leash)
 }
 
 /// A whole answer.
@@ -349,12 +412,45 @@ impl Answer {
     }
 }
 
+/// An answer on its way. Dropped, its client has left.
+pub struct Stream {
+    head: response::Parts,
+    body: Body,
+    read: Vec<u8>,
+}
+
+impl Stream {
+    /// What has come so far.
+    pub fn text(&self) -> &str {
+        str::from_utf8(&self.read).unwrap()
+    }
+
+    /// Reads on until this has come so many times.
+    pub async fn until(&mut self, part: &str, times: usize) {
+        while self.text().matches(part).count() < times {
+            let frame = timeout(PATIENCE, self.body.frame()).await.expect("silence");
+            let frame = frame.unwrap_or_else(|| panic!("no {part:?} in {}", self.text())).unwrap();
+            self.read.extend_from_slice(frame.data_ref().unwrap());
+        }
+    }
+
+    /// Reads to the end.
+    pub async fn whole(mut self) -> Answer {
+        let rest = timeout(PATIENCE, self.body.collect()).await.expect("no end").unwrap();
+        self.read.extend_from_slice(&rest.to_bytes());
+        Answer { status: self.head.status, headers: self.head.headers, body: self.read }
+    }
+}
+
 impl Fixture {
     pub async fn send(&self, request: Request<Body>) -> Answer {
+        self.begin(request).await.whole().await
+    }
+
+    async fn begin(&self, request: Request<Body>) -> Stream {
         let response = self.router.clone().oneshot(request).await.unwrap();
-        let (parts, body) = response.into_parts();
-        let body = body.collect().await.unwrap().to_bytes().to_vec();
-        Answer { status: parts.status, headers: parts.headers, body }
+        let (head, body) = response.into_parts();
+        Stream { head, body, read: Vec::new() }
     }
 
     pub async fn get(&self, path: &str) -> Answer {
@@ -363,11 +459,16 @@ impl Fixture {
 
     /// Posts `body`; a dialect's request that names no model gets the one there is.
     pub async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.open(path, body).await.whole().await
+    }
+
+    /// The same, to be read as it comes.
+    pub async fn open(&self, path: &str, body: &Value) -> Stream {
         let mut body = body.clone();
         if path.starts_with("/v1/") && body.is_object() {
             body.as_object_mut().unwrap().entry("model").or_insert(MODEL.into());
         }
-        self.post_bytes(path, body.to_string().into_bytes()).await
+        self.begin(Request::post(path).body(Body::from(body.to_string())).unwrap()).await
     }
 
     pub async fn post_bytes(&self, path: &str, body: Vec<u8>) -> Answer {
@@ -382,16 +483,30 @@ impl Fixture {
         self.text.decode(&tokens, false)
     }
 
+    /// Waits until so many requests run or wait. This needs no step.
+    pub async fn asked(&self, count: usize) {
+        let asked = async || {
+            let stats = self.engine.stats();
+            stats.running + stats.waiting == count
+        };
+        eventually("the requests are there", asked).await;
+    }
+
+    /// Waits until so many answers were cancelled. This needs no step.
+    pub async fn cancelled(&self, count: usize) {
+        let line =
+            format!("vllm:request_success_total{{finished_reason=\"abort\",model_name=\"tiny\"}} {count}\n");
+        eventually("answers are cancelled", async || self.get("/metrics").await.text().contains(&line)).await;
+    }
+
     /// Waits until nothing runs and every KV block is accounted for.
     pub async fn idle(&self) -> Stats {
-        for _ in 0..1000 {
+        let rests = async || {
             let stats = self.engine.stats();
             let whole = stats.kv_blocks_cached + stats.kv_blocks_free == stats.kv_blocks;
-            if stats.running + stats.waiting == 0 && whole {
-                return stats;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        panic!("the engine did not come to rest: {:?}", self.engine.stats());
+            stats.running + stats.waiting == 0 && whole
+        };
+        eventually("the engine is at rest", rests).await;
+        self.engine.stats()
     }
 }

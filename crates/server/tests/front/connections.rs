@@ -2,16 +2,12 @@
 
 use std::time::Duration;
 
-use crate::common::{MODEL, Manner, engine_config, start, start_in, start_with};
-use axum::body::Body;
-use axum::http::Request;
-use http_body_util::BodyExt;
+use crate::common::{MODEL, Manner, PACE, engine_config, eventually, start, start_held, start_with};
 use rudder_server::{ServerConfig, serve};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
-use tower::ServiceExt;
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -19,22 +15,17 @@ fn body(stream: bool) -> Value {
     json!({"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": stream, "ignore_eos": true, "max_tokens": 300})
 }
 
-fn slow(step: u64) -> Manner {
-    Manner { step: Duration::from_millis(step), ..Manner::default() }
-}
-
 #[tokio::test]
 async fn a_stream_that_is_dropped_is_cancelled() {
-    let fixture = start_in(slow(5));
+    let (fixture, leash) = start_held();
     let mut asked = body(true);
     asked["n"] = json!(4);
-    let request = Request::post(CHAT).body(Body::from(asked.to_string())).unwrap();
-    let mut stream = fixture.router.clone().oneshot(request).await.unwrap().into_body();
-    for _ in 0..8 {
-        assert!(stream.frame().await.is_some());
-    }
-    assert_eq!(fixture.engine.stats().running, 4);
+    let mut stream = fixture.open(CHAT, &asked).await;
+    // Four of these say that an answer begins.
+    leash.stepping(stream.until("data: ", 12)).await;
+    eventually("all four run", async || fixture.engine.stats().running == 4).await;
     drop(stream);
+    leash.let_go();
     let stats = fixture.idle().await;
     assert!(stats.generation_tokens < 600, "{stats:?}");
     let metrics = fixture.get("/metrics").await.text();
@@ -48,10 +39,14 @@ async fn a_stream_that_is_dropped_is_cancelled() {
 #[tokio::test]
 async fn a_silent_prefill_is_bridged_by_comments() {
     let config = ServerConfig { keep_alive: Duration::from_millis(20), ..ServerConfig::new(MODEL) };
-    let fixture = start_with(config, engine_config(), slow(1500), true);
+    let (manner, leash) = Manner::default().held(PACE);
+    let fixture = start_with(config, engine_config(), manner, true);
     let mut asked = body(true);
     asked["max_tokens"] = json!(1);
-    let answer = fixture.post(CHAT, &asked).await;
+    let mut stream = fixture.open(CHAT, &asked).await;
+    stream.until(": keep-alive\n\n", 2).await;
+    leash.let_go();
+    let answer = stream.whole().await;
     let text = answer.text();
     let (before, _) = text.split_once("\"finish_reason\":\"length\"").unwrap();
     assert!(before.matches(": keep-alive\n\n").count() >= 2, "{text}");
@@ -102,39 +97,36 @@ async fn read(mut stream: TcpStream) -> String {
 
 #[tokio::test]
 async fn a_waiting_client_that_hangs_up_is_cancelled() {
-    let fixture = start_in(slow(5));
+    let (fixture, leash) = start_held();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let serving = tokio::spawn(serve(listener, fixture.server.clone(), std::future::pending()));
     let stream = send(address, "POST", CHAT, &body(false).to_string()).await;
-    while fixture.engine.stats().running == 0 {
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    fixture.asked(1).await;
     drop(stream);
+    fixture.cancelled(1).await;
+    leash.let_go();
     assert!(fixture.idle().await.generation_tokens < 200);
     serving.abort();
 }
 
 #[tokio::test]
 async fn a_drain_finishes_what_runs_and_refuses_what_comes() {
-    let fixture = start_in(slow(3));
+    let (fixture, leash) = start_held();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = oneshot::channel::<()>();
     let shutdown = async move { stopped.await.unwrap() };
     let serving = tokio::spawn(serve(listener, fixture.server.clone(), shutdown));
     let running = send(address, "POST", CHAT, &body(true).to_string()).await;
-    while fixture.engine.stats().running == 0 {
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    fixture.asked(1).await;
     stop.send(()).unwrap();
-    while !fixture.server.is_draining() {
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    eventually("it drains", async || fixture.server.is_draining()).await;
     let late = read(send(address, "POST", CHAT, &body(false).to_string()).await).await;
     assert!(late.starts_with("HTTP/1.1 503") && late.contains("retry-after: "), "{late}");
     assert!(read(send(address, "GET", "/ready", "").await).await.starts_with("HTTP/1.1 503"));
     assert!(read(send(address, "GET", "/health", "").await).await.starts_with("HTTP/1.1 200"));
+    leash.let_go();
     let answer = read(running).await;
     assert!(answer.contains("\"finish_reason\":\"length\"") && answer.contains("data: [DONE]"), "{answer}");
     assert!(serving.await.unwrap().unwrap(), "all ended by itself");
@@ -144,17 +136,17 @@ async fn a_drain_finishes_what_runs_and_refuses_what_comes() {
 #[tokio::test]
 async fn what_outlives_the_grace_is_told_so() {
     let config = ServerConfig { grace: Duration::from_millis(60), ..ServerConfig::new(MODEL) };
-    let fixture = start_with(config, engine_config(), slow(10), true);
+    let (manner, leash) = Manner::default().held(PACE);
+    let fixture = start_with(config, engine_config(), manner, true);
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let engine = fixture.engine.clone();
-    let shutdown = async move {
-        while engine.stats().running == 0 {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    };
+    let (stop, stopped) = oneshot::channel::<()>();
+    let shutdown = async move { stopped.await.unwrap() };
     let serving = tokio::spawn(serve(listener, fixture.server.clone(), shutdown));
-    let answer = read(send(address, "POST", CHAT, &body(true).to_string()).await).await;
+    let stream = send(address, "POST", CHAT, &body(true).to_string()).await;
+    fixture.asked(1).await;
+    stop.send(()).unwrap();
+    let answer = leash.stepping(read(stream)).await;
     assert!(answer.contains("\"error\":{"), "{answer}");
     assert!(!serving.await.unwrap().unwrap());
 }

@@ -10,7 +10,8 @@ use rudder_server::ServerConfig;
 use serde_json::{Value, json};
 
 use crate::common::{
-    Answer, Fixture, MODEL, Manner, engine_config, start, start_agent, start_in, start_reasoner, start_with,
+    Answer, Fixture, MODEL, Manner, PACE, engine_config, start, start_agent, start_in, start_reasoner,
+    start_with,
 };
 
 const MESSAGES: &str = "/v1/messages";
@@ -400,11 +401,14 @@ async fn errors_of_every_layer_have_this_dialects_shape() {
 #[tokio::test]
 async fn a_silent_stream_pings_and_a_failed_one_says_so() {
     let config = ServerConfig { keep_alive: Duration::from_millis(10), ..ServerConfig::new(MODEL) };
-    let manner = Manner { step: Duration::from_millis(60), ..Manner::default() };
+    let (manner, leash) = Manner::default().held(PACE);
     let failing = manner.failing.clone();
     let server = start_with(config, engine_config(), manner, true);
     let body = json!({"model": MODEL, "messages": [user("go")], "max_tokens": 3, "stream": true});
-    let all = events(&server.post(MESSAGES, &body).await);
+    let mut stream = server.open(MESSAGES, &body).await;
+    stream.until("event: ping", 1).await;
+    leash.let_go();
+    let all = events(&stream.whole().await);
     assert!(all.iter().any(|event| *event == json!({"type": "ping"})), "{all:?}");
     assert_eq!(message(&all)["stop_reason"], "max_tokens");
     failing.store(true, Ordering::SeqCst);

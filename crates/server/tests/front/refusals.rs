@@ -1,9 +1,8 @@
 //! What clients must not do, or not now: every refusal is a clear error and the server goes on.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
-use crate::common::{Fixture, MODEL, Manner, engine_config, start, start_in, start_with};
+use crate::common::{Fixture, MODEL, Manner, PACE, engine_config, eventually, start, start_in, start_with};
 use axum::body::Body;
 use axum::http::{Method, Request};
 use proptest::prelude::*;
@@ -199,38 +198,34 @@ async fn more_answers_at_once_than_there_can_be_places_are_400_with_the_limit() 
 #[tokio::test]
 async fn a_full_queue_is_429_with_a_time_to_retry() {
     let engine = EngineConfig { max_sequences: 1, max_waiting: 2, ..engine_config() };
-    let slow = Manner { step: Duration::from_millis(20), ..Manner::default() };
-    let fixture = start_with(ServerConfig::new(MODEL), engine, slow, true);
+    let (manner, leash) = Manner::default().held(PACE);
+    let fixture = start_with(ServerConfig::new(MODEL), engine, manner, true);
     let busy = fixture.clone();
     tokio::spawn(async move { busy.post(COMPLETIONS, &json!({"prompt": "x", "max_tokens": 50})).await });
-    while fixture.engine.stats().running == 0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    fixture.asked(1).await;
     let answer = fixture.post(COMPLETIONS, &json!({"prompt": "x", "n": 3})).await;
     assert_eq!(answer.error(), (429, String::new(), "rate_limit_exceeded".into()));
     assert!(answer.headers["retry-after"].to_str().unwrap().parse::<u64>().unwrap() >= 1);
     // The places of the two that were taken back come free once the step loop has heard of it.
+    leash.let_go();
     let again = json!({"prompt": "x", "n": 3, "max_tokens": 1});
-    let admitted = async {
-        while fixture.post(COMPLETIONS, &again).await.status != 200 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), admitted).await.expect("the queue empties");
+    let admitted = async || fixture.post(COMPLETIONS, &again).await.status == 200;
+    eventually("the queue empties", admitted).await;
 }
 
 #[tokio::test]
 async fn an_engines_fault_is_a_500_or_an_error_event_and_passes() {
     let manner = Manner::default();
-    let fixture = start_in(manner.clone());
-    manner.failing.store(true, Ordering::SeqCst);
+    let failing = manner.failing.clone();
+    let fixture = start_in(manner);
+    failing.store(true, Ordering::SeqCst);
     assert_eq!(fixture.post(CHAT, &user("x")).await.error().0, 500);
     let mut streamed = user("x");
     streamed["stream"] = json!(true);
     let (events, done) = fixture.post(CHAT, &streamed).await.events();
     assert!(!done && events.len() == 2, "{events:?}");
     assert_eq!(events[1]["error"]["type"], "server_error");
-    manner.failing.store(false, Ordering::SeqCst);
+    failing.store(false, Ordering::SeqCst);
     assert_eq!(fixture.post(CHAT, &user("x")).await.status, 200);
     fixture.idle().await;
 }

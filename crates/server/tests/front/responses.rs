@@ -2,14 +2,12 @@
 
 use std::time::Duration;
 
-use axum::body::Body;
-use axum::http::Request;
-use http_body_util::BodyExt;
+use rudder_server::ServerConfig;
 use serde_json::{Value, json};
-use tower::ServiceExt;
 
 use crate::common::{
-    Answer, CONTEXT, Fixture, MODEL, Manner, start, start_agent, start_in, start_slow_agent,
+    Answer, CONTEXT, Fixture, MODEL, Manner, PACE, engine_config, eventually, start, start_agent, start_held,
+    start_held_agent, start_in, start_with,
 };
 use crate::legal;
 
@@ -133,8 +131,8 @@ async fn reasoning_text_and_calls_become_items() {
 async fn a_custom_tools_text_is_streamed() {
     let patch = format!("*** Begin\n+ö{}", "\n+and a line".repeat(20));
     let answer = format!("<custom_tool_call name=\"patch\">\n{patch}\n</custom_tool_call>");
-    let server = start_slow_agent(&[&answer], Duration::from_millis(4));
-    let events = streamed(&server, json!({"tools": tools()})).await;
+    let (server, leash) = start_held_agent(&[&answer]);
+    let events = leash.stepping(streamed(&server, json!({"tools": tools()}))).await;
     let item = &legal::check(&events)["output"][0];
     assert_eq!((&item["type"], &item["name"]), (&json!("custom_tool_call"), &json!("patch")));
     assert_eq!(item["input"], patch);
@@ -286,38 +284,41 @@ async fn an_engine_that_fails_is_told_in_either_form() {
 
 #[tokio::test]
 async fn a_client_that_leaves_ends_its_response() {
-    let server = start_in(Manner { step: Duration::from_millis(5), ..Manner::default() });
-    for stream in [true, false] {
-        let before = server.idle().await.generation_tokens;
-        let asked = body(json!({"stream": stream, "ignore_eos": true}));
-        let request = Request::post(PATH).body(Body::from(asked.to_string())).unwrap();
-        let answer = server.router.clone().oneshot(request);
-        if stream {
-            let mut stream = answer.await.unwrap().into_body();
-            for _ in 0..4 {
-                assert!(stream.frame().await.is_some());
-            }
+    for streams in [true, false] {
+        let (server, leash) = start_held();
+        let asked = body(json!({"stream": streams, "ignore_eos": true}));
+        if streams {
+            let mut stream = server.open(PATH, &asked).await;
+            leash.stepping(stream.until("event: response.output_text.delta", 2)).await;
         } else {
-            assert!(tokio::time::timeout(Duration::from_millis(100), answer).await.is_err());
+            tokio::select! {
+                _ = server.open(PATH, &asked) => panic!("it cannot have ended"),
+                () = server.asked(1) => {}
+            }
         }
-        let after = server.idle().await.generation_tokens;
-        assert!(after - before < 100, "{stream}: {before} to {after}");
+        server.cancelled(1).await;
+        leash.let_go();
+        let stats = server.idle().await;
+        assert!(stats.generation_tokens < 100, "{streams}: {stats:?}");
     }
 }
 
 #[tokio::test]
 async fn a_background_response_runs_without_a_reader() {
-    let server = start_slow_agent(&["Hello there."], Duration::from_millis(2));
+    let (server, leash) = start_held_agent(&["Hello there."]);
     let answer = server.post(PATH, &body(json!({"background": true}))).await;
     let response = answer.json();
     assert_eq!(response["background"], true);
     assert!(matches!(response["status"].as_str(), Some("queued" | "in_progress")), "{response}");
     let goes_on = body(json!({"previous_response_id": response["id"], "input": "and?"}));
     let mut next = server.post(PATH, &goes_on).await;
-    while next.status == 400 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
+    assert_eq!(next.status, 400, "it has not ended");
+    leash.let_go();
+    let ended = async || {
         next = server.post(PATH, &goes_on).await;
-    }
+        next.status != 400
+    };
+    eventually("it ends", ended).await;
     assert!(next.json()["usage"]["input_tokens_details"]["cached_tokens"].as_u64().unwrap() > 0);
     let events = streamed(&server, json!({"background": true})).await;
     assert_eq!(events[0]["response"]["status"], "queued");
@@ -326,13 +327,13 @@ async fn a_background_response_runs_without_a_reader() {
 
 #[tokio::test]
 async fn a_keep_alive_is_a_comment() {
-    let config = rudder_server::ServerConfig {
-        keep_alive: Duration::from_millis(20),
-        ..rudder_server::ServerConfig::new(MODEL)
-    };
-    let manner = Manner { step: Duration::from_millis(1500), ..Manner::default() };
-    let server = crate::common::start_with(config, crate::common::engine_config(), manner, true);
-    let answer = server.post(PATH, &body(json!({"stream": true, "max_output_tokens": 1}))).await;
+    let config = ServerConfig { keep_alive: Duration::from_millis(20), ..ServerConfig::new(MODEL) };
+    let (manner, leash) = Manner::default().held(PACE);
+    let server = start_with(config, engine_config(), manner, true);
+    let mut stream = server.open(PATH, &body(json!({"stream": true, "max_output_tokens": 1}))).await;
+    stream.until(": keep-alive\n\n", 2).await;
+    leash.let_go();
+    let answer = stream.whole().await;
     assert!(answer.text().matches(": keep-alive\n\n").count() >= 2);
     legal::check(&events(&answer));
     assert!(answer.text().contains("response.created"));

@@ -1,35 +1,32 @@
 //! Sessions: who has them, what is told of them, what forks and pauses find again.
 
-use std::time::Duration;
-
 use axum::body::Body;
 use axum::http::{Method, Request};
 use rudder_engine::EngineConfig;
 use rudder_server::ServerConfig;
 use serde_json::{Value, json};
 
-use crate::common::{Answer, Fixture, MODEL, Manner, engine_config, start_with};
+use crate::common::{Answer, Fixture, MODEL, Manner, PACE, engine_config, eventually, saying, start_with};
 use crate::sockets::listen;
 
 const SESSIONS: &str = "/v1/sessions";
 
+fn manner() -> Manner {
+    saying(&["done, and said at length, so that it takes a while"])
+}
+
 /// A server with room for `blocks` blocks of 16 tokens, let in by these keys.
-fn start(keys: &[&str], blocks: usize, step: Duration) -> Fixture {
+fn start(keys: &[&str], blocks: usize, manner: Manner) -> Fixture {
     let config = ServerConfig {
         api_keys: keys.iter().map(|&key| key.to_owned()).collect(),
         ..ServerConfig::new(MODEL)
     };
     let engine = EngineConfig { kv_blocks: blocks, max_context: 4096, ..engine_config() };
-    let manner = Manner {
-        answers: vec!["done, and said at length, so that it takes a while".into()],
-        step,
-        ..Manner::default()
-    };
     start_with(config, engine, manner, true)
 }
 
 fn small() -> Fixture {
-    start(&[], 512, Duration::ZERO)
+    start(&[], 512, manner())
 }
 
 async fn call(server: &Fixture, method: Method, path: &str, key: &str) -> Answer {
@@ -150,7 +147,7 @@ async fn a_conversation_that_nothing_names_is_found_by_its_prefix() {
 
 #[tokio::test]
 async fn a_session_outlasts_a_flood_of_other_prompts() {
-    let server = start(&[], 128, Duration::ZERO);
+    let server = start(&[], 128, manner());
     let conversation = "s".repeat(600);
     turn(&server, &conversation, "mine").await;
     one_shot(&server, &"o".repeat(600)).await;
@@ -161,14 +158,11 @@ async fn a_session_outlasts_a_flood_of_other_prompts() {
     assert!(turn(&server, &(conversation + " and on"), "mine").await >= 592);
     // An answer is out a moment before the metrics are.
     let mut metrics = String::new();
-    for _ in 0..1000 {
+    let counted = async || {
         metrics = server.get("/metrics").await.text();
-        if metrics.contains("rudder_sessions{model_name=\"tiny\",state=\"kept\"} 1") {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    assert!(metrics.contains("rudder_sessions{model_name=\"tiny\",state=\"kept\"} 1"), "{metrics}");
+        metrics.contains("rudder_sessions{model_name=\"tiny\",state=\"kept\"} 1")
+    };
+    eventually("the session is counted", counted).await;
     assert!(metrics.contains("rudder_kv_evicted_blocks_total{model_name=\"tiny\",protected=\"true\"} 0"));
 }
 
@@ -209,15 +203,20 @@ async fn a_deleted_session_is_forgotten_and_its_blocks_are_free() {
 
 #[tokio::test]
 async fn deleting_a_session_lets_its_turn_end() {
-    let server = start(&[], 512, Duration::from_millis(20));
+    let (manner, leash) = manner().held(PACE);
+    let server = start(&[], 512, manner);
     let running =
         say(&server, "a long one", json!({"prompt_cache_key": "busy", "max_tokens": 40}), ("x-api-key", ""));
-    let deleted = async {
-        while ids(&server, "").await.is_empty() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+    let delete = async {
+        server.asked(1).await;
         assert_eq!(session(&server, "busy").await["state"], "running");
         call(&server, Method::DELETE, &format!("{SESSIONS}/busy"), "").await.status
+    };
+    let deleted = async {
+        // Sessions are looked at between steps.
+        let status = leash.stepping(delete).await;
+        leash.let_go();
+        status
     };
     let (_, status) = tokio::join!(running, deleted);
     assert_eq!(status, 200);
@@ -245,7 +244,7 @@ async fn a_pinned_session_is_kept_until_it_is_unpinned() {
 
 #[tokio::test]
 async fn a_key_sees_only_its_own_sessions() {
-    let server = start(&["mine", "yours"], 512, Duration::ZERO);
+    let server = start(&["mine", "yours"], 512, manner());
     for key in ["mine", "yours"] {
         say(&server, "hello", json!({"prompt_cache_key": "same"}), ("x-api-key", key)).await;
     }

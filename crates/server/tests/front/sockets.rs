@@ -11,7 +11,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
-use crate::common::{Fixture, MODEL, start_agent, start_slow_agent};
+use crate::common::{Fixture, MODEL, PATIENCE, start_agent, start_held, start_held_agent};
 use crate::legal::Order;
 
 /// A server on a port of its own.
@@ -73,8 +73,7 @@ impl Socket {
     /// The next event of all.
     pub async fn next_or_progress(&mut self) -> Value {
         loop {
-            let message =
-                tokio::time::timeout(Duration::from_secs(20), self.0.next()).await.expect("silence");
+            let message = tokio::time::timeout(PATIENCE, self.0.next()).await.expect("silence");
             match message.expect("open").unwrap() {
                 Message::Text(text) => return serde_json::from_str(&text).unwrap(),
                 Message::Ping(_) | Message::Pong(_) => {}
@@ -181,10 +180,8 @@ async fn a_failed_continuation_forgets_what_it_continued() {
 
 #[tokio::test]
 async fn a_lane_keeps_its_order_and_lanes_run_side_by_side() {
-    let fixture = crate::common::start_in(crate::common::Manner {
-        step: Duration::from_millis(1),
-        ..Default::default()
-    });
+    let (fixture, leash) = start_held();
+    let mut leash = Some(leash);
     let server = listen(fixture).await;
     let mut socket = server.connect().await;
     let lanes = [Some("a"), Some("b"), None];
@@ -205,6 +202,9 @@ async fn a_lane_keeps_its_order_and_lanes_run_side_by_side() {
             running.push((lane.clone(), Order::on(lane.as_deref())));
         }
         most = most.max(running.len());
+        if most == lanes.len() {
+            leash.take();
+        }
         let at = running.iter().position(|(other, _)| *other == lane).unwrap();
         running[at].1.take(&event);
         if running[at].1.ended() {
@@ -218,12 +218,13 @@ async fn a_lane_keeps_its_order_and_lanes_run_side_by_side() {
 #[tokio::test]
 async fn an_interrupted_response_drops_what_is_unfinished_and_is_gone_on_from() {
     let answer = format!("<think>brief</think>{}", "long ".repeat(200));
-    let server = listen(start_slow_agent(&[&answer, "Right."], Duration::from_millis(1))).await;
+    let (fixture, leash) = start_held_agent(&[&answer, "Right."]);
+    let server = listen(fixture).await;
     let mut socket = server.connect().await;
     socket.create(json!({"input": "a question that fills a block or two of the cache"})).await;
     let mut order = Order::default();
     for _ in 0..4 {
-        socket.until("response.output_text.delta", &mut order).await;
+        leash.stepping(socket.until("response.output_text.delta", &mut order)).await;
     }
     let id = order.response["id"].clone();
     socket
@@ -239,7 +240,11 @@ async fn an_interrupted_response_drops_what_is_unfinished_and_is_gone_on_from() 
         .send(json!({"type": "response.interrupt", "response_id": id, "mode": "discard_partial_items"}))
         .await;
     assert!(socket.is_silent().await);
-    socket.create(json!({"input": "shorter", "previous_response_id": id})).await;
+    leash.let_go();
+    // Long, so that what follows it is never taken for the rest of the answer before.
+    socket
+        .create(json!({"input": "shorter, and to the point, if you please", "previous_response_id": id}))
+        .await;
     let response = socket.response().await;
     assert_eq!(text(&response), "Right.");
     assert!(response["usage"]["input_tokens_details"]["cached_tokens"].as_u64().unwrap() >= 32);
@@ -248,25 +253,30 @@ async fn an_interrupted_response_drops_what_is_unfinished_and_is_gone_on_from() 
 
 #[tokio::test]
 async fn a_response_can_be_cancelled() {
-    let server = listen(start_slow_agent(&[&"long ".repeat(200)], Duration::from_millis(1))).await;
+    let (fixture, leash) = start_held_agent(&[&"long ".repeat(200)]);
+    let server = listen(fixture).await;
     let mut socket = server.connect().await;
     socket.create(json!({"input": "x"})).await;
     let mut order = Order::default();
-    socket.until("response.output_text.delta", &mut order).await;
+    leash.stepping(socket.until("response.output_text.delta", &mut order)).await;
     socket.send(json!({"type": "response.cancel", "response_id": order.response["id"]})).await;
     socket.until("response.incomplete", &mut order).await;
     assert_eq!(order.response["status"], "cancelled");
+    leash.let_go();
     server.fixture.idle().await;
 }
 
 #[tokio::test]
 async fn a_connection_that_closes_ends_what_runs_on_it() {
-    let server = listen(start_slow_agent(&[&"long ".repeat(500)], Duration::from_millis(2))).await;
+    let (fixture, leash) = start_held_agent(&[&"long ".repeat(500)]);
+    let server = listen(fixture).await;
     let mut socket = server.connect().await;
     socket.create(json!({"input": "x"})).await;
     let mut order = Order::default();
-    socket.until("response.output_text.delta", &mut order).await;
+    leash.stepping(socket.until("response.output_text.delta", &mut order)).await;
     drop(socket);
+    server.fixture.cancelled(1).await;
+    leash.let_go();
     let stats = server.fixture.idle().await;
     assert!(stats.generation_tokens < 1000, "{stats:?}");
 }

@@ -1,15 +1,13 @@
 //! Steering: accepted, applied at a safe boundary, its successor's events and cache, pending, failed.
 
-use std::time::Duration;
-
 use serde_json::{Value, json};
 
-use crate::common::{start_agent, start_slow_agent};
+use crate::common::{start_agent, start_held_agent};
 use crate::legal::{self, Order};
 use crate::sockets::{Socket, listen, text};
 
-const STEP: Duration = Duration::from_millis(1);
-const CORRECTION: &str = "No: the other one.";
+/// Long, so that what follows it is never taken for the rest of the answer before.
+const CORRECTION: &str = "No: the other one, of which we have spoken.";
 const BLOCK: u64 = 16;
 
 async fn steer(socket: &mut Socket, id: &Value, input: Value) {
@@ -26,17 +24,16 @@ fn prefilled(response: &Value) -> u64 {
 async fn a_correction_lands_at_any_token_and_is_prefilled_alone() {
     let long = "one two three four five six seven eight nine ten eleven twelve".repeat(10);
     for after in (0..24).chain([40, 100]) {
-        let server = listen(start_slow_agent(&[&long, "Very well."], STEP)).await;
+        let (fixture, leash) = start_held_agent(&[&long, "Very well."]);
+        let server = listen(fixture).await;
         let mut socket = server.connect().await;
         socket
             .create(json!({"input": "count for me, please, and as far as you can", "metadata": {"k": "v"}}))
             .await;
         let mut first = Order::default();
+        socket.until("response.in_progress", &mut first).await;
         for _ in 0..after {
-            socket.until("response.output_text.delta", &mut first).await;
-        }
-        if after == 0 {
-            socket.until("response.in_progress", &mut first).await;
+            leash.stepping(socket.until("response.output_text.delta", &mut first)).await;
         }
         let id = first.response["id"].clone();
         steer(&mut socket, &id, json!(CORRECTION)).await;
@@ -47,6 +44,7 @@ async fn a_correction_lands_at_any_token_and_is_prefilled_alone() {
         let said = first.text();
         assert!(long.starts_with(&said) && said.len() < long.len(), "{after}: {said:?}");
 
+        leash.let_go();
         let second = socket.response().await;
         assert_eq!((&second["status"], &second["previous_response_id"]), (&json!("completed"), &id));
         assert_eq!((&second["metadata"], &second["temperature"]), (&json!({"k": "v"}), &json!(0.0)));
@@ -63,20 +61,24 @@ async fn a_correction_lands_at_any_token_and_is_prefilled_alone() {
 
 #[tokio::test]
 async fn a_call_is_finished_first_and_its_result_is_owed() {
-    // Long enough to be steered before its end.
-    let arguments = format!("{{\"path\": \"some{}/file\"}}", "/long/path".repeat(30));
+    let arguments = "{\"path\": \"some/path/file\"}";
     let call = format!("<tool_call>\n{{\"name\": \"read\", \"arguments\": {arguments}}}\n</tool_call>");
-    let answer = format!("Let me see.{call}{}", " and so on".repeat(100));
-    let server = listen(start_slow_agent(&[&answer, "I see."], Duration::from_millis(4))).await;
+    // Of what follows the call, a few tokens may be there before it is known to have ended.
+    let answer = format!("Let me see.{call}\n\n\n\nand so on");
+    let (fixture, leash) = start_held_agent(&[&answer, "I see."]);
+    let server = listen(fixture).await;
     let tools = json!([{"type": "function", "name": "read", "parameters": {"type": "object"}}]);
     let mut socket = server.connect().await;
     socket.create(json!({"input": "x", "tools": tools, "stream_id": "lane"})).await;
     let mut order = Order::on(Some("lane"));
-    socket.until("response.function_call_arguments.delta", &mut order).await;
+    leash.stepping(socket.until("response.function_call_arguments.delta", &mut order)).await;
     let id = order.response["id"].clone();
-    steer(&mut socket, &id, json!("first")).await;
-    steer(&mut socket, &id, json!([{"role": "user", "content": "second"}])).await;
-    socket.until("response.completed", &mut order).await;
+    for input in [json!("first"), json!([{"role": "user", "content": "second"}])] {
+        steer(&mut socket, &id, input).await;
+        socket.until("response.steer.accepted", &mut order).await;
+    }
+    leash.stepping(socket.until("response.completed", &mut order)).await;
+    leash.let_go();
     let call = order.response["output"][1].clone();
     assert_eq!(call["arguments"], arguments);
     assert_eq!(order.response["output"].as_array().unwrap().len(), 2, "it ends with its call");
@@ -106,7 +108,8 @@ async fn a_call_is_finished_first_and_its_result_is_owed() {
 
 #[tokio::test]
 async fn corrections_before_the_first_token_are_joined_or_given_back_in_order() {
-    let server = listen(start_slow_agent(&["Very well."], Duration::from_millis(30))).await;
+    let (fixture, leash) = start_held_agent(&["Very well."]);
+    let server = listen(fixture).await;
     let mut socket = server.connect().await;
     socket.create(json!({"input": "x"})).await;
     let mut first = Order::default();
@@ -116,7 +119,7 @@ async fn corrections_before_the_first_token_are_joined_or_given_back_in_order() 
         steer(&mut socket, &id, json!(word)).await;
     }
     let (mut accepted, mut failed, mut second) = (0, 0, Order::default());
-    while !second.ended() {
+    while accepted + failed < 3 || !first.ended() {
         let event = socket.next().await;
         let of_first = event["steer"].is_object() || !first.ended();
         let order = if of_first { &mut first } else { &mut second };
@@ -125,6 +128,8 @@ async fn corrections_before_the_first_token_are_joined_or_given_back_in_order() 
         failed += u32::from(event["type"] == "response.steer.failed");
     }
     assert!(accepted > 0 && accepted + failed == 3);
+    leash.let_go();
+    socket.until("response.completed", &mut second).await;
     assert_eq!((&second.response["previous_response_id"], text(&second.response)), (&id, "Very well."));
     // And the successor can be gone on from.
     socket.create(json!({"input": "and?", "previous_response_id": second.response["id"]})).await;
@@ -134,7 +139,7 @@ async fn corrections_before_the_first_token_are_joined_or_given_back_in_order() 
 
 #[tokio::test]
 async fn what_cannot_be_steered_gives_its_input_back() {
-    let server = listen(start_slow_agent(&["Hello."], STEP)).await;
+    let server = listen(start_agent(&["Hello."])).await;
     let mut socket = server.connect().await;
     socket.create(json!({"input": "x"})).await;
     let done = socket.response().await["id"].clone();
@@ -161,12 +166,13 @@ async fn what_cannot_be_steered_gives_its_input_back() {
 async fn too_many_corrections_are_refused_and_an_interrupt_gives_back_those_that_wait() {
     let call = "<tool_call>\n{\"name\": \"read\", \"arguments\": {\"path\": \"";
     let answer = format!("{call}{}", "x".repeat(2000));
-    let server = listen(start_slow_agent(&[&answer], STEP)).await;
+    let (fixture, leash) = start_held_agent(&[&answer]);
+    let server = listen(fixture).await;
     let mut socket = server.connect().await;
     let tools = json!([{"type": "function", "name": "read", "parameters": {"type": "object"}}]);
     socket.create(json!({"input": "x", "tools": tools})).await;
     let mut order = Order::default();
-    socket.until("response.function_call_arguments.delta", &mut order).await;
+    leash.stepping(socket.until("response.function_call_arguments.delta", &mut order)).await;
     let id = order.response["id"].clone();
     for _ in 0..17 {
         steer(&mut socket, &id, json!("more")).await;
@@ -194,16 +200,18 @@ async fn too_many_corrections_are_refused_and_an_interrupt_gives_back_those_that
             failed += 1;
         }
     }
+    leash.let_go();
     server.fixture.idle().await;
 }
 
 #[tokio::test]
 async fn a_successor_that_cannot_be_made_gives_the_input_back() {
-    let server = listen(start_slow_agent(&[&"long ".repeat(500)], STEP)).await;
+    let (fixture, leash) = start_held_agent(&[&"long ".repeat(500)]);
+    let server = listen(fixture).await;
     let mut socket = server.connect().await;
     socket.create(json!({"input": "x"})).await;
     let mut order = Order::default();
-    socket.until("response.output_text.delta", &mut order).await;
+    leash.stepping(socket.until("response.output_text.delta", &mut order)).await;
     let input = "word ".repeat(2000);
     steer(&mut socket, &order.response["id"].clone(), json!(input)).await;
     socket.until("response.incomplete", &mut order).await;
@@ -214,11 +222,12 @@ async fn a_successor_that_cannot_be_made_gives_the_input_back() {
 
 #[tokio::test]
 async fn over_http_a_correction_is_posted_and_its_successor_streamed() {
-    let server = listen(start_slow_agent(&[&"long ".repeat(300), "Very well."], STEP)).await;
+    let (fixture, leash) = start_held_agent(&[&"long ".repeat(300), "Very well."]);
+    let server = listen(fixture).await;
     let mut socket = server.connect().await;
     socket.create(json!({"input": "x"})).await;
     let mut first = Order::default();
-    socket.until("response.output_text.delta", &mut first).await;
+    leash.stepping(socket.until("response.output_text.delta", &mut first)).await;
     let id = first.response["id"].as_str().unwrap().to_owned();
     let path = format!("/v1/responses/{id}/steer");
     let answer = server.fixture.post(&path, &json!({"input": CORRECTION})).await;
@@ -226,13 +235,17 @@ async fn over_http_a_correction_is_posted_and_its_successor_streamed() {
     let accepted = answer.json();
     // Its id is known before it is, and leads to it, although nothing is stored.
     let successor = format!("/v1/responses/{}?stream=true", accepted["successor_id"].as_str().unwrap());
-    let events = crate::responses::events(&server.fixture.get(&successor).await);
+    let ended = async {
+        socket.until("response.incomplete", &mut first).await;
+        leash.let_go();
+    };
+    let (streamed, ()) = tokio::join!(server.fixture.get(&successor), ended);
+    let events = crate::responses::events(&streamed);
     assert_eq!(text(&legal::check(&events)), "Very well.");
     assert_eq!(
         (&accepted["type"], &accepted["steer"]["previous_response_id"]),
         (&json!("response.steer.accepted"), &json!(id))
     );
-    socket.until("response.incomplete", &mut first).await;
     let second = socket.response().await;
     assert_eq!((&second["id"], text(&second)), (&accepted["successor_id"], "Very well."));
 
@@ -244,13 +257,17 @@ async fn over_http_a_correction_is_posted_and_its_successor_streamed() {
 
 #[tokio::test]
 async fn over_http_the_successor_may_be_streamed_by_the_one_who_steers() {
-    let server = listen(start_slow_agent(&[&"long ".repeat(300), "Very well."], STEP)).await;
+    let (fixture, leash) = start_held_agent(&[&"long ".repeat(300), "Very well."]);
+    let server = listen(fixture).await;
     let mut socket = server.connect().await;
     socket.create(json!({"input": "x"})).await;
     let mut first = Order::default();
-    socket.until("response.output_text.delta", &mut first).await;
+    leash.stepping(socket.until("response.output_text.delta", &mut first)).await;
     let path = format!("/v1/responses/{}/steer", first.response["id"].as_str().unwrap());
-    let answer = server.fixture.post(&path, &json!({"input": CORRECTION, "stream": true})).await;
+    let stream = server.fixture.open(&path, &json!({"input": CORRECTION, "stream": true})).await;
+    socket.until("response.incomplete", &mut first).await;
+    leash.let_go();
+    let answer = stream.whole().await;
     let text = answer.text();
     let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
     let events: Vec<Value> = data.map(|data| serde_json::from_str(data).unwrap()).collect();
@@ -286,18 +303,22 @@ async fn in_reasoning_text_or_a_call_the_boundary_is_a_safe_one() {
     let (mut steered, mut pending) = (0, 0);
     // From its first word on: events 0 and 1 come before it.
     for after in (3..60).step_by(3) {
-        let server = listen(start_slow_agent(&[answer, "Very well."], STEP)).await;
+        let (fixture, leash) = start_held_agent(&[answer, "Very well."]);
+        let server = listen(fixture).await;
         let mut socket = server.connect().await;
         socket.create(json!({"input": "x", "tools": tools})).await;
         let mut order = Order::default();
-        for _ in 0..after {
-            order.take(&socket.next().await);
+        socket.until("response.in_progress", &mut order).await;
+        for _ in 2..after {
+            order.take(&leash.stepping(socket.next()).await);
         }
         let id = order.response["id"].clone();
         steer(&mut socket, &id, json!(CORRECTION)).await;
+        socket.until("response.steer.accepted", &mut order).await;
         while !order.ended() {
-            order.take(&socket.next().await);
+            order.take(&leash.stepping(socket.next()).await);
         }
+        leash.let_go();
         let output = order.response["output"].as_array().unwrap();
         let calls: Vec<&Value> = output.iter().filter(|item| item["type"] == "function_call").collect();
         if let [call] = calls[..] {

@@ -5,22 +5,15 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::{Method, Request};
-use http_body_util::BodyExt;
 use rudder_engine::EngineConfig;
 use rudder_server::{ServerConfig, StoreConfig};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tower::ServiceExt;
 
-use crate::common::{Answer, Fixture, MODEL, Manner, engine_config, start_with};
+use crate::common::{Answer, Fixture, MODEL, Manner, PACE, engine_config, eventually, saying, start_with};
 
 const RESPONSES: &str = "/v1/responses";
 const CONVERSATIONS: &str = "/v1/conversations";
-
-fn manner(answers: &[&str], step: Duration) -> Manner {
-    let answers = answers.iter().map(|&answer| answer.to_owned()).collect();
-    Manner { answers, step, ..Manner::default() }
-}
 
 fn start_at(folder: Option<&Path>, keys: &[&str], manner: Manner) -> Fixture {
     let config = ServerConfig {
@@ -33,7 +26,7 @@ fn start_at(folder: Option<&Path>, keys: &[&str], manner: Manner) -> Fixture {
 }
 
 fn start(answers: &[&str]) -> Fixture {
-    start_at(None, &[], manner(answers, Duration::ZERO))
+    start_at(None, &[], saying(answers))
 }
 
 fn ask(input: &str, further: Value) -> Value {
@@ -82,14 +75,13 @@ fn events(answer: &Answer) -> Vec<Value> {
 
 /// Asks until a response has come to its end.
 async fn ended(server: &Fixture, id: &str) -> Value {
-    for _ in 0..1000 {
-        let response = got(server, &format!("{RESPONSES}/{id}")).await;
-        if !matches!(response["status"].as_str(), Some("queued" | "in_progress")) {
-            return response;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    panic!("{id} does not end");
+    let mut response = Value::Null;
+    let ended = async || {
+        response = got(server, &format!("{RESPONSES}/{id}")).await;
+        !matches!(response["status"].as_str(), Some("queued" | "in_progress"))
+    };
+    eventually("the response ends", ended).await;
+    response
 }
 
 #[tokio::test]
@@ -117,7 +109,7 @@ async fn what_is_not_to_be_stored_is_not_there() {
 
 #[tokio::test]
 async fn nobody_sees_what_another_key_has_stored() {
-    let server = start_at(None, &["mine", "yours"], manner(&["hello"], Duration::ZERO));
+    let server = start_at(None, &["mine", "yours"], saying(&["hello"]));
     let send = async |path: &str, body: Value, key: &str| {
         let request = Request::post(path).header("x-api-key", key);
         server.send(request.body(Body::from(body.to_string())).unwrap()).await
@@ -178,10 +170,11 @@ async fn a_chain_is_gone_on_from_and_its_items_are_listed() {
 
 #[tokio::test]
 async fn a_background_response_is_polled_and_outlives_its_stream() {
-    let server =
-        start_at(None, &[], manner(&["a long answer that takes its time"], Duration::from_millis(4)));
+    let (manner, leash) = saying(&["a long answer that takes its time"]).held(PACE);
+    let server = start_at(None, &[], manner);
     let queued = posted(&server, RESPONSES, ask("hi", json!({"background": true}))).await;
     assert!(["queued", "in_progress"].contains(&queued["status"].as_str().unwrap()), "{queued}");
+    leash.let_go();
     let done = ended(&server, id(&queued)).await;
     assert_eq!(
         (done["status"].as_str(), said(&done)),
@@ -189,13 +182,11 @@ async fn a_background_response_is_polled_and_outlives_its_stream() {
     );
 
     let body = ask("hi", json!({"background": true, "stream": true}));
-    let request = Request::post(RESPONSES).body(Body::from(body.to_string())).unwrap();
-    let mut body = server.router.clone().oneshot(request).await.unwrap().into_body();
-    let first = body.frame().await.unwrap().unwrap().into_data().unwrap();
-    drop(body);
-    let text = String::from_utf8(first.to_vec()).unwrap();
-    let created: Value =
-        serde_json::from_str(text.lines().nth(1).unwrap().strip_prefix("data: ").unwrap()).unwrap();
+    let mut stream = server.open(RESPONSES, &body).await;
+    stream.until("\n\n", 1).await;
+    let data = stream.text().lines().nth(1).unwrap().strip_prefix("data: ").unwrap();
+    let created: Value = serde_json::from_str(data).unwrap();
+    drop(stream);
     assert_eq!(created["type"], "response.created");
     let path = format!("{RESPONSES}/{}", id(&created["response"]));
     let rest = events(&server.get(&format!("{path}?stream=true&starting_after=2")).await);
@@ -211,7 +202,7 @@ async fn a_background_response_is_polled_and_outlives_its_stream() {
 #[tokio::test]
 async fn a_background_response_waits_while_the_engine_is_full() {
     let engine = EngineConfig { max_context: 4096, max_sequences: 1, max_waiting: 1, ..engine_config() };
-    let manner = Manner { step: Duration::from_millis(2), ..Manner::default() };
+    let (manner, leash) = Manner::default().held(PACE);
     let server = start_with(ServerConfig::new(MODEL), engine, manner, true);
     let mut waiting = Vec::new();
     for _ in 0..5 {
@@ -221,6 +212,7 @@ async fn a_background_response_waits_while_the_engine_is_full() {
     let last = id(&waiting[4]);
     let cancelled = posted(&server, &format!("{RESPONSES}/{last}/cancel"), json!({})).await;
     assert_eq!(cancelled["status"], "cancelled");
+    leash.let_go();
     for response in &waiting[..4] {
         let response = ended(&server, id(response)).await;
         assert_eq!(response["status"], "incomplete", "{response}");
@@ -231,13 +223,16 @@ async fn a_background_response_waits_while_the_engine_is_full() {
 #[tokio::test]
 async fn cancelling_ends_a_background_response_and_no_other() {
     let long = "x".repeat(2000);
-    let server = start_at(None, &[], manner(&[&long], Duration::from_millis(3)));
+    let (manner, leash) = saying(&[&long]).held(PACE);
+    let server = start_at(None, &[], manner);
     let response = posted(&server, RESPONSES, ask("hi", json!({"background": true}))).await;
     let path = format!("{RESPONSES}/{}/cancel", id(&response));
     let cancelled = posted(&server, &path, json!({})).await;
     assert_eq!(cancelled["status"], "cancelled");
     assert_eq!(posted(&server, &path, json!({})).await, cancelled);
-    server.idle().await;
+    server.cancelled(1).await;
+    leash.let_go();
+    assert!(server.idle().await.generation_tokens < 100);
     let sync = posted(&server, RESPONSES, ask("hi", json!({"max_output_tokens": 3}))).await;
     let refused = server.post(&format!("{RESPONSES}/{}/cancel", id(&sync)), &json!({})).await;
     assert_eq!(refused.error().0, 400);
@@ -247,11 +242,14 @@ async fn cancelling_ends_a_background_response_and_no_other() {
 #[tokio::test]
 async fn deleting_a_running_response_ends_it_for_good() {
     let long = "x".repeat(2000);
-    let server = start_at(None, &[], manner(&[&long], Duration::from_millis(3)));
+    let (manner, leash) = saying(&[&long]).held(PACE);
+    let server = start_at(None, &[], manner);
     let response = posted(&server, RESPONSES, ask("hi", json!({"background": true}))).await;
     let path = format!("{RESPONSES}/{}", id(&response));
     assert_eq!(call(&server, Method::DELETE, &path, "").await.status, 200);
-    server.idle().await;
+    server.cancelled(1).await;
+    leash.let_go();
+    assert!(server.idle().await.generation_tokens < 100);
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(server.get(&path).await.error().0, 404);
 }
@@ -259,7 +257,7 @@ async fn deleting_a_running_response_ends_it_for_good() {
 #[tokio::test]
 async fn everything_stored_survives_a_restart() {
     let folder = TempDir::new().unwrap();
-    let open = |answers: &[&str]| start_at(Some(folder.path()), &[], manner(answers, Duration::ZERO));
+    let open = |answers: &[&str]| start_at(Some(folder.path()), &[], saying(answers));
     let server = open(&["one"]);
     let first = posted(&server, RESPONSES, ask("1", json!({}))).await;
     let conversation = posted(&server, CONVERSATIONS, json!({"metadata": {"topic": "t"}})).await;
