@@ -404,7 +404,8 @@ async fn a_silent_stream_pings_and_a_failed_one_says_so() {
     let (manner, leash) = Manner::default().held(PACE);
     let failing = manner.failing.clone();
     let server = start_with(config, engine_config(), manner, true);
-    let body = json!({"model": MODEL, "messages": [user("go")], "max_tokens": 3, "stream": true});
+    let body =
+        json!({"model": MODEL, "messages": [user("go")], "max_tokens": 3, "temperature": 0, "stream": true});
     let mut stream = server.open(MESSAGES, &body).await;
     stream.until("event: ping", 1).await;
     leash.let_go();

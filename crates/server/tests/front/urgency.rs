@@ -39,7 +39,7 @@ impl Narrow {
         // A prompt of some hundred steps is read for longer than clients wait for news.
         let (manner, leash) = Manner::default().held(Duration::from_millis(20));
         let fixture = start_with(config, engine, manner, true);
-        let body = json!({"prompt": "ab", "max_tokens": 4000});
+        let body = json!({"prompt": "ab", "max_tokens": 4000, "ignore_eos": true});
         let request = request(COMPLETIONS, &body, ("x-api-key", "busy"));
         let server = fixture.clone();
         let busy = tokio::spawn(async move { server.send(request).await });
