@@ -176,7 +176,7 @@ unsafe fn many<U: Unit>(job: &Job<'_>, x: &[u32]) {
 /// Most tiles of `width` inputs that [`many`] rows go over together: as many as leave room in a second-level cache of a megabyte, and
 /// at least two.
 pub(super) fn group_tiles(width: usize) -> usize {
-    const BYTES: usize = 512 << 10;
+    const BYTES: usize = 640 << 10;
     (BYTES / tile_bytes(DType::BF16, width) / 2 * 2).max(2)
 }
 

@@ -40,8 +40,6 @@ use std::sync::{Mutex, PoisonError};
 
 /// Work pieces per thread: enough that a thread that is held up delays little.
 const PIECES: usize = 8;
-/// The same with many rows, whose pieces take long: on a machine that others use too, threads are not equally fast.
-const PIECES_OF_MANY: usize = 16;
 
 /// A weight matrix `[rows, width]` repacked for the CPU's kernels: one or several parts stacked
 /// along the rows (outputs), each in its own storage format.
@@ -412,7 +410,7 @@ fn multiply(
     assert!(bias.is_none_or(|bias| bias.len() == w.rows), "bias");
     let out = Shared(out.as_mut_ptr());
     let tiles: usize = w.parts.iter().map(Part::tile_count).sum();
-    let most = pool.threads() * if rows >= MANY_ROWS { PIECES_OF_MANY } else { PIECES };
+    let most = pool.threads() * PIECES;
     let (pieces, piece_tiles) = match w.is_bf16() {
         // The kernel for many rows takes two tiles at a time; pieces of one size end at the same time.
         true if rows >= MANY_ROWS => {
@@ -486,7 +484,7 @@ pub(super) fn gated(
     let x = x.to_pairs(pool, rows, width, &mut scratch.pairs);
     let out = Shared(grown(&mut scratch.gated, rows * outputs / 2).as_mut_ptr());
     let tiles = gate.tile_count();
-    let pieces = tiles.min(pool.threads() * PIECES_OF_MANY);
+    let pieces = tiles.min(pool.threads() * PIECES);
     let run = |piece: usize, room: *mut u8| {
         let cut = |piece| tiles.min(piece * tiles / pieces);
         let (first, last) = (cut(piece), cut(piece + 1));

@@ -411,6 +411,7 @@ fn gate_and_up_in_one_pass_give_the_bits_that_they_give_one_by_one() {
         (320, 64, [false, false]),
         (16, 512, [true, false]),
         (80, 33, [false, false]),
+        (272, 2600, [true, false]),
     ] {
         let part = |seed: u64, compact: bool| {
             let w = random_tensor(DType::BF16, outputs, width, seed);
