@@ -19,6 +19,7 @@
 use super::attention_pairs::{PairTile, Pairs};
 use super::kv::{Bf16, Element, KvCache, Layer, Layout, Loaded};
 use super::matmul;
+use super::memory::from_line;
 use super::pool::Pool;
 use super::rows::Disjoint;
 use super::simd::{self, Kernel, LANES, Level, Simd};
@@ -238,12 +239,12 @@ impl<E: Stored> Job<'_, E> {
         let grow = |x: &mut Vec<f32>, len: usize| x.resize(x.len().max(len), 0.0);
         let Worker { states, tile } = worker;
         if E::PAIRED {
-            tile.pairs.reserve(self.layout.head_dim);
+            tile.pairs.reserve(self.op.plan.max_rows * self.group(), self.layout.head_dim);
         }
         if E::WIDENS && self.op.plan.max_rows * self.group() >= WIDEN * self.op.level.tile() {
             grow(&mut tile.widened, PIECE / BLOCK_SIZE * self.layout.head_len());
         }
-        grow(&mut tile.scores, MAX_TILE * PIECE);
+        grow(&mut tile.scores, MAX_TILE * PIECE + LANES); // from a cache line on
         grow(&mut tile.partials, MAX_TILE * self.state_len());
         grow(states, self.unit_len());
     }
@@ -257,13 +258,10 @@ impl<E: Stored> Job<'_, E> {
         let Worker { states, tile } = worker;
         let states = &mut states[..block.rows * self.group() * len];
         states.fill(0.0);
+        self.take_queries(block, head, &mut tile.pairs);
         for piece in self.first_piece(block)..block.pieces {
-            self.tiles(block, head, piece, tile, |first, tile| {
-                for (state, partial) in
-                    states[first * len..].chunks_exact_mut(len).zip(tile.chunks_exact(len))
-                {
-                    self.op.level.run(Merge { state, piece: partial });
-                }
+            self.tiles(block, head, piece, tile, |first, pieces| {
+                self.op.level.run(Merge { states: &mut states[first * len..], pieces, len });
             });
         }
         self.finish(block, head, states, out);
@@ -280,6 +278,7 @@ impl<E: Stored> Job<'_, E> {
         let len = self.unit_len();
         // SAFETY: every task has its own part.
         let states = unsafe { shared.part(task * len..(task + 1) * len) };
+        self.take_queries(block, head, &mut worker.tile.pairs);
         self.tiles(block, head, piece, &mut worker.tile, |first, tile| {
             states[first * self.state_len()..][..tile.len()].copy_from_slice(tile);
         });
@@ -293,12 +292,22 @@ impl<E: Stored> Job<'_, E> {
         states.fill(0.0);
         for piece in self.first_piece(block)..block.pieces {
             let task = (block.first_piece + piece) * self.layout.kv_heads + head;
-            let partials = &partials[task * self.unit_len()..][..states.len()];
-            for (state, partial) in states.chunks_exact_mut(len).zip(partials.chunks_exact(len)) {
-                self.op.level.run(Merge { state, piece: partial });
-            }
+            let pieces = &partials[task * self.unit_len()..][..states.len()];
+            self.op.level.run(Merge { states, pieces, len });
         }
         self.finish(block, head, states, out);
+    }
+
+    /// Takes a row block's queries in the form that tiles want.
+    fn take_queries(&self, block: &RowBlock, head: usize, pairs: &mut Pairs) {
+        if E::PAIRED {
+            let (dim, group) = (self.layout.head_dim, self.group());
+            for row in 0..block.rows {
+                let start = (block.row + row) * self.op.shape.qkv_width() + head * group * dim;
+                let queries = &self.op.qkv[start..][..group * dim];
+                pairs.take(self.op.level, queries, self.op.shape.scale, row * group, dim);
+            }
+        }
     }
 
     /// Computes the tiles of a piece and hands each one's states to `take` with the index of its
@@ -312,6 +321,7 @@ impl<E: Stored> Job<'_, E> {
         mut take: impl FnMut(usize, &[f32]),
     ) {
         let TileBuffers { widened, scores, pairs, partials } = buffers;
+        let scores = from_line(scores);
         let (group, count) = (self.group(), block.rows * self.group());
         let table =
             &self.op.batch.block_tables[block.span.table..][..block.span.context.div_ceil(BLOCK_SIZE)];
@@ -330,7 +340,7 @@ impl<E: Stored> Job<'_, E> {
             let (mut begins, mut limits) = ([0; MAX_TILE], [0; MAX_TILE]);
             let mut queries = [&[][..]; MAX_TILE];
             for i in 0..tile {
-                let query = first + i.min(used - 1); // lanes beyond the last query repeat it
+                let query = first + i.min(used - 1); // lanes beyond the last query repeat it; for pairs they hold what lies there
                 let row = query / group;
                 let position = block.position + row;
                 begins[i] = self.first_key(position).saturating_sub(piece * PIECE).min(PIECE);
@@ -349,7 +359,7 @@ impl<E: Stored> Job<'_, E> {
             } else {
                 let kv = self.kv;
                 let tile = Tile { queries, begins, limits, kv, layout, head, table, scale, scores, states };
-                E::run(self.op.level, tile, pairs);
+                E::run(self.op.level, tile, first, pairs);
             }
             take(first, &partials[..used * self.state_len()]);
         }
@@ -371,36 +381,43 @@ impl<E: Stored> Job<'_, E> {
 
     /// Divides by the sums and writes the heads of a group.
     fn finish(&self, block: &RowBlock, head: usize, states: &[f32], out: &Out<'_>) {
-        let (dim, padded, width) = (self.layout.head_dim, self.layout.padded(), self.op.shape.out_width());
-        for (query, state) in states.chunks_exact(self.state_len()).enumerate() {
-            let (row, head) = (block.row + query / self.group(), head * self.group() + query % self.group());
-            let start = row * width + head * dim;
+        let (dim, group, len) = (self.layout.head_dim, self.group(), self.state_len());
+        let sinks = self.op.sinks.map(|sinks| &sinks[head * group..][..group]);
+        for (row, states) in states.chunks_exact(group * len).enumerate() {
+            let start = (block.row + row) * self.op.shape.out_width() + head * group * dim;
             // SAFETY: every row and head belongs to one unit.
-            let to = unsafe { out.rows.part(start..start + dim) };
+            let to = unsafe { out.rows.part(start..start + group * dim) };
             // SAFETY: likewise.
-            let pairs = out.pairs.as_ref().map(|pairs| unsafe { pairs.part(start / 2..(start + dim) / 2) });
-            let sink = self.op.sinks.map_or(0.0, |sinks| (sinks[head] - state[padded]).exp());
-            let scale = 1.0 / (state[padded + 1] + sink);
-            self.op.level.run(Scaled { x: state, scale, to, pairs });
+            let pairs =
+                out.pairs.as_ref().map(|pairs| unsafe { pairs.part(start / 2..(start + group * dim) / 2) });
+            self.op.level.run(Finish { states, len, sinks, dim, to, pairs });
         }
     }
 }
 
-/// `to = x * scale`, and in pairs of bf16 where they are wanted.
-struct Scaled<'a> {
-    x: &'a [f32],
-    scale: f32,
+/// The states of a row's neighbouring heads divided by their sums, and in pairs of bf16 where they are wanted.
+struct Finish<'a> {
+    states: &'a [f32],
+    /// f32 of a state.
+    len: usize,
+    sinks: Option<&'a [f32]>,
+    /// Elements of a head.
+    dim: usize,
     to: &'a mut [f32],
     pairs: Option<&'a mut [u32]>,
 }
 
-impl Kernel for Scaled<'_> {
+impl Kernel for Finish<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Scaled { x, scale, to, pairs } = self;
-        for (y, x) in to.iter_mut().zip(x) {
-            *y = x * scale;
+        let Finish { states, len, sinks, dim, to, pairs } = self;
+        for (head, (state, to)) in states.chunks_exact(len).zip(to.chunks_exact_mut(dim)).enumerate() {
+            let sink = sinks.map_or(0.0, |sinks| (sinks[head] - state[len - 2]).exp());
+            let scale = 1.0 / (state[len - 1] + sink);
+            for (y, x) in to.iter_mut().zip(state) {
+                *y = x * scale;
+            }
         }
         if let Some(pairs) = pairs {
             // SAFETY: the caller's promise is the same.
@@ -430,37 +447,43 @@ fn claim(
     });
 }
 
-/// Merges the state of a later piece into a running one. A sum of zero means nothing seen.
+/// Merges the states of a later piece into running ones. A sum of zero means nothing seen.
 struct Merge<'a> {
-    state: &'a mut [f32],
-    piece: &'a [f32],
+    states: &'a mut [f32],
+    pieces: &'a [f32],
+    /// f32 of a state.
+    len: usize,
 }
 
 impl Kernel for Merge<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Merge { state, piece } = self;
-        let n = state.len() - 2;
-        let (most, sum) = (state[n], state[n + 1]);
-        let (piece_most, piece_sum) = (piece[n], piece[n + 1]);
-        if piece_sum == 0.0 {
-            return;
-        }
-        if sum == 0.0 {
-            return state.copy_from_slice(piece);
-        }
-        let new = if piece_most > most { piece_most } else { most };
-        let (a, b) = ((most - new).exp(), (piece_most - new).exp());
-        for (x, y) in state[..n].chunks_exact_mut(LANES).zip(piece.chunks_exact(LANES)) {
-            // SAFETY: every chunk is a vector; the instructions are the caller's promise.
-            unsafe {
-                let scaled = S::mul(S::load(x.as_ptr()), S::splat(a));
-                S::store(x.as_mut_ptr(), S::add(scaled, S::mul(S::load(y.as_ptr()), S::splat(b))));
+        let n = self.len - 2;
+        for (state, piece) in self.states.chunks_exact_mut(self.len).zip(self.pieces.chunks_exact(self.len)) {
+            let (most, sum) = (state[n], state[n + 1]);
+            let (piece_most, piece_sum) = (piece[n], piece[n + 1]);
+            if piece_sum == 0.0 {
+                continue;
             }
+            if sum == 0.0 {
+                state.copy_from_slice(piece);
+                continue;
+            }
+            let (new, a, b) = match piece_most > most {
+                true => (piece_most, (most - piece_most).exp(), 1.0),
+                false => (most, 1.0, (piece_most - most).exp()),
+            };
+            for (x, y) in state[..n].chunks_exact_mut(LANES).zip(piece.chunks_exact(LANES)) {
+                // SAFETY: every chunk is a vector; the instructions are the caller's promise.
+                unsafe {
+                    let scaled = S::mul(S::load(x.as_ptr()), S::splat(a));
+                    S::store(x.as_mut_ptr(), S::add(scaled, S::mul(S::load(y.as_ptr()), S::splat(b))));
+                }
+            }
+            state[n] = new;
+            state[n + 1] = sum * a + piece_sum * b;
         }
-        state[n] = new;
-        state[n + 1] = sum * a + piece_sum * b;
     }
 }
 
@@ -470,8 +493,8 @@ trait Stored: Element {
     const WIDENS: bool;
     /// Widens whole vectors; called only where [`Stored::WIDENS`].
     fn widen(level: Level, from: &[Self], to: &mut [f32]);
-    /// Computes a tile; `pairs` has room where elements lie in pairs.
-    fn run(level: Level, tile: Tile<'_, Self>, pairs: &mut Pairs);
+    /// Computes a tile whose first query is `first` of the row block's; `pairs` has them where elements lie in pairs.
+    fn run(level: Level, tile: Tile<'_, Self>, first: usize, pairs: &mut Pairs);
 }
 
 impl Stored for u16 {
@@ -479,7 +502,7 @@ impl Stored for u16 {
     fn widen(level: Level, from: &[Self], to: &mut [f32]) {
         level.run(Widen { from, to });
     }
-    fn run(level: Level, tile: Tile<'_, Self>, _: &mut Pairs) {
+    fn run(level: Level, tile: Tile<'_, Self>, _: usize, _: &mut Pairs) {
         level.run(tile);
     }
 }
@@ -489,7 +512,7 @@ impl Stored for f32 {
     fn widen(_: Level, from: &[Self], to: &mut [f32]) {
         to.copy_from_slice(from);
     }
-    fn run(level: Level, tile: Tile<'_, Self>, _: &mut Pairs) {
+    fn run(level: Level, tile: Tile<'_, Self>, _: usize, _: &mut Pairs) {
         level.run(tile);
     }
 }
@@ -499,8 +522,8 @@ impl Stored for Bf16 {
     fn widen(_: Level, _: &[Self], _: &mut [f32]) {
         unreachable!("pairs are not widened");
     }
-    fn run(level: Level, tile: Tile<'_, Self>, pairs: &mut Pairs) {
-        level.run(PairTile { tile, pairs });
+    fn run(level: Level, tile: Tile<'_, Self>, first: usize, pairs: &mut Pairs) {
+        level.run(PairTile { tile, first, pairs });
     }
 }
 
@@ -534,7 +557,7 @@ impl<E: Loaded> Kernel for Widen<'_, E> {
 
 /// Up to [`Simd::TILE`] queries on one piece of their sequence.
 pub(super) struct Tile<'a, E> {
-    /// `head_dim` elements each.
+    /// `head_dim` elements each. Pairs have their own.
     pub queries: &'a [&'a [f32]],
     /// The first of the piece's keys that each query sees.
     pub begins: &'a [usize],
@@ -546,6 +569,7 @@ pub(super) struct Tile<'a, E> {
     pub head: usize,
     /// The sequence's blocks from the piece on.
     pub table: &'a [u32],
+    /// Of the scores; pairs' queries have it already.
     pub scale: f32,
     pub scores: &'a mut [f32],
     pub states: &'a mut [f32],

@@ -9,7 +9,8 @@
 use super::attention::{MAX_TILE, PIECE, Tile};
 use super::kv::Bf16;
 use super::matmul::{pair_bf16, prefetch};
-use super::simd::{self, Kernel, LANES, Simd};
+use super::memory::from_line;
+use super::simd::{self, Kernel, LANES, Level, Simd};
 use crate::BLOCK_SIZE;
 
 /// Pairs of keys in a piece.
@@ -18,26 +19,36 @@ const PAIRS: usize = PIECE / 2;
 /// Keys whose scores become probabilities at a time.
 const STEP: usize = 2 * LANES;
 
-/// Buffers of a tile.
+/// What is kept in bf16 pairs while a row block is computed.
 #[derive(Default)]
 pub(super) struct Pairs {
-    /// Its queries times the scores' scale over ln 2, `[tile, head_dim / 2]`.
+    /// Its queries of one key head times the scores' scale over ln 2, `[queries, head_dim / 2]`, and room for the lanes
+    /// behind the last.
     queries: Vec<u32>,
-    /// Its probabilities, `[tile, PAIRS]`.
+    /// A tile's probabilities, `[tile, PAIRS]`.
     probabilities: Vec<u32>,
 }
 
 impl Pairs {
-    /// Sees to it that there is room for tiles of heads of `head_dim`.
-    pub fn reserve(&mut self, head_dim: usize) {
-        self.queries.resize(self.queries.len().max(MAX_TILE * head_dim / 2), 0);
-        self.probabilities.resize(MAX_TILE * PAIRS, 0);
+    /// Sees to it that there is room for `queries` of `head_dim`.
+    pub fn reserve(&mut self, queries: usize, head_dim: usize) {
+        let queries = (queries + MAX_TILE) * head_dim / 2;
+        self.queries.resize(self.queries.len().max(queries), 0);
+        self.probabilities.resize(MAX_TILE * PAIRS + LANES, 0); // from a cache line on
+    }
+
+    /// Takes neighbouring queries, of which `first` is the first in the row block.
+    pub fn take(&mut self, level: Level, x: &[f32], scale: f32, first: usize, head_dim: usize) {
+        let pairs = &mut self.queries[first * head_dim / 2..][..x.len() / 2];
+        level.run(Scaled { x, scale: scale * std::f32::consts::LOG2_E, pairs });
     }
 }
 
 /// A tile whose keys and values are bf16.
 pub(super) struct PairTile<'a, 'b> {
     pub tile: Tile<'a, Bf16>,
+    /// Its first query in the row block.
+    pub first: usize,
     pub pairs: &'b mut Pairs,
 }
 
@@ -74,12 +85,8 @@ impl PairTile<'_, '_> {
             true => (first + (blocks - first) / 2 * 2, padded / LANES / 2 * 2),
             false => (first, 0),
         };
-        let half = self.tile.layout.head_dim / 2;
         // SAFETY: the caller's promise is the same.
         unsafe {
-            for (query, out) in self.tile.queries.iter().zip(self.pairs.queries.chunks_exact_mut(half)) {
-                pair_scaled::<S>(query, self.tile.scale * std::f32::consts::LOG2_E, out);
-            }
             for block in (first..twos).step_by(2) {
                 self.products::<S, T, 2>(block, blocks);
             }
@@ -95,10 +102,11 @@ impl PairTile<'_, '_> {
                 row[limits[i]..end].fill(f32::NEG_INFINITY);
                 *maximum = largest::<S>(&row[start..end]);
             }
+            let probabilities = from_line(&mut self.pairs.probabilities);
             for (i, state) in self.tile.states.chunks_exact_mut(padded + 2).enumerate() {
                 let row = &self.tile.scores[i * PIECE..(i + 1) * PIECE];
                 let (start, end) = (begins[i] / STEP * STEP, limits[i].next_multiple_of(STEP));
-                let pairs = &mut self.pairs.probabilities[i * PAIRS..(i + 1) * PAIRS];
+                let pairs = &mut probabilities[i * PAIRS..(i + 1) * PAIRS];
                 state[padded] = maxima[i] * std::f32::consts::LN_2;
                 state[padded + 1] =
                     exponentials::<S>(&row[start..end], maxima[i], &mut pairs[start / 2..end / 2]);
@@ -118,7 +126,7 @@ impl PairTile<'_, '_> {
     unsafe fn products<S: Simd, const T: usize, const B: usize>(&mut self, block: usize, blocks: usize) {
         let Tile { layout, kv, table, head, ref mut scores, .. } = self.tile;
         let half = layout.head_dim / 2;
-        let queries = &self.pairs.queries[..T * half];
+        let queries = &self.pairs.queries[self.first * half..][..T * half];
         let keys_of = |block: usize| &kv[layout.keys(table[block] as usize, head)..][..2 * BLOCK_SIZE * half];
         // `array::from_fn` lacks the instructions of `S`, so it would call its closure for each element.
         let (mut keys, mut ahead) = ([&[][..]; B], [&[][..]; B]);
@@ -171,7 +179,7 @@ impl PairTile<'_, '_> {
         let whole = latest.div_ceil(BLOCK_SIZE)..least / BLOCK_SIZE;
         let Tile { layout, kv, table, head, ref mut states, .. } = self.tile;
         let padded = layout.padded();
-        let probabilities = &self.pairs.probabilities[..T * PAIRS];
+        let probabilities = &from_line(&mut self.pairs.probabilities)[..T * PAIRS];
         // SAFETY: `P` parts of two values are as many vectors of pairs, as are those of a state; a pair's index in
         // the piece is below `PAIRS`.
         unsafe {
@@ -285,23 +293,30 @@ unsafe fn add_seen<S: Simd, const T: usize, const P: usize>(
 }
 
 /// `x * scale` in pairs of bf16.
-///
-/// # Safety
-/// The CPU has the instructions of `S`.
-#[inline(always)]
-unsafe fn pair_scaled<S: Simd>(x: &[f32], scale: f32, pairs: &mut [u32]) {
-    let (whole, rest) = x.as_chunks::<STEP>();
-    let (to, rest_to) = pairs.split_at_mut(whole.len() * LANES);
-    for (two, to) in whole.iter().zip(to.chunks_exact_mut(LANES)) {
-        // SAFETY: there are two vectors of numbers and one of pairs; the instructions are the caller's promise.
-        unsafe {
-            let a = S::mul(S::load(two.as_ptr()), S::splat(scale));
-            let b = S::mul(S::load(two.as_ptr().add(LANES)), S::splat(scale));
-            S::store_pairs(to.as_mut_ptr(), S::pair(a, b));
+struct Scaled<'a> {
+    x: &'a [f32],
+    scale: f32,
+    pairs: &'a mut [u32],
+}
+
+impl Kernel for Scaled<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { x, scale, pairs } = self;
+        let (whole, rest) = x.as_chunks::<STEP>();
+        let (to, rest_to) = pairs.split_at_mut(whole.len() * LANES);
+        for (two, to) in whole.iter().zip(to.chunks_exact_mut(LANES)) {
+            // SAFETY: there are two vectors of numbers and one of pairs; the instructions are the caller's promise.
+            unsafe {
+                let a = S::mul(S::load(two.as_ptr()), S::splat(scale));
+                let b = S::mul(S::load(two.as_ptr().add(LANES)), S::splat(scale));
+                S::store_pairs(to.as_mut_ptr(), S::pair(a, b));
+            }
         }
-    }
-    for (&[a, b], to) in rest.as_chunks::<2>().0.iter().zip(rest_to) {
-        pair_bf16(&[[a * scale, b * scale]], std::slice::from_mut(to));
+        for (&[a, b], to) in rest.as_chunks::<2>().0.iter().zip(rest_to) {
+            pair_bf16(&[[a * scale, b * scale]], std::slice::from_mut(to));
+        }
     }
 }
 
@@ -332,74 +347,11 @@ unsafe fn exponentials<S: Simd>(x: &[f32], most: f32, pairs: &mut [u32]) -> f32 
     unsafe {
         let mut total = S::splat(0.0);
         for (two, pairs) in x.chunks_exact(STEP).zip(pairs.chunks_exact_mut(LANES)) {
-            let a = exp2::<S>(S::sub(S::load(two.as_ptr()), S::splat(most)));
-            let b = exp2::<S>(S::sub(S::load(two.as_ptr().add(LANES)), S::splat(most)));
+            let a = S::exp2(S::sub(S::load(two.as_ptr()), S::splat(most)));
+            let b = S::exp2(S::sub(S::load(two.as_ptr().add(LANES)), S::splat(most)));
             S::store_pairs(pairs.as_mut_ptr(), S::pair(a, b));
             total = S::add(S::add(total, a), b);
         }
         simd::sum::<S>(total)
-    }
-}
-
-/// The polynomial of [`exp2`] from its highest power down, without the 1.
-const EXP2: [f32; 4] = [0.009_782_912, 0.055_976_883, 0.240_207_1, 0.693_113_6];
-
-/// `2^x` within 4e-6 relative for `x` up to 127, which is a hundredth of what rounding to bf16 adds; 0 below -127, NaN for NaN.
-///
-/// `2^x = 2^n * 2^f` with `n` the nearest integer and, for |f| <= 1/2, the polynomial of degree 4 with the least
-/// relative error (by Remez's algorithm) among those that are 1 at 0.
-#[inline(always)]
-unsafe fn exp2<S: Simd>(x: S::V) -> S::V {
-    // SAFETY: the caller's promise is the same.
-    unsafe {
-        let x = S::max(S::splat(-127.0), x);
-        // Adding 1.5 * 2^23 leaves the rounded integer in the lowest bits.
-        let magic = S::splat(12_582_912.0);
-        let shifted = S::add(x, magic);
-        let f = S::sub(x, S::sub(shifted, magic));
-        let mut p = S::splat(EXP2[0]);
-        for c in [EXP2[1], EXP2[2], EXP2[3], 1.0] {
-            p = S::fma(p, f, S::splat(c));
-        }
-        S::mul(p, S::exponent(shifted))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::simd::Level;
-    use super::*;
-
-    /// Applies [`exp2`] to whole vectors.
-    struct Exp2<'a>(&'a mut [f32]);
-
-    impl Kernel for Exp2<'_> {
-        type Output = ();
-        #[inline(always)]
-        unsafe fn run<S: Simd>(self) {
-            for chunk in self.0.chunks_exact_mut(LANES) {
-                // SAFETY: a chunk is a vector.
-                unsafe { S::store(chunk.as_mut_ptr(), exp2::<S>(S::load(chunk.as_ptr()))) };
-            }
-        }
-    }
-
-    #[test]
-    fn exp2_is_accurate_on_every_level_and_nothing_for_what_is_not_seen() {
-        let grid: Vec<f32> = (-12_600..16).map(|i| i as f32 / 100.0).collect();
-        for level in Level::supported() {
-            let mut y = grid.clone();
-            y.resize(grid.len().next_multiple_of(LANES), 0.0);
-            level.run(Exp2(&mut y));
-            for (&x, &y) in grid.iter().zip(&y) {
-                let exact = f64::from(x).exp2();
-                assert!((f64::from(y) - exact).abs() <= 4e-6 * exact, "{level:?}: {x}: {y}, not {exact}");
-            }
-            let mut ends = [f32::NEG_INFINITY; LANES];
-            ends[..4].copy_from_slice(&[0.0, -127.0, -1e30, f32::NAN]);
-            level.run(Exp2(&mut ends));
-            assert_eq!(ends[..3], [1.0, 0.0, 0.0]);
-            assert!(ends[3].is_nan() && ends[4..] == [0.0; LANES - 4]);
-        }
     }
 }

@@ -17,6 +17,12 @@ pub(super) const HUGE_PAGE: usize = 2 << 20;
 /// Bytes of a cache line. What is owned starts at one.
 pub(super) const LINE: usize = 64;
 
+/// `x` from its first cache line on: no vector from there spans two. There are [`LINE`] bytes more in `x` than are wanted.
+pub(super) fn from_line<T>(x: &mut [T]) -> &mut [T] {
+    let skipped = x.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
+    &mut x[skipped..]
+}
+
 /// Bytes inside a region that belong to one owner.
 pub(super) struct Memory {
     region: Arc<MmapRaw>,

@@ -2,7 +2,7 @@
 //!
 //! A kernel is written once over [`Simd`] and compiled for each [`Level`]. Every operation is a
 //! correctly rounded one, lane by lane, and sums are reduced in one order, so that AVX-512, AVX2
-//! and plain code agree bit for bit.
+//! and plain code agree bit for bit (but for [`Simd::exp2`] beyond its range).
 
 use super::matmul::pair_bf16;
 
@@ -53,6 +53,22 @@ pub(super) trait Simd {
     }
     /// `(bits + 127) << 23` on the bits of each lane.
     unsafe fn exponent(v: Self::V) -> Self::V;
+    /// `2^x` within 4e-6 relative for `x` of -126 to 127, which is a hundredth of what rounding to bf16 adds; at most 2^-126
+    /// below and 0 at minus infinity, NaN for NaN. Levels differ beyond: what is subnormal may be 0.
+    ///
+    /// `2^x = 2^n * 2^f` with `n` the nearest integer and `2^f` by [`exp2_fraction`].
+    #[inline(always)]
+    unsafe fn exp2(x: Self::V) -> Self::V {
+        // SAFETY: the caller's promise is the same.
+        unsafe {
+            let x = Self::max(Self::splat(-127.0), x);
+            // Adding 1.5 * 2^23 leaves the rounded integer in the lowest bits.
+            let magic = Self::splat(12_582_912.0);
+            let shifted = Self::add(x, magic);
+            let f = Self::sub(x, Self::sub(shifted, magic));
+            Self::mul(exp2_fraction::<Self>(f), Self::exponent(shifted))
+        }
+    }
     unsafe fn load_pairs(from: *const u32) -> Self::Pairs;
     /// `pairs & mask` on the bits of each pair.
     unsafe fn mask(pairs: Self::Pairs, mask: u32) -> Self::Pairs;
@@ -66,6 +82,20 @@ pub(super) trait Simd {
         unsafe { pair_lanes::<Self>(a, b) }
     }
     unsafe fn store_pairs(to: *mut u32, pairs: Self::Pairs);
+}
+
+/// `2^f` for |f| <= 1/2: the polynomial of degree 4 with the least relative error (by Remez's algorithm) among those that are
+/// 1 at 0, from its highest power down.
+#[inline(always)]
+unsafe fn exp2_fraction<S: Simd + ?Sized>(f: S::V) -> S::V {
+    // SAFETY: the caller's promise is the same.
+    unsafe {
+        let mut p = S::splat(0.009_782_912);
+        for c in [0.055_976_883, 0.240_207_1, 0.693_113_6, 1.0] {
+            p = S::fma(p, f, S::splat(c));
+        }
+        p
+    }
 }
 
 /// [`Simd::pair`] lane by lane.
@@ -344,7 +374,7 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Kernel, Simd};
+    use super::{Kernel, Simd, exp2_fraction};
     use std::arch::x86_64::*;
 
     /// # Safety
@@ -434,6 +464,12 @@ mod x86 {
         unsafe fn exponent(v: Self::V) -> Self::V {
             let biased = _mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(127));
             _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+        }
+        #[inline(always)]
+        unsafe fn exp2(x: Self::V) -> Self::V {
+            let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+            // Of minus infinity the fraction is NaN, which scaled by 2^-inf is 0 (Intel's manual, VSCALEFPS).
+            _mm512_scalef_ps(exp2_fraction::<Self>(_mm512_sub_ps(x, n)), n)
         }
         #[inline(always)]
         unsafe fn load_pairs(from: *const u32) -> Self::Pairs {
@@ -587,6 +623,20 @@ mod tests {
         }
     }
 
+    /// Applies [`Simd::exp2`] to whole vectors.
+    struct Exp2<'a>(&'a mut [f32]);
+
+    impl Kernel for Exp2<'_> {
+        type Output = ();
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) {
+            for chunk in self.0.chunks_exact_mut(LANES) {
+                // SAFETY: a chunk is a vector.
+                unsafe { S::store(chunk.as_mut_ptr(), S::exp2(S::load(chunk.as_ptr()))) };
+            }
+        }
+    }
+
     /// Sum of widened half floats.
     struct SumHalves<'a>(&'a [u16]);
 
@@ -634,6 +684,9 @@ mod tests {
         for level in Level::supported() {
             let mut x: Vec<f32> = (0..1600).map(|i| (i as f32 - 800.0) * 0.1237).collect();
             level.run(Exp(&mut x));
+            let mut powers: Vec<f32> = (0..50_000).map(|i| i as f32 * 0.00506 - 126.0).collect();
+            level.run(Exp2(&mut powers));
+            x.extend(powers);
             x.push(level.run(SumHalves(&halves)));
             let bits: Vec<u32> = x.iter().map(|x| x.to_bits()).collect();
             assert_eq!(expected.get_or_insert_with(|| bits.clone()), &bits, "{level:?}");
@@ -676,5 +729,25 @@ mod tests {
 
     fn rounded(x: f32) -> u32 {
         u32::from(crate::cpu::matmul::round_bf16(x))
+    }
+
+    #[test]
+    fn exp2_is_accurate_on_every_level_and_nothing_for_what_is_not_seen() {
+        let grid: Vec<f32> = (-12_600..=12_700).map(|i| i as f32 / 100.0).collect();
+        for level in Level::supported() {
+            let mut y = grid.clone();
+            y.resize(grid.len().next_multiple_of(LANES), 0.0);
+            level.run(Exp2(&mut y));
+            for (&x, &y) in grid.iter().zip(&y) {
+                let exact = f64::from(x).exp2();
+                assert!((f64::from(y) - exact).abs() <= 4e-6 * exact, "{level:?}: {x}: {y}, not {exact}");
+            }
+            let mut ends = [f32::NEG_INFINITY; LANES];
+            ends[..4].copy_from_slice(&[0.0, -1e30, -126.5, f32::NAN]);
+            level.run(Exp2(&mut ends));
+            assert_eq!(ends[..2], [1.0, 0.0]);
+            assert!((0.0..=f32::MIN_POSITIVE).contains(&ends[2]));
+            assert!(ends[3].is_nan() && ends[4..] == [0.0; LANES - 4]);
+        }
     }
 }
