@@ -59,6 +59,12 @@ impl Narrow {
         self.busy.abort();
     }
 
+    /// The same once so many wait.
+    async fn free_once(&self, count: usize) {
+        self.waiting(count).await;
+        self.free();
+    }
+
     /// Asks once so many wait.
     async fn ask(&self, behind: usize, request: Request<Body>) -> Answer {
         self.waiting(behind).await;
@@ -227,13 +233,9 @@ async fn an_urgent_request_passes_one_that_can_wait() {
         assert_eq!(answer.status, 200, "{}", answer.text());
         order.lock().unwrap().push(name);
     };
-    let all_wait = async {
-        server.waiting(3).await;
-        server.free();
-    };
     let all = async {
         tokio::join!(
-            all_wait,
+            server.free_once(3),
             ask("flexible", json!({"service_tier": "flex"}), 0),
             ask("ordinary", json!({}), 1),
             ask("numbered", json!({"priority": -3}), 2),
@@ -258,13 +260,9 @@ async fn a_key_that_weighs_more_is_served_more() {
         assert_eq!(answer.status, 200, "{}", answer.text());
         order.lock().unwrap().push(key);
     };
-    let all_wait = async {
-        server.waiting(6).await;
-        server.free();
-    };
     let all = async {
         tokio::join!(
-            all_wait,
+            server.free_once(6),
             ask("light", 0),
             ask("heavy", 1),
             ask("light", 2),
