@@ -8,8 +8,10 @@ const MAX_ROWS: usize = 128;
 /// Of a single row's time, what a further one is thought to take before it is measured. Low, so that
 /// it is tried.
 const FIRST_SLOPE: f32 = 0.05;
-/// Weight of a new measurement.
+/// Least weight of a new measurement; the first few have a plain mean.
 const LEARN: f32 = 0.15;
+/// A step that took longer than this many times what was expected was disturbed, and counts for no more.
+const DISTURBED: f32 = 3.0;
 /// Measurements are trusted half when this many steps have passed since.
 const HALF_LIFE: f32 = 4096.0;
 
@@ -24,10 +26,25 @@ pub(crate) struct StepCost {
 struct Class {
     /// Rows at its middle.
     rows: f32,
-    /// Mean in seconds; 0 until measured.
+    /// Mean in seconds.
     seconds: f32,
+    /// How often it was measured. What was seen once may have been disturbed, and is trusted half.
+    times: u32,
     /// When it was last measured.
     step: u64,
+}
+
+/// What rows are thought to take before they are measured.
+struct Guess {
+    rows: f32,
+    seconds: f32,
+    slope: f32,
+}
+
+impl Guess {
+    fn of(&self, rows: f32) -> f32 {
+        self.seconds + self.slope * (rows - self.rows)
+    }
 }
 
 impl StepCost {
@@ -43,29 +60,37 @@ impl StepCost {
     /// A step of `rows` rows took so long.
     pub(crate) fn record(&mut self, rows: usize, took: Duration) {
         self.steps += 1;
+        let guess = self.guess();
         let class = &mut self.classes[class(rows.clamp(1, MAX_ROWS))];
-        let seconds = took.as_secs_f32().max(1e-6);
-        class.seconds = match class.seconds {
-            0.0 => seconds,
-            // A machine busy with something else for a moment tells nothing.
-            mean => mean + LEARN * (seconds.min(3.0 * mean) - mean),
+        let expected = match class.times {
+            0 => guess.map(|guess| guess.of(class.rows)),
+            _ => Some(class.seconds),
         };
+        let most = expected.map_or(f32::INFINITY, |expected| DISTURBED * expected);
+        let seconds = took.as_secs_f32().clamp(1e-6, most);
+        class.times = class.times.saturating_add(1);
+        class.seconds += LEARN.max(1.0 / class.times as f32) * (seconds - class.seconds);
         class.step = self.steps;
+    }
+
+    /// From the fewest rows measured; `None` until a step was.
+    fn guess(&self) -> Option<Guess> {
+        let Class { rows, seconds, .. } = *self.classes.iter().find(|class| class.times > 0)?;
+        Some(Guess { rows, seconds, slope: seconds / (1.0 + FIRST_SLOPE * (rows - 1.0)) * FIRST_SLOPE })
     }
 
     /// Estimated times of steps of `1 ..= rows` rows, into `out`. Empty until a step was measured.
     pub(crate) fn estimate(&self, rows: usize, out: &mut Vec<f32>) {
         out.clear();
-        let Some(first) = self.classes.iter().find(|class| class.seconds > 0.0) else { return };
-        let slope = first.seconds / (1.0 + FIRST_SLOPE * (first.rows - 1.0)) * FIRST_SLOPE;
-        let guess = |rows: f32| first.seconds + slope * (rows - first.rows);
-        // Measured points with the guess mixed in as they age; between them straight lines.
-        let mut points = self.classes.iter().filter(|class| class.seconds > 0.0).map(|class| {
-            let age = (self.steps - class.step) as f32;
-            let trust = HALF_LIFE / (HALF_LIFE + age);
-            (class.rows, trust * class.seconds + (1.0 - trust) * guess(class.rows))
+        let Some(guess) = self.guess() else { return };
+        // Measured points with the guess mixed in while they are few and as they age; between them
+        // straight lines.
+        let mut points = self.classes.iter().filter(|class| class.times > 0).map(|class| {
+            let (times, age) = (class.times as f32, (self.steps - class.step) as f32);
+            let trust = times / (times + 1.0) * HALF_LIFE / (HALF_LIFE + age);
+            (class.rows, trust * class.seconds + (1.0 - trust) * guess.of(class.rows))
         });
-        let mut before = points.next().unwrap_or((1.0, first.seconds));
+        let mut before = points.next().unwrap_or((guess.rows, guess.seconds));
         let mut after = points.next();
         for row in 1..=rows {
             let row = row as f32;
@@ -78,7 +103,7 @@ impl StepCost {
                     before.1 + (after.1 - before.1) * (row - before.0) / (after.0 - before.0)
                 }
                 _ if row > MAX_ROWS as f32 => before.1 * row / before.0,
-                _ => before.1 + slope * (row - before.0),
+                _ => before.1 + guess.slope * (row - before.0),
             });
         }
         // More rows do not take less: where they seem to, fewer were disturbed.
@@ -114,12 +139,26 @@ mod tests {
         let mut cost = StepCost::new();
         assert!(estimates(&cost, 4).is_empty());
         for (rows, ms) in [(1, 10), (4, 16), (8, 40)] {
-            cost.record(rows, Duration::from_millis(ms));
+            (0..1000).for_each(|_| cost.record(rows, Duration::from_millis(ms)));
         }
+        cost.classes.iter_mut().for_each(|class| class.step = cost.steps);
         let seen = estimates(&cost, 12);
         for (rows, ms) in [(1, 10.0), (2, 12.0), (4, 16.0), (6, 28.0), (8, 40.0), (12, 42.0)] {
             assert!((seen[rows - 1] * 1e3 - ms).abs() < 0.1, "{rows} rows: {seen:?}");
         }
+    }
+
+    #[test]
+    fn a_disturbed_first_measurement_is_soon_forgotten() {
+        let mut cost = StepCost::new();
+        for (rows, ms) in [(1, 10), (4, 900)] {
+            cost.record(rows, Duration::from_millis(ms));
+        }
+        let disturbed = estimates(&cost, 4)[3];
+        assert!((0.02..0.025).contains(&disturbed), "{disturbed}");
+        (0..4).for_each(|_| cost.record(4, Duration::from_millis(12)));
+        let recovered = estimates(&cost, 4)[3];
+        assert!((0.012..0.017).contains(&recovered), "{recovered}");
     }
 
     #[test]
