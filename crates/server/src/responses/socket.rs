@@ -76,6 +76,9 @@ struct Connection {
     kept: Mutex<Kept>,
     /// Responses that run.
     running: AtomicUsize,
+    /// Bytes of the requests that wait on its lanes: at most what one request may have, for a body that
+    /// was read takes many times its bytes.
+    waiting: AtomicUsize,
 }
 
 /// Responses made on a connection, oldest first.
@@ -89,6 +92,8 @@ struct Job {
     fields: ResponseFields,
     common: CommonFields,
     arrived: Instant,
+    /// Bytes that it came in.
+    bytes: usize,
 }
 
 /// What is read of every message first.
@@ -112,6 +117,7 @@ async fn serve(server: Arc<Server>, caller: Caller, socket: WebSocket) {
         out,
         kept: Mutex::default(),
         running: AtomicUsize::new(0),
+        waiting: AtomicUsize::new(0),
     });
     // Dropped with the connection, they end, and so does what runs on them.
     let mut tasks = JoinSet::new();
@@ -164,6 +170,7 @@ async fn write(
 /// Runs the requests of a lane, one after the other.
 async fn run_lane(connection: Arc<Connection>, mut jobs: mpsc::Receiver<Job>) {
     while let Some(job) = jobs.recv().await {
+        connection.waiting.fetch_sub(job.bytes, Ordering::Relaxed);
         let stream_id = job.fields.stream_id.clone();
         let previous = job.fields.previous_response_id.clone();
         match connection.create(job).await {
@@ -213,6 +220,13 @@ impl Connection {
         if fields.background == Some(true) {
             return Err(ApiError::param("background", "background is not supported over WebSocket."));
         }
+        let (waiting, most) = (self.waiting.load(Ordering::Relaxed), self.server.config.max_body_bytes);
+        if waiting + bytes.len() > most {
+            return Err(ApiError::invalid(format!(
+                "Requests of {waiting} bytes wait on this connection already, and with this one there would be more \
+                 than {most}; send it when some of them have begun."
+            )));
+        }
         let known = lanes.len();
         let lane = match lanes.entry(fields.stream_id.clone()) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
@@ -226,14 +240,18 @@ impl Connection {
                 return Err(ApiError::param("stream_id", message));
             }
         };
-        lane.try_send(Job { fields, common, arrived: Instant::now() }).map_err(|_| {
+        let job = Job { fields, common, arrived: Instant::now(), bytes: bytes.len() };
+        // Before the lane can take it back.
+        self.waiting.fetch_add(job.bytes, Ordering::Relaxed);
+        lane.try_send(job).map_err(|refused| {
+            self.waiting.fetch_sub(refused.into_inner().bytes, Ordering::Relaxed);
             ApiError::param("stream_id", format!("{MAX_QUEUED} requests wait on this lane already."))
         })
     }
 
     /// Starts the response of a request.
     async fn create(&self, job: Job) -> Result<Arc<Live>, ApiError> {
-        let Job { mut fields, common, arrived } = job;
+        let Job { mut fields, common, arrived, .. } = job;
         let settings = fields.settings(&common, &self.server)?;
         let previous = match fields.previous_response_id.as_deref() {
             Some(id) => self.previous(id).await?,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
-use rudder_server::serve;
+use rudder_server::{ServerConfig, serve};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -11,7 +11,10 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
-use crate::common::{Fixture, MODEL, PATIENCE, start_agent, start_held, start_held_agent};
+use crate::common::{
+    Fixture, MODEL, PACE, PATIENCE, engine_config, saying, start_agent, start_held, start_held_agent,
+    start_with,
+};
 use crate::legal::Order;
 
 /// A server on a port of its own.
@@ -213,6 +216,36 @@ async fn a_lane_keeps_its_order_and_lanes_run_side_by_side() {
         }
     }
     assert_eq!(most, 3);
+}
+
+#[tokio::test]
+async fn requests_that_wait_on_a_connection_have_at_most_the_bytes_of_one() {
+    let (manner, leash) = saying(&["Hello."]).held(PACE);
+    let config = ServerConfig { max_body_bytes: 1000, ..ServerConfig::new(MODEL) };
+    let server = listen(start_with(config, engine_config(), manner, false)).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x", "max_output_tokens": 2})).await;
+    let mut order = Order::default();
+    socket.until("response.created", &mut order).await;
+    let long = json!({"input": "x".repeat(400), "max_output_tokens": 2});
+    for _ in 0..2 {
+        socket.create(long.clone()).await;
+    }
+    let refused = loop {
+        match socket.next().await {
+            event if event["type"] == "error" => break event,
+            event => order.take(&event),
+        }
+    };
+    assert!(refused["error"]["message"].as_str().unwrap().contains("wait on this connection"), "{refused}");
+    leash.let_go();
+    while !order.ended() {
+        order.take(&socket.next().await);
+    }
+    assert_eq!(socket.response().await["status"], "incomplete");
+    // Nothing waits any more.
+    socket.create(long).await;
+    assert_eq!(socket.response().await["status"], "incomplete");
 }
 
 #[tokio::test]
