@@ -1,8 +1,8 @@
 //! The events of a stored response, made again from what it came to.
 //!
 //! The text of an item comes as one delta. Up to the first of these the numbers are those of the stream that
-//! was; behind it there are fewer events than there were. A reader who has seen more than there are gets the
-//! last, which holds the whole response.
+//! was; behind it there are fewer events than there were. A reader who has seen more than there are may not
+//! have seen the end: it gets the last, which holds the whole response, with the number that it asks for.
 
 use serde_json::{Value, json};
 
@@ -32,11 +32,12 @@ pub(crate) fn events(response: &Value, first: usize) -> Vec<Event> {
         Some("failed") => "response.failed",
         _ => "response.incomplete",
     };
-    if list.events.len() < first {
-        list.events.resize_with(first, || (end, Value::Null));
-    }
-    list.add(end, json!({"response": response}));
-    list.events.drain(first..).map(|(kind, event)| Event { kind, json: event.to_string().into() }).collect()
+    let before_end = list.events.len();
+    list.add_numbered(first.max(before_end), end, json!({"response": response}));
+    list.events
+        .drain(first.min(before_end)..)
+        .map(|(kind, event)| Event { kind, json: event.to_string().into() })
+        .collect()
 }
 
 #[derive(Default)]
@@ -46,7 +47,11 @@ struct List {
 
 impl List {
     fn add(&mut self, kind: &'static str, fields: Value) {
-        let mut event = json!({"type": kind, "sequence_number": self.events.len()});
+        self.add_numbered(self.events.len(), kind, fields);
+    }
+
+    fn add_numbered(&mut self, number: usize, kind: &'static str, fields: Value) {
+        let mut event = json!({"type": kind, "sequence_number": number});
         if let (Some(event), Value::Object(fields)) = (event.as_object_mut(), fields) {
             event.extend(fields);
         }
@@ -182,12 +187,15 @@ mod tests {
     #[test]
     fn whoever_has_seen_more_gets_the_end() {
         let (response, _) = told();
-        let last = parsed(&events(&response, 1000));
-        assert_eq!(last.len(), 1);
-        assert_eq!(
-            (&last[0]["type"], &last[0]["sequence_number"]),
-            (&json!("response.completed"), &json!(1000))
-        );
-        assert_eq!(last[0]["response"], response);
+        // Room for the greatest of them would be more than there is.
+        for first in [1000, 1 << 32] {
+            let last = parsed(&events(&response, first));
+            assert_eq!(last.len(), 1);
+            assert_eq!(
+                (&last[0]["type"], &last[0]["sequence_number"]),
+                (&json!("response.completed"), &json!(first))
+            );
+            assert_eq!(last[0]["response"], response);
+        }
     }
 }

@@ -286,8 +286,10 @@ async fn everything_stored_survives_a_restart() {
         .collect();
     assert_eq!(text, "one");
     assert_eq!(again.last().unwrap()["response"], first);
-    let rest = events(&server.get(&format!("{path}?stream=true&starting_after=500")).await);
-    assert_eq!((rest.len(), &rest[0]["type"]), (1, &json!("response.completed")));
+    for seen in [500, u32::MAX] {
+        let rest = events(&server.get(&format!("{path}?stream=true&starting_after={seen}")).await);
+        assert_eq!((rest.len(), &rest[0]["type"]), (1, &json!("response.completed")));
+    }
     let refused = server.post(&format!("{path}/cancel"), &json!({})).await;
     assert_eq!(refused.error().0, 400);
 }
