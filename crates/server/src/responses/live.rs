@@ -30,6 +30,8 @@ pub(crate) struct Live {
     ask_weight: usize,
     state: Mutex<State>,
     news: watch::Sender<()>,
+    /// How many of its events the connection that made it has sent.
+    sent: watch::Sender<usize>,
     wake: Notify,
 }
 
@@ -49,8 +51,6 @@ pub(crate) struct State {
     pub link: Option<Arc<Link>>,
     /// Nothing more will be written.
     closed: bool,
-    /// The connection that sent the events has sent all; what is added is sent by who adds it.
-    sent: bool,
 }
 
 /// How a response is to be ended from outside.
@@ -60,13 +60,6 @@ pub(crate) enum Wish {
     Cancel,
     /// Its unfinished items are dropped; the conversation goes on from it.
     Interrupt,
-}
-
-impl State {
-    /// Whether the connection has sent all events there were.
-    pub fn is_sent(&self) -> bool {
-        self.sent
-    }
 }
 
 impl Live {
@@ -81,7 +74,6 @@ impl Live {
             successor: None,
             link: None,
             closed: false,
-            sent: false,
         };
         Arc::new(Self {
             id,
@@ -89,6 +81,7 @@ impl Live {
             ask,
             state: Mutex::new(state),
             news: watch::Sender::new(()),
+            sent: watch::Sender::new(0),
             wake: Notify::new(),
         })
     }
@@ -197,6 +190,19 @@ impl Live {
         }
     }
 
+    /// The connection that made it has sent so many of its events.
+    pub fn mark_sent(&self, count: usize) {
+        self.sent.send_replace(count);
+    }
+
+    /// Waits until that connection has sent the events that there are by now; returns how many.
+    pub async fn sent(&self) -> usize {
+        let count = self.state().recorder.count();
+        // The sender lives as long as the response.
+        let _ = self.sent.subscribe().wait_for(|&sent| sent >= count).await;
+        count
+    }
+
     /// Whether it may be asked for after its end: it is stored, or was steered by way of HTTP maybe.
     pub fn is_kept(&self) -> bool {
         let steered = self.ask.steered || self.state().steers.successor_id.is_some();
@@ -252,16 +258,6 @@ impl Reader {
                 return false;
             }
         }
-    }
-}
-
-impl Reader {
-    /// Appends what came after the end; if nothing did, all is sent from now on.
-    pub fn read_last(&mut self, out: &mut Vec<Event>) {
-        let mut state = self.live.state();
-        out.extend_from_slice(state.recorder.events_from(self.next));
-        self.next = self.next.max(state.recorder.count());
-        state.sent = out.is_empty();
     }
 }
 

@@ -287,20 +287,20 @@ impl Connection {
             let mut reader = live.read_from(0);
             let mut events = Vec::new();
             let mut told = None;
+            let mut sent = 0;
             loop {
                 match timeout(progress::INTERVAL, reader.read(&mut events)).await {
-                    Ok(true) => self.send_all(&mut events).await,
+                    Ok(true) => {
+                        sent += events.len();
+                        self.send_all(&mut events).await;
+                        live.mark_sent(sent);
+                    }
                     Ok(false) => break,
                     Err(_) => self.tell_progress(&live, &mut told).await,
                 }
             }
             tether.let_go();
             self.running.fetch_sub(1, Ordering::Relaxed);
-            reader.read_last(&mut events);
-            while !events.is_empty() {
-                self.send_all(&mut events).await;
-                reader.read_last(&mut events);
-            }
             if !live.is_kept() {
                 live.write(|state| state.recorder.forget_events());
             }
@@ -323,7 +323,8 @@ impl Connection {
         }
     }
 
-    /// Queues a correction; a refusal is an event of the response's, if there is one.
+    /// Queues a correction. A refusal is told here alone: among the response's events, any number of them would
+    /// be kept with it.
     async fn steer(&self, bytes: &[u8]) {
         let event: Value = match crate::body::parse(bytes) {
             Ok(event) => event,
@@ -348,22 +349,19 @@ impl Connection {
         self.refuse(&refusal, live.as_deref()).await;
     }
 
+    /// Says why a correction was not taken, behind the response's events that there are by now.
     async fn refuse(&self, refusal: &Refusal, live: Option<&Live>) {
-        const KIND: &str = "response.steer.failed";
-        let Some(live) = live else {
-            let mut event = refusal.fields();
-            event["type"] = KIND.into();
-            event["sequence_number"] = 0.into();
-            return self.send_json(&event).await;
-        };
-        let unread = live.write(|state| {
-            state.recorder.note(KIND, &refusal.fields());
-            // Else it is sent with the others.
-            state.is_sent().then(|| state.recorder.events_from(0).last().cloned()).flatten()
-        });
-        if let Some(event) = unread {
-            self.send(event).await;
+        let mut event = refusal.fields();
+        event["type"] = "response.steer.failed".into();
+        let mut number = 0;
+        if let Some(live) = live {
+            number = live.sent().await;
+            if let Some(stream_id) = &live.ask.stream_id {
+                event["stream_id"] = stream_id.as_str().into();
+            }
         }
+        event["sequence_number"] = number.into();
+        self.send_json(&event).await;
     }
 
     fn interrupt(&self, head: &Head) -> Result<(), ApiError> {

@@ -4,6 +4,9 @@
 //! ends as `incomplete` / `steered`, and a successor with the same settings goes on from all that was said:
 //! its `response.created` is the commit. If results of tools are owed, the input waits: `pending` names them,
 //! and the client's next request on this response carries both. What cannot be committed comes back as `failed`.
+//!
+//! What is not taken comes back as `failed` too, to who sent it alone: it is no event of the response's, and
+//! takes no number among them.
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -104,15 +107,21 @@ impl Steer {
         let text = |key: &str| event.get(key).and_then(Value::as_str).map(str::to_owned);
         let previous_response_id = text("previous_response_id").unwrap_or_default();
         let input = event.get("input").cloned().unwrap_or_else(|| "".into());
+        let bytes = input.to_string().len();
         let refuse = |message: String| {
             Box::new(Refusal {
                 code: Code::InvalidInput,
                 message,
                 id: None,
                 previous_response_id: previous_response_id.clone(),
-                input: input.clone(),
+                input: if bytes > MAX_WAITING_BYTES { "".into() } else { input.clone() },
             })
         };
+        if bytes > MAX_WAITING_BYTES {
+            return Err(refuse(format!(
+                "input has {bytes} bytes, which are not sent back; steer with at most {MAX_WAITING_BYTES}."
+            )));
+        }
         if previous_response_id.is_empty() {
             return Err(refuse("previous_response_id must name the response to steer.".into()));
         }
@@ -308,6 +317,10 @@ mod tests {
             assert_eq!((refusal.code, &refusal.input, &refusal.id), (Code::InvalidInput, &input, &None));
             assert!(refusal.message.contains(why), "{}", refusal.message);
         }
+        let long = json!({"previous_response_id": "resp_1", "input": "x".repeat(MAX_WAITING_BYTES - 1)});
+        let refusal = Steer::read(&long).unwrap_err();
+        assert_eq!((refusal.code, refusal.input), (Code::InvalidInput, json!("")));
+        assert!(refusal.message.contains("1048577 bytes"), "{}", refusal.message);
         let laned = json!({"previous_response_id": "resp_1", "input": "x", "stream_id": "a"});
         assert!(Steer::read(&laned).unwrap_err().message.contains("`stream_id`"));
         assert!(Steer::read(&json!({"input": "x"})).unwrap_err().message.contains("previous_response_id"));

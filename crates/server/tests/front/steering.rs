@@ -2,8 +2,9 @@
 
 use serde_json::{Value, json};
 
-use crate::common::{start_agent, start_held_agent};
+use crate::common::{Fixture, start_agent, start_held_agent};
 use crate::legal::{self, Order};
+use crate::responses;
 use crate::sockets::{Socket, listen, text};
 
 /// Long, so that what follows it is never taken for the rest of the answer before.
@@ -162,6 +163,55 @@ async fn what_cannot_be_steered_gives_its_input_back() {
     }
 }
 
+/// A stored response's events, as whoever asks for it gets them.
+async fn replayed(server: &Fixture, id: &Value) -> Vec<Value> {
+    let path = format!("/v1/responses/{}?stream=true", id.as_str().unwrap());
+    responses::events(&server.get(&path).await)
+}
+
+#[tokio::test]
+async fn a_refusal_is_told_on_its_lane_behind_the_end_and_is_not_kept_with_the_response() {
+    let server = listen(start_agent(&["Hello."])).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x", "store": true, "stream_id": "a"})).await;
+    let mut order = Order::on(Some("a"));
+    let end = socket.until("response.completed", &mut order).await;
+    let id = order.response["id"].clone();
+    for input in [json!("late"), json!(7)] {
+        steer(&mut socket, &id, input).await;
+        let failed = socket.until("response.steer.failed", &mut order).await;
+        assert_eq!(failed["sequence_number"], end["sequence_number"].as_u64().unwrap() + 1);
+    }
+    assert_eq!(replayed(&server.fixture, &id).await.last(), Some(&end));
+}
+
+#[tokio::test]
+async fn a_running_response_keeps_no_correction_that_it_did_not_take() {
+    let (fixture, leash) = start_held_agent(&["Hello."]);
+    let server = listen(fixture).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x", "store": true})).await;
+    let mut order = Order::default();
+    socket.until("response.in_progress", &mut order).await;
+    let id = order.response["id"].clone();
+    steer(&mut socket, &id, json!(7)).await;
+    socket.until("response.steer.failed", &mut order).await;
+    leash.let_go();
+    let end = socket.until("response.completed", &mut order).await;
+    let replayed = replayed(&server.fixture, &id).await;
+    assert_eq!((legal::check(&replayed), replayed.last()), (order.response, Some(&end)));
+    assert!(replayed.iter().all(|event| event["type"] != "response.steer.failed"));
+}
+
+#[tokio::test]
+async fn an_input_that_is_too_long_to_wait_is_not_sent_back() {
+    let server = listen(start_agent(&["Hello."])).await;
+    let mut socket = server.connect().await;
+    steer(&mut socket, &json!("resp_gone"), json!("x".repeat(1 << 20))).await;
+    let failed = socket.next().await;
+    assert_eq!((&failed["error"]["code"], &failed["steer"]["input"]), (&json!("invalid_input"), &json!("")));
+}
+
 #[tokio::test]
 async fn too_many_corrections_are_refused_and_an_interrupt_gives_back_those_that_wait() {
     let call = "<tool_call>\n{\"name\": \"read\", \"arguments\": {\"path\": \"";
@@ -240,7 +290,7 @@ async fn over_http_a_correction_is_posted_and_its_successor_streamed() {
         leash.let_go();
     };
     let (streamed, ()) = tokio::join!(server.fixture.get(&successor), ended);
-    let events = crate::responses::events(&streamed);
+    let events = responses::events(&streamed);
     assert_eq!(text(&legal::check(&events)), "Very well.");
     assert_eq!(
         (&accepted["type"], &accepted["steer"]["previous_response_id"]),
