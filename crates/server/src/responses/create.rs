@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::live::{Live, Tether};
 use super::request::{self, Ask, ResponseFields, Settings};
 use super::run::{self, Start};
-use super::steer::Steer;
+use super::steer::Taken;
 use super::types::{Echo, Link};
 use super::{Responses, stream};
 use crate::admission::Owner;
@@ -33,8 +33,7 @@ pub(crate) struct Previous {
 /// A request ready to start, and the corrections that it brings with it.
 pub(crate) struct Created {
     pub ask: Ask,
-    /// The response whose waiting corrections were taken.
-    pub steered: Option<(Arc<Live>, Vec<Steer>)>,
+    pub taken: Option<Taken>,
 }
 
 /// Answers one request.
@@ -53,15 +52,8 @@ pub(crate) async fn create(
     let previous = server.responses.context(caller.owner, previous, settings.conversation()).await?;
     let created = assemble(&server, &caller, fields, settings, previous, arrived)?;
     let (streams, background) = (common.stream(), created.ask.settings.echo.background);
-    let live = match run::start(&server, created.ask, Start { id: None, streams }).await {
-        Ok(live) => live,
-        Err(error) => {
-            if let Some((parent, steers)) = created.steered {
-                parent.write(|state| state.steers.put_back(steers));
-            }
-            return Err(error);
-        }
-    };
+    let how = Start { id: None, streams, taken: created.taken };
+    let live = run::start(&server, created.ask, how).await?;
     let tether = (!background).then(|| Tether::new(live.clone()));
     if streams {
         return Ok(stream::respond(live.read_from(0), tether, server.config.keep_alive));
@@ -111,13 +103,12 @@ pub(crate) fn assemble(
         None => return Err(ApiError::param("input", "input is missing; send a text or a list of items.")),
     };
     resolve_references(&server.responses, caller.owner, previous.link.as_ref(), &mut input)?;
-    let steered = match previous.live {
-        Some(live) => take_steers(&live, &input)?.map(|steers| (live, steers)),
+    let taken = match previous.live {
+        Some(live) => take_steers(live, &input)?,
         None => None,
     };
-    if let Some((_, steers)) = &steered {
-        let items = steers.iter().flat_map(|steer| steer.items.iter().cloned());
-        input.splice(0..0, items);
+    if let Some(taken) = &taken {
+        input.splice(0..0, taken.items().cloned());
     }
     let ask = Ask {
         owner: caller.owner,
@@ -131,7 +122,7 @@ pub(crate) fn assemble(
         arrived,
         deadline: caller.deadline,
     };
-    Ok(Created { ask, steered })
+    Ok(Created { ask, taken })
 }
 
 /// The name of the session that a request is a turn of.
@@ -175,7 +166,7 @@ fn resolve_references(
 }
 
 /// Takes the corrections that wait for this request; it must bring the results that are owed.
-fn take_steers(live: &Live, input: &[Value]) -> Result<Option<Vec<Steer>>, ApiError> {
+fn take_steers(live: Arc<Live>, input: &[Value]) -> Result<Option<Taken>, ApiError> {
     let mut state = live.state();
     if state.steers.is_empty() || !state.recorder.response().status.is_final() {
         return Ok(None);
@@ -187,5 +178,7 @@ fn take_steers(live: &Live, input: &[Value]) -> Result<Option<Vec<Steer>>, ApiEr
         let id = missing["call_id"].as_str().unwrap_or_default();
         return Err(ApiError::param("input", format!("No tool output found for the call `{id}`.")));
     }
-    Ok(Some(state.steers.take()))
+    let steers = state.steers.take();
+    drop(state);
+    Ok(Some(Taken::new(live, steers)))
 }

@@ -12,7 +12,7 @@ use tokio::sync::{Notify, watch};
 
 use super::events::{Event, Recorder};
 use super::request::Ask;
-use super::steer::{Accepted, Queue, Refusal, Steer};
+use super::steer::{Accepted, Queue, Refusal, Steer, Taken};
 use super::types::{Link, Record, Response, Status};
 use crate::admission::Owner;
 use crate::progress::Progress;
@@ -45,6 +45,8 @@ pub(crate) struct State {
     pub progress: Option<Progress>,
     /// User messages that are to steer it.
     pub steers: Queue,
+    /// Corrections of the response before it that are part of its input, until its end.
+    pub taken: Option<Taken>,
     /// The response that goes on from it by itself.
     pub successor: Option<Arc<Live>>,
     /// What it adds to the conversation; set at its end.
@@ -71,6 +73,7 @@ impl Live {
             wish: None,
             progress: None,
             steers: Queue::default(),
+            taken: None,
             successor: None,
             link: None,
             closed: false,

@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout};
 use super::events::{Dressing, Ending, Recorder};
 use super::live::{Live, Tether, Wish};
 use super::request::{Ask, Prepared, response_id};
-use super::steer::{self, Code, Steer};
+use super::steer::{self, Code, Steer, Taken};
 use super::types::{Failure, Link, Reason, Response, Status, Usage};
 use crate::Server;
 use crate::conversation::{KnownMessage, Role, Turn};
@@ -36,6 +36,8 @@ pub(crate) struct Start {
     pub id: Option<String>,
     /// Its client reads events: a conversation that does not fit is told by them.
     pub streams: bool,
+    /// Corrections in its input; they wait again if it comes to nothing.
+    pub taken: Option<Taken>,
 }
 
 /// Starts a response and its task.
@@ -59,6 +61,7 @@ pub(crate) async fn start(server: &Arc<Server>, mut ask: Ask, how: Start) -> Res
     let dressing = Dressing { stream_id: ask.stream_id.clone(), names, seal };
     let response = response(id, &ask);
     let live = Live::new(Arc::new(ask), Recorder::new(response, dressing));
+    live.state().taken = how.taken;
     let work = if live.ask.settings.echo.background {
         Work::Queued(Box::new(turn))
     } else if turn.messages.is_empty() {
@@ -286,6 +289,12 @@ fn logprobs(text: &Text, delta: &Delta, piece: usize) -> Vec<Value> {
 async fn end(server: &Server, live: &Arc<Live>, ending: Ending, usage: Option<Usage>) -> Vec<Steer> {
     let continues = matches!(ending, Ending::Completed | Ending::Incomplete(_));
     let failed = matches!(ending, Ending::Failed(_));
+    // Given back before anybody hears of the end and tries again.
+    let taken = live.state().taken.take();
+    match ending {
+        Ending::Failed(_) | Ending::Cancelled => drop(taken),
+        _ => taken.into_iter().for_each(Taken::commit),
+    }
     let steers = live.write(|state| {
         if ending == Ending::Completed && live.ask.settings.generate {
             state.recorder.answer_at_least_nothing();
@@ -335,7 +344,7 @@ async fn succeed(server: &Arc<Server>, live: &Arc<Live>, steers: Vec<Steer>) {
         deadline: None,
     };
     let id = live.state().steers.successor_id.clone();
-    match start(server, ask, Start { id, streams: false }).await {
+    match start(server, ask, Start { id, ..Start::default() }).await {
         Ok(successor) => {
             let cancelled = live.write(|state| {
                 state.successor = Some(successor.clone());

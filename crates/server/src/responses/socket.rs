@@ -259,11 +259,8 @@ impl Connection {
         };
         let caller = self.caller.on_lane(&self.id, fields.stream_id.as_deref(), arrived);
         let created = create::assemble(&self.server, &caller, fields, settings, previous, arrived)?;
-        let started = run::start(&self.server, created.ask, Start { id: None, streams: true }).await;
-        if let (Err(_), Some((parent, steers))) = (&started, created.steered) {
-            parent.write(|state| state.steers.put_back(steers));
-        }
-        started
+        let how = Start { id: None, streams: true, taken: created.taken };
+        run::start(&self.server, created.ask, how).await
     }
 
     async fn previous(&self, id: &str) -> Result<Previous, ApiError> {

@@ -3,15 +3,18 @@
 //! `accepted` means that the server owns the input. At the next boundary outside a tool call the response
 //! ends as `incomplete` / `steered`, and a successor with the same settings goes on from all that was said:
 //! its `response.created` is the commit. If results of tools are owed, the input waits: `pending` names them,
-//! and the client's next request on this response carries both. What cannot be committed comes back as `failed`.
+//! and the client's next request on this response carries both. If that fails or is cancelled, the input waits
+//! again, for the next try. What cannot be committed comes back as `failed`.
 //!
 //! What is not taken comes back as `failed` too, to who sent it alone: it is no event of the response's, and
 //! takes no number among them.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::live::State;
+use super::live::{Live, State};
 use super::request::{Ask, response_id};
 use super::types::Status;
 use crate::admission::random_id;
@@ -95,6 +98,37 @@ impl Queue {
     /// They could not be applied yet after all.
     pub fn put_back(&mut self, steers: Vec<Steer>) {
         self.waiting.splice(0..0, steers);
+    }
+}
+
+/// Corrections that waited on a response, and were taken by a request that goes on from it. Dropped, they wait
+/// there again.
+pub(crate) struct Taken {
+    parent: Arc<Live>,
+    steers: Vec<Steer>,
+}
+
+impl Taken {
+    /// These, which waited on `parent`.
+    pub fn new(parent: Arc<Live>, steers: Vec<Steer>) -> Self {
+        Self { parent, steers }
+    }
+
+    /// Their input items, in order.
+    pub fn items(&self) -> impl Iterator<Item = &Value> {
+        self.steers.iter().flat_map(|steer| &steer.items)
+    }
+
+    /// They have become part of the conversation.
+    pub fn commit(mut self) {
+        self.steers.clear();
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let steers = std::mem::take(&mut self.steers);
+        self.parent.write(|state| state.steers.put_back(steers));
     }
 }
 

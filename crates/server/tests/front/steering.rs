@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::common::{Fixture, start_agent, start_held_agent};
+use crate::common::{Fixture, Leash, Stream, eventually, start_agent, start_held_agent};
 use crate::legal::{self, Order};
 use crate::responses;
 use crate::sockets::{Socket, listen, text};
@@ -10,9 +10,17 @@ use crate::sockets::{Socket, listen, text};
 /// Long, so that what follows it is never taken for the rest of the answer before.
 const CORRECTION: &str = "No: the other one, of which we have spoken.";
 const BLOCK: u64 = 16;
+const RESPONSES: &str = "/v1/responses";
 
 async fn steer(socket: &mut Socket, id: &Value, input: Value) {
     socket.send(json!({"type": "response.steer", "previous_response_id": id, "input": input})).await;
+}
+
+/// The response that a stream begins with.
+fn created(stream: &Stream) -> Value {
+    let (_, event) = stream.text().split_once("event: response.created\ndata: ").unwrap();
+    let event: Value = serde_json::from_str(event.lines().next().unwrap()).unwrap();
+    event["response"].clone()
 }
 
 /// Prompt tokens that were computed.
@@ -105,6 +113,77 @@ async fn a_call_is_finished_first_and_its_result_is_owed() {
     let correction = "second".len() + "first".len() + "contents".len();
     assert!(prefilled(&next.response) <= (correction + 90) as u64 + BLOCK, "{}", next.response["usage"]);
     server.fixture.idle().await;
+}
+
+fn read_tool() -> Value {
+    json!([{"type": "function", "name": "read", "parameters": {"type": "object"}}])
+}
+
+/// A stored response that was steered within its call, to which a correction waits: its id, and the result
+/// that it owes.
+async fn steered_in_a_call(socket: &mut Socket, leash: &Leash) -> (Value, Value) {
+    socket.create(json!({"input": "x", "tools": read_tool(), "store": true})).await;
+    let mut order = Order::default();
+    leash.stepping(socket.until("response.function_call_arguments.delta", &mut order)).await;
+    let id = order.response["id"].clone();
+    steer(socket, &id, json!(CORRECTION)).await;
+    socket.until("response.steer.accepted", &mut order).await;
+    let pending = leash.stepping(socket.until("response.steer.pending", &mut order)).await;
+    (id, pending["required_input"][0].clone())
+}
+
+/// A request that brings the result that is owed.
+fn resumed(id: &Value, owed: &Value, output: &str, streams: bool) -> Value {
+    let mut result = owed.clone();
+    result["output"] = json!(output);
+    json!({"previous_response_id": id, "input": [result], "tools": read_tool(), "temperature": 0, "stream": streams})
+}
+
+/// Whether a response was made from the correction too.
+async fn heard_the_correction(server: &Fixture, response: &Value) -> bool {
+    let id = response["id"].as_str().unwrap_or_else(|| panic!("{response}"));
+    server.get(&format!("/v1/responses/{id}/input_items")).await.text().contains(CORRECTION)
+}
+
+const CALL: &str = "<tool_call>\n{\"name\": \"read\", \"arguments\": {\"path\": \"a/path\"}}\n</tool_call>";
+
+#[tokio::test]
+async fn a_correction_waits_again_if_the_request_that_brings_it_fails() {
+    let (fixture, leash) = start_held_agent(&[CALL, "I see."]);
+    let server = listen(fixture).await;
+    let mut socket = server.connect().await;
+    let (id, owed) = steered_in_a_call(&mut socket, &leash).await;
+    leash.let_go();
+    let server = &server.fixture;
+    let too_long = "word ".repeat(2000);
+    let refused = server.post(RESPONSES, &resumed(&id, &owed, &too_long, false)).await;
+    assert_eq!(refused.error().2, "context_length_exceeded");
+    let failed = server.post(RESPONSES, &resumed(&id, &owed, &too_long, true)).await;
+    assert_eq!(legal::check(&responses::events(&failed))["status"], "failed");
+    let response = server.post(RESPONSES, &resumed(&id, &owed, "contents", false)).await.json();
+    assert_eq!(text(&response), "I see.");
+    assert!(heard_the_correction(server, &response).await);
+    // It has become part of the conversation, and is told no second time.
+    let again = server.post(RESPONSES, &resumed(&id, &owed, "contents", false)).await.json();
+    assert!(!heard_the_correction(server, &again).await);
+}
+
+#[tokio::test]
+async fn a_correction_waits_again_if_the_client_that_brings_it_leaves() {
+    let (fixture, leash) = start_held_agent(&[CALL, &"long ".repeat(300), "I see."]);
+    let server = listen(fixture).await;
+    let mut socket = server.connect().await;
+    let (id, owed) = steered_in_a_call(&mut socket, &leash).await;
+    let server = &server.fixture;
+    let mut stream = server.open(RESPONSES, &resumed(&id, &owed, "contents", true)).await;
+    leash.stepping(stream.until("event: response.output_text.delta", 3)).await;
+    let left = format!("{RESPONSES}/{}", created(&stream)["id"].as_str().unwrap());
+    drop(stream);
+    let cancelled = async || server.get(&left).await.json()["status"] == "cancelled";
+    eventually("it is cancelled", cancelled).await;
+    leash.let_go();
+    let response = server.post(RESPONSES, &resumed(&id, &owed, "contents", false)).await.json();
+    assert!(heard_the_correction(server, &response).await);
 }
 
 #[tokio::test]
