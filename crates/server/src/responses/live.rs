@@ -217,6 +217,11 @@ impl Live {
         Reader { live: self.clone(), next: sequence, news: self.news.subscribe() }
     }
 
+    /// Whether anybody reads its events or waits for its end.
+    pub fn is_followed(&self) -> bool {
+        self.news.receiver_count() > 0
+    }
+
     /// About the bytes that it takes besides its conversation: what it was asked, and its events.
     pub fn weight(&self) -> usize {
         let events = self.state().recorder.events_from(0).iter().map(|event| event.json.len()).sum::<usize>();

@@ -275,13 +275,13 @@ impl Connection {
 
     /// Sends a response's events, and those of the successors that follow by themselves.
     async fn follow(&self, live: Arc<Live>, previous: Option<&str>) {
-        let mut next = Some(live);
+        let reader = live.read_from(0);
+        let mut next = Some((live, reader));
         let mut previous = previous.map(str::to_owned);
-        while let Some(live) = next {
+        while let Some((live, mut reader)) = next {
             self.running.fetch_add(1, Ordering::Relaxed);
             let tether = Tether::with_successors(live.clone());
             self.keep(live.clone());
-            let mut reader = live.read_from(0);
             let mut events = Vec::new();
             let mut told = None;
             let mut sent = 0;
@@ -306,7 +306,8 @@ impl Connection {
             {
                 self.evict(&id);
             }
-            next = live.successor();
+            // While it still reads this one, so that the two are never without a reader.
+            next = live.successor().map(|successor| (successor.clone(), successor.read_from(0)));
             previous = Some(live.id.clone());
         }
     }

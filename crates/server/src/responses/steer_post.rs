@@ -1,7 +1,8 @@
 //! `POST /v1/responses/{id}/steer`: steering for those without a WebSocket.
 //!
 //! The answer is the event that a WebSocket would bring, with the id that the successor will have; with
-//! `stream`, what becomes of the correction follows: the successor's events, or why there is none.
+//! `stream`, what becomes of the correction follows: the successor's events, or why there is none. A successor
+//! that nobody else follows ends with that stream.
 
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::events::Event;
-use super::live::{Live, Reader, Tether};
+use super::live::{Live, Reader};
 use super::steer::{Code, Refusal, Steer};
 use super::stream::{self, Source};
 use crate::admission::Owner;
@@ -85,19 +86,13 @@ struct Fate {
     steer_id: String,
     /// Events of the parent's that were looked at.
     told: usize,
-    successor: Option<(Reader, Tether)>,
+    successor: Option<(Arc<Live>, Reader)>,
 }
 
 impl Source for Fate {
     async fn read(&mut self, out: &mut Vec<Event>) -> bool {
-        if let Some((reader, _)) = &mut self.successor {
-            if reader.read(out).await {
-                return true;
-            }
-            if let Some((_, tether)) = self.successor.take() {
-                tether.let_go();
-            }
-            return false;
+        if let Some((_, reader)) = &mut self.successor {
+            return reader.read(out).await;
         }
         let mut reader = self.parent.read_from(self.told);
         let mut events = Vec::new();
@@ -111,8 +106,20 @@ impl Source for Fate {
         let Some(successor) = self.parent.successor() else { return false };
         let mut reader = successor.read_from(0);
         let more = reader.read(out).await;
-        self.successor = Some((reader, Tether::new(successor)));
+        self.successor = Some((successor, reader));
         more
+    }
+}
+
+impl Drop for Fate {
+    fn drop(&mut self) {
+        let Some((successor, reader)) = self.successor.take() else { return };
+        drop(reader);
+        // Whoever still follows the parent is about to go on to its successor.
+        let followed = self.parent.is_followed() || successor.is_followed();
+        if !followed && !successor.ask.settings.echo.background {
+            successor.cancel();
+        }
     }
 }
 

@@ -443,11 +443,13 @@ impl Stream {
 }
 
 impl Fixture {
+    /// Sends a request and reads its whole answer.
     pub async fn send(&self, request: Request<Body>) -> Answer {
         self.begin(request).await.whole().await
     }
 
-    async fn begin(&self, request: Request<Body>) -> Stream {
+    /// The same, to be read as it comes.
+    pub async fn begin(&self, request: Request<Body>) -> Stream {
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (head, body) = response.into_parts();
         Stream { head, body, read: Vec::new() }

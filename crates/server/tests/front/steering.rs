@@ -1,5 +1,7 @@
 //! Steering: accepted, applied at a safe boundary, its successor's events and cache, pending, failed.
 
+use axum::body::Body;
+use axum::http::Request;
 use serde_json::{Value, json};
 
 use crate::common::{Fixture, Leash, Stream, eventually, start_agent, start_held_agent};
@@ -402,6 +404,81 @@ async fn over_http_the_successor_may_be_streamed_by_the_one_who_steers() {
     let events: Vec<Value> = data.map(|data| serde_json::from_str(data).unwrap()).collect();
     assert_eq!(events[0]["type"], "response.steer.accepted");
     assert_eq!(legal::check(&events[1..])["output"][0]["content"][0]["text"], "Very well.");
+}
+
+/// Steers by way of HTTP and reads up to the successor, of which it returns the id.
+async fn steered_over_http(server: &Fixture, id: &Value) -> (Stream, String) {
+    let path = format!("{RESPONSES}/{}/steer", id.as_str().unwrap());
+    let mut stream = server.open(&path, &json!({"input": CORRECTION, "stream": true})).await;
+    stream.until("event: response.created", 1).await;
+    let id = created(&stream)["id"].as_str().unwrap().to_owned();
+    (stream, id)
+}
+
+/// Waits for a response's end; returns its status.
+async fn end_of(server: &Fixture, id: &str) -> String {
+    let mut status = String::new();
+    let ended = async || {
+        let response = server.get(&format!("{RESPONSES}/{id}")).await.json();
+        status = response["status"].as_str().unwrap_or_else(|| panic!("{response}")).to_owned();
+        status != "queued" && status != "in_progress"
+    };
+    eventually("it ends", ended).await;
+    status
+}
+
+#[tokio::test]
+async fn a_background_successor_outlives_the_stream_of_the_one_who_steered() {
+    let (server, leash) = start_held_agent(&[&"long ".repeat(300), "Very well."]);
+    let asked = json!({"input": "x", "temperature": 0, "background": true, "stream": true});
+    let mut first = server.open(RESPONSES, &asked).await;
+    leash.stepping(first.until("event: response.output_text.delta", 1)).await;
+    let id = created(&first)["id"].clone();
+    drop(first);
+    let (stream, successor) = steered_over_http(&server, &id).await;
+    drop(stream);
+    leash.let_go();
+    assert_eq!(end_of(&server, &successor).await, "completed");
+}
+
+#[tokio::test]
+async fn a_successor_that_a_socket_reads_outlives_the_stream_of_the_one_who_steered() {
+    let (fixture, leash) = start_held_agent(&[&"long ".repeat(300), "Very well."]);
+    let server = listen(fixture).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let mut first = Order::default();
+    leash.stepping(socket.until("response.output_text.delta", &mut first)).await;
+    let (stream, _) = steered_over_http(&server.fixture, &first.response["id"]).await;
+    drop(stream);
+    socket.until("response.incomplete", &mut first).await;
+    leash.let_go();
+    let second = socket.response().await;
+    assert_eq!((&second["status"], text(&second)), (&json!("completed"), "Very well."));
+}
+
+#[tokio::test]
+async fn a_successor_ends_with_the_stream_of_the_one_who_steered_unless_another_reads_it() {
+    for read in [true, false] {
+        let (server, leash) = start_held_agent(&[&"long ".repeat(300), "Very well."]);
+        let asked = json!({"input": "x", "temperature": 0, "stream": true});
+        let mut first = server.open(RESPONSES, &asked).await;
+        leash.stepping(first.until("event: response.output_text.delta", 1)).await;
+        let (stream, successor) = steered_over_http(&server, &created(&first)["id"]).await;
+        first.whole().await;
+        if read {
+            let path = format!("{RESPONSES}/{successor}?stream=true");
+            let other = server.begin(Request::get(path).body(Body::empty()).unwrap()).await;
+            drop(stream);
+            leash.let_go();
+            assert_eq!(legal::check(&responses::events(&other.whole().await))["status"], "completed");
+        } else {
+            drop(stream);
+            assert_eq!(end_of(&server, &successor).await, "cancelled");
+            leash.let_go();
+        }
+        server.idle().await;
+    }
 }
 
 #[tokio::test]
