@@ -28,6 +28,7 @@ mod tier;
 pub use draft_model::DraftModel;
 pub use engine::{DraftCounts, DraftMode, Engine, EngineConfig, Generation, Stats};
 pub use grammar::{Constraint, Grammar, Next};
+pub use places::Places;
 pub use reasoning::ReasoningBudget;
 pub use request::{
     Event, FinishReason, GenerateRequest, LogitBias, SamplingParams, SubmitError, Token, TokenLogprob, Usage,

@@ -7,7 +7,7 @@ type Owner = Option<Arc<str>>;
 
 /// Places for requests that run and wait. When all are taken, an owner that holds less than its share
 /// of them, by weight, still gets one.
-pub(crate) struct Places {
+pub struct Places {
     most: usize,
     taken: Mutex<Taken>,
 }
@@ -26,12 +26,13 @@ struct Own {
 }
 
 impl Places {
-    pub(crate) fn new(most: usize) -> Self {
+    /// So many places.
+    pub fn new(most: usize) -> Self {
         Self { most, taken: Mutex::default() }
     }
 
     /// Takes a place for a request of `owner`, which has this weight; false where there is none.
-    pub(crate) fn take(&self, owner: &Owner, weight: u32) -> bool {
+    pub fn take(&self, owner: &Owner, weight: u32) -> bool {
         let weight = weight.max(1) as usize;
         let mut taken = self.lock();
         let own = taken.owners.get(owner).copied().unwrap_or(Own { places: 0, weight });
@@ -48,7 +49,7 @@ impl Places {
     }
 
     /// Gives a place back that was taken for a request of `owner`.
-    pub(crate) fn give_back(&self, owner: &Owner) {
+    pub fn give_back(&self, owner: &Owner) {
         let mut taken = self.lock();
         let Some(own) = taken.owners.get_mut(owner) else { return };
         own.places -= 1;
@@ -59,7 +60,7 @@ impl Places {
     }
 
     /// Places taken.
-    pub(crate) fn taken(&self) -> usize {
+    pub fn taken(&self) -> usize {
         self.lock().total
     }
 

@@ -275,6 +275,11 @@ impl Generator {
         Ok(Running { choices, n: completion.n, prompts: completion.prompts.clone() })
     }
 
+    /// An owner's share of service relative to others'.
+    pub(crate) fn weight(&self, owner: Option<&Arc<str>>) -> u32 {
+        owner.and_then(|owner| self.weights.get(owner)).copied().unwrap_or(1)
+    }
+
     fn engine_request(&self, completion: &Completion, prompt: &Arc<[u32]>, choice: usize) -> GenerateRequest {
         let mut sampling = completion.sampling.clone();
         sampling.seed = sampling.seed.wrapping_add(choice as u64);
@@ -288,7 +293,7 @@ impl Generator {
             prompt_logprobs: completion.prompt_logprobs,
             grammar: completion.grammar.clone().map(grammar::for_engine),
             reasoning: completion.reasoning.clone(),
-            weight: owner.as_ref().and_then(|owner| self.weights.get(owner)).copied().unwrap_or(1),
+            weight: self.weight(owner.as_ref()),
             owner,
             session: completion.origin.session.clone(),
             prediction: completion.prediction.clone(),

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 use super::events::{Event, Recorder};
 use super::request::Ask;
 use super::steer::{Accepted, Queue, Refusal, Steer, Taken};
-use super::types::{Link, Record, Response, Status};
+use super::types::{Link, Record, Response};
 use crate::admission::Owner;
 use crate::progress::Progress;
 
@@ -405,12 +405,6 @@ impl Registry {
         links.into_iter().find_map(|link| link.input.iter().chain(&link.output).find(is_it).cloned())
     }
 
-    /// How many wait for their turn.
-    pub fn queued(&self) -> usize {
-        let queued = |live: &&Arc<Live>| live.state().recorder.response().status == Status::Queued;
-        self.known().lives.values().filter(queued).count()
-    }
-
     /// Those that have not ended.
     pub fn running(&self) -> Vec<Arc<Live>> {
         let known = self.known();
@@ -433,7 +427,7 @@ mod tests {
     use crate::responses::events::Dressing;
     use crate::responses::request::Settings;
     use crate::responses::steer::Code;
-    use crate::responses::types::Echo;
+    use crate::responses::types::{Echo, Status};
 
     const MIB: usize = 1 << 20;
 

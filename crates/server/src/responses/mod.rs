@@ -4,6 +4,7 @@
 //! request (fields) -> items (messages) -> turn -> run (task) -> events -> live (log) -> SSE, WebSocket, GET
 //! ```
 
+mod background;
 pub(crate) mod compact;
 pub(crate) mod conversations;
 pub(crate) mod create;
@@ -29,6 +30,7 @@ use std::time::Duration;
 
 use create::Previous;
 use live::{Live, Registry};
+use rudder_engine::Places;
 use seal::Seal;
 use serde_json::Value;
 use store::{History, Store, StoreConfig};
@@ -46,6 +48,8 @@ pub(crate) struct Responses {
     pub seal: Arc<Seal>,
     /// Responses that run or ended lately.
     pub registry: Registry,
+    /// Background responses that the engine has no place for yet.
+    waiting: Arc<Places>,
     /// Responses and conversations that outlive the process.
     pub store: Store,
 }
@@ -63,7 +67,12 @@ impl Responses {
             Seal::of_folder(folder).inspect_err(warn).ok()
         });
         let seal = kept.unwrap_or_else(|| Seal::random().expect("a key needs the system's randomness"));
-        Self { seal: Arc::new(seal), registry: Registry::default(), store: Store::open(config) }
+        Self {
+            seal: Arc::new(seal),
+            registry: Registry::default(),
+            waiting: Arc::new(Places::new(background::MAX_WAITING)),
+            store: Store::open(config),
+        }
     }
 
     /// A response has been created. In the background it is on disk before its client hears of it.

@@ -5,12 +5,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rudder_engine::SubmitError;
 use rudder_text::Text;
 use serde_json::Value;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
+use super::background::Place;
 use super::events::{Dressing, Ending, Recorder};
 use super::live::{Live, Tether, Wish};
 use super::request::{Ask, Prepared, response_id};
@@ -26,8 +26,6 @@ use crate::unix_now;
 
 /// Room for an answer that truncation leaves, if the request does not limit it.
 const ROOM: usize = 1024;
-/// Most background responses that wait for a place in the engine's queue.
-const MAX_BACKGROUND: usize = 256;
 
 /// How a response is started.
 #[derive(Default)]
@@ -45,12 +43,8 @@ pub(crate) struct Start {
 /// # Errors
 /// What is wrong with the request; a full or ending server. Then there is no response.
 pub(crate) async fn start(server: &Arc<Server>, mut ask: Ask, how: Start) -> Result<Arc<Live>, ApiError> {
-    if ask.settings.echo.background {
-        let waiting = server.responses.registry.queued();
-        if waiting >= MAX_BACKGROUND {
-            return Err(SubmitError::Busy { waiting, retry_after: Duration::from_secs(10) }.into());
-        }
-    }
+    let background = ask.settings.echo.background;
+    let place = background.then(|| Place::take(server, ask.owner)).transpose()?;
     let id = how.id.unwrap_or_else(response_id);
     if ask.session.is_none() && ask.settings.echo.store {
         ask.session = Some(id.as_str().into());
@@ -62,8 +56,8 @@ pub(crate) async fn start(server: &Arc<Server>, mut ask: Ask, how: Start) -> Res
     let response = response(id, &ask);
     let live = Live::new(Arc::new(ask), Recorder::new(response, dressing));
     live.state().taken = how.taken;
-    let work = if live.ask.settings.echo.background {
-        Work::Queued(Box::new(turn))
+    let work = if let Some(place) = place {
+        Work::Queued(Box::new(turn), place)
     } else if turn.messages.is_empty() {
         // Only what comes later has words to read.
         Work::Done(Ending::Completed, Some(Usage::from(Totals::default())))
@@ -77,7 +71,7 @@ pub(crate) async fn start(server: &Arc<Server>, mut ask: Ask, how: Start) -> Res
         }
     };
     live.write(|state| match &work {
-        Work::Queued(_) => state.recorder.queued(),
+        Work::Queued(..) => state.recorder.queued(),
         _ => state.recorder.begin(),
     });
     // From here on it is ended by its task alone, even if who asked goes away now.
@@ -94,8 +88,8 @@ pub(crate) async fn start(server: &Arc<Server>, mut ask: Ask, how: Start) -> Res
 enum Work {
     /// A turn that runs.
     Running(Running),
-    /// A turn that waits for its place.
-    Queued(Box<Turn>),
+    /// A turn that waits for the engine, and its place among those that do.
+    Queued(Box<Turn>, Place),
     /// Nothing: it ends so.
     Done(Ending, Option<Usage>),
 }
@@ -108,7 +102,7 @@ async fn live_through(server: Arc<Server>, live: Arc<Live>, work: Work, told: on
     let (ending, usage) = match work {
         Work::Running(running) => return drive(server, live, running).await,
         Work::Done(ending, usage) => (ending, usage),
-        Work::Queued(turn) => return drive_queued(server, live, *turn).await,
+        Work::Queued(turn, place) => return drive_queued(server, live, *turn, place).await,
     };
     end(&server, &live, ending, usage).await;
     live.close();
@@ -177,7 +171,7 @@ async fn truncate(server: &Arc<Server>, turn: Turn) -> Result<Option<Turn>, ApiE
 }
 
 /// Runs a background response from its place in the queue; while the engine's is full, it stays in ours.
-async fn drive_queued(server: Arc<Server>, live: Arc<Live>, turn: Turn) {
+async fn drive_queued(server: Arc<Server>, live: Arc<Live>, turn: Turn, place: Place) {
     let cancelled = || live.state().wish == Some(Wish::Cancel);
     let started = loop {
         match start_turn(&server, turn.clone(), &live.ask).await {
@@ -189,6 +183,7 @@ async fn drive_queued(server: Arc<Server>, live: Arc<Live>, turn: Turn) {
             started => break started,
         }
     };
+    drop(place);
     let ending = match started {
         Ok(running) => {
             live.write(|state| state.recorder.begin());

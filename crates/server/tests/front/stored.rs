@@ -221,6 +221,34 @@ async fn a_background_response_waits_while_the_engine_is_full() {
 }
 
 #[tokio::test]
+async fn one_keys_flood_of_background_responses_keeps_no_other_out() {
+    let engine = EngineConfig { max_context: 4096, max_sequences: 1, max_waiting: 1, ..engine_config() };
+    let api_keys = ["flood", "modest"].map(str::to_owned).to_vec();
+    let config = ServerConfig { api_keys, ..ServerConfig::new(MODEL) };
+    let (manner, leash) = Manner::default().held(PACE);
+    let server = start_with(config, engine, manner, true);
+    let asked = ask("hi", json!({"background": true, "max_output_tokens": 1})).to_string();
+    let send = async |key: &str| {
+        let request = Request::post(RESPONSES).header("x-api-key", key);
+        server.send(request.body(Body::from(asked.clone())).unwrap()).await
+    };
+    let mut taken = 0;
+    let refused = loop {
+        let answer = send("flood").await;
+        if answer.status != 200 {
+            break answer;
+        }
+        taken += 1;
+        assert!(taken < 1000, "no end of what is taken");
+    };
+    assert_eq!((refused.error().0, refused.error().2.as_str()), (429, "rate_limit_exceeded"));
+    assert!(refused.headers.contains_key("retry-after"));
+    assert_eq!(send("modest").await.status, 200);
+    assert_eq!(send("flood").await.status, 429);
+    leash.let_go();
+}
+
+#[tokio::test]
 async fn cancelling_ends_a_background_response_and_no_other() {
     let long = "x".repeat(2000);
     let (manner, leash) = saying(&[&long]).held(PACE);
