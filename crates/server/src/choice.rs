@@ -33,8 +33,8 @@ pub(crate) struct Choice {
     /// What was generated, to be remembered; only kept with a reader.
     generated: Vec<u32>,
     reading: Option<Arc<Reading>>,
-    /// Ended from outside since the last `collect`.
-    stopped: bool,
+    /// Where it is to be ended from outside.
+    stop: Option<Stop>,
     /// Bytes decoded, and bytes handed out.
     decoded: usize,
     released: usize,
@@ -44,6 +44,14 @@ pub(crate) struct Choice {
     clock: Clock,
     delta: Delta,
     metrics: Arc<Metrics>,
+}
+
+/// Where a choice ends that is ended from outside.
+#[derive(Clone, Copy)]
+enum Stop {
+    Here,
+    /// Where its text is next outside a call.
+    OutsideCalls,
 }
 
 /// When things happened.
@@ -75,7 +83,7 @@ impl Choice {
             spoken: (scored && completion.reading.is_some()).then(VecDeque::new),
             generated: Vec::new(),
             reading: completion.reading.clone(),
-            stopped: false,
+            stop: None,
             decoded: 0,
             released: 0,
             usage: Usage { prompt_tokens, ..Usage::default() },
@@ -109,9 +117,23 @@ impl Choice {
         self.reader.as_ref()
     }
 
-    /// Ends it, if it runs; the next `collect` hands out the rest.
+    /// Ends it; the next `collect` hands out the rest.
     pub fn stop(&mut self) {
-        self.stopped |= self.is_running();
+        self.stop = Some(Stop::Here);
+    }
+
+    /// Ends it where its text is next outside a call.
+    pub fn stop_outside_calls(&mut self) {
+        self.stop.get_or_insert(Stop::OutsideCalls);
+    }
+
+    /// Whether it is to end where it is.
+    fn stops_here(&self) -> bool {
+        match self.stop {
+            None => false,
+            Some(Stop::Here) => true,
+            Some(Stop::OutsideCalls) => !self.reader.as_ref().is_some_and(AnswerReader::in_call),
+        }
     }
 
     /// Whether nothing was drawn yet.
@@ -132,14 +154,15 @@ impl Choice {
     /// Takes every event that is ready into the delta; returns whether that holds anything.
     pub fn collect(&mut self, cx: &mut Context<'_>) -> bool {
         self.delta.clear();
-        // What has come since is not read: it might begin a call, which the end would cut short.
-        if std::mem::take(&mut self.stopped) && self.is_running() {
-            self.note_usage();
-            self.finish_text(EndReason::Stopped);
-        }
         // One time for all: a step that accepts drafted tokens brings several at once.
         let now = Instant::now();
-        while let Some(generation) = &mut self.generation {
+        loop {
+            // What has come since is not read: it might begin a call, which the end would cut short.
+            if self.is_running() && self.stops_here() {
+                self.note_usage();
+                self.finish_text(EndReason::Stopped);
+            }
+            let Some(generation) = &mut self.generation else { break };
             let event = pin!(generation.next()).poll(cx);
             match event {
                 Poll::Pending => break,

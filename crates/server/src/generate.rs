@@ -353,16 +353,17 @@ impl Running {
         self.choices.iter().filter_map(Choice::reader).map(AnswerReader::answer)
     }
 
-    /// Whether a choice's text ends within a call: stopped there, the call would be cut short.
-    pub fn in_call(&self) -> bool {
-        self.choices.iter().filter_map(Choice::reader).any(AnswerReader::in_call)
-    }
-
     /// Ends every choice that still runs, at once. The next [`Running::advance`] finds what was held
     /// back, and their ends. What was said is remembered, so that a turn that goes on from it finds it
     /// in the prefix cache.
     pub fn stop(&mut self) {
         self.choices.iter_mut().for_each(Choice::stop);
+    }
+
+    /// The same for each choice where its text is next outside a call, however much has come by then: stopped
+    /// within one, that would be cut short.
+    pub fn stop_outside_calls(&mut self) {
+        self.choices.iter_mut().for_each(Choice::stop_outside_calls);
     }
 
     /// How far it has come, while nothing was drawn; of several choices, the first that tells.

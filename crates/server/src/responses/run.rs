@@ -227,7 +227,7 @@ async fn follow(server: &Server, live: &Live, running: &mut Running) -> Ending {
         match wish {
             Some(Wish::Cancel) => return Ending::Cancelled,
             Some(Wish::Interrupt) => return Ending::Interrupted,
-            None if steered && !running.in_call() => running.stop(),
+            None if steered => running.stop_outside_calls(),
             None => {}
         }
         let news = tokio::select! {

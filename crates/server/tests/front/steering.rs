@@ -2,6 +2,8 @@
 
 use axum::body::Body;
 use axum::http::Request;
+use rudder_server::{Message, Piece, Role, Turn};
+use rudder_text::{Tool, ToolInput};
 use serde_json::{Value, json};
 
 use crate::common::{Fixture, Leash, Stream, eventually, start_agent, start_held_agent};
@@ -74,8 +76,7 @@ async fn a_correction_lands_at_any_token_and_is_prefilled_alone() {
 async fn a_call_is_finished_first_and_its_result_is_owed() {
     let arguments = "{\"path\": \"some/path/file\"}";
     let call = format!("<tool_call>\n{{\"name\": \"read\", \"arguments\": {arguments}}}\n</tool_call>");
-    // Of what follows the call, a few tokens may be there before it is known to have ended.
-    let answer = format!("Let me see.{call}\n\n\n\nand so on");
+    let answer = format!("Let me see.{call} and so on");
     let (fixture, leash) = start_held_agent(&[&answer, "I see."]);
     let server = listen(fixture).await;
     let tools = json!([{"type": "function", "name": "read", "parameters": {"type": "object"}}]);
@@ -499,6 +500,29 @@ async fn a_conversation_goes_on_after_many_corrections() {
         id = response["id"].clone();
     }
     server.fixture.idle().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_is_to_end_outside_calls_ends_with_its_call_however_much_has_come() {
+    let (fixture, leash) = start_held_agent(&[&format!("{CALL} and so on")]);
+    let input = ToolInput::Json { schema: json!({}), strict: false };
+    let mut turn = Turn::new([Message::new(Role::User, "x")]);
+    turn.tools = vec![Tool { name: "read".into(), description: String::new(), input }];
+    turn.sampling.temperature = 0.0;
+    let mut running = fixture.server.start_turn(turn).await.unwrap();
+    let mut pieces = Vec::new();
+    while !pieces.iter().any(|piece| matches!(piece, Piece::CallInput(_))) {
+        assert!(leash.stepping(running.advance()).await);
+        pieces.extend(running.deltas().flat_map(|delta| delta.pieces.clone()));
+    }
+    running.stop_outside_calls();
+    // The rest is there before any of it is read.
+    leash.let_go();
+    fixture.idle().await;
+    while running.advance().await {
+        pieces.extend(running.deltas().flat_map(|delta| delta.pieces.clone()));
+    }
+    assert_eq!(pieces.last(), Some(&Piece::CallEnd), "{pieces:?}");
 }
 
 #[tokio::test]
