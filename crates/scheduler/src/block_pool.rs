@@ -144,9 +144,14 @@ impl BlockPool {
         self.lookups.get()
     }
 
+    /// How many sequences hold the block.
+    pub(crate) fn holders(&self, block: BlockId) -> usize {
+        self.references[block as usize] as usize
+    }
+
     /// Whether a sequence holds the block.
     pub(crate) fn is_used(&self, block: BlockId) -> bool {
-        self.references[block as usize] > 0
+        self.holders(block) > 0
     }
 
     /// Holds the end of a path in the tree once more, before which all is held already.
@@ -212,4 +217,17 @@ impl BlockPool {
             }
         }
     }
+}
+
+/// How many of a path's `len` blocks, the first ones, are so. `is` is told a block's place on the path.
+pub(crate) fn first_blocks(len: usize, is: impl Fn(usize) -> bool) -> usize {
+    let (mut first, mut end) = (0, len);
+    while first < end {
+        let middle = usize::midpoint(first, end);
+        match is(middle) {
+            true => first = middle + 1,
+            false => end = middle,
+        }
+    }
+    first
 }

@@ -10,7 +10,7 @@
 //! That only says where to look. What has left the tree since is passed over, by its generation, and of the
 //! rest all tokens are compared; where they part, one block is looked up, and whoever's that is asked.
 
-use crate::block_pool::BlockPool;
+use crate::block_pool::{BlockPool, first_blocks};
 use crate::{BLOCK_SIZE, BlockId, Scheduler, SequenceId};
 
 /// See the module.
@@ -33,9 +33,9 @@ impl CachedPath {
         self.blocks.iter().map(|&(block, _)| block)
     }
 
-    /// How many of its blocks sequences hold: the first ones.
-    pub fn held(&self, pool: &BlockPool) -> usize {
-        self.blocks.partition_point(|&(block, _)| pool.is_used(block))
+    /// How many of its blocks are held: the first ones. `is_held` is told a block's place and the block.
+    pub fn held(&self, is_held: impl Fn(usize, BlockId) -> bool) -> usize {
+        first_blocks(self.blocks.len(), |at| is_held(at, self.blocks[at].0))
     }
 
     /// Brings it up to date. At least the last token is left to compute, since the next token's logits come
@@ -157,7 +157,8 @@ mod tests {
                         let fresh = looked_up(&sequence.tokens, &scheduler.pool);
                         prop_assert_eq!(&sequence.cached.blocks, &fresh);
                         let held = fresh.iter().filter(|&&(block, _)| scheduler.pool.is_used(block)).count();
-                        prop_assert_eq!(sequence.cached.held(&scheduler.pool), held);
+                        let is_used = |_, block| scheduler.pool.is_used(block);
+                        prop_assert_eq!(sequence.cached.held(is_used), held);
                     }
                 }
             }

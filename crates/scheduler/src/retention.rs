@@ -23,6 +23,7 @@
 //! continuation was evicted before its time: it counts as just used.
 
 use crate::BlockId;
+use crate::block_pool::first_blocks;
 use crate::key_heap::KeyHeaps;
 use crate::shares::{Class, NOBODYS, Shares};
 
@@ -480,15 +481,7 @@ impl Slot {
 
 /// How many blocks two paths in the tree have in common. Where they have the same block, they have all before it.
 fn common_blocks(one: &[(BlockId, u32)], other: &[BlockId]) -> usize {
-    let (mut common, mut end) = (0, one.len().min(other.len()));
-    while common < end {
-        let middle = usize::midpoint(common, end);
-        match one[middle].0 == other[middle] {
-            true => common = middle + 1,
-            false => end = middle,
-        }
-    }
-    common
+    first_blocks(one.len().min(other.len()), |at| one[at].0 == other[at])
 }
 
 /// Where an owner's slots of a class wait, in [`Retention::leaves`].

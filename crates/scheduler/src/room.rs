@@ -4,14 +4,16 @@
 //! still holds at least as much for its weight afterwards; so no exchange is undone by the reverse one. Within an owner a
 //! prefill gives way to one that stands well before it in line. A sequence gives way at most
 //! [`MOST_YIELDS`] times, lest it compute the same for ever, and the running sequence that came first
-//! never does, nor loses its blocks to decodes: so something always comes to its end.
+//! never does, nor loses its blocks to decodes: so something always comes to its end. Nobody gives way
+//! before it is known that all who do make enough room.
 
 use std::cmp::Reverse;
 
-use crate::BLOCK_SIZE;
+use crate::block_pool::first_blocks;
 use crate::fairness::{Candidate, Origin};
-use crate::scheduler::{Policy, Scheduler, StepPlan};
+use crate::scheduler::{Budget, Policy, Scheduler, StepPlan};
 use crate::sequence::SequenceId;
+use crate::{BLOCK_SIZE, BlockId};
 
 /// How often one sequence gives way.
 const MOST_YIELDS: u32 = 4;
@@ -57,6 +59,14 @@ impl Holdings {
     }
 }
 
+/// Running sequences that are to give way.
+#[derive(Debug, Default)]
+struct Yielding {
+    ids: Vec<SequenceId>,
+    /// Those that nobody holds without them.
+    blocks: usize,
+}
+
 /// Who gives way first: the greatest.
 type Rank = (f64, Reverse<u64>, i32, SequenceId);
 
@@ -69,7 +79,7 @@ impl Scheduler {
     /// Who loses its blocks where a running sequence finds none for its next token: of the owner that
     /// holds most, the least urgent, youngest. By arrival alone, the youngest.
     pub(crate) fn victim_for_blocks(&mut self) -> SequenceId {
-        self.count_holdings();
+        self.count_holdings(&[]);
         let rank = |&id: &SequenceId| match self.config.policy {
             Policy::Fair => {
                 let origin = &self.sequences[&id].origin;
@@ -81,33 +91,80 @@ impl Scheduler {
         most.or(self.running.last().copied()).expect("a sequence that needs a block runs")
     }
 
-    /// Makes room for the first in line that waits, if others should give way to it.
-    pub(crate) fn make_room(&mut self, plan: &mut StepPlan) {
+    /// Makes room for `line[at]`, the first that waits, if others should give way to it who hold enough together; they
+    /// leave the plan. Returns whether there is room.
+    pub(crate) fn make_room(
+        &mut self,
+        line: &[Candidate],
+        at: usize,
+        plan: &mut StepPlan,
+        budget: &mut Budget,
+    ) -> bool {
         if self.config.policy != Policy::Fair || self.running.len() < 2 {
-            return;
+            return false;
         }
-        let Some(at) = self.line.iter().position(|candidate| !self.is_running(candidate.id)) else { return };
-        let next = self.line[at];
-        self.update_cached(next.id);
-        while !self.has_room(next.id) {
-            let Some(victim) = self.who_yields_to(&next, at) else { return };
+        let mut yielding = Yielding::default();
+        while !self.has_room_without(line[at].id, &yielding) {
+            let Some(victim) = self.who_yields_to(line, at, &yielding.ids) else { return false };
+            yielding.blocks += self.freed_by(victim, &yielding.ids);
+            yielding.ids.push(victim);
+        }
+        for victim in yielding.ids {
             self.preempt(victim, plan);
             self.sequences.get_mut(&victim).expect("it ran").yields += 1;
+            if let Some(at) = plan.chunks.iter().position(|chunk| chunk.id == victim) {
+                budget.give_back(&plan.chunks.remove(at));
+                plan.decodes -= usize::from(at < plan.decodes);
+            }
         }
+        true
     }
 
-    /// Who gives way to `next`, which is `at` in line: the last of its owner's prefills that are more than a
-    /// step's tokens behind it, else the least urgent, youngest sequence of an owner that has too much.
-    fn who_yields_to(&mut self, next: &Candidate, at: usize) -> Option<SequenceId> {
-        let step = self.config.max_batch_tokens as f64;
-        let behind = self.line[at + 1..].iter().rev().take_while(|other| other.place > next.place + step);
+    /// Whether there is a place, and the pool has blocks for all known tokens and a spare one per
+    /// running sequence.
+    pub(crate) fn has_room(&self, id: SequenceId) -> bool {
+        self.has_room_without(id, &Yielding::default())
+    }
+
+    /// As [`Self::has_room`], once these have given way.
+    fn has_room_without(&self, id: SequenceId, yielding: &Yielding) -> bool {
+        let sequence = &self.sequences[&id];
+        let running = self.running.len() - yielding.ids.len();
+        let held = sequence.cached.held(|at, block| self.holders_without(&yielding.ids, at, block) > 0);
+        let needed = sequence.tokens.len().div_ceil(BLOCK_SIZE) - held;
+        running < self.config.max_sequences && needed + running <= self.pool.available() + yielding.blocks
+    }
+
+    /// How many blocks only this running sequence holds besides those that give way before it: its last ones, as
+    /// whoever holds a block holds all before it.
+    fn freed_by(&self, id: SequenceId, before: &[SequenceId]) -> usize {
+        let blocks = &self.sequences[&id].blocks;
+        blocks.len() - first_blocks(blocks.len(), |at| self.holders_without(before, at, blocks[at]) > 1)
+    }
+
+    /// How many sequences hold a block, the one `at` this place of all their paths, besides those that give way.
+    fn holders_without(&self, yielding: &[SequenceId], at: usize, block: BlockId) -> usize {
+        let hold = |id: &&SequenceId| self.sequences[*id].blocks.get(at) == Some(&block);
+        self.pool.holders(block) - yielding.iter().filter(hold).count()
+    }
+
+    /// Who gives way to `line[at]` after those that are to already: the last of its owner's prefills that are more
+    /// than a step's tokens behind it, else the least urgent, youngest sequence of an owner that has too much.
+    fn who_yields_to(
+        &mut self,
+        line: &[Candidate],
+        at: usize,
+        yielding: &[SequenceId],
+    ) -> Option<SequenceId> {
+        let (next, step) = (&line[at], self.config.max_batch_tokens as f64);
+        let behind = line[at + 1..].iter().rev().take_while(|other| other.place > next.place + step);
         let mut behind = behind.filter(|other| other.owner == next.owner).map(|other| other.id);
-        if let Some(prefill) = behind.find(|id| self.may_yield(id)) {
+        if let Some(prefill) = behind.find(|id| self.may_yield(id, yielding)) {
             return Some(prefill);
         }
-        self.count_holdings();
+        self.count_holdings(yielding);
         let sequence = &self.sequences[&next.id];
-        let lacks_place = self.running.len() == self.config.max_sequences;
+        let lacks_place = self.running.len() - yielding.len() == self.config.max_sequences;
         // A place, or blocks.
         let amount = |blocks: usize| if lacks_place { 1.0 } else { blocks as f64 };
         let needs = amount(sequence.tokens.len().div_ceil(BLOCK_SIZE));
@@ -123,17 +180,22 @@ impl Scheduler {
             let held = self.holdings.of(origin).share(lacks_place, 0.0);
             (held, Reverse(origin.owner), origin.priority, id)
         };
-        greatest(self.running.iter().filter(|id| self.may_yield(id)).filter(has_too_much).map(rank))
+        let may_yield = |id: &&SequenceId| self.may_yield(id, yielding);
+        greatest(self.running.iter().filter(may_yield).filter(has_too_much).map(rank))
     }
 
-    /// Whether a sequence runs, did not come first of those, and has not given way too often.
-    fn may_yield(&self, id: &SequenceId) -> bool {
-        self.running[1..].binary_search(id).is_ok() && self.sequences[id].yields < MOST_YIELDS
+    /// Whether a sequence runs and is not to give way already, did not come first of those, and has not given way too
+    /// often.
+    fn may_yield(&self, id: &SequenceId, yielding: &[SequenceId]) -> bool {
+        self.running[1..].binary_search(id).is_ok()
+            && !yielding.contains(id)
+            && self.sequences[id].yields < MOST_YIELDS
     }
 
-    fn count_holdings(&mut self) {
+    /// Counts what owners hold without those that are to give way.
+    fn count_holdings(&mut self, yielding: &[SequenceId]) {
         self.holdings.0.clear();
-        for id in &self.running {
+        for id in self.running.iter().filter(|id| !yielding.contains(id)) {
             let sequence = &self.sequences[id];
             self.holdings.add(&sequence.origin, sequence.blocks.len());
         }

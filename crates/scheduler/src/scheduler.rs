@@ -5,7 +5,7 @@
 //!   prefill never stalls for blocks) and one spare for each running sequence. While the first that
 //!   waits finds no room, nobody behind it is admitted.
 //! - Each step, that first one may take the place of others (`room.rs`): of a prefill well behind it in
-//!   line, or of an owner that holds more than it would.
+//!   line, or of an owner that holds more than it would. They are preempted only as it is admitted.
 //! - A decode that finds no block preempts the youngest sequence of the owner that holds most. A
 //!   preempted sequence keeps its tokens and its place in line, and finds most of its blocks again in
 //!   the prefix tree.
@@ -221,9 +221,6 @@ impl Scheduler {
         self.reserve_blocks(plan);
         self.form_line();
         let admits = plan.preempted.is_empty();
-        if admits {
-            self.make_room(plan);
-        }
         self.plan_decodes(plan, &mut budget);
         self.plan_drafts(plan, &mut budget);
         plan.decodes = plan.chunks.len();
@@ -371,7 +368,8 @@ impl Scheduler {
         mut admits: bool,
     ) {
         let line = std::mem::take(&mut self.line);
-        for &Candidate { id, owner, .. } in &line {
+        let next = line.iter().position(|candidate| !self.is_running(candidate.id));
+        for (at, &Candidate { id, owner, .. }) in line.iter().enumerate() {
             if budget.tokens == 0 || times.all <= 0.0 {
                 break;
             }
@@ -393,7 +391,9 @@ impl Scheduler {
                 continue;
             }
             if !running {
-                if !self.has_room(id) {
+                let has_room =
+                    self.has_room(id) || next == Some(at) && self.make_room(&line, at, plan, budget);
+                if !has_room {
                     admits = false; // nor any behind it, lest they keep it waiting
                     continue;
                 }
@@ -421,16 +421,6 @@ impl Scheduler {
                     && other.tokens[..end] == sequence.tokens[..end]
                     && (other.held || plan.chunks.iter().any(|chunk| chunk.id == *id))
             })
-    }
-
-    /// Whether there is a place, and the pool has blocks for all known tokens and a spare one per
-    /// running sequence.
-    pub(crate) fn has_room(&self, id: SequenceId) -> bool {
-        let sequence = &self.sequences[&id];
-        let unused_on_path = sequence.cached.len() - sequence.cached.held(&self.pool);
-        let new = sequence.tokens.len().div_ceil(BLOCK_SIZE) - sequence.cached.len();
-        let needed = unused_on_path + new;
-        self.running.len() < self.config.max_sequences && needed + self.running.len() <= self.pool.available()
     }
 
     /// Gives a waiting sequence its blocks; returns how many of its tokens are cached.
@@ -485,6 +475,12 @@ impl Budget {
     fn take(&mut self, tokens: usize, outputs: usize) {
         self.tokens -= tokens;
         self.outputs -= outputs;
+    }
+
+    /// A planned chunk is not to run after all.
+    pub(crate) fn give_back(&mut self, chunk: &Chunk) {
+        self.tokens += chunk.len;
+        self.outputs += chunk.outputs - chunk.drafted;
     }
 }
 

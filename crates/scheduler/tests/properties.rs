@@ -109,7 +109,10 @@ impl World {
         let mut plan = std::mem::take(&mut self.plan);
         self.fetch();
         self.propose();
+        let short = self.is_short();
         self.scheduler.plan(&mut plan);
+        let in_vain = !plan.preempted.is_empty() && plan.admitted.is_empty();
+        assert!(short || !in_vain, "{:?} gave way to nobody", plan.preempted);
         self.hold(&mut plan);
         let nothing_to_do = self.remaining.is_empty() || !self.held.is_empty();
         assert!(!plan.chunks.is_empty() || nothing_to_do, "an empty plan means no work");
@@ -137,6 +140,18 @@ impl World {
         }
         self.plan = plan;
         self.check();
+    }
+
+    /// Whether the pool lacks blocks for the known tokens of those that run.
+    fn is_short(&self) -> bool {
+        let (mut held, mut missing) = (HashSet::<u32>::new(), 0);
+        let sequences = self.remaining.keys().filter_map(|&id| self.scheduler.sequence(id));
+        for sequence in sequences.filter(|sequence| !sequence.blocks.is_empty()) {
+            let needed = sequence.tokens.len().div_ceil(BLOCK_SIZE);
+            held.extend(&sequence.blocks[..needed.min(sequence.blocks.len())]);
+            missing += needed.saturating_sub(sequence.blocks.len());
+        }
+        missing > self.config.blocks - held.len()
     }
 
     /// A step ran: what it computed is committed, and its sequences answer.
@@ -754,6 +769,57 @@ fn a_flood_of_one_key_leaves_anothers_turns_within_half_more_of_their_quiet_time
         let fair = policy == Policy::Fair;
         assert_eq!(2 * longest <= 3 * quiet, fair, "{longest} steps, {quiet} when quiet");
     }
+}
+
+/// An owner's three sequences, the first as long as the others together, and one of another owner that has just come.
+fn beside_another_owners(prompt: usize) -> World {
+    let config = SchedulerConfig { blocks: 48, max_batch_tokens: 640, ..ROOMY };
+    let mut world = World::new(config);
+    world.forcing = false;
+    for (i, len) in [290, 145, 145].into_iter().enumerate() {
+        world.arrive_for(key(1), vec![i as u32; len], 12, false);
+    }
+    world.step(false);
+    world.arrive_for(key(2), vec![7; prompt], 1, false);
+    world
+}
+
+#[test]
+fn who_holds_too_much_gives_way_in_the_step_that_admits_another() {
+    let mut world = beside_another_owners(250);
+    world.step(false);
+    assert_eq!((&world.plan.preempted[..], &world.plan.admitted[..]), (&[2][..], &[(3, 0)][..]));
+    let planned: Vec<_> = world.plan.chunks.iter().map(|c| (c.id, c.len)).collect();
+    assert_eq!((planned, world.plan.decodes), (vec![(0, 1), (1, 1), (3, 250)], 2));
+}
+
+#[test]
+fn nobody_gives_way_where_that_makes_no_room() {
+    let mut world = beside_another_owners(400);
+    for _ in 0..8 {
+        world.step(false);
+        assert_eq!((&world.plan.preempted[..], world.plan.chunks.len()), (&[][..], 3));
+    }
+    world.drain();
+}
+
+#[test]
+fn nobody_gives_way_to_a_sequence_that_waits_for_what_another_computes() {
+    let config = SchedulerConfig { max_sequences: 2, max_batch_tokens: 32, ..ROOMY };
+    let mut world = World::new(config);
+    world.forcing = false;
+    world.arrive_for(key(1), vec![1; 160], 20, false);
+    world.arrive_for(key(1), vec![2; 8], 20, false);
+    world.step(false);
+    world.arrive_for(key(2), vec![1; 168], 1, false);
+    let mut steps = 0;
+    while world.plan.admitted.is_empty() || steps == 0 {
+        world.step(false);
+        steps += 1;
+        assert_eq!(world.plan.preempted.len(), world.plan.admitted.len());
+    }
+    assert!(steps > 2, "{steps}");
+    world.drain();
 }
 
 #[test]
