@@ -34,6 +34,6 @@ pub use request::{
     Event, FinishReason, GenerateRequest, LogitBias, SamplingParams, SubmitError, Token, TokenLogprob, Usage,
 };
 pub use rudder_kvstore::StoreStats;
-pub use rudder_scheduler::{MAX_PINNED, PinError, SessionInfo, SessionState};
+pub use rudder_scheduler::{MAX_PINNED, MAX_PINNED_OF_OWNER, PinError, SessionInfo, SessionState};
 pub use sessions::{Session, SessionStats};
 pub use tier::{DiskTier, TierConfig, TierError, TierStats};

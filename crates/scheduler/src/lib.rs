@@ -53,8 +53,8 @@ pub use retention::{MAX_SESSIONS, PROTECTED_SHARE, RetentionStats, SessionBlocks
 pub use scheduler::{Chunk, Policy, PrefixStats, Scheduler, SchedulerConfig, StepPlan};
 pub use sequence::{Sequence, SequenceId};
 pub use session_table::{
-    KEPT_PAUSES, LONGEST_KEPT, MARGIN, MAX_PINNED, PastSession, PinError, SHORTEST_KEPT, SessionInfo,
-    SessionState, SessionTable,
+    KEPT_PAUSES, LONGEST_KEPT, MARGIN, MAX_PINNED, MAX_PINNED_OF_OWNER, PastSession, PinError, SHORTEST_KEPT,
+    SessionInfo, SessionState, SessionTable,
 };
 
 /// Tokens in one KV block; the engine checks that it equals the op set's.

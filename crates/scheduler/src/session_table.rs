@@ -28,6 +28,8 @@ pub const SHORTEST_KEPT: Tick = 10 * 1000;
 const FIRST_GUESS: Tick = 60 * 1000;
 /// Most sessions pinned at once.
 pub const MAX_PINNED: usize = MAX_SESSIONS / 4;
+/// Of these, most of one owner.
+pub const MAX_PINNED_OF_OWNER: usize = MAX_PINNED / 4;
 
 /// What is left of earlier pauses' weight with each new one: of a session's, and of all sessions'.
 const OWN_MEMORY: f32 = 0.9;
@@ -36,9 +38,9 @@ const COMMON_MEMORY: f32 = 0.99;
 const COMMON_WEIGHT: f32 = 0.4;
 
 /// Protected blocks go by rank: first those of sessions that pause, then what is pinned, last what a turn
-/// waits for.
-const PINNED: u64 = NEEDED;
-const RUNNING: u64 = NEEDED + 1;
+/// waits for. What is pinned goes last of what its owner keeps, and takes nothing from others.
+const PINNED: u64 = NEEDED - 1;
+const RUNNING: u64 = NEEDED;
 
 /// What a session is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,8 +102,10 @@ pub struct PastSession {
 pub enum PinError {
     /// There is no such session.
     Unknown,
-    /// [`MAX_PINNED`] are.
+    /// [`MAX_PINNED_OF_OWNER`] of its owner are.
     TooMany,
+    /// [`MAX_PINNED`] are, others' among them.
+    TooManyInAll,
 }
 
 /// See the module.
@@ -114,7 +118,6 @@ pub struct SessionTable {
     pauses: Pauses,
     /// Sessions with turns.
     running: usize,
-    pinned: usize,
     /// Sessions without a key so far.
     found: u64,
 }
@@ -157,7 +160,6 @@ impl Default for SessionTable {
             turns: HashMap::new(),
             pauses: Pauses::assumed(FIRST_GUESS, 10.0),
             running: 0,
-            pinned: 0,
             found: 0,
         }
     }
@@ -307,18 +309,28 @@ impl SessionTable {
         now: Tick,
     ) -> Result<(), PinError> {
         let session = *self.by_key.get(key).ok_or(PinError::Unknown)?;
-        let entry = self.entries.get_mut(&session).ok_or(PinError::Unknown)?;
-        match (entry.pinned, pinned) {
-            (false, true) if self.pinned == MAX_PINNED => return Err(PinError::TooMany),
-            (false, true) => self.pinned += 1,
-            (true, false) => self.pinned -= 1,
-            _ => return Ok(()),
+        let entry = self.entries.get(&session).ok_or(PinError::Unknown)?;
+        if entry.pinned == pinned {
+            return Ok(());
         }
+        if pinned {
+            self.check_pins(&entry.owner)?;
+        }
+        let Some(entry) = self.entries.get_mut(&session) else { return Err(PinError::Unknown) };
         entry.pinned = pinned;
         if entry.running == 0 {
             self.protect(scheduler, session, now);
         }
         Ok(())
+    }
+
+    /// Whether one more session of this owner may be pinned.
+    fn check_pins(&self, owner: &Option<Arc<str>>) -> Result<(), PinError> {
+        let pinned = || self.entries.values().filter(|entry| entry.pinned);
+        if pinned().filter(|entry| entry.owner == *owner).count() >= MAX_PINNED_OF_OWNER {
+            return Err(PinError::TooMany);
+        }
+        if pinned().count() >= MAX_PINNED { Err(PinError::TooManyInAll) } else { Ok(()) }
     }
 
     /// Opens a session, if there are too many at the cost of the one that was used longest ago; of one that is
@@ -408,7 +420,6 @@ impl SessionTable {
         if let Some(entry) = self.entries.remove(&session) {
             self.by_key.remove(&entry.key);
             self.running -= usize::from(entry.running > 0);
-            self.pinned -= usize::from(entry.pinned);
         }
     }
 }

@@ -15,9 +15,9 @@ pub(crate) enum Class {
     New,
     /// Of one that has come back before, and was expected sooner.
     Returned,
-    /// Of one that is expected.
+    /// Of one that is expected, or that is to stay.
     Kept,
-    /// Of one that a turn waits for, or that is to stay.
+    /// Of one that a turn waits for.
     Needed,
 }
 

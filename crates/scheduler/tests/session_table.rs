@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use rudder_scheduler::{
-    BLOCK_SIZE, LONGEST_KEPT, MAX_PINNED, MAX_SESSIONS, Origin, PastSession, PinError, Policy, SHORTEST_KEPT,
-    Scheduler, SchedulerConfig, SequenceId, SessionInfo, SessionState, SessionTable, StepPlan, Tick,
+    BLOCK_SIZE, LONGEST_KEPT, MAX_PINNED, MAX_PINNED_OF_OWNER, MAX_SESSIONS, Origin, PastSession, PinError,
+    Policy, SHORTEST_KEPT, Scheduler, SchedulerConfig, SequenceId, SessionInfo, SessionState, SessionTable,
+    StepPlan, Tick,
 };
 
 struct World {
@@ -48,7 +49,8 @@ impl World {
     ) -> SequenceId {
         self.next_id += 1;
         let (key, owner) = (key.map(Arc::from), owner.map(Arc::from));
-        self.scheduler.add(self.next_id, prompt.to_vec(), false, Origin::default());
+        let origin = Origin { owner: owner.as_deref().map_or(0, number_of), ..Origin::default() };
+        self.scheduler.add(self.next_id, prompt.to_vec(), false, origin);
         self.table.arrive(&mut self.scheduler, self.next_id, key.as_ref(), owner.as_ref(), self.now);
         self.live.insert(self.next_id, answer);
         self.next_id
@@ -87,8 +89,20 @@ impl World {
 
     /// A turn from its arrival to its end.
     fn turn(&mut self, prompt: &[u32], key: Option<&str>) {
-        self.arrive(prompt, 1, key, None);
+        self.turn_of(None, prompt, key);
+    }
+
+    fn turn_of(&mut self, owner: Option<&str>, prompt: &[u32], key: Option<&str>) {
+        self.arrive(prompt, 1, key, owner);
         self.drain();
+    }
+
+    fn pin(&mut self, key: &str, pinned: bool) -> Result<(), PinError> {
+        self.table.pin(&mut self.scheduler, key, pinned, self.now)
+    }
+
+    fn cached_blocks(&self, key: &str) -> usize {
+        self.table.get(&self.scheduler, key, self.now).expect(key).cached_tokens / BLOCK_SIZE
     }
 
     /// Turns of one session with such pauses between them.
@@ -112,6 +126,11 @@ impl World {
         let list = self.table.list(&self.scheduler, owner, self.now);
         list.iter().map(|session| session.key.to_string()).collect()
     }
+}
+
+/// An owner as the scheduler knows it.
+fn number_of(owner: &str) -> u64 {
+    u64::from(owner.as_bytes()[0])
 }
 
 /// `blocks` full blocks of tokens that nothing else begins with, and one token more.
@@ -246,23 +265,53 @@ fn the_longest_unused_session_makes_room_for_a_new_one_and_those_that_return_go_
 #[test]
 fn pinned_sessions_are_kept_for_ever_and_are_few() {
     let mut world = World::new(64);
-    for index in 0..=MAX_PINNED {
+    for index in 0..=MAX_PINNED_OF_OWNER {
         world.turn(&prompt(1, 1), Some(&index.to_string()));
     }
-    let pin =
-        |world: &mut World, key: &str, pinned| world.table.pin(&mut world.scheduler, key, pinned, world.now);
-    for index in 0..MAX_PINNED {
-        assert_eq!(pin(&mut world, &index.to_string(), true), Ok(()));
-        assert_eq!(pin(&mut world, &index.to_string(), true), Ok(()), "again");
+    for index in 0..MAX_PINNED_OF_OWNER {
+        assert_eq!(world.pin(&index.to_string(), true), Ok(()));
+        assert_eq!(world.pin(&index.to_string(), true), Ok(()), "again");
     }
-    assert_eq!(pin(&mut world, &MAX_PINNED.to_string(), true), Err(PinError::TooMany));
-    assert_eq!(pin(&mut world, "none", true), Err(PinError::Unknown));
+    let one_more = MAX_PINNED_OF_OWNER.to_string();
+    assert_eq!(world.pin(&one_more, true), Err(PinError::TooMany));
+    assert_eq!(world.pin("none", true), Err(PinError::Unknown));
     world.now += 2 * LONGEST_KEPT;
     world.step();
     assert_eq!((world.info("0").state, world.info("0").kept_for), (SessionState::Kept, None));
-    assert_eq!(pin(&mut world, "0", false), Ok(()));
+    assert_eq!(world.pin("0", false), Ok(()));
     assert_eq!(world.info("0").state, SessionState::Idle, "its time was over");
-    assert_eq!(pin(&mut world, &MAX_PINNED.to_string(), true), Ok(()));
+    assert_eq!(world.pin(&one_more, true), Ok(()));
+}
+
+#[test]
+fn one_owners_pins_are_not_anothers_until_all_are_given() {
+    let mut world = World::new(64);
+    for owner in ["a", "b", "c", "d"] {
+        for index in 0..MAX_PINNED_OF_OWNER {
+            let key = format!("{owner}{index}");
+            world.turn_of(Some(owner), &prompt(1, 1), Some(&key));
+            assert_eq!(world.pin(&key, true), Ok(()));
+        }
+        let one_more = format!("{owner} one more");
+        world.turn_of(Some(owner), &prompt(1, 1), Some(&one_more));
+        assert_eq!(world.pin(&one_more, true), Err(PinError::TooMany));
+    }
+    world.turn_of(Some("e"), &prompt(1, 1), Some("e"));
+    assert_eq!(world.pin("e", true), Err(PinError::TooManyInAll), "{MAX_PINNED} are");
+}
+
+#[test]
+fn pinned_sessions_go_last_of_their_owners_and_take_nothing_from_others() {
+    let mut world = World::new(64);
+    world.turn_of(Some("b"), &prompt(9, 8), Some("others"));
+    world.turn_of(Some("a"), &prompt(1, 32), Some("pinned"));
+    world.turn_of(Some("a"), &prompt(2, 16), Some("pausing"));
+    world.pin("pinned", true).unwrap();
+    let cached = |world: &World| ["others", "pinned", "pausing"].map(|key| world.cached_blocks(key));
+    world.turn_of(Some("a"), &prompt(7, 20), None);
+    assert_eq!(cached(&world), [8, 32, 3]);
+    world.turn_of(Some("a"), &prompt(8, 30), None);
+    assert_eq!(cached(&world), [8, 25, 0], "20 were nobody's, one was free");
 }
 
 #[test]

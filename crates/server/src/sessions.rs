@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{Path, State};
 use axum::{Extension, Json};
-use rudder_engine::{MAX_PINNED, PinError, Session, SessionState};
+use rudder_engine::{MAX_PINNED, MAX_PINNED_OF_OWNER, PinError, Session, SessionState};
 use serde_json::{Value, json};
 
 use crate::admission::Owner;
@@ -74,7 +74,10 @@ async fn set_pinned(
         Ok(()) => Ok(Json(shown(owner, &find(&server, owner, &id).await?))),
         Err(PinError::Unknown) => Err(not_found(&id)),
         Err(PinError::TooMany) => Err(ApiError::invalid(format!(
-            "{MAX_PINNED} sessions are pinned, the most there may be; unpin one."
+            "{MAX_PINNED_OF_OWNER} of your sessions are pinned, the most there may be; unpin one."
+        ))),
+        Err(PinError::TooManyInAll) => Err(ApiError::invalid(format!(
+            "{MAX_PINNED} sessions are pinned, others' among them, the most that this server keeps; try again later."
         ))),
     }
 }

@@ -71,10 +71,12 @@ impl Sessions {
                 age: since(record.opened),
                 idle: since(record.used),
             };
-            if past.pinned {
-                tier.pin(self.label(&past.key), true);
-            }
+            let key = past.key.clone();
             self.table.restore(scheduler, past, now);
+            // It was pinned, and is unless too many are.
+            if self.table.get(scheduler, &key, now).is_some_and(|info| info.pinned) {
+                tier.pin(self.label(&key), true);
+            }
         }
     }
 
