@@ -1,4 +1,4 @@
-//! Sessions as a handle to the engine sees them. The step loop owns them, and answers between two steps.
+//! Sessions as a handle to the engine sees them. The step loop owns them, and answers one question between two steps.
 
 use std::sync::Arc;
 
@@ -54,6 +54,18 @@ impl Engine {
         self.ask(move |step_loop| step_loop.sessions(owner.as_deref())).await
     }
 
+    /// An owner's session by its key.
+    ///
+    /// # Errors
+    /// If the engine has ended.
+    pub async fn session(
+        &self,
+        owner: Option<Arc<str>>,
+        key: Arc<str>,
+    ) -> Result<Option<Session>, SubmitError> {
+        self.ask(move |step_loop| step_loop.session(owner.as_deref(), &key)).await
+    }
+
     /// Forgets a session and lets go of what it alone has cached in memory, and soon after of what lies on
     /// disk; its running turns go on. Returns whether it was there.
     ///
@@ -63,7 +75,7 @@ impl Engine {
         self.ask(move |step_loop| step_loop.remove_session(&key)).await
     }
 
-    /// Protects a session until it is unpinned, or no longer.
+    /// Protects a session until it is unpinned, or no longer; returns it.
     ///
     /// # Errors
     /// If the engine has ended; within, see [`PinError`].
@@ -71,7 +83,7 @@ impl Engine {
         &self,
         key: Arc<str>,
         pinned: bool,
-    ) -> Result<Result<(), PinError>, SubmitError> {
+    ) -> Result<Result<Session, PinError>, SubmitError> {
         self.ask(move |step_loop| step_loop.pin_session(&key, pinned)).await
     }
 

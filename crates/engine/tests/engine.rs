@@ -4,7 +4,9 @@
 mod common;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, LazyLock, Mutex};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use common::{Answer, CONFIG, ask, assert_whole, collect, eventually, model, prompt, request, start};
@@ -213,6 +215,52 @@ impl Model for Held {
     fn logits(&mut self) -> Result<Vec<f32>, OpError> {
         self.inner.logits()
     }
+}
+
+/// The real model, each of whose steps waits to be granted, until no more can be.
+struct Stepped {
+    inner: Box<dyn Model>,
+    granted: Receiver<()>,
+}
+
+impl Model for Stepped {
+    fn config(&self) -> &ModelConfig {
+        self.inner.config()
+    }
+    fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
+        let _ = self.granted.recv();
+        self.inner.forward(batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), OpError> {
+        self.inner.sample(rows, out)
+    }
+    fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+        self.inner.logits()
+    }
+}
+
+#[test]
+fn however_many_ask_about_sessions_steps_go_on() {
+    const ASKED: usize = 50;
+    // Without room for any, no step is granted before it is waited for.
+    let (grants, granted) = sync_channel(0);
+    let engine = Engine::start(Box::new(Stepped { inner: model(&CONFIG), granted }), CONFIG);
+    let running = engine.submit(request(prompt(0, 70), 8)).unwrap();
+    let mut asked: Vec<_> = (0..ASKED).map(|_| Box::pin(engine.sessions(None))).collect();
+    let mut answered = || {
+        let mut context = Context::from_waker(Waker::noop());
+        asked.retain_mut(|question| question.as_mut().poll(&mut context).is_pending());
+        ASKED - asked.len()
+    };
+    assert!(answered() <= 1);
+    for step in 1..5 {
+        grants.send(()).unwrap();
+        let answered = answered();
+        assert!(answered <= step + 1, "{answered} were answered before step {}", step + 1);
+    }
+    drop(grants);
+    assert_eq!(collect(running).tokens.len(), 8);
+    eventually("all are answered", || answered() == ASKED);
 }
 
 /// The real model, failing at given steps.

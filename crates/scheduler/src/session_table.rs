@@ -152,6 +152,13 @@ struct Entry {
     pauses: Pauses,
 }
 
+impl Entry {
+    /// Whether it has a key, or has come back: most without one never do.
+    fn is_shown(&self) -> bool {
+        self.has_key || self.turns > 1
+    }
+}
+
 impl Default for SessionTable {
     fn default() -> Self {
         Self {
@@ -183,10 +190,11 @@ impl SessionTable {
         }
     }
 
-    /// A session by its key.
+    /// A session by its key; of those without one, only what has come back.
     pub fn get(&self, scheduler: &Scheduler, key: &str, now: Tick) -> Option<SessionInfo> {
         let session = *self.by_key.get(key)?;
-        self.entries.get(&session).map(|entry| describe(scheduler, session, entry, now))
+        let entry = self.entries.get(&session).filter(|entry| entry.is_shown())?;
+        Some(describe(scheduler, session, entry, now))
     }
 
     /// A request has come and its sequence was added: a turn of the session with this key. Two owners'
@@ -282,7 +290,7 @@ impl SessionTable {
     /// An owner's sessions, those used last first. Of those without a key, only what has come back.
     pub fn list(&self, scheduler: &Scheduler, owner: Option<&str>, now: Tick) -> Vec<SessionInfo> {
         let entries = self.entries.iter().filter(|(_, entry)| entry.owner.as_deref() == owner);
-        let entries = entries.filter(|(_, entry)| entry.has_key || entry.turns > 1);
+        let entries = entries.filter(|(_, entry)| entry.is_shown());
         let mut sessions: Vec<_> =
             entries.map(|(&handle, entry)| describe(scheduler, handle, entry, now)).collect();
         sessions.sort_by(|a, b| (a.idle, &a.key).cmp(&(b.idle, &b.key)));
@@ -309,7 +317,8 @@ impl SessionTable {
         now: Tick,
     ) -> Result<(), PinError> {
         let session = *self.by_key.get(key).ok_or(PinError::Unknown)?;
-        let entry = self.entries.get(&session).ok_or(PinError::Unknown)?;
+        let shown = self.entries.get(&session).filter(|entry| entry.is_shown());
+        let entry = shown.ok_or(PinError::Unknown)?;
         if entry.pinned == pinned {
             return Ok(());
         }
@@ -347,7 +356,7 @@ impl SessionTable {
             let resting = self.entries.iter().filter(|(_, entry)| entry.running == 0 && !entry.pinned);
             let is_expected = |entry: &Entry| entry.returned && entry.until > now;
             let (&oldest, entry) = resting.min_by_key(|(handle, entry)| {
-                (is_expected(entry), entry.has_key || entry.turns > 1, entry.active, handle.slot())
+                (is_expected(entry), entry.is_shown(), entry.active, handle.slot())
             })?;
             if is_expected(entry) && !has_key {
                 return None;

@@ -16,7 +16,7 @@ pub(crate) async fn list(
     State(server): State<Arc<Server>>,
     Extension(owner): Extension<Owner>,
 ) -> Result<Json<Value>, ApiError> {
-    let sessions = sessions_of(&server, owner).await?;
+    let sessions = server.generator.engine().sessions(owner.origin(None).owner).await?;
     let data: Vec<Value> = sessions.iter().map(|session| shown(owner, session)).collect();
     let end = |session: Option<&Value>| session.map_or(Value::Null, |session| session["id"].clone());
     let (first, last) = (end(data.first()), end(data.last()));
@@ -71,7 +71,7 @@ async fn set_pinned(
 ) -> Result<Json<Value>, ApiError> {
     let session = find(&server, owner, &id).await?;
     match server.generator.engine().pin_session(session.info.key, pinned).await? {
-        Ok(()) => Ok(Json(shown(owner, &find(&server, owner, &id).await?))),
+        Ok(session) => Ok(Json(shown(owner, &session))),
         Err(PinError::Unknown) => Err(not_found(&id)),
         Err(PinError::TooMany) => Err(ApiError::invalid(format!(
             "{MAX_PINNED_OF_OWNER} of your sessions are pinned, the most there may be; unpin one."
@@ -82,17 +82,16 @@ async fn set_pinned(
     }
 }
 
-async fn sessions_of(server: &Server, owner: Owner) -> Result<Vec<Session>, ApiError> {
-    let owner = owner.origin(None).owner;
-    Ok(server.generator.engine().sessions(owner).await?)
-}
-
+/// An owner's session by its name: that of its key, or the key itself where the engine made it up.
 async fn find(server: &Server, owner: Owner, id: &str) -> Result<Session, ApiError> {
-    let name = crate::session::name(id);
-    let mut sessions = sessions_of(server, owner).await?.into_iter();
-    sessions
-        .find(|session| Some(owner.session_name(&session.info.key)) == name.as_deref())
-        .ok_or_else(|| not_found(id))
+    let name = crate::session::name(id).ok_or_else(|| not_found(id))?;
+    for key in [owner.session_key(&name), name.clone()] {
+        let found = server.generator.engine().session(owner.origin(None).owner, key).await?;
+        if let Some(session) = found.filter(|found| owner.session_name(&found.info.key) == &*name) {
+            return Ok(session);
+        }
+    }
+    Err(not_found(id))
 }
 
 fn shown(owner: Owner, session: &Session) -> Value {

@@ -11,7 +11,7 @@ mod sessions;
 mod tier;
 mod waiting;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, mpsc};
@@ -40,10 +40,12 @@ const _: () = assert!(rudder_ops::BLOCK_SIZE == rudder_scheduler::BLOCK_SIZE);
 pub(crate) enum Command {
     Submit(Box<Submission>),
     Cancel(SequenceId),
-    /// Between two steps.
-    Do(Box<dyn FnOnce(&mut StepLoop) + Send>),
+    Do(Errand),
     Stop,
 }
+
+/// What is done between two steps, one at a time while anybody waits for tokens.
+pub(crate) type Errand = Box<dyn FnOnce(&mut StepLoop) + Send>;
 
 /// A checked request on its way to the loop.
 pub(crate) struct Submission {
@@ -60,6 +62,8 @@ pub(crate) struct StepLoop {
     model: Box<dyn Model>,
     scheduler: Scheduler,
     commands: mpsc::Receiver<Command>,
+    /// Taken and not yet done.
+    errands: VecDeque<Errand>,
     shared: Arc<Shared>,
     active: HashMap<SequenceId, Active>,
     masks: MaskWorkers,
@@ -122,6 +126,7 @@ impl StepLoop {
             model,
             scheduler,
             commands,
+            errands: VecDeque::new(),
             shared,
             active: HashMap::new(),
             masks: MaskWorkers::start(),
@@ -202,11 +207,15 @@ impl StepLoop {
         shared.broken.send_replace(Some(REASON.into()));
     }
 
-    /// Takes all commands that are there; when idle, waits for one. False means stop.
+    /// Takes all commands that are there, and does one of the errands among them; when idle, does them all and waits for
+    /// more. False means stop.
     fn take_commands(&mut self) -> bool {
         loop {
             let command = if self.active.is_empty() {
                 self.go_on();
+                while let Some(errand) = self.errands.pop_front() {
+                    errand(self);
+                }
                 self.check_idle();
                 self.publish_stats();
                 match self.commands.recv() {
@@ -216,17 +225,21 @@ impl StepLoop {
             } else {
                 match self.commands.try_recv() {
                     Ok(command) => command,
-                    Err(mpsc::TryRecvError::Empty) => return true,
+                    Err(mpsc::TryRecvError::Empty) => break,
                     Err(mpsc::TryRecvError::Disconnected) => return false,
                 }
             };
             match command {
                 Command::Submit(submission) => self.submit(*submission),
                 Command::Cancel(id) => drop(self.end(id)),
-                Command::Do(work) => work(self),
+                Command::Do(errand) => self.errands.push_back(errand),
                 Command::Stop => return false,
             }
         }
+        if let Some(errand) = self.errands.pop_front() {
+            errand(self);
+        }
+        true
     }
 
     /// With nothing live, every block must be free or cached.

@@ -175,12 +175,18 @@ impl StepLoop {
     /// An owner's sessions.
     pub(crate) fn sessions(&self, owner: Option<&str>) -> Vec<Session> {
         let list = self.sessions.table.list(&self.scheduler, owner, self.sessions.now()).into_iter();
-        list.map(|info| Session { disk_tokens: self.disk_tokens(&info), info }).collect()
+        list.map(|info| self.with_disk(info)).collect()
     }
 
-    fn disk_tokens(&self, session: &SessionInfo) -> Option<usize> {
-        let marks = self.sessions.marks.get(&session.key).map_or(&[][..], |marks| marks);
-        self.tier.as_ref().map(|tier| tier.tokens_at(marks))
+    /// An owner's session by its key.
+    pub(crate) fn session(&self, owner: Option<&str>, key: &str) -> Option<Session> {
+        let info = self.sessions.table.get(&self.scheduler, key, self.sessions.now())?;
+        (info.owner.as_deref() == owner).then(|| self.with_disk(info))
+    }
+
+    fn with_disk(&self, info: SessionInfo) -> Session {
+        let marks = self.sessions.marks.get(&info.key).map_or(&[][..], |marks| marks);
+        Session { disk_tokens: self.tier.as_ref().map(|tier| tier.tokens_at(marks)), info }
     }
 
     /// Forgets a session; returns whether it was there.
@@ -197,14 +203,15 @@ impl StepLoop {
     }
 
     /// Protects a session until further notice, or no longer.
-    pub(crate) fn pin_session(&mut self, key: &str, pinned: bool) -> Result<(), PinError> {
+    pub(crate) fn pin_session(&mut self, key: &str, pinned: bool) -> Result<Session, PinError> {
         let now = self.sessions.now();
-        let outcome = self.sessions.table.pin(&mut self.scheduler, key, pinned, now);
-        if let Some(tier) = self.tier.as_ref().filter(|_| outcome.is_ok()) {
+        self.sessions.table.pin(&mut self.scheduler, key, pinned, now)?;
+        if let Some(tier) = &self.tier {
             tier.pin(self.sessions.label(key), pinned);
             self.sessions.record(&self.scheduler, tier, key, None);
         }
-        outcome
+        let info = self.sessions.table.get(&self.scheduler, key, now).ok_or(PinError::Unknown)?;
+        Ok(self.with_disk(info))
     }
 }
 
