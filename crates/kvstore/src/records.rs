@@ -75,14 +75,22 @@ impl Records {
         Ok((records, found))
     }
 
-    /// Replaces a label's record.
+    /// Replaces a label's record. Where there are too many the oldest goes first, of labels that are not to be kept.
     pub fn write(
         &mut self,
         medium: &dyn Medium,
         fingerprint: &Fingerprint,
         label: Label,
         body: &[u8],
+        is_kept: impl Fn(Label) -> bool,
     ) -> io::Result<()> {
+        // Before the new one is there: a process killed in between leaves no more than are read again.
+        if !self.numbers.contains_key(&label) && self.numbers.len() >= self.most {
+            let goes = self.numbers.iter().filter(|(label, _)| !is_kept(**label));
+            if let Some((&oldest, _)) = goes.min_by_key(|(_, number)| **number) {
+                self.remove(medium, fingerprint, oldest);
+            }
+        }
         let name = Name { number: self.next, label: label.0, model: short(fingerprint) };
         self.next += 1;
         let mut bytes = body.to_vec();
@@ -95,11 +103,6 @@ impl Records {
         }
         if let Some(before) = self.numbers.insert(label, name.number) {
             remove(medium, Name { number: before, ..name });
-        }
-        if self.numbers.len() > self.most
-            && let Some((&oldest, _)) = self.numbers.iter().min_by_key(|(_, number)| **number)
-        {
-            self.remove(medium, fingerprint, oldest);
         }
         Ok(())
     }

@@ -301,12 +301,13 @@ impl Store {
         Ok(found)
     }
 
-    /// Keeps a record for a label, in place of the one before it.
+    /// Keeps a record for a label, in place of the one before it, or of the oldest that is no pinned label's.
     ///
     /// # Errors
     /// If it cannot be written; then the one before it stays.
     pub fn write_record(&self, label: Label, body: &[u8]) -> Result<(), WriteError> {
-        Ok(self.lock_records().write(&*self.medium, &self.fingerprint, label, body)?)
+        let is_pinned = |label| self.lock().pinned.contains(&label);
+        Ok(self.lock_records().write(&*self.medium, &self.fingerprint, label, body, is_pinned)?)
     }
 
     /// Removes a label's record, if it has one.

@@ -340,6 +340,31 @@ fn the_newest_record_of_each_label_is_there_after_a_restart() {
 }
 
 #[test]
+fn a_pinned_labels_record_outlasts_the_newer_ones_of_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let flood = |store: &Store, labels: std::ops::Range<u64>| {
+        labels.for_each(|label| store.write_record(Label(label), b"other").unwrap());
+        record_files(folder.path()).len()
+    };
+    let store = open(folder.path());
+    store.read_records(3).unwrap();
+    store.pin(ALICE, true);
+    store.write_record(ALICE, b"pinned").unwrap();
+    assert_eq!(flood(&store, 20..30), 3);
+    drop(store);
+    let store = open(folder.path());
+    let other = |label| (Label(label), b"other".to_vec());
+    assert_eq!(store.read_records(3).unwrap(), [(ALICE, b"pinned".to_vec()), other(28), other(29)]);
+    assert_eq!(flood(&store, 30..32), 3);
+    drop(store);
+    assert_eq!(
+        open(folder.path()).read_records(3).unwrap(),
+        [29, 30, 31].map(other),
+        "nobody pinned it again"
+    );
+}
+
+#[test]
 fn a_record_that_is_torn_or_damaged_gives_way_to_the_one_before_it() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
