@@ -9,7 +9,9 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
-use common::{Answer, CONFIG, ask, assert_whole, collect, eventually, model, prompt, request, start};
+use common::{
+    Answer, CONFIG, ask, assert_whole, collect, eventually, model, prompt, request, start, unless_disturbed,
+};
 use rudder_engine::{
     Engine, EngineConfig, Event, FinishReason, GenerateRequest, Generation, SamplingParams, SubmitError,
 };
@@ -268,9 +270,19 @@ struct Faulty {
     inner: Box<dyn Model>,
     steps: Arc<AtomicUsize>,
     fail_at: usize,
+    /// The step that fails takes so long.
+    takes: Duration,
     panic: bool,
     /// Whether it can be used on after that.
     recovers: bool,
+}
+
+impl Faulty {
+    /// Fails at once.
+    fn of(inner: Box<dyn Model>) -> Self {
+        let (steps, takes) = (Arc::default(), Duration::ZERO);
+        Self { inner, steps, fail_at: 0, takes, panic: false, recovers: true }
+    }
 }
 
 impl Model for Faulty {
@@ -279,6 +291,7 @@ impl Model for Faulty {
     }
     fn forward(&mut self, batch: &Batch) -> Result<(), OpError> {
         if self.steps.fetch_add(1, Ordering::SeqCst) == self.fail_at {
+            std::thread::sleep(self.takes);
             assert!(!self.panic, "a fault for the test");
             return Err(OpError::Backend("out of memory, say".into()));
         }
@@ -298,9 +311,8 @@ impl Model for Faulty {
 #[test]
 fn a_failing_step_ends_its_requests_and_the_engine_goes_on() {
     for panic in [false, true] {
-        let faulty =
-            Faulty { inner: model(&CONFIG), steps: Arc::default(), fail_at: 5, panic, recovers: true };
-        let engine = Engine::start(Box::new(faulty), CONFIG);
+        let engine =
+            Engine::start(Box::new(Faulty { fail_at: 5, panic, ..Faulty::of(model(&CONFIG)) }), CONFIG);
         let answer = ask(&engine, request(prompt(0, 70), 64));
         let message = answer.end.unwrap().unwrap_err();
         assert!(message.starts_with("the model failed"), "{message}");
@@ -309,12 +321,25 @@ fn a_failing_step_ends_its_requests_and_the_engine_goes_on() {
     }
 }
 
+#[test]
+fn how_long_a_failing_step_takes_does_not_slow_later_prompts() {
+    let config = EngineConfig { decode_latency_target: Duration::from_millis(200), ..CONFIG };
+    unless_disturbed("a whole step's prompt beside an answer", || {
+        let faulty = Faulty { takes: Duration::from_secs(1), ..Faulty::of(model(&config)) };
+        let engine = Engine::start(Box::new(faulty), config.clone());
+        assert!(ask(&engine, request(prompt(0, 64), 4)).end.unwrap().is_err());
+        let mut running = engine.submit(request(prompt(1, 64), 180)).unwrap();
+        while !matches!(running.next_blocking(), Some(Event::Token(_))) {}
+        ask(&engine, request(prompt(2, 120), 1)).prefill.first().is_some_and(|&done| done > 60)
+    });
+}
+
 #[tokio::test]
 async fn a_device_that_computes_no_more_ends_all_requests_and_the_engine_which_says_why() {
     const LATE: usize = 1 << 20;
     let steps = Arc::new(AtomicUsize::new(0));
     let (inner, gate) = held(&CONFIG);
-    let faulty = Faulty { inner, steps: steps.clone(), fail_at: LATE, panic: false, recovers: false };
+    let faulty = Faulty { steps: steps.clone(), fail_at: LATE, recovers: false, ..Faulty::of(inner) };
     let engine = Engine::start(Box::new(faulty), CONFIG);
     let asked = flood(&engine, &gate, || steps.store(LATE, Ordering::SeqCst));
     let reason = engine.broken().await;

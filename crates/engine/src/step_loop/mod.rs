@@ -321,15 +321,21 @@ impl StepLoop {
         self.end_step(plan, outcome, began.elapsed(), false);
     }
 
-    /// A step ran, or failed, after so long: what it drew is handed out, while the next one runs or before.
+    /// A step ran, or failed, after so long: what it drew is handed out, while the next one runs or before. How long a
+    /// failed one took tells nothing.
     fn end_step(&mut self, plan: &StepPlan, outcome: Result<(), String>, took: Duration, next_runs: bool) {
         let computed = Instant::now();
+        self.stats.steps += 1;
         match outcome {
             Ok(()) => {
                 self.measure(plan, took);
                 self.scheduler.commit(plan);
                 self.deliver(plan);
                 self.keep_blocks(plan, took);
+                // What is done beside the next step is part of its time.
+                let after = if next_runs { Duration::ZERO } else { computed.elapsed() };
+                self.pace.record(plan, took + after);
+                self.scheduler.limit_prefill(self.pace.prefill_limit());
             }
             Err(message) => {
                 tracing::error!(message, sequences = plan.chunks.len(), "a step failed");
@@ -340,11 +346,6 @@ impl StepLoop {
                 self.broken = self.broken.take().or(guarded(|| model.recover()).err());
             }
         }
-        self.stats.steps += 1;
-        // What is done beside the next step is part of its time.
-        let after = if next_runs { Duration::ZERO } else { computed.elapsed() };
-        self.pace.record(plan, took + after);
-        self.scheduler.limit_prefill(self.pace.prefill_limit());
     }
 
     fn note_admissions(&mut self, plan: &StepPlan) {
