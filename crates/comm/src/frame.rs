@@ -1,14 +1,12 @@
-//! What nodes send each other: frames. A header of three 32-bit words, little-endian as all numbers here: the body's length, the frame's
-//! kind, the step it belongs to; then the body.
+//! What nodes send each other: frames. A header, little-endian as all numbers here: the body's length in 64 bits, as all that the ranks of a
+//! node show in a large step is more than 32 hold; the frame's kind and the step it belongs to, in 32 each; then the body.
 //!
 //! Whoever reads a frame says how long it may be, and memory grows only as bytes arrive: what a stranger sends is an error and no more.
 
 use std::io::{self, Read, Write};
 
 /// Bytes of a header.
-pub(crate) const HEADER: usize = 12;
-/// Longest body of any frame: more than the sums of the largest steps.
-pub(crate) const MOST: usize = 1 << 30;
+pub(crate) const HEADER: usize = 16;
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +46,7 @@ impl Kind {
 /// Begins a frame in `frame`; its body is appended.
 pub(crate) fn begin(frame: &mut Vec<u8>, kind: Kind, step: u32) {
     frame.clear();
-    frame.extend_from_slice(&[0; 4]);
+    frame.extend_from_slice(&[0; 8]);
     frame.extend_from_slice(&(kind as u32).to_le_bytes());
     frame.extend_from_slice(&step.to_le_bytes());
 }
@@ -56,13 +54,7 @@ pub(crate) fn begin(frame: &mut Vec<u8>, kind: Kind, step: u32) {
 /// Sends what [`begin`] began.
 pub(crate) fn send(frame: &mut [u8], to: &mut impl Write) -> io::Result<()> {
     let len = frame.len() - HEADER;
-    if len > MOST {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("a frame of {len} bytes is too long"),
-        ));
-    }
-    frame[..4].copy_from_slice(&(len as u32).to_le_bytes());
+    frame[..8].copy_from_slice(&(len as u64).to_le_bytes());
     to.write_all(frame)
 }
 
@@ -71,16 +63,17 @@ pub(crate) fn receive(from: &mut impl Read, most: usize, body: &mut Vec<u8>) -> 
     let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut header = [0; HEADER];
     from.read_exact(&mut header)?;
-    let [len, kind, step] =
-        std::array::from_fn(|i| u32::from_le_bytes(std::array::from_fn(|j| header[4 * i + j])));
+    let (len, words) = header.split_at(8);
+    let len = u64::from_le_bytes(std::array::from_fn(|i| len[i]));
+    let [kind, step] = std::array::from_fn(|i| u32::from_le_bytes(std::array::from_fn(|j| words[4 * i + j])));
     let known = Kind::ALL.into_iter().find(|&known| known as u32 == kind);
     let kind = known.ok_or_else(|| invalid(format!("a frame of the unknown kind {kind}")))?;
-    if len as usize > most {
+    if len > most as u64 {
         return Err(invalid(format!("a frame of {len} bytes where at most {most} are expected")));
     }
     body.clear();
-    from.take(u64::from(len)).read_to_end(body)?;
-    match body.len() == len as usize {
+    from.take(len).read_to_end(body)?;
+    match body.len() as u64 == len {
         true => Ok((kind, step)),
         false => Err(io::ErrorKind::UnexpectedEof.into()),
     }
@@ -128,7 +121,7 @@ mod tests {
     fn torn_frames_are_errors_wherever_they_are_torn() {
         let sent = frame(Kind::Step, 3, b"tokens");
         for end in 0..sent.len() {
-            let error = receive(&mut &sent[..end], MOST, &mut Vec::new()).expect_err("a torn frame");
+            let error = receive(&mut &sent[..end], usize::MAX, &mut Vec::new()).expect_err("a torn frame");
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{end}");
         }
     }
@@ -141,16 +134,22 @@ mod tests {
             assert_eq!(body.capacity(), 0);
             error.to_string()
         };
-        assert!(refuse(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", MOST).contains("unknown kind"));
+        assert!(refuse(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", usize::MAX).contains("unknown kind"));
         assert!(refuse(&frame(Kind::Hello, 0, &[0; 100]), 99).contains("100 bytes where at most 99"));
         let mut kind = frame(Kind::Done, 0, &[]);
-        kind[4] = 0;
-        assert!(refuse(&kind, MOST).contains("unknown kind 0"));
-        // A length that nothing follows.
+        kind[8] = 0;
+        assert!(refuse(&kind, usize::MAX).contains("unknown kind 0"));
+    }
+
+    #[test]
+    fn what_the_ranks_of_a_node_show_in_the_largest_steps_is_no_oversized_frame() {
+        // Of 8 ranks 16,384 tokens of 16,384 elements each, of which nothing follows.
         let mut long = frame(Kind::Parts, 0, &[]);
-        long[..4].copy_from_slice(&(MOST as u32).to_le_bytes());
+        long[..8].copy_from_slice(&(8u64 << 30).to_le_bytes());
         let mut body = Vec::new();
-        assert!(receive(&mut &long[..], MOST, &mut body).is_err() && body.capacity() < 1 << 20);
+        let error = receive(&mut &long[..], usize::MAX, &mut body).expect_err("a torn frame");
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert!(body.capacity() < 1 << 20);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::nodes::{Link, Nodes};
 use crate::pulse::{End, Health};
 use crate::{Failed, Group};
 
-const PROTOCOL: &str = "rudder-node 1";
+const PROTOCOL: &str = "rudder-node 2";
 /// Longest text of a handshake.
 const MOST_TEXT: usize = 64 << 10;
 /// How long a node may take to present itself, and node 0, which greets one after the other, to answer.

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::Failed;
-use crate::frame::{self, Kind, MOST};
+use crate::frame::{self, Kind};
 use crate::pulse::{End, Health};
 
 /// Longest frame that is looked at before it is received.
@@ -73,8 +73,9 @@ impl Link {
         frame::send(&mut self.out, &mut self.stream)
     }
 
+    /// However long it is: the other side has shown that it is a node.
     fn receive(&mut self) -> io::Result<(Kind, u32)> {
-        frame::receive(&mut self.stream, MOST, &mut self.body)
+        frame::receive(&mut self.stream, usize::MAX, &mut self.body)
     }
 
     /// What the other side says has failed in this step, if that is what comes next; it stays to be received.

@@ -213,7 +213,7 @@ fn nodes_agree_and_hear_of_one_that_withdraws() {
 
 /// What a node sends first.
 fn hello(text: &str) -> Vec<u8> {
-    let words = [text.len() as u32, 1, 0];
+    let words = [text.len() as u32, 0, 1, 0];
     words.into_iter().flat_map(u32::to_le_bytes).chain(text.bytes()).collect()
 }
 
@@ -221,7 +221,7 @@ fn hello(text: &str) -> Vec<u8> {
 fn say(address: &str, text: &str) -> TcpStream {
     let mut stream = TcpStream::connect(address).expect("node 0 listens");
     stream.write_all(&hello(text)).expect("it takes a hello");
-    stream.read_exact(&mut [0; 12]).expect("it answers");
+    stream.read_exact(&mut [0; 16]).expect("it answers");
     stream
 }
 
@@ -230,7 +230,7 @@ fn a_node_that_dies_ends_the_group_and_is_named() {
     let ((listener, address), terms) = (listener(), terms(2, 2));
     let text = |purpose| {
         format!(
-            "rudder-node 1\n{purpose}\n1\nnnodes=2\ntensor_parallel_size=2\nmodel=qwen2, fingerprint 12ab\n"
+            "rudder-node 2\n{purpose}\n1\nnnodes=2\ntensor_parallel_size=2\nmodel=qwen2, fingerprint 12ab\n"
         )
     };
     let (group, dies) = std::thread::scope(|scope| {
@@ -295,8 +295,8 @@ fn who_does_not_belong_is_told_why_and_node_0_goes_on_waiting() {
         for text in [
             "",
             "rudder-node 0\npulse\n1\n",
-            "rudder-node 1\npulse\n",
-            "rudder-node 1\ndata\n-1\n",
+            "rudder-node 2\npulse\n",
+            "rudder-node 2\ndata\n-1\n",
             "\n\n\n\0",
         ] {
             let mut stream = say(&address, text);
@@ -304,7 +304,7 @@ fn who_does_not_belong_is_told_why_and_node_0_goes_on_waiting() {
             stream.read_to_string(&mut answer).expect("a text");
             assert!(answer.contains("it is no node, or another version"), "{text:?}: {answer}");
         }
-        for bytes in [&b"GET / HTTP/1.1\r\nHost: node\r\n\r\n"[..], &[255; 40], b"", &hello("torn")[..14]] {
+        for bytes in [&b"GET / HTTP/1.1\r\nHost: node\r\n\r\n"[..], &[255; 40], b"", &hello("torn")[..18]] {
             let mut stream = TcpStream::connect(&address).expect("node 0 listens");
             stream.write_all(bytes).expect("it takes anything");
         }
