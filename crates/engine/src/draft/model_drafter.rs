@@ -183,6 +183,7 @@ impl ModelDrafter {
         let tokens = vec![0; REHEARSED_READ.min(most)];
         self.batch.clear();
         self.batch.push(&tokens, 0, &blocks, 0);
+        self.forward()?; // likewise
         self.reading = self.forward()?.as_secs_f32() / tokens.len() as f32;
         Ok(())
     }

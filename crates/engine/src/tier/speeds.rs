@@ -9,6 +9,8 @@ const PREFILL_TOKENS_PER_SECOND: f64 = 1000.0;
 const OVERHEAD: f64 = 0.0005;
 /// See [`Speeds::weight`].
 const WEIGHT: f64 = 0.25;
+/// A measurement counts as at most so many times the mean: one that stalled tells little of the next.
+const MOST_SLOWER: f64 = 4.0;
 /// Steps with fewer prompt tokens say nothing about prefill.
 const LEAST_TOKENS: usize = 64;
 /// Every load that is not tried makes the disk look so much faster, so that it is tried again.
@@ -72,7 +74,7 @@ impl Speeds {
 }
 
 fn mix(mean: &mut f64, new: f64, weight: f64) {
-    *mean += weight * (new - *mean);
+    *mean += weight * (new.min(MOST_SLOWER * *mean) - *mean);
 }
 
 #[cfg(test)]
@@ -113,6 +115,13 @@ mod tests {
         }
         let refused = (0..1000).take_while(|_| !speeds.prefers_load(10 * BLOCK, 0, 160)).count();
         assert!((1..200).contains(&refused), "{refused}");
+    }
+
+    #[test]
+    fn one_stalled_read_does_not_make_the_disk_look_slow() {
+        let mut speeds = Speeds::default();
+        speeds.read(BLOCK, Duration::from_secs(10));
+        assert!(speeds.prefers_load(10 * BLOCK, 0, 160));
     }
 
     #[test]
