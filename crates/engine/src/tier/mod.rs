@@ -414,7 +414,7 @@ impl DiskTier {
 
     /// Keeps a record of what bears a label, once all that is queued is written.
     pub(crate) fn record(&self, label: Label, record: &SessionRecord) {
-        self.writer.queue_job(Job::Record(label, record.encode()));
+        self.writer.queue_record(label, record.encode());
     }
 
     /// The records of an earlier process whose KV is still on disk, oldest first. Others go.
@@ -435,7 +435,7 @@ impl DiskTier {
 
     /// Erases what bears a label and what nobody else has used, once all that is queued is written.
     pub(crate) fn erase(&self, label: Label) {
-        self.writer.queue_job(Job::Erase(label));
+        self.writer.queue_erasure(label);
     }
 
     /// After a step: learns how fast it was, and has the blocks written that its sequences have filled.
