@@ -346,11 +346,6 @@ impl Generation {
         self.events.recv().await
     }
 
-    /// The next event if one is there already.
-    pub fn try_next(&mut self) -> Option<Event> {
-        self.events.try_recv().ok()
-    }
-
     /// The next event from a thread that is not in an async runtime.
     pub fn next_blocking(&mut self) -> Option<Event> {
         self.events.blocking_recv()

@@ -152,9 +152,7 @@ impl Place {
             _ => {}
         }
     }
-}
 
-impl Place {
     /// It is not there any more.
     fn leave(&self, segments: &mut BTreeMap<u64, Segment>) {
         if let Self::At { segment, again, pinned, .. } = self

@@ -22,7 +22,7 @@ use super::promise::{Prospect, StepTimes, best_depth};
 use super::step_cost::StepCost;
 use super::window::{MOST_GUESSES, Window};
 use crate::draft_model::DraftModel;
-use crate::step_loop::compute::{guarded, recycle};
+use crate::step_loop::compute::{answers_all, guarded, recycle};
 
 /// Guesses must promise this much more than a step without them.
 const LEAST_GAIN: f32 = 1.02;
@@ -575,10 +575,7 @@ impl ModelDrafter {
         sampled.clear();
         let outcome = guarded(|| model.sample(&rows, sampled));
         self.rows = recycle(rows);
-        match outcome {
-            Ok(()) if self.sampled.len() != wanted => Err("the sampler did not answer every row".into()),
-            outcome => outcome,
-        }
+        outcome.and_then(|()| answers_all(&self.sampled, wanted))
     }
 }
 

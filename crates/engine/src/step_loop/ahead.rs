@@ -15,7 +15,7 @@ use rudder_scheduler::StepPlan;
 
 use super::StepLoop;
 use super::active::{Active, Held};
-use super::compute::guarded;
+use super::compute::{answers_all, guarded};
 use crate::grammar::Next;
 
 /// Most steps in a row that are planned ahead while others wait, for whom there may be room by now.
@@ -129,11 +129,7 @@ impl StepLoop {
     /// Waits for what a step drew and hands it out, beside the next step if that runs; returns when it came.
     fn land(&mut self, plan: &StepPlan, flight: Flight, next_runs: bool) -> Instant {
         let (model, sampled) = (&mut self.model, &mut self.sampled);
-        let outcome =
-            guarded(|| model.drawn(sampled)).and_then(|()| match sampled.len() == plan.chunks.len() {
-                true => Ok(()),
-                false => Err("the sampler did not answer every row".into()),
-            });
+        let outcome = guarded(|| model.drawn(sampled)).and_then(|()| answers_all(sampled, plan.chunks.len()));
         let landed = Instant::now();
         self.end_step(plan, outcome, landed - flight.began, next_runs);
         landed

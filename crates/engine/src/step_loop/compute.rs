@@ -37,10 +37,7 @@ impl StepLoop {
             if rows.is_empty() { Ok(()) } else { model.sample(rows, sampled) }
         });
         let wanted: usize = plan.chunks.iter().map(|chunk| chunk.outputs).sum();
-        match outcome {
-            Ok(()) if self.sampled.len() != wanted => Err("the sampler did not answer every row".into()),
-            outcome => outcome,
-        }
+        outcome.and_then(|()| answers_all(&self.sampled, wanted))
     }
 
     /// Has the model do something with the output rows of a step, which it ran last. Those of sequences that are gone count too.
@@ -95,6 +92,11 @@ pub(crate) fn guarded(work: impl FnOnce() -> Result<(), OpError>) -> Result<(), 
         Ok(outcome) => outcome.map_err(|error| format!("the model failed: {error}")),
         Err(_) => Err("the model failed unexpectedly".into()),
     }
+}
+
+/// Whether the sampler answered every row.
+pub(crate) fn answers_all(sampled: &[Sampled], rows: usize) -> Result<(), String> {
+    if sampled.len() == rows { Ok(()) } else { Err("the sampler did not answer every row".into()) }
 }
 
 /// An emptied vector's memory under another lifetime: collecting in place keeps the allocation.

@@ -45,7 +45,7 @@ const _: () = assert!(BLOCK_TOKENS == BLOCK_SIZE);
 
 /// Shorter sequences are not kept: they are computed again in no time.
 const LEAST_BLOCKS: usize = 256 / BLOCK_SIZE;
-/// Most bytes copied out between two steps: a millisecond or two.
+/// Most bytes copied out after a step, and once more of each sequence that ends with it: a millisecond or two each.
 const OUT_BYTES: usize = 8 << 20;
 /// Most bytes put in place between two steps. Somebody waits for them.
 const IN_BYTES: usize = 32 << 20;
