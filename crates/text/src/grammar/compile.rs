@@ -18,6 +18,8 @@ use crate::{Parts, Text};
 
 /// Largest grammar, as text.
 pub(super) const MAX_BYTES: usize = 1 << 20;
+/// Most text of all its schemas, once what they refer to stands where it is needed.
+const MAX_CLOSED_BYTES: usize = 4 * MAX_BYTES;
 /// Compilations at once; more wait, within their time.
 const MAX_COMPILING: usize = 2;
 /// Compilation recurses as deeply as the grammar is nested.
@@ -158,23 +160,29 @@ pub(super) fn size(spec: &GrammarSpec) -> usize {
 
 /// In llguidance's terms.
 fn top_level(spec: &GrammarSpec) -> Result<TopLevelGrammar, GrammarError> {
+    let mut room = MAX_CLOSED_BYTES;
     let GrammarSpec::Composed { lark, parts } = spec else {
-        return Ok(TopLevelGrammar::from_grammar(single(spec, JsonLayout::Loose)?));
+        return Ok(TopLevelGrammar::from_grammar(single(spec, JsonLayout::Loose, &mut room)?));
     };
     let mut grammars = vec![GrammarWithLexer::from_lark(lark.clone())];
     for GrammarPart { name, grammar, layout } in parts {
-        grammars.push(GrammarWithLexer { name: Some(name.clone()), ..single(grammar, *layout)? });
+        grammars.push(GrammarWithLexer { name: Some(name.clone()), ..single(grammar, *layout, &mut room)? });
     }
     Ok(TopLevelGrammar { grammars, max_tokens: None })
 }
 
-fn single(spec: &GrammarSpec, layout: JsonLayout) -> Result<GrammarWithLexer, GrammarError> {
+/// A grammar without parts. The text of its schema is taken from `room`.
+fn single(
+    spec: &GrammarSpec,
+    layout: JsonLayout,
+    room: &mut usize,
+) -> Result<GrammarWithLexer, GrammarError> {
     let json = |schema: Value, strict| {
         Ok::<_, GrammarError>(GrammarWithLexer::from_json_schema(with_options(schema, strict, layout)?))
     };
     Ok(match spec {
         GrammarSpec::Json => json(json!({"type": "object"}), true)?,
-        GrammarSpec::JsonSchema { schema, strict } => json(closed(schema, schema), *strict)?,
+        GrammarSpec::JsonSchema { schema, strict } => json(with_definitions(schema, room)?, *strict)?,
         GrammarSpec::Regex(regex) => {
             GrammarWithLexer::from_lark(format!("start: /{}/", regex_to_lark(unanchored(regex), "")))
         }
@@ -190,6 +198,16 @@ fn single(spec: &GrammarSpec, layout: JsonLayout) -> Result<GrammarWithLexer, Gr
             return Err(GrammarError::Invalid("a part of a grammar has parts itself".into()));
         }
     })
+}
+
+/// A schema with what it refers to, whose text is taken from `room`.
+fn with_definitions(schema: &Value, room: &mut usize) -> Result<Value, GrammarError> {
+    let schema = closed(schema, schema, *room);
+    let left = room.checked_sub(schema.to_string().len());
+    *room = left.ok_or_else(|| {
+        GrammarError::TooLarge(format!("over {MAX_CLOSED_BYTES} bytes with what its schemas refer to"))
+    })?;
+    Ok(schema)
 }
 
 /// A text as a literal in Lark, whose strings are JSON's.

@@ -318,6 +318,24 @@ fn a_schema_without_an_end_of_ways_is_not_gone_through() {
     }
 }
 
+/// References to one definition, each spelled otherwise, stand for one definition.
+#[test]
+fn a_definition_whose_name_is_spelled_in_many_ways_is_held_as_one() {
+    let spelled = |number: usize| -> String {
+        (0..8).map(|place| if number >> place & 1 == 1 { "%6A" } else { "j" }).collect()
+    };
+    let reference = |number: usize| json!({"$ref": format!("#/$defs/{}", spelled(number))});
+    let list = json!({"type": "array", "items": {"anyOf": (0..256).map(reference).collect::<Vec<_>>()}});
+    let mut schema = one(reference(0));
+    schema["$defs"] = json!({"jjjjjjjj": list});
+    let (text, tools) = (text(false), [json_tool("f", schema, true)]);
+    for family in TAGGED {
+        let said = call(family, &[("a", "[[], [[]]]")]);
+        let input = input(text, &tools, &ToolChoice::Required, family, &said);
+        assert_eq!(input, Some(json!({"a": [[], [[]]]})));
+    }
+}
+
 #[test]
 fn a_grammar_that_is_too_large_is_refused_before_all_of_it_is_written() {
     let long = json!({"type": "array", "items": {"enum": ["x".repeat(600_000)]}});

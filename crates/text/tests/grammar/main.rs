@@ -343,6 +343,22 @@ fn a_grammar_that_refers_to_itself_harms_nobody() {
 }
 
 #[test]
+fn a_schema_whose_references_hold_one_another_is_refused_before_all_of_it_is_written() {
+    let mut within = json!({"description": "x".repeat(100_000)});
+    let mut path = String::from("#");
+    let mut all = Vec::new();
+    for _ in 0..100 {
+        within = json!({"items": within});
+        path.push_str("/items");
+        all.push(json!({"$ref": path}));
+    }
+    within["anyOf"] = all.into();
+    let spec = GrammarSpec::JsonSchema { schema: within, strict: false };
+    let error = text(true).compile_grammar(&spec, Duration::from_secs(60)).unwrap_err();
+    assert!(matches!(&error, GrammarError::TooLarge(reason) if reason.contains("refer to")), "{error}");
+}
+
+#[test]
 fn bombs_are_refused_in_time() {
     let text = text(true);
     let nested = |depth: usize| {

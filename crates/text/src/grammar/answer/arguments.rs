@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::writer::Writer;
 use crate::grammar::GrammarSpec;
+use crate::grammar::compile::MAX_BYTES;
 use crate::schema::{self, Object};
 use crate::{Tool, ToolInput};
 
@@ -28,7 +29,10 @@ pub(super) fn objects<'t>(writer: &Writer<'_>, tool: &'t Tool) -> Option<(Held<'
 impl Held<'_> {
     /// A value as JSON that its schema allows.
     pub(super) fn json(self, writer: &mut Writer<'_>, value: &Value) -> String {
-        let schema = schema::closed(value, self.root);
+        if writer.is_full() {
+            return String::new();
+        }
+        let schema = schema::closed(value, self.root, MAX_BYTES);
         writer.part(GrammarSpec::JsonSchema { schema, strict: self.strict })
     }
 }
