@@ -12,8 +12,9 @@ pub(crate) struct ChatMessage {
     role: String,
     content: Option<Content>,
     name: Option<String>,
-    #[serde(alias = "reasoning")]
+    /// The reasoning's two names; some clients send both.
     reasoning_content: Option<String>,
+    reasoning: Option<String>,
     tool_calls: Option<Vec<Call>>,
     tool_call_id: Option<String>,
 }
@@ -94,10 +95,11 @@ fn neutral(index: usize, message: ChatMessage) -> Result<Message, ApiError> {
         }
     };
     let calls = message.tool_calls.unwrap_or_default().into_iter().enumerate();
+    let mut reasoning = [message.reasoning_content, message.reasoning].into_iter().flatten();
     Ok(Message {
         role,
         text,
-        reasoning: message.reasoning_content.filter(|reasoning| !reasoning.is_empty()),
+        reasoning: reasoning.find(|reasoning| !reasoning.is_empty()),
         calls: calls
             .map(|(call_index, call)| tool_call(index, call_index, call))
             .collect::<Result<_, _>>()?,
@@ -190,6 +192,25 @@ mod tests {
         assert_eq!(inputs, ["{\"x\":  1}", "{\"x\":1}", "x", "{}"]);
         assert!(message.calls[2].custom && message.text.is_empty());
         assert_eq!(message.reasoning.as_deref(), Some("hm"));
+    }
+
+    #[test]
+    fn reasoning_is_read_under_either_name_and_under_both() {
+        let said = |fields: Value| {
+            let mut message = json!({"role": "assistant", "content": "x"});
+            message.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            check(json!([message])).unwrap().remove(0).reasoning
+        };
+        for (fields, expected) in [
+            (json!({"reasoning": "hm"}), Some("hm")),
+            (json!({"reasoning_content": "hm"}), Some("hm")),
+            (json!({"reasoning": null, "reasoning_content": "hm"}), Some("hm")),
+            (json!({"reasoning": "hm", "reasoning_content": ""}), Some("hm")),
+            (json!({"reasoning": "hm", "reasoning_content": "hm"}), Some("hm")),
+            (json!({"reasoning": "", "reasoning_content": null}), None),
+        ] {
+            assert_eq!(said(fields.clone()).as_deref(), expected, "{fields}");
+        }
     }
 
     #[test]
