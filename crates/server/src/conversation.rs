@@ -1,6 +1,7 @@
 //! A conversation and what is wanted of its next turn, in no dialect's terms.
 
 use std::collections::hash_map::RandomState;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::ops::Deref;
 use std::sync::{Arc, LazyLock, OnceLock};
@@ -59,6 +60,12 @@ impl Message {
     /// A message of text alone.
     pub fn new(role: Role, text: impl Into<String>) -> Self {
         Self { role, text: text.into(), reasoning: None, calls: Vec::new(), call_id: None, name: None }
+    }
+
+    /// Bytes of what it says.
+    pub(crate) fn bytes(&self) -> usize {
+        let calls: usize = self.calls.iter().map(|call| call.name.len() + call.input.len()).sum();
+        self.text.len() + self.reasoning.as_ref().map_or(0, String::len) + calls
     }
 
     /// A hash with a key of this process, the same however a client spells the message back. Reasoning does
@@ -142,6 +149,40 @@ pub struct ToolCall {
     pub custom: bool,
 }
 
+/// Where calls stand, by their ids: of those with one id the first that the last message with any has.
+#[derive(Debug, Default)]
+pub(crate) struct CallPlaces {
+    places: HashMap<String, CallPlace>,
+}
+
+/// Where a call stands: the message's place, and the call's in it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CallPlace {
+    pub message: usize,
+    pub call: usize,
+}
+
+impl CallPlaces {
+    /// Notes a message's call, after all that stand before it.
+    pub fn note(&mut self, id: &str, place: CallPlace) {
+        let known = self.places.entry(id.to_owned()).or_insert(place);
+        if known.message != place.message {
+            *known = place;
+        }
+    }
+
+    /// Notes the calls of a message, after all that stand before it.
+    pub fn note_all(&mut self, message: usize, calls: &[ToolCall]) {
+        for (call, ToolCall { id, .. }) in calls.iter().enumerate() {
+            self.note(id, CallPlace { message, call });
+        }
+    }
+
+    pub fn find(&self, id: &str) -> Option<CallPlace> {
+        self.places.get(id).copied()
+    }
+}
+
 /// A call's input in one spelling: clients parse JSON and write it anew.
 fn canonical(input: &str) -> String {
     match serde_json::from_str::<Value>(input) {
@@ -163,7 +204,7 @@ pub struct Turn {
     /// Whether it may, must or must not call them.
     pub tool_choice: ToolChoice,
     /// Of `tools`, those it may call in this turn; `None`: all.
-    pub allowed_tools: Option<Vec<String>>,
+    pub allowed_tools: Option<HashSet<String>>,
     /// Tools as calls are held to them, in place of the allowed ones; for forced calls.
     pub(crate) held_tools: Option<Vec<Tool>>,
     /// Whether it may make several calls.

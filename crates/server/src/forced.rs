@@ -4,6 +4,8 @@
 //! answer of a conversation without tool results is held to the call, and every later answer to a
 //! few words of plain text; everything else is as in service.
 
+use std::collections::HashSet;
+
 use rudder_text::{Tool, ToolChoice, ToolInput};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -41,7 +43,7 @@ pub(crate) fn force(turn: &mut Turn, calls: &[ForcedCall]) {
             turn.held_tools = Some(vec![tool]);
         }
         _ => {
-            turn.allowed_tools = Some(Vec::new());
+            turn.allowed_tools = Some(HashSet::new());
             if turn.tool_choice != ToolChoice::None {
                 turn.tool_choice = ToolChoice::Auto;
             }

@@ -22,6 +22,8 @@ const HEAD_BYTES: usize = 64;
 const COPIES: usize = 3;
 /// What a message takes besides, roughly.
 const OVERHEAD: usize = 512;
+/// Most that is copied of messages that are gone on with, for each byte of a body.
+const MAX_COPIED: usize = 8;
 
 /// See the module.
 pub(crate) struct MessageCache {
@@ -51,6 +53,8 @@ struct Entry {
     through: u64,
     /// It left so many messages as they were: all, or all but the last.
     kept: usize,
+    /// Bytes of the last one, if it went on with that.
+    joined: usize,
     /// These came after them.
     added: Vec<KnownMessage>,
 }
@@ -87,15 +91,17 @@ impl MessageCache {
     }
 
     /// Reads the messages of a body that is a JSON object with a list of that name. `add` puts one to those
-    /// before it, of which it may change the last. `None` if the body is anything else, or `add` refuses one.
+    /// before it, of which it may change the last. `None` if the body is anything else, or `add` refuses one, or
+    /// much would be copied since message after message goes on with the last.
     pub fn read<M: DeserializeOwned>(
         &self,
         dialect: Dialect,
         body: &[u8],
-        add: impl Fn(&mut Vec<KnownMessage>, M) -> Option<()>,
+        mut add: impl FnMut(&mut Vec<KnownMessage>, M) -> Option<()>,
     ) -> Option<ReadBody> {
         let list = list_at(body, "messages")?;
         let (mut messages, mut before, mut at) = (Vec::new(), dialect as u64, skip_space(body, list + 1));
+        let mut copied = 0;
         loop {
             let entry = match self.find(before, &body[at..]) {
                 Some(entry) => {
@@ -103,7 +109,14 @@ impl MessageCache {
                     messages.extend_from_slice(&entry.added);
                     entry
                 }
-                None => self.add(before, &body[at..], &mut messages, &add)?,
+                None => {
+                    let entry = self.add(before, &body[at..], &mut messages, &mut add)?;
+                    copied += entry.joined;
+                    if copied > MAX_COPIED * body.len() {
+                        return None;
+                    }
+                    entry
+                }
             };
             before = entry.through;
             at = skip_space(body, at + entry.json.len());
@@ -132,7 +145,7 @@ impl MessageCache {
         before: u64,
         json: &[u8],
         messages: &mut Vec<KnownMessage>,
-        add: impl Fn(&mut Vec<KnownMessage>, M) -> Option<()>,
+        add: impl FnOnce(&mut Vec<KnownMessage>, M) -> Option<()>,
     ) -> Option<Arc<Entry>> {
         if json.first() != Some(&b'{') {
             return None;
@@ -142,11 +155,15 @@ impl MessageCache {
         let json = &json[..values.byte_offset()];
         let (last, count) = (messages.last().cloned(), messages.len());
         add(messages, message)?;
-        let stays = last.is_some_and(|last| messages.get(count - 1).is_some_and(|now| now.is(&last)));
-        let kept = if stays { count } else { count.saturating_sub(1) };
-        let added = messages[kept..].to_vec();
-        let entry =
-            Arc::new(Entry { json: json.into(), through: self.hasher.hash_one((before, json)), kept, added });
+        let gone = last.filter(|last| messages.get(count - 1).is_none_or(|now| !now.is(last)));
+        let kept = if gone.is_some() { count - 1 } else { count };
+        let entry = Arc::new(Entry {
+            json: json.into(),
+            through: self.hasher.hash_one((before, json)),
+            kept,
+            joined: gone.map_or(0, |last| last.bytes()),
+            added: messages[kept..].to_vec(),
+        });
         if let Some(head) = json.get(..HEAD_BYTES) {
             let place = Place { before, head: self.hasher.hash_one(head) };
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -171,7 +188,7 @@ impl Kept {
 
 impl Entry {
     fn bytes(&self) -> usize {
-        COPIES * self.json.len() + OVERHEAD
+        COPIES * (self.json.len() + self.joined) + OVERHEAD
     }
 }
 
@@ -320,6 +337,19 @@ mod tests {
             assert_eq!(fixture.read(&body(&[&first, &other])).unwrap().0, [first.clone(), other.clone()]);
         }
         assert_eq!(fixture.read(&body(&[&first, &more, &other])).unwrap().2, 0);
+    }
+
+    #[test]
+    fn a_body_whose_messages_go_on_with_one_another_over_and_over_is_left_to_the_parser() {
+        let fixture = Fixture::new(1 << 20);
+        let more = "+".repeat(100);
+        let some = vec![more.as_str(); 10];
+        assert_eq!(fixture.read(&body(&some)).unwrap().0, [more.repeat(10)]);
+        assert!(fixture.read(&body(&[more.as_str(); 100])).is_none());
+        let kept = fixture.cache.kept.lock().unwrap();
+        let texts =
+            kept.messages.iter().flat_map(|(_, entry)| &entry.added).map(|message| message.text.len());
+        assert!(texts.sum::<usize>() <= kept.bytes, "what was joined is counted");
     }
 
     #[test]

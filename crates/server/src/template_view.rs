@@ -65,8 +65,9 @@ impl View {
             return;
         }
         let mut fit: Vec<KnownMessage> = Vec::with_capacity(messages.len());
+        let mut begins = true;
         for mut message in messages.drain(..) {
-            let begins = fit.iter().all(|before| before.role == Role::System);
+            begins &= fit.last().is_none_or(|before| before.role == Role::System);
             if one_system && message.role == Role::System && !begins {
                 message.to_mut().role = Role::User;
             }

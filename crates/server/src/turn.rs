@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rudder_engine::ReasoningBudget;
 use rudder_text::{
-    AnswerRules, CompiledGrammar, GrammarSpec, OutputFormat, Text, TextError, Tool, ToolChoice,
+    AnswerRules, CompiledGrammar, GrammarSpec, OutputFormat, Text, TextError, Tool, ToolChoice, ToolInput,
 };
 
 use crate::answer::Reading;
@@ -13,6 +13,7 @@ use crate::conversation::{AnswerFormat, KnownMessage, Turn};
 use crate::generate::{Completion, Running};
 use crate::openai::ApiError;
 use crate::prompt::{ChatPrompt, EncodedPrompt, off_thread_if_large};
+use crate::responses::types::weight;
 use crate::verbatim::Prefix;
 use crate::{Server, forced};
 
@@ -37,10 +38,16 @@ impl Server {
             ));
         }
         let turn = Arc::new(turn);
-        let prompt = self.encode_turn(turn.clone()).await?;
+        let (server, asked) = (self.clone(), turn.clone());
+        let (prompt, grammar) = off_thread_if_large(turn.bytes(), move || {
+            let prompt = server.encode_prompt(&asked)?;
+            let grammar = asked.grammar(server.generator.text(), server.format, &prompt.tail);
+            Ok((prompt, grammar))
+        })
+        .await?;
         self.generator.prepared("render", prompt.rendering);
         self.generator.prepared("tokenize", prompt.tokenizing);
-        let grammar = self.compile_grammar(&turn, &prompt.tail).await?;
+        let grammar = self.compile_grammar(&turn, grammar).await?;
         let prediction = self.encode_prediction(turn.clone()).await?;
         let reasoning = self.reasoning_budget(&turn, &prompt.tail)?;
         let completion = Completion { grammar, reasoning, prediction, ..self.completion(&turn, prompt) };
@@ -55,15 +62,8 @@ impl Server {
     /// What is wrong with the conversation.
     pub async fn count_tokens(self: &Arc<Self>, mut turn: Turn) -> Result<usize, ApiError> {
         self.view.fit(&mut turn.messages);
-        Ok(self.encode_turn(Arc::new(turn)).await?.tokens.len())
-    }
-
-    async fn encode_turn(self: &Arc<Self>, turn: Arc<Turn>) -> Result<EncodedPrompt, ApiError> {
-        let calls =
-            |message: &KnownMessage| -> usize { message.calls.iter().map(|call| call.input.len()).sum() };
-        let bytes = turn.messages.iter().map(|message| 1 + message.text.len() + calls(message)).sum();
-        let server = self.clone();
-        off_thread_if_large(bytes, move || Ok(server.encode_prompt(&turn)?)).await
+        let (server, bytes) = (self.clone(), turn.bytes());
+        off_thread_if_large(bytes, move || Ok(server.encode_prompt(&turn)?.tokens.len())).await
     }
 
     /// The predicted answer in tokens. What would not fit the context is of no use.
@@ -92,9 +92,8 @@ impl Server {
     async fn compile_grammar(
         self: &Arc<Self>,
         turn: &Turn,
-        prompt_tail: &str,
+        spec: Option<GrammarSpec>,
     ) -> Result<Option<Arc<CompiledGrammar>>, ApiError> {
-        let spec = turn.grammar(self.generator.text(), self.format, prompt_tail);
         let Some(spec) = spec else { return Ok(None) };
         let param = if turn.answer == AnswerFormat::Text { "tools" } else { "response_format" };
         let server = self.clone();
@@ -150,6 +149,13 @@ impl Server {
 }
 
 impl Turn {
+    /// About the bytes of what its prompt is made of.
+    fn bytes(&self) -> usize {
+        let messages: usize = self.messages.iter().map(|message| 1 + message.bytes()).sum();
+        let tools: usize = self.tools.iter().map(tool_bytes).sum();
+        messages + tools + self.template_args.values().map(weight).sum::<usize>()
+    }
+
     /// What the answer is held to: calls as chosen, text of the wanted format.
     fn grammar(&self, text: &Text, format: OutputFormat, prompt: &str) -> Option<GrammarSpec> {
         let answer = match self.answer.clone() {
@@ -180,5 +186,48 @@ impl Turn {
             (_, None) => true,
         };
         self.tools.iter().filter(allowed)
+    }
+}
+
+/// About the bytes of a tool's definition.
+fn tool_bytes(tool: &Tool) -> usize {
+    let input = match &tool.input {
+        ToolInput::Json { schema, .. } => weight(schema),
+        ToolInput::Lark(grammar) | ToolInput::Regex(grammar) => grammar.len(),
+        ToolInput::Text => 0,
+    };
+    1 + tool.name.len() + tool.description.len() + input
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::conversation::{Message, Role, ToolCall};
+
+    #[test]
+    fn all_that_a_prompt_is_made_of_is_counted() {
+        let long = "x".repeat(10_000);
+        let tool = |description: &str, input: ToolInput| Turn {
+            tools: vec![Tool { name: "f".into(), description: description.into(), input }],
+            ..Turn::new([Message::new(Role::User, "hi")])
+        };
+        let schema = json!({"properties": {"a": {"description": long}}});
+        let call = ToolCall { id: "c".into(), name: "f".into(), input: long.clone(), custom: true };
+        let said = Message::new(Role::Assistant, "");
+        let mut with_variables = Turn::new([Message::new(Role::User, "hi")]);
+        with_variables.template_args.insert("rules".into(), json!([long]));
+        for turn in [
+            Turn::new([Message::new(Role::User, long.as_str())]),
+            Turn::new([Message { reasoning: Some(long.clone()), ..said.clone() }]),
+            Turn::new([Message { calls: vec![call], ..said }]),
+            tool(&long, ToolInput::Text),
+            tool("", ToolInput::Lark(long.clone())),
+            tool("", ToolInput::Json { schema, strict: false }),
+            with_variables,
+        ] {
+            assert!((10_000..11_000).contains(&turn.bytes()), "{}: {turn:?}", turn.bytes());
+        }
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use super::tools::{self, ToolChange};
 use super::types::{Block, Content, InputMessage, MessagesFields, OutputFormatField, nested};
 use crate::Server;
-use crate::conversation::{AnswerFormat, KnownMessage, Message, Role, ToolCall, Turn};
+use crate::conversation::{AnswerFormat, CallPlace, CallPlaces, KnownMessage, Message, Role, ToolCall, Turn};
 use crate::message_cache::{Dialect, ReadBody};
 use crate::openai::ApiError;
 use crate::openai::params::{self, CommonFields, Stop};
@@ -67,11 +67,11 @@ pub(super) fn turn(
 /// Reads a body's messages, but for its system prompt, where none of them has a fault or changes the tools or
 /// would go on with the system prompt.
 pub(super) fn known(server: &Server, body: &[u8]) -> Option<ReadBody> {
+    let mut conversation = Conversation::new(&server.responses.seal);
     server.messages.read(Dialect::Messages, body, |messages, message: InputMessage| {
-        let mut conversation = Conversation::new(&server.responses.seal);
-        conversation.messages = std::mem::take(messages);
+        std::mem::swap(&mut conversation.messages, messages);
         conversation.message(0, message).ok()?;
-        *messages = conversation.messages;
+        std::mem::swap(&mut conversation.messages, messages);
         let goes_on = messages.first().is_some_and(|first| first.role == Role::System);
         (conversation.changes.is_empty() && !goes_on).then_some(())
     })
@@ -120,11 +120,14 @@ struct Conversation<'a> {
     seal: &'a Seal,
     messages: Vec<KnownMessage>,
     changes: Vec<ToolChange>,
+    /// The calls of the first `noted` messages.
+    calls: CallPlaces,
+    noted: usize,
 }
 
 impl<'a> Conversation<'a> {
     fn new(seal: &'a Seal) -> Self {
-        Self { seal, messages: Vec::new(), changes: Vec::new() }
+        Self { seal, messages: Vec::new(), changes: Vec::new(), calls: CallPlaces::default(), noted: 0 }
     }
 
     fn finish(self) -> Result<(Vec<KnownMessage>, Vec<ToolChange>), ApiError> {
@@ -224,9 +227,17 @@ impl<'a> Conversation<'a> {
         {
             text.insert_str(0, "Error: ");
         }
-        let mut calls = self.messages.iter().rev().flat_map(|message| &message.calls);
-        let name = calls.find(|call| call.id == id).map(|call| call.name.clone());
-        Ok(Message { call_id: Some(id.to_owned()), name, ..Message::new(Role::Tool, text) })
+        Ok(Message { call_id: Some(id.to_owned()), name: self.called(id), ..Message::new(Role::Tool, text) })
+    }
+
+    /// The tool that a call before a result was made of. A message with a result behind it is never gone on with.
+    fn called(&mut self, id: &str) -> Option<String> {
+        for (index, message) in self.messages.iter().enumerate().skip(self.noted) {
+            self.calls.note_all(index, &message.calls);
+        }
+        self.noted = self.messages.len();
+        let CallPlace { message, call } = self.calls.find(id)?;
+        Some(self.messages.get(message)?.calls.get(call)?.name.clone())
     }
 
     /// What the model said. Blocks of tools that Anthropic's servers ran are passed over.
@@ -271,8 +282,11 @@ impl<'a> Conversation<'a> {
         match self.messages.last_mut() {
             _ if text.is_empty() => {}
             Some(last) if last.role == role => {
-                let last = last.to_mut();
-                last.text = joined(vec![std::mem::take(&mut last.text), text]);
+                let last = &mut last.to_mut().text;
+                if !last.is_empty() {
+                    last.push_str("\n\n");
+                }
+                last.push_str(&text);
             }
             _ => self.messages.push(Message::new(role, text).into()),
         }
@@ -416,6 +430,18 @@ mod tests {
             Message::new(Role::User, "and?"),
         ];
         assert_eq!(messages[2..], expected);
+    }
+
+    #[test]
+    fn of_calls_with_one_id_a_result_answers_the_first_of_the_last_message_with_any() {
+        let call = |name: &str| json!({"type": "tool_use", "id": "1", "name": name, "input": {}});
+        let said = |names: [&str; 2]| json!({"role": "assistant", "content": names.map(call)});
+        let result = user(json!([{"type": "tool_result", "tool_use_id": "1", "content": "x"}]));
+        let messages =
+            read(json!([user(json!("go")), said(["f", "g"]), result, said(["h", "i"]), result, result]));
+        let messages = messages.unwrap();
+        let results = messages.iter().filter(|message| message.role == Role::Tool);
+        assert!(results.map(|result| result.name.as_deref()).eq([Some("f"), Some("h"), Some("h")]));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A tool may be held back until it is asked for (`defer_loading`): then it is offered from the first
 //! `tool_reference` to it on. Tools that Anthropic's servers would run are passed over.
 
-use std::collections::BTreeSet;
+use std::collections::{HashMap, HashSet};
 
 use rudder_text::{Tool, ToolChoice, ToolInput};
 use serde_json::{Map, Value};
@@ -46,11 +46,11 @@ pub(super) fn offered(
 ) -> Result<Vec<Tool>, ApiError> {
     // Whoever relies on a search that the server runs cannot load tools, so all are there at once.
     let search_is_ours = definitions.iter().any(|tool| kind(tool).starts_with("tool_search_tool_"));
-    let mut waiting = BTreeSet::new();
-    let mut tools: Vec<Tool> = Vec::new();
+    let mut waiting = HashSet::new();
+    let mut tools = Tools::default();
     for (index, definition) in definitions.iter().enumerate() {
         let Some(tool) = tool(definition, &format!("tools[{index}]"))? else { continue };
-        if tools.iter().any(|other| other.name == tool.name) {
+        if tools.places.contains_key(&tool.name) {
             let message = format!("tools: `{}` is defined twice; names must be unique.", tool.name);
             return Err(ApiError::param(format!("tools[{index}].name"), message));
         }
@@ -67,7 +67,6 @@ pub(super) fn offered(
             ToolChange::Add(definition) => {
                 if let Some(tool) = tool(&definition, "tool_addition")? {
                     waiting.remove(&tool.name);
-                    tools.retain(|other| other.name != tool.name);
                     tools.push(tool);
                 }
             }
@@ -76,8 +75,24 @@ pub(super) fn offered(
             }
         }
     }
-    tools.retain(|tool| !waiting.contains(&tool.name));
-    Ok(tools)
+    Ok(tools.list.into_iter().flatten().filter(|tool| !waiting.contains(&tool.name)).collect())
+}
+
+/// Tools in the order in which they came.
+#[derive(Default)]
+struct Tools {
+    /// Without those that a later one of the same name replaced.
+    list: Vec<Option<Tool>>,
+    places: HashMap<String, usize>,
+}
+
+impl Tools {
+    fn push(&mut self, tool: Tool) {
+        if let Some(replaced) = self.places.insert(tool.name.clone(), self.list.len()) {
+            self.list[replaced] = None;
+        }
+        self.list.push(Some(tool));
+    }
 }
 
 fn kind(definition: &Map<String, Value>) -> &str {

@@ -1,5 +1,7 @@
 //! Chat's `tools` and `tool_choice`.
 
+use std::collections::HashSet;
+
 use rudder_text::{Tool, ToolChoice, ToolInput};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -60,27 +62,21 @@ impl CustomGrammar {
 /// Checks the tools and puts them in no dialect's terms.
 pub(crate) fn tools(tools: Vec<ChatTool>) -> Result<Vec<Tool>, ApiError> {
     let mut known: Vec<Tool> = Vec::with_capacity(tools.len());
+    let mut names = HashSet::with_capacity(tools.len());
     for (index, tool) in tools.into_iter().enumerate() {
-        if let Some(tool) = neutral(index, tool)? {
-            check_name(&format!("tools[{index}]"), &tool.name, &known)?;
-            known.push(tool);
+        let Some(tool) = neutral(index, tool)? else { continue };
+        let refuse = |message| Err(ApiError::param(format!("tools[{index}]"), message));
+        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '/');
+        if !(1..=MAX_NAME).contains(&tool.name.len()) || !tool.name.chars().all(fits) {
+            let rule = format!("A tool's name must be 1 to {MAX_NAME} of the characters A-Z a-z 0-9 _ - . : /");
+            return refuse(rule);
         }
+        if !names.insert(tool.name.clone()) {
+            return refuse(format!("Two tools are named `{}`.", tool.name));
+        }
+        known.push(tool);
     }
     Ok(known)
-}
-
-/// A name that a model can write and that no other tool has.
-pub(crate) fn check_name(param: &str, name: &str, known: &[Tool]) -> Result<(), ApiError> {
-    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '/');
-    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(fits) {
-        let message =
-            format!("A tool's name must be 1 to {MAX_NAME} of the characters A-Z a-z 0-9 _ - . : /");
-        return Err(ApiError::param(param, message));
-    }
-    if known.iter().any(|tool| tool.name == name) {
-        return Err(ApiError::param(param, format!("Two tools are named `{name}`.")));
-    }
-    Ok(())
 }
 
 fn neutral(index: usize, tool: ChatTool) -> Result<Option<Tool>, ApiError> {
@@ -131,7 +127,7 @@ pub(crate) fn function_input(
 pub(crate) fn tool_choice(
     choice: Option<Value>,
     tools: &[Tool],
-) -> Result<(ToolChoice, Option<Vec<String>>), ApiError> {
+) -> Result<(ToolChoice, Option<HashSet<String>>), ApiError> {
     let wrong = |message: String| ApiError::param("tool_choice", message);
     let (choice, allowed) = match choice {
         None | Some(Value::Null) => (ToolChoice::Auto, None),
@@ -145,12 +141,14 @@ pub(crate) fn tool_choice(
         },
         Some(_) => return Err(wrong("tool_choice is a string or an object.".into())),
     };
-    let known = |name: &String| tools.iter().any(|tool| tool.name == *name);
-    let named = match &choice {
-        ToolChoice::Named(name) => std::slice::from_ref(name),
-        _ => allowed.as_deref().unwrap_or_default(),
+    let mut unknown: HashSet<&str> = match &choice {
+        ToolChoice::Named(name) => HashSet::from([name.as_str()]),
+        _ => allowed.iter().flatten().map(String::as_str).collect(),
     };
-    if let Some(name) = named.iter().find(|name| !known(name)) {
+    for tool in tools {
+        unknown.remove(tool.name.as_str());
+    }
+    if let Some(name) = unknown.iter().next() {
         return Err(wrong(format!("tool_choice names `{name}`, which is none of the tools.")));
     }
     if choice == ToolChoice::Required && tools.is_empty() {
@@ -180,7 +178,7 @@ fn named(choice: &Value) -> Result<String, ApiError> {
         .ok_or_else(|| ApiError::param("tool_choice", "tool_choice needs the tool's `name`."))
 }
 
-fn allowed_tools(choice: &Value) -> Result<(ToolChoice, Option<Vec<String>>), ApiError> {
+fn allowed_tools(choice: &Value) -> Result<(ToolChoice, Option<HashSet<String>>), ApiError> {
     let allowed = if choice["allowed_tools"].is_object() { &choice["allowed_tools"] } else { choice };
     let mode = mode_choice(allowed["mode"].as_str().unwrap_or("auto"))?;
     let tools = allowed["tools"].as_array();
@@ -235,7 +233,7 @@ mod tests {
         assert_eq!(choose(json!({"type": "function", "name": "g"})).unwrap().0, named);
         let set = json!({"mode": "required", "tools": [{"type": "function", "function": {"name": "f"}}]});
         let (choice, allowed) = choose(json!({"type": "allowed_tools", "allowed_tools": set})).unwrap();
-        assert_eq!((choice, allowed.unwrap()), (ToolChoice::Required, vec!["f".to_owned()]));
+        assert_eq!((choice, allowed.unwrap()), (ToolChoice::Required, HashSet::from(["f".to_owned()])));
         for wrong in [json!("sometimes"), json!(7), json!({}), json!({"type": "function", "name": "h"})] {
             assert_eq!(choose(wrong).unwrap_err().param.as_deref(), Some("tool_choice"));
         }

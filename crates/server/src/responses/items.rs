@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::seal::Seal;
 use super::tools::CallNames;
 use crate::admission::random_id;
-use crate::conversation::{KnownMessage, Message, Role, ToolCall};
+use crate::conversation::{CallPlace, CallPlaces, KnownMessage, Message, Role, ToolCall};
 use crate::openai::ApiError;
 use crate::openai::messages::arguments_or_none;
 
@@ -83,7 +83,7 @@ impl Reading<'_> {
     pub fn messages(&self, items: &[&Value]) -> Result<Vec<KnownMessage>, ApiError> {
         let mut conversation = Conversation::default();
         self.go_on(&mut conversation, 0, items.iter().copied())?;
-        Ok(conversation.messages)
+        Ok(conversation.into_messages())
     }
 
     /// Adds what further items say, of which this is the first one's number.
@@ -93,11 +93,20 @@ impl Reading<'_> {
         first: usize,
         items: impl IntoIterator<Item = &'v Value>,
     ) -> Result<(), ApiError> {
+        let mut calls = conversation.call_places();
         let mut items = items.into_iter().enumerate();
-        items.try_for_each(|(index, item)| self.item(item, &path(first + index, self.own), conversation))
+        items.try_for_each(|(index, item)| {
+            self.item(item, &path(first + index, self.own), conversation, &mut calls)
+        })
     }
 
-    fn item(&self, item: &Value, path: &str, conversation: &mut Conversation) -> Result<(), ApiError> {
+    fn item(
+        &self,
+        item: &Value,
+        path: &str,
+        conversation: &mut Conversation,
+        calls: &mut CallPlaces,
+    ) -> Result<(), ApiError> {
         let text = |key: &str| item.get(key).and_then(Value::as_str);
         let need = |key: &str| {
             text(key).ok_or_else(|| {
@@ -124,7 +133,7 @@ impl Reading<'_> {
                 let call = ToolCall { id: need("call_id")?.into(), name, input, custom };
                 // One that was cut short was never made.
                 if text("status") != Some("incomplete") {
-                    conversation.call(call);
+                    conversation.call(call, calls);
                 }
                 Ok(())
             }
@@ -132,13 +141,14 @@ impl Reading<'_> {
                 let id = text("call_id").or(text("id")).unwrap_or_default().to_owned();
                 let name = kind.trim_end_matches("_call").to_owned();
                 let input = item.get("action").or(item.get("operation")).cloned().unwrap_or_default();
-                conversation.call(ToolCall { id, name, input: input.to_string(), custom: false });
+                let call = ToolCall { id, name, input: input.to_string(), custom: false };
+                conversation.call(call, calls);
                 Ok(())
             }
             "function_call_output" | "custom_tool_call_output" => {
                 let output = item.get("output").unwrap_or(&Value::Null);
                 let output = content(output, &format!("{path}.output"))?;
-                conversation.result(need("call_id")?, output, path)
+                conversation.result(need("call_id")?, output, path, calls)
             }
             "local_shell_call_output" | "shell_call_output" | "apply_patch_call_output" => {
                 let id = text("call_id").or(text("id")).unwrap_or_default();
@@ -147,7 +157,7 @@ impl Reading<'_> {
                     Some(output) => output.to_string(),
                     None => text("status").unwrap_or_default().to_owned(),
                 };
-                conversation.result(id, output, path)
+                conversation.result(id, output, path, calls)
             }
             "compaction" | "compaction_summary" => {
                 self.summary(need("encrypted_content")?, path, conversation)
@@ -169,8 +179,7 @@ impl Reading<'_> {
         let Some(summary) = self.seal.open(sealed) else {
             return Err(ApiError::param(path, format!("{path} was not compacted by this server.")));
         };
-        conversation.messages.push(Message::new(Role::User, summary).into());
-        conversation.joint = Joint::Closed;
+        conversation.push(Message::new(Role::User, summary));
         conversation.compacted = true;
         Ok(())
     }
@@ -187,13 +196,20 @@ impl Reading<'_> {
     }
 }
 
-/// The messages so far. Cheap to clone.
+/// What was said so far. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Conversation {
-    pub messages: Vec<KnownMessage>,
+    said: Vec<Said>,
     joint: Joint,
     /// Calls may have been folded into a summary, so that their results stand alone.
     compacted: bool,
+}
+
+/// A message, and behind it the results of its calls.
+#[derive(Debug, Clone)]
+struct Said {
+    message: KnownMessage,
+    results: Vec<KnownMessage>,
 }
 
 /// How the next item of the assistant's joins the last message.
@@ -209,13 +225,33 @@ enum Joint {
 }
 
 impl Conversation {
+    /// The messages, with each result behind its call.
+    pub fn into_messages(self) -> Vec<KnownMessage> {
+        self.said.into_iter().flat_map(|said| std::iter::once(said.message).chain(said.results)).collect()
+    }
+
+    /// Where its calls stand.
+    fn call_places(&self) -> CallPlaces {
+        let mut places = CallPlaces::default();
+        for (index, said) in self.said.iter().enumerate() {
+            places.note_all(index, &said.message.calls);
+        }
+        places
+    }
+
+    /// Adds a message that nothing joins.
+    fn push(&mut self, message: Message) {
+        self.said.push(Said { message: message.into(), results: Vec::new() });
+        self.joint = Joint::Closed;
+    }
+
     /// The assistant's message that goes on, or a new one.
     fn assistant(&mut self) -> &mut Message {
         if self.joint == Joint::Closed {
-            self.messages.push(Message::new(Role::Assistant, "").into());
+            self.push(Message::new(Role::Assistant, ""));
         }
-        let last = self.messages.len() - 1;
-        self.messages[last].to_mut()
+        let last = self.said.len() - 1;
+        self.said[last].message.to_mut()
     }
 
     fn say(&mut self, text: &str) {
@@ -228,33 +264,38 @@ impl Conversation {
         self.joint = Joint::AfterText;
     }
 
-    fn call(&mut self, call: ToolCall) {
-        self.assistant().calls.push(call);
+    fn call(&mut self, call: ToolCall, places: &mut CallPlaces) {
+        let id = call.id.clone();
+        let calls = &mut self.assistant().calls;
+        calls.push(call);
+        let call = calls.len() - 1;
+        places.note(&id, CallPlace { message: self.said.len() - 1, call });
         self.joint = Joint::Open;
     }
 
     /// Puts a tool's result behind the call, and behind the results that are there already.
-    fn result(&mut self, call_id: &str, output: String, path: &str) -> Result<(), ApiError> {
-        let call = self.messages.iter().enumerate().rev().find_map(|(index, message)| {
-            let call = message.calls.iter().find(|call| call.id == call_id)?;
-            Some((index, call.name.clone()))
-        });
-        let (at, name) = match call {
-            Some((index, name)) => {
-                let results = self.messages[index + 1..].iter();
-                (index + 1 + results.take_while(|message| message.role == Role::Tool).count(), Some(name))
+    fn result(
+        &mut self,
+        call_id: &str,
+        output: String,
+        path: &str,
+        calls: &CallPlaces,
+    ) -> Result<(), ApiError> {
+        let (at, name) = match (calls.find(call_id), self.said.len()) {
+            (Some(CallPlace { message, call }), _) => {
+                (message, Some(self.said[message].message.calls[call].name.clone()))
             }
-            None if self.compacted => (self.messages.len(), None),
-            None => {
+            (None, count @ 1..) if self.compacted => (count - 1, None),
+            _ => {
                 let message = format!("No tool call found for the output with call_id `{call_id}`.");
                 return Err(ApiError::param(format!("{path}.call_id"), message));
             }
         };
-        if at == self.messages.len() {
+        if at + 1 == self.said.len() {
             self.joint = Joint::Closed;
         }
         let result = Message { call_id: Some(call_id.to_owned()), name, ..Message::new(Role::Tool, output) };
-        self.messages.insert(at, result.into());
+        self.said[at].results.push(result.into());
         Ok(())
     }
 }
@@ -275,8 +316,7 @@ fn message(item: &Value, path: &str, conversation: &mut Conversation) -> Result<
     if role == Role::Assistant {
         conversation.say(&text);
     } else {
-        conversation.messages.push(Message::new(role, text).into());
-        conversation.joint = Joint::Closed;
+        conversation.push(Message::new(role, text));
     }
     Ok(())
 }
@@ -381,6 +421,19 @@ mod tests {
         use Role::{Assistant, Tool, User};
         assert_eq!(roles, [Assistant, Tool, Tool, User, Assistant, Tool]);
         assert_eq!(messages[1..3], [tool("b"), tool("a")]);
+    }
+
+    #[test]
+    fn of_calls_with_one_id_a_result_answers_the_first_of_the_last_message_with_any() {
+        let named =
+            |name: &str| json!({"type": "function_call", "call_id": "a", "name": name, "arguments": "{}"});
+        let messages = read(json!([
+            named("f"), named("g"), output("a"), {"role": "user", "content": "wait"}, named("h"), named("i"), output("a"),
+            output("a"),
+        ]))
+        .unwrap();
+        let results = messages.iter().filter(|message| message.role == Role::Tool);
+        assert!(results.map(|result| result.name.as_deref()).eq([Some("f"), Some("h"), Some("h")]));
     }
 
     #[test]

@@ -397,7 +397,7 @@ impl Settings {
             None => items::Conversation::default(),
         };
         reading.go_on(&mut conversation, own, items[own..].iter().copied())?;
-        let mut messages = conversation.messages;
+        let mut messages = conversation.into_messages();
         if let Some(instructions) = &self.echo.instructions {
             messages.insert(0, items::instructions(instructions).into());
         }

@@ -1,6 +1,6 @@
 //! Tools as the Responses API names them, and the names that the model knows them by.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use rudder_text::{Tool, ToolChoice, ToolInput};
 use serde::Deserialize;
@@ -25,11 +25,21 @@ pub(crate) struct Toolbox {
     pub hosted: bool,
 }
 
-/// Names and namespaces of tools by the name that the model calls them by.
+/// Names and namespaces of tools, and the names that the model calls them by.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct CallNames {
-    outward: HashMap<String, (String, Option<String>)>,
+    /// By the model's names.
+    outward: HashMap<String, Outward>,
+    /// The model's names.
+    inward: HashMap<Outward, String>,
+    /// Of the first tool with a name, in whatever namespace.
+    first: HashMap<String, String>,
+    /// How many tools have had to do with another name than this, which one has already.
+    renamed: HashMap<String, usize>,
 }
+
+/// A tool's name and namespace as the client knows them.
+type Outward = (String, Option<String>);
 
 impl CallNames {
     /// Name and namespace, as the client knows the tool.
@@ -42,16 +52,41 @@ impl CallNames {
 
     /// The name that the model knows a tool by.
     pub fn inward(&self, name: &str, namespace: Option<&str>) -> String {
-        let same = |(known, within): &(String, Option<String>)| {
-            known == name && (namespace.is_none() || within.as_deref() == namespace)
+        let found = match namespace {
+            Some(_) => self.inward.get(&(name.to_owned(), namespace.map(str::to_owned))),
+            None if self.outward.get(name).is_some_and(|(known, _)| known == name) => None,
+            None => self.first.get(name),
         };
-        let plain = self.outward.get(name).is_some_and(same);
-        let found = (!plain).then(|| self.outward.iter().find(|(_, outward)| same(outward))).flatten();
         match (found, namespace) {
-            (Some((inward, _)), _) => inward.clone(),
-            (None, Some(namespace)) if !plain => flat(namespace, name),
-            (None, _) => name.to_owned(),
+            (Some(inward), _) => inward.clone(),
+            (None, Some(namespace)) => flat(namespace, name),
+            (None, None) => name.to_owned(),
         }
+    }
+
+    /// The name that the model is to know a new tool by; `None` if the tool is known.
+    fn add(&mut self, outward: Outward) -> Option<String> {
+        if self.inward.contains_key(&outward) {
+            return None;
+        }
+        let (name, namespace) = &outward;
+        let mut inward = namespace.as_deref().map_or_else(|| name.clone(), |within| flat(within, name));
+        // Two namespaces may flatten to one name.
+        if self.outward.contains_key(&inward) {
+            let number = self.renamed.entry(inward.clone()).or_insert(1);
+            let flattened = inward;
+            loop {
+                *number += 1;
+                inward = format!("{flattened}_{number}");
+                if !self.outward.contains_key(&inward) {
+                    break;
+                }
+            }
+        }
+        self.first.entry(name.clone()).or_insert_with(|| inward.clone());
+        self.inward.insert(outward.clone(), inward.clone());
+        self.outward.insert(inward.clone(), outward);
+        Some(inward)
     }
 }
 
@@ -119,28 +154,19 @@ impl Toolbox {
     ) -> Result<(), ApiError> {
         let name = definition.checked_name(path)?.to_owned();
         let within = namespace.and_then(|namespace| namespace.name.clone());
-        let mut inward = within.as_deref().map_or_else(|| name.clone(), |within| flat(within, &name));
-        let outward = (name, within);
-        // Two namespaces may flatten to one name.
-        while self.names.outward.get(&inward).is_some_and(|known| known.1 != outward.1) {
-            inward.push('_');
-        }
         // A list given again, as by `additional_tools` in every turn, changes nothing.
-        if self.names.outward.contains_key(&inward) {
-            return Ok(());
-        }
+        let Some(inward) = self.names.add((name, within)) else { return Ok(()) };
         let about = namespace.and_then(|namespace| namespace.description.as_deref());
         let own = definition.description.as_deref();
         let description = [about, own].into_iter().flatten().filter(|text| !text.is_empty());
         let description = description.collect::<Vec<_>>().join("\n");
         let input = definition.input(path)?;
-        self.names.outward.insert(inward.clone(), outward);
         self.offered.push(Tool { name: inward, description, input });
         Ok(())
     }
 
     /// What `tool_choice` allows, and which tools, if not all.
-    pub fn choose(&self, choice: Option<&Value>) -> Result<(ToolChoice, Option<Vec<String>>), ApiError> {
+    pub fn choose(&self, choice: Option<&Value>) -> Result<(ToolChoice, Option<HashSet<String>>), ApiError> {
         let word = |word: &str| match word {
             "auto" => Ok(ToolChoice::Auto),
             "none" => Ok(ToolChoice::None),
@@ -165,7 +191,7 @@ impl Toolbox {
         match (text("type"), text("name")) {
             (Some("function" | "custom"), Some(name)) => {
                 let inward = self.names.inward(name, text("namespace"));
-                match self.offered.iter().any(|tool| tool.name == inward) {
+                match self.names.outward.contains_key(&inward) {
                     true => Ok((ToolChoice::Named(inward), None)),
                     false => Err(ApiError::param(
                         "tool_choice",
@@ -179,8 +205,8 @@ impl Toolbox {
                     let name = tool.get("name")?.as_str()?;
                     Some(self.names.inward(name, tool.get("namespace").and_then(Value::as_str)))
                 });
-                let allowed: Vec<String> =
-                    allowed.filter(|name| self.offered.iter().any(|tool| tool.name == *name)).collect();
+                let allowed: HashSet<String> =
+                    allowed.filter(|name| self.names.outward.contains_key(name)).collect();
                 let mode = match text("mode").unwrap_or("auto") {
                     "required" if allowed.is_empty() => "auto",
                     mode => mode,
@@ -248,15 +274,31 @@ mod tests {
             {"type": "namespace", "name": "crm_v2", "tools": [{"type": "function", "name": "list"}]},
         ]));
         let names: Vec<&str> = toolbox.offered.iter().map(|tool| tool.name.as_str()).collect();
-        assert_eq!(names, ["list", "crm_v2__list", "crm_v2__query", "crm_v2__list_"]);
+        assert_eq!(names, ["list", "crm_v2__list", "crm_v2__query", "crm_v2__list_2"]);
         assert_eq!(toolbox.offered[1].description, "Customers\nAll");
         assert_eq!(toolbox.names.outward("crm_v2__list"), ("list", Some("crm.v2")));
         assert_eq!(toolbox.names.outward("list"), ("list", None));
         assert_eq!(toolbox.names.inward("list", None), "list");
         assert_eq!(toolbox.names.inward("list", Some("crm.v2")), "crm_v2__list");
-        assert_eq!(toolbox.names.inward("list", Some("crm_v2")), "crm_v2__list_");
+        assert_eq!(toolbox.names.inward("list", Some("crm_v2")), "crm_v2__list_2");
         assert_eq!(toolbox.names.inward("query", None), "crm_v2__query");
         assert_eq!(toolbox.names.inward("gone", Some("crm")), "crm__gone");
+    }
+
+    #[test]
+    fn names_that_flatten_to_one_are_told_apart_and_what_is_given_again_changes_nothing() {
+        let tools = ["a.b", "a:b", "a/b", "a.b"].map(|name| json!({"type": "function", "name": name}));
+        let mut toolbox = Toolbox::default();
+        for _ in 0..2 {
+            toolbox.add(&[json!({"type": "namespace", "name": "n", "tools": tools})], "tools").unwrap();
+        }
+        let names: Vec<&str> = toolbox.offered.iter().map(|tool| tool.name.as_str()).collect();
+        assert_eq!(names, ["n__a_b", "n__a_b_2", "n__a_b_3"]);
+        for (name, inward) in ["a.b", "a:b", "a/b"].into_iter().zip(names) {
+            assert_eq!(toolbox.names.outward(inward), (name, Some("n")));
+            assert_eq!(toolbox.names.inward(name, Some("n")), inward);
+            assert_eq!(toolbox.names.inward(name, None), inward);
+        }
     }
 
     #[test]
@@ -314,7 +356,7 @@ mod tests {
         );
         assert_eq!(choose(json!({"type": "custom", "name": "g"})).unwrap().0, ToolChoice::Named("g".into()));
         let allowed = json!({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]});
-        assert_eq!(choose(allowed).unwrap(), (ToolChoice::Required, Some(vec!["f".into()])));
+        assert_eq!(choose(allowed).unwrap(), (ToolChoice::Required, Some(HashSet::from(["f".into()]))));
         for bad in
             [json!({"type": "function", "name": "h"}), json!("maybe"), json!(3), json!({"type": "function"})]
         {
