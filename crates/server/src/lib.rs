@@ -36,6 +36,7 @@ mod text_places;
 mod tier_metrics;
 mod timing;
 mod tokenize;
+mod tool_names;
 mod turn;
 mod urgency;
 mod verbatim;

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::types::{Block, ToolChoiceField};
 use crate::openai::ApiError;
+use crate::tool_names::{is_tool_name, name_rule};
 
 /// What a conversation says about tools after they were defined.
 #[derive(Debug)]
@@ -106,10 +107,8 @@ fn tool(definition: &Map<String, Value>, at: &str) -> Result<Option<Tool>, ApiEr
         return Ok(None);
     }
     let name = definition.get("name").and_then(Value::as_str).unwrap_or_default();
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    if name.is_empty() || name.len() > 128 || !name.chars().all(plain) {
-        let message = "A tool needs a `name` of 1 to 128 letters, digits, `_`, `-` or `.`.";
-        return Err(ApiError::param(format!("{at}.name"), message));
+    if !is_tool_name(name) {
+        return Err(ApiError::param(format!("{at}.name"), name_rule()));
     }
     let Some(schema @ Value::Object(_)) = schema else {
         let message = format!("The tool `{name}` needs an `input_schema`, a JSON schema of an object.");

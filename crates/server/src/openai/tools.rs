@@ -7,9 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::ApiError;
-
-/// Longest name of a tool.
-const MAX_NAME: usize = 128;
+use crate::tool_names::{is_tool_name, name_rule};
 
 /// A tool as Chat's clients write it. Of kinds that a server would have to run itself, none is
 /// offered to the model.
@@ -66,10 +64,8 @@ pub(crate) fn tools(tools: Vec<ChatTool>) -> Result<Vec<Tool>, ApiError> {
     for (index, tool) in tools.into_iter().enumerate() {
         let Some(tool) = neutral(index, tool)? else { continue };
         let refuse = |message| Err(ApiError::param(format!("tools[{index}]"), message));
-        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '/');
-        if !(1..=MAX_NAME).contains(&tool.name.len()) || !tool.name.chars().all(fits) {
-            let rule = format!("A tool's name must be 1 to {MAX_NAME} of the characters A-Z a-z 0-9 _ - . : /");
-            return refuse(rule);
+        if !is_tool_name(&tool.name) {
+            return refuse(name_rule());
         }
         if !names.insert(tool.name.clone()) {
             return refuse(format!("Two tools are named `{}`.", tool.name));

@@ -8,9 +8,8 @@ use serde_json::Value;
 
 use crate::openai::ApiError;
 use crate::openai::tools::{CustomGrammar, function_input};
+use crate::tool_names::{MAX_NAME, is_tool_name, name_rule};
 
-/// Longest tool name.
-const MAX_NAME: usize = 128;
 /// The namespace that stands for none.
 const PLAIN: &str = "functions";
 
@@ -133,7 +132,7 @@ impl Toolbox {
         match (definition.r#type.as_str(), namespace) {
             ("function" | "custom", _) => self.offer(definition, namespace, path),
             ("namespace", None) => {
-                definition.checked_name(path)?;
+                definition.check_namespace(path)?;
                 for (index, inner) in definition.tools.iter().flatten().enumerate() {
                     self.add_one(inner, Some(&definition), &format!("{path}.tools[{index}]"))?;
                 }
@@ -152,7 +151,7 @@ impl Toolbox {
         namespace: Option<&Definition>,
         path: &str,
     ) -> Result<(), ApiError> {
-        let name = definition.checked_name(path)?.to_owned();
+        let name = definition.tool_name(path)?.to_owned();
         let within = namespace.and_then(|namespace| namespace.name.clone());
         // A list given again, as by `additional_tools` in every turn, changes nothing.
         let Some(inward) = self.names.add((name, within)) else { return Ok(()) };
@@ -224,13 +223,23 @@ impl Toolbox {
 }
 
 impl Definition {
-    fn checked_name(&self, path: &str) -> Result<&str, ApiError> {
+    fn tool_name(&self, path: &str) -> Result<&str, ApiError> {
         let name = self.name.as_deref().unwrap_or_default();
-        if name.is_empty() || name.len() > MAX_NAME {
-            let message = format!("{path}.name must have from 1 to {MAX_NAME} bytes.");
-            return Err(ApiError::param(format!("{path}.name"), message));
+        match is_tool_name(name) {
+            true => Ok(name),
+            false => Err(ApiError::param(format!("{path}.name"), name_rule())),
         }
-        Ok(name)
+    }
+
+    /// The model sees of a namespace's name what its tools' names can hold.
+    fn check_namespace(&self, path: &str) -> Result<(), ApiError> {
+        match self.name.as_ref().map_or(0, String::len) {
+            1..=MAX_NAME => Ok(()),
+            _ => {
+                let message = format!("{path}.name must have from 1 to {MAX_NAME} bytes.");
+                Err(ApiError::param(format!("{path}.name"), message))
+            }
+        }
     }
 
     fn input(self, path: &str) -> Result<ToolInput, ApiError> {
@@ -334,6 +343,7 @@ mod tests {
         for (tool, param) in [
             (json!({"name": "x"}), "tools[0]"),
             (json!({"type": "function"}), "tools[0].name"),
+            (json!({"type": "custom", "name": "a\"b"}), "tools[0].name"),
             (json!({"type": "function", "name": "x", "parameters": 3}), "tools[0].parameters"),
             (json!({"type": "custom", "name": "x", "format": {"type": "grammar"}}), "tools[0].format"),
             (

@@ -230,6 +230,30 @@ async fn an_engines_fault_is_a_500_or_an_error_event_and_passes() {
     fixture.idle().await;
 }
 
+#[tokio::test]
+async fn a_tool_whose_calls_could_not_be_read_back_is_refused_in_every_dialect() {
+    let fixture = start();
+    let ask = |tool: Value| json!({"messages": [{"role": "user", "content": "x"}], "input": "x", "max_tokens": 1, "tools": [tool]});
+    for (name, good) in
+        [("a\"b", false), ("a b", false), ("", false), (&*"a".repeat(129), false), ("mcp__a:b/c.d-e", true)]
+    {
+        let function = json!({"type": "function", "function": {"name": name}});
+        let custom = json!({"type": "custom", "custom": {"name": name}});
+        let schema = json!({"name": name, "input_schema": {"type": "object"}});
+        for (path, tool) in [
+            (CHAT, function),
+            (CHAT, custom),
+            ("/v1/responses", json!({"type": "function", "name": name})),
+            ("/v1/responses", json!({"type": "custom", "name": name})),
+            ("/v1/messages", schema),
+        ] {
+            let answer = fixture.post(path, &ask(tool.clone())).await;
+            assert_eq!(answer.status, if good { 200 } else { 400 }, "{path} {tool}: {}", answer.text());
+            assert!(good || answer.text().contains("A tool's name must be"), "{}", answer.text());
+        }
+    }
+}
+
 /// JSON of no particular sense, but often with fields that mean something.
 fn any_json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
