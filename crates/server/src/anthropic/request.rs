@@ -25,7 +25,6 @@ pub(super) fn turn(
     known: Option<Vec<KnownMessage>>,
     arrived: Instant,
 ) -> Result<Turn, ApiError> {
-    let text = server.generator.text();
     let mut conversation = Conversation::new(&server.responses.seal);
     if let Some(system) = fields.system {
         conversation.system(system)?;
@@ -57,7 +56,7 @@ pub(super) fn turn(
         sampling: common.sampling(vocab)?,
         max_tokens: params::count("max_tokens", common.max_tokens, 1)?,
         stop: stop.map_err(|error| error.at("stop_sequences"))?,
-        stop_tokens: common.all_stop_tokens(text.stop_tokens(), vocab)?,
+        stop_tokens: common.stop_tokens(vocab)?,
         ignore_eos: common.ignore_eos.unwrap_or(false),
         arrived,
         ..Turn::new(messages)

@@ -105,7 +105,7 @@ fn turn(
     turn.max_tokens = limit.or(params::count("max_tokens", common.max_tokens, 1)?);
     turn.reasoning_budget = params::count("thinking_token_budget", chat.thinking_token_budget, 0)?;
     turn.stop = common.stops(&server.config)?;
-    turn.stop_tokens = common.all_stop_tokens(&[], vocab)?;
+    turn.stop_tokens = common.stop_tokens(vocab)?;
     turn.ignore_eos = common.ignore_eos.unwrap_or(false);
     turn.token_ids = chat.return_token_ids.unwrap_or(false);
     turn.prediction = chat.prediction.map(Prediction::text).transpose()?.unwrap_or_default();

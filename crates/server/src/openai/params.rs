@@ -135,10 +135,14 @@ impl CommonFields {
         Ok(stops.into())
     }
 
+    /// The client's stop tokens.
+    pub fn stop_tokens(&self, vocab: usize) -> Result<Vec<u32>, ApiError> {
+        token_ids("stop_token_ids", self.stop_token_ids.as_deref().unwrap_or_default(), vocab)
+    }
+
     /// The client's stop tokens and, unless told to ignore them, the model's own.
     pub fn all_stop_tokens(&self, own: &[u32], vocab: usize) -> Result<Vec<u32>, ApiError> {
-        let mut tokens =
-            token_ids("stop_token_ids", self.stop_token_ids.as_deref().unwrap_or_default(), vocab)?;
+        let mut tokens = self.stop_tokens(vocab)?;
         if !self.ignore_eos.unwrap_or(false) {
             tokens.extend_from_slice(own);
         }
@@ -233,7 +237,7 @@ mod tests {
         let checked = body::parse::<CommonFields>(text.as_bytes()).and_then(|fields| {
             fields.sampling(100)?;
             fields.stops(&config)?;
-            fields.all_stop_tokens(&[], 100)?;
+            fields.stop_tokens(100)?;
             fields.choices(&config)
         });
         let error = checked.expect_err(text);

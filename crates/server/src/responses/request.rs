@@ -175,7 +175,6 @@ impl ResponseFields {
         let Some(asked) = common.model.as_deref() else {
             return Err(ApiError::param("model", "model is missing; name the model that is to answer."));
         };
-        let text = server.generator.text();
         let vocab = server.generator.engine().vocab_size();
         let mut sampling = common.sampling(vocab)?;
         let top = params::integer("top_logprobs", self.top_logprobs, 0..=20)?;
@@ -224,7 +223,7 @@ impl ResponseFields {
             answer: self.answer()?,
             template_args: self.template_args(),
             stop: common.stops(&server.config)?,
-            stop_tokens: common.all_stop_tokens(text.stop_tokens(), vocab)?,
+            stop_tokens: common.stop_tokens(vocab)?,
             ignore_eos: common.ignore_eos.unwrap_or(false),
             truncate: echo.truncation == "auto",
             logprobs,
