@@ -8,7 +8,7 @@ use rudder_text::{OutputEvent, OutputFormat, OutputParser, Tool};
 use crate::admission::random_id;
 use crate::conversation::{Message, Piece, Role, ToolCall};
 use crate::text_places::TextPlaces;
-use crate::verbatim::{Prefix, Verbatim};
+use crate::verbatim::{Answer, Prefix, Verbatim};
 
 /// How the answers of one turn are read.
 pub(crate) struct Reading {
@@ -17,6 +17,8 @@ pub(crate) struct Reading {
     pub tools: Arc<[Tool]>,
     /// The end of the rendered prompt, in which reasoning may have been opened.
     pub prompt_tail: String,
+    /// What the template wrote at the prompt's end before the answer, if that is known.
+    pub opening: Option<Arc<str>>,
     /// End the answer with its first call.
     pub single_call: bool,
     /// Where answers are kept, and the conversation that they follow.
@@ -25,10 +27,11 @@ pub(crate) struct Reading {
 }
 
 impl Reading {
-    /// Keeps an answer's tokens for the turns to come.
+    /// Keeps an answer's tokens for the turns to come, with what opened it: without that it could not stand there again.
     pub fn remember(&self, answer: &Message, tokens: Vec<u32>) {
-        if !tokens.is_empty() {
-            self.memory.keep(self.memory.after(self.conversation, answer.digest()), tokens.into());
+        if let (Some(opening), false) = (&self.opening, tokens.is_empty()) {
+            let conversation = self.memory.after(self.conversation, answer.digest());
+            self.memory.keep(conversation, Answer { tokens: tokens.into(), opening: opening.clone() });
         }
     }
 }
@@ -199,6 +202,7 @@ mod tests {
             format: OutputFormat { tools: Some(ToolFormat::Hermes), reasoning: None },
             tools: Arc::from([Tool { name: "weather".into(), description: String::new(), input }]),
             prompt_tail: String::new(),
+            opening: None,
             single_call,
             memory: Arc::new(Verbatim::new()),
             conversation: Prefix::default(),

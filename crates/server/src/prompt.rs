@@ -16,7 +16,7 @@ use crate::conversation::{KnownMessage, Role};
 use crate::openai::ApiError;
 use crate::prompt_cache::{KnownPrompt, Literal, PromptCache, ShownMessage};
 use crate::template_view::View;
-use crate::verbatim::{Prefix, Verbatim};
+use crate::verbatim::{Answer, Prefix, Verbatim};
 
 /// Texts longer than this are tokenized off the async threads.
 const INLINE_BYTES: usize = 8 * 1024;
@@ -88,6 +88,8 @@ pub(crate) struct EncodedPrompt {
     pub tokens: Arc<[u32]>,
     /// The end of the rendered text: what the assistant's answer continues.
     pub tail: String,
+    /// What the template wrote there before the answer; `None` if that cannot be told from what came before it.
+    pub opening: Option<Arc<str>>,
     /// How long it took to render the template, and to tokenize what it gave.
     pub rendering: Duration,
     pub tokenizing: Duration,
@@ -108,12 +110,14 @@ impl ChatPrompt<'_> {
     ) -> Result<EncodedPrompt, TextError> {
         let conversations = self.conversations(memory);
         let answers = self.remembered(&conversations, memory);
+        let opening = memory.opening(self.extra, || self.opening(text).unwrap_or_default());
         // A template may show one call of a message.
         let encode = |answers: &[_], known: &mut _| match self.view.one_by_one(self.messages, answers) {
-            None => self.encode_with(answers, text, markup, known),
+            None => self.encode_with(answers, &opening, text, markup, known),
             Some(parted) => {
                 let (messages, answers): (Vec<_>, Vec<_>) = parted.into_iter().unzip();
-                ChatPrompt { messages: &messages, ..*self }.encode_with(&answers, text, markup, known)
+                let parted = ChatPrompt { messages: &messages, ..*self };
+                parted.encode_with(&answers, &opening, text, markup, known)
             }
         };
         prompts.with(&conversations, |known| {
@@ -140,17 +144,19 @@ impl ChatPrompt<'_> {
         conversations.collect()
     }
 
-    /// For each message, the tokens that it was generated as.
-    fn remembered(&self, conversations: &[Prefix], memory: &Verbatim) -> Vec<Option<Arc<[u32]>>> {
+    /// For each message, the answer that it was generated as.
+    fn remembered(&self, conversations: &[Prefix], memory: &Verbatim) -> Vec<Option<Answer>> {
         let said = |message: &KnownMessage| message.role == Role::Assistant;
         let answers = self.messages.iter().zip(conversations);
         answers.map(|(message, &prefix)| said(message).then(|| memory.find(prefix)).flatten()).collect()
     }
 
-    /// `None` if the template does not place an answer where a generated one stands.
+    /// `opening` is what opens the answer to come. `None` if the template does not place an answer where a generated
+    /// one stands.
     fn encode_with(
         &self,
-        answers: &[Option<Arc<[u32]>>],
+        answers: &[Option<Answer>],
+        opening: &Arc<str>,
         text: &Text,
         markup: &Markup,
         known: &mut KnownPrompt,
@@ -169,20 +175,19 @@ impl ChatPrompt<'_> {
         let messages = self.messages.iter().enumerate().map(|(index, message)| {
             numbers.push(literals.hidden.len());
             match answer(index) {
-                Some(tokens) => literals.verbatim(tokens.clone()),
+                Some(answer) => literals.verbatim(answer.clone()),
                 None => literals.shown(message, self.view, markup),
             }
         });
         let messages: Vec<_> = messages.collect();
         let mut rest = self.render(&messages, tools.as_ref(), text, known, answer)?;
         if answers.iter().any(Option::is_some) {
-            let opening = self.opening(text)?;
             let from = numbers.get(rest.messages).map_or(0, |&number| number);
-            let mut opened = literals.open_answers(&mut rest, &opening, from);
+            let mut opened = literals.open_answers(&mut rest, from);
             if !opened && rest.messages > 0 {
                 // What opened the first answer may stand in what is known.
                 rest = text.render_from(0, &messages, tools.as_ref(), self.extra)?.into();
-                opened = literals.open_answers(&mut rest, &opening, 0);
+                opened = literals.open_answers(&mut rest, 0);
             }
             if !opened {
                 return Ok(None);
@@ -201,6 +206,7 @@ impl ChatPrompt<'_> {
         Ok(Some(EncodedPrompt {
             tokens: Arc::from(&known.tokens[..]),
             tail: known.text[tail..].to_owned(),
+            opening: Some(opening.clone()).filter(|it| !it.is_empty() && known.text.ends_with(&**it)),
             rendering,
             tokenizing: begun.elapsed() - rendering,
         }))
@@ -213,7 +219,7 @@ impl ChatPrompt<'_> {
         tools: Option<&TemplateValue>,
         text: &Text,
         known: &KnownPrompt,
-        answer: impl Fn(usize) -> Option<&'m Arc<[u32]>>,
+        answer: impl Fn(usize) -> Option<&'m Answer>,
     ) -> Result<Rest, TextError> {
         let shown = self.messages.iter().enumerate().map(|(index, message)| (message, answer(index)));
         let count = known.known_messages(self.tools, self.extra, shown);
@@ -229,7 +235,7 @@ impl ChatPrompt<'_> {
         Ok(Rest { messages: count, known, text: rendered.text, starts: rendered.starts })
     }
 
-    /// What the template writes before an answer that is to be generated.
+    /// What the template writes before an answer that is to be generated, with these variables.
     fn opening(&self, text: &Text) -> Result<String, TextError> {
         let messages = json!([{"role": "user", "content": "x"}]);
         let open = text.render_chat(&messages, None, true, self.extra)?;
@@ -278,8 +284,8 @@ impl Literals {
     }
 
     /// An answer as it was generated: the template sees a placeholder where the text would be.
-    fn verbatim(&mut self, tokens: Arc<[u32]>) -> TemplateValue {
-        let content = self.placeholder(Literal::Answer(tokens));
+    fn verbatim(&mut self, answer: Answer) -> TemplateValue {
+        let content = self.placeholder(Literal::Answer(answer));
         TemplateValue::from(&json!({"role": "assistant", "content": content}))
     }
 
@@ -331,35 +337,33 @@ impl Literals {
         Some(out)
     }
 
-    /// Puts before every answer exactly what stood before it when it was generated: a template may
-    /// open the answer to come otherwise than past ones (with a mark for reasoning, say). False if
-    /// an answer is not found where `opening` begins a message; those with numbers below `from` are not looked for.
-    fn open_answers(&self, rest: &mut Rest, opening: &str, from: usize) -> bool {
-        // A message begins with the first line of its opening, whatever follows.
-        let begin = &opening[..opening.find('\n').map_or(opening.len(), |at| at + 1)];
+    /// Puts before every answer exactly what stood before it when it was generated: a template may open the answer
+    /// to come otherwise than past ones (with a mark for reasoning, say), and otherwise in each turn. False if an
+    /// answer is not found where its opening begins a message; those with numbers below `from` are not looked for.
+    fn open_answers(&self, rest: &mut Rest, from: usize) -> bool {
         let rendered = &rest.text;
-        let mut openings: Vec<Range<usize>> = Vec::new();
+        let mut openings: Vec<(Range<usize>, &str)> = Vec::new();
         for (at, _) in rendered.match_indices(OPEN) {
             let Some((number, _)) = rendered[at + OPEN.len_utf8()..].split_once(CLOSE) else { continue };
             let literal = number.parse::<usize>().ok().and_then(|number| self.hidden.get(number));
-            if !matches!(literal, Some(Literal::Answer(_))) {
-                continue;
-            }
-            let done = openings.last().map_or(0, |last| last.end);
+            let Some(Literal::Answer(Answer { opening, .. })) = literal else { continue };
+            // A message begins with the first line of its opening, whatever follows.
+            let begin = &opening[..opening.find('\n').map_or(opening.len(), |at| at + 1)];
+            let done = openings.last().map_or(0, |(last, _)| last.end);
             let Some(found) = rendered[done..at].rfind(begin) else { return false };
             let between = &rendered[done + found + begin.len()..at];
             if !between.replace("<think>", "").replace("</think>", "").trim().is_empty() {
                 return false;
             }
-            openings.push(done + found..at);
+            openings.push((done + found..at, &**opening));
         }
         let wanted =
             self.hidden[from..].iter().filter(|literal| matches!(literal, Literal::Answer(_))).count();
-        if openings.len() != wanted || begin.is_empty() {
+        if openings.len() != wanted {
             return false;
         }
-        if openings.iter().any(|place| rendered[place.clone()] != *opening) {
-            rest.replace(&openings, opening);
+        if openings.iter().any(|(place, opening)| rendered[place.clone()] != **opening) {
+            rest.replace(&openings);
         }
         true
     }
@@ -447,7 +451,7 @@ impl Literals {
                         tokens.extend(encode(&plain)?);
                         plain.clear();
                     }
-                    tokens.extend_from_slice(answer);
+                    tokens.extend_from_slice(&answer.tokens);
                     plain.push_str(rest);
                 }
                 // The template took the placeholder apart: what is left of it is text.
@@ -469,12 +473,12 @@ impl From<Rendered> for Rest {
 }
 
 impl Rest {
-    /// Puts `other` into all these places of the text, which do not overlap.
-    fn replace(&mut self, places: &[Range<usize>], other: &str) {
+    /// Puts other text into all these places of the text, which do not overlap.
+    fn replace(&mut self, places: &[(Range<usize>, &str)]) {
         let (mut text, mut done) = (String::with_capacity(self.text.len()), 0);
         let mut starts = self.starts.iter_mut().peekable();
         let mut known = true;
-        for place in places {
+        for (place, other) in places {
             while let Some(start) = starts.next_if(|start| **start <= place.start) {
                 *start = text.len() + (*start).saturating_sub(done);
             }
@@ -531,6 +535,10 @@ mod tests {
 
     const ANSWER: u32 = u32::MAX;
 
+    fn answered(tokens: &[u32], opening: &str) -> Answer {
+        Answer { tokens: tokens.into(), opening: opening.into() }
+    }
+
     #[test]
     fn hiding_and_restoring_gives_the_text_back() {
         for text in ["<s>", "x<|a|>b<|a|>c<s><s>", "\u{fdd0}0\u{fdd1}", "\u{fdd0}<s>\u{fdd0}", "a<s>7"] {
@@ -558,12 +566,12 @@ mod tests {
     #[test]
     fn an_answer_follows_what_opened_it_when_it_was_generated() {
         let mut literals = Literals::default();
-        let answer = literals.placeholder(Literal::Answer(Arc::from([ANSWER])));
         let opening = "<s>assistant\n<think>\n";
+        let answer = literals.placeholder(Literal::Answer(answered(&[ANSWER], opening)));
         let open = |rendered: &str| {
             let starts = rendered.match_indices("<s>").map(|(at, _)| at).collect();
             let mut rest = Rest { messages: 0, known: 0, text: rendered.to_owned(), starts };
-            literals.open_answers(&mut rest, opening, 0).then_some(rest)
+            literals.open_answers(&mut rest, 0).then_some(rest)
         };
         for between in ["", "<think>\n\n</think>\n\n", "<think>\n"] {
             let rendered = format!("<s>user\nhi\n<s>assistant\n{between}{answer}\n<s>user\nso");
@@ -584,7 +592,8 @@ mod tests {
         let rest = || Rest { messages: 1, known: 7, text: "0123456789".into(), starts: vec![0, 2, 5, 9] };
         let replaced = |places: &[Range<usize>]| {
             let mut rest = rest();
-            rest.replace(places, "xxx");
+            let places: Vec<_> = places.iter().map(|place| (place.clone(), "xxx")).collect();
+            rest.replace(&places);
             (rest.text, rest.starts)
         };
         assert_eq!(replaced(&[2..4, 9..9]), ("01xxx45678xxx9".into(), vec![0, 2, 6, 10]));
@@ -654,7 +663,9 @@ mod tests {
                     if act < 3 && role == Role::Assistant {
                         let after = |prefix, message: &KnownMessage| memory.after(prefix, message.digest());
                         let conversation = self.messages.iter().fold(Prefix::default(), after);
-                        memory.keep(conversation, Arc::from([number as u32 % 256, 7, 200]));
+                        let opening =
+                            ["<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"][number % 2];
+                        memory.keep(conversation, answered(&[number as u32 % 256, 7, 200], opening));
                     }
                 }
                 6 => {
@@ -695,7 +706,7 @@ mod tests {
         encode(&asked);
         let answer: KnownMessage = Message::new(Role::Assistant, "e").into();
         let conversation = after(asked.iter().fold(Prefix::default(), after), &answer);
-        memory.keep(conversation, Arc::from([7, 200]));
+        memory.keep(conversation, answered(&[7, 200], "<|im_start|>assistant\n"));
         said.extend([(Role::Assistant, "e"), (Role::System, "f")]);
         let going_on = say(&said);
         let prompt = ChatPrompt { messages: &going_on, tools: &[], extra: &extra, view };

@@ -17,7 +17,7 @@ use rudder_text::{Tool, ToolInput};
 use serde_json::{Map, Value};
 
 use crate::conversation::KnownMessage;
-use crate::verbatim::Prefix;
+use crate::verbatim::{Answer, Prefix};
 
 /// Memory for prompts; one of 140,000 tokens takes about 1.2 MB, and as much again where nobody else keeps its
 /// messages any more.
@@ -37,7 +37,7 @@ pub(crate) enum Literal {
     /// Markup that a client wrote, which is text.
     Text(String),
     /// A whole answer, as it was generated.
-    Answer(Arc<[u32]>),
+    Answer(Answer),
 }
 
 /// A rendered prompt and its tokens.
@@ -63,8 +63,8 @@ pub(crate) struct KnownPrompt {
 #[derive(Debug, Clone)]
 pub(crate) struct ShownMessage {
     pub message: KnownMessage,
-    /// In whose stead stand the tokens that were generated.
-    pub answer: Option<Arc<[u32]>>,
+    /// In whose stead stands what was generated.
+    pub answer: Option<Answer>,
     /// Bytes of the prompt's text before it.
     pub start: usize,
 }
@@ -98,13 +98,9 @@ impl Setting {
 }
 
 impl ShownMessage {
-    fn shows(&self, message: &KnownMessage, answer: Option<&Arc<[u32]>>) -> bool {
-        let same_answer = match (&self.answer, answer) {
-            (Some(one), Some(other)) => Arc::ptr_eq(one, other) || one == other,
-            (one, other) => one.is_none() && other.is_none(),
-        };
+    fn shows(&self, message: &KnownMessage, answer: Option<&Answer>) -> bool {
         // Short ones are read anew in each request.
-        same_answer && (self.message.is(message) || *self.message == **message)
+        self.answer.as_ref() == answer && (self.message.is(message) || *self.message == **message)
     }
 }
 
@@ -124,7 +120,7 @@ impl KnownPrompt {
         &self,
         tools: &[Tool],
         extra: &Map<String, Value>,
-        messages: impl Iterator<Item = (&'m KnownMessage, Option<&'m Arc<[u32]>>)>,
+        messages: impl Iterator<Item = (&'m KnownMessage, Option<&'m Answer>)>,
     ) -> usize {
         if !self.setting.is(tools, extra) {
             return 0;
@@ -369,7 +365,7 @@ mod tests {
     #[test]
     fn placeholders_that_stand_for_something_else_part_two_prompts() {
         let text = |text: &str| Literal::Text(text.into());
-        let answer = |token| Literal::Answer(Arc::from([token]));
+        let answer = |token| Literal::Answer(Answer { tokens: [token].into(), opening: "".into() });
         let mut prompt = known("<a>#<b>####<c>", &[text("x"), answer(7), answer(8)]);
         assert_eq!(encode(&mut prompt, "<a>#<b>####<c>", &[text("x"), answer(7), answer(8)]), 7);
         assert_eq!(encode(&mut prompt, "<a>#<b>####<c>", &[text("x"), answer(9), answer(8)]), 7);

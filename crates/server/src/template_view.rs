@@ -3,7 +3,6 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use rudder_text::{
     CallArguments, OutputFormat, ReasoningFormat, TemplateLimits, Text, Tool, ToolFormat, ToolInput,
@@ -11,9 +10,10 @@ use rudder_text::{
 use serde_json::{Map, Value, json};
 
 use crate::conversation::{KnownMessage, Message, Role, ToolCall};
+use crate::verbatim::Answer;
 
-/// A message with the tokens that it was generated as, where it stands as those.
-type Said = (KnownMessage, Option<Arc<[u32]>>);
+/// A message with the answer that it was generated as, where it stands as that.
+type Said = (KnownMessage, Option<Answer>);
 
 /// How a model's template is shown a conversation. A process has one model, and so one of these.
 #[derive(Debug, Clone, Copy)]
@@ -86,7 +86,7 @@ impl View {
     /// Has a message for each call, with its results behind it, where the template shows one call of a message.
     /// `answers` are those that stand as they were generated, and stay whole; they are parted with the messages.
     /// `None` where nothing changes.
-    pub fn one_by_one(self, messages: &[KnownMessage], answers: &[Option<Arc<[u32]>>]) -> Option<Vec<Said>> {
+    pub fn one_by_one(self, messages: &[KnownMessage], answers: &[Option<Answer>]) -> Option<Vec<Said>> {
         let answer = |at: usize| answers.get(at).cloned().flatten();
         let has_several = |(at, message): (usize, &KnownMessage)| {
             let calls = message.calls.iter().filter(|call| self.custom_in_calls || !call.custom);
@@ -395,7 +395,8 @@ mod tests {
             said("", &[&a, &c]),
             result("c"),
         ];
-        let answers: Vec<Option<Arc<[u32]>>> = (0..9).map(|at| (at == 4).then(|| Arc::from([7]))).collect();
+        let answer = Answer { tokens: [7].into(), opening: "".into() };
+        let answers: Vec<Option<Answer>> = (0..9).map(|at| (at == 4).then(|| answer.clone())).collect();
         let limits = TemplateLimits { one_call: true, ..Default::default() };
         let parting = View { limits, ..view(None) };
         assert!(view(None).one_by_one(&messages, &answers).is_none());

@@ -118,7 +118,7 @@ impl Server {
     fn completion(&self, turn: &Turn, prompt: EncodedPrompt) -> Completion {
         let text = self.generator.text();
         let mut completion = Completion::new(text);
-        completion.reading = Some(Arc::new(self.reading(turn, prompt.tail)));
+        completion.reading = Some(Arc::new(self.reading(turn, prompt.tail, prompt.opening)));
         completion.prompts = vec![prompt.tokens];
         completion.n = turn.n;
         completion.sampling = turn.sampling.clone();
@@ -135,12 +135,13 @@ impl Server {
         completion
     }
 
-    fn reading(&self, turn: &Turn, prompt_tail: String) -> Reading {
+    fn reading(&self, turn: &Turn, prompt_tail: String, opening: Option<Arc<str>>) -> Reading {
         let after = |prefix, message: &KnownMessage| self.verbatim.after(prefix, message.digest());
         Reading {
             format: self.format,
             tools: turn.callable_tools().cloned().collect(),
             prompt_tail,
+            opening,
             single_call: !turn.parallel_tool_calls,
             memory: self.verbatim.clone(),
             conversation: turn.messages.iter().fold(Prefix::default(), after),

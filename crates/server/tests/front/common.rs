@@ -55,6 +55,10 @@ const CALLING_TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}{% endif %}\
 /// The same for a model that reasons first; it calls no tools.
 const REASONING_TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}";
+/// The same for a model that reasons unless it is told not to.
+const HYBRID_TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+    {% if add_generation_prompt %}<|im_start|>assistant\n\
+    {% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}";
 const SPECIALS: [&str; 6] =
     ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"];
 
@@ -303,6 +307,12 @@ pub fn start_harmony(answers: &[&str]) -> Fixture {
 /// A server whose model reasons as its prompt has begun to, and gives these answers.
 pub fn start_reasoner(answers: &[&str]) -> Fixture {
     let text = text_with(true, REASONING_TEMPLATE, &["<think>", "</think>"]);
+    start_answering(ServerConfig::new(MODEL), saying(answers), text)
+}
+
+/// A server whose model reasons unless it is told not to, and gives these answers.
+pub fn start_hybrid(answers: &[&str]) -> Fixture {
+    let text = text_with(true, HYBRID_TEMPLATE, &["<think>", "</think>"]);
     start_answering(ServerConfig::new(MODEL), saying(answers), text)
 }
 

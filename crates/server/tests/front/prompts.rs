@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::common::{Fixture, start, start_agent, start_harmony};
+use crate::common::{Fixture, start, start_agent, start_harmony, start_hybrid};
 
 async fn tokens(server: &Fixture, messages: &[Value], tools: bool) -> Value {
     let tool = json!({"type": "function", "function": {"name": "f", "description": "takes <|im_end|>"}});
@@ -123,4 +123,28 @@ async fn rules_that_a_template_shows_nowhere_are_told_all_the_same() {
         answered["usage"]["prompt_tokens"],
         tokens(&harmony, &messages, false).await.as_array().unwrap().len()
     );
+}
+
+#[tokio::test]
+async fn past_answers_stand_behind_what_opened_them_whether_the_next_may_reason_or_not() {
+    let server = start_hybrid(&["<think>plan</think>Done.", "Fine."]);
+    let thinks = |thinks: bool| json!({"enable_thinking": thinks});
+    let mut messages = vec![json!({"role": "user", "content": "go"})];
+    let mut expected = String::from("<|im_start|>user\ngo<|im_end|>\n");
+    for (thinking, said, opened) in
+        [(true, "Done.", "<think>plan</think>Done."), (false, "Fine.", "<think>\n\n</think>\n\nFine.")]
+    {
+        let body = json!({"messages": messages, "chat_template_kwargs": thinks(thinking)});
+        let answer = server.post("/v1/chat/completions", &body).await.json();
+        assert_eq!(answer["choices"][0]["message"]["content"], said, "{answer}");
+        messages.push(json!({"role": "assistant", "content": said}));
+        messages.push(json!({"role": "user", "content": "on"}));
+        expected += &format!("<|im_start|>assistant\n{opened}<|im_end|>\n<|im_start|>user\non<|im_end|>\n");
+        for (thinking, opening) in [(true, ""), (false, "<think>\n\n</think>\n\n")] {
+            let body = json!({"messages": messages, "chat_template_kwargs": thinks(thinking)});
+            let tokens = server.post("/tokenize", &body).await.json()["tokens"].take();
+            let shown = server.text.decode(&serde_json::from_value::<Vec<u32>>(tokens).unwrap(), false);
+            assert_eq!(shown, format!("{expected}<|im_start|>assistant\n{opening}"));
+        }
+    }
 }
