@@ -6,22 +6,58 @@
 // matmul_tiles: any number of rows, through shared memory in a pipeline of copies; also the grouped product of MoE.
 // .._fp8, .._int4, .._mxfp4, .._nvfp4: weights that are narrower (formats.cuh), widened on the way into fragments or shared memory.
 // widen_*: the same to bf16 in memory, for cuBLASLt.
+// matmul_few_gated_*: of gate and up together, what the gate lets through, as bf16 for the next matrix.
 //
 // Each column of a fragment is computed by itself: a row's result does not depend on the rows beside it.
+#include "rows.cuh"
 #include "tiles.cuh"
 
 #define FEW_WARPS 8
 
+// What matmul_few_* put out. A block has 16 features of w: feature(i) is w's row of its i-th; what lies beyond the matrix is computed from another
+// row, and not stored. put(..) makes COUNT elements of a row of them, of which sum(i) is the i-th feature's.
+
+// Neighbouring features, in f32. Grid: n / 16.
+struct Sums {
+    static constexpr int COUNT = 16;
+    const float* bias;
+    float* out;
+    int n;
+    __device__ __forceinline__ int feature(int i) const { return min(static_cast<int>(blockIdx.x) * COUNT + i, n - 1); }
+    template <class Sum>
+    __device__ __forceinline__ void put(int row, int i, Sum sum) const {
+        const int column = blockIdx.x * COUNT + i;
+        if (column < n) out[static_cast<size_t>(row) * n + column] = bias ? sum(i) + bias[column] : sum(i);
+    }
+};
+
+// Of `width` features of gate and as many of up behind them, eight of each: what the gate lets through (gated), in bf16, each row of out followed by
+// zeros up to `padded` elements. Grid: padded / 8.
+struct Gated {
+    static constexpr int COUNT = 8;
+    const float* bias;
+    bf16* out;
+    int width, padded;
+    float alpha, limit;
+    __device__ __forceinline__ int feature(int i) const { return min(static_cast<int>(blockIdx.x) * COUNT + i % COUNT, width - 1) + i / COUNT * width; }
+    template <class Sum>
+    __device__ __forceinline__ void put(int row, int i, Sum sum) const {
+        const int column = blockIdx.x * COUNT + i;
+        if (column >= padded) return;
+        float gate = sum(i), up = sum(i + COUNT);
+        if (bias) gate += bias[feature(i)], up += bias[feature(i + COUNT)];
+        out[static_cast<size_t>(row) * padded + column] = to_bf16(column < width ? gated(gate, up, alpha, limit) : 0.0f);
+    }
+};
+
 // 16 features of up to 8 * TILES rows: the block's warps take 64 columns of k in turn, and their sums are added in order.
 // AHEAD turns are read before the first is multiplied: memory is as fast as there are reads under way.
-template <int TILES, int AHEAD>
-__device__ void matmul_few(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
+template <int TILES, int AHEAD, class Out>
+__device__ void matmul_few(const bf16* x, const bf16* w, int rows, int k, const Out out) {
     __shared__ float parts[FEW_WARPS][TILES * 8][16];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
-    const int feature = blockIdx.x * 16, turn = FEW_WARPS * 64;
-    // What lies beyond the matrix is computed from its last row, and not stored.
-    const bf16* w0 = w + static_cast<size_t>(min(feature + group, n - 1)) * k + quad * 8;
-    const bf16* w1 = w + static_cast<size_t>(min(feature + group + 8, n - 1)) * k + quad * 8;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4, turn = FEW_WARPS * 64;
+    const bf16* w0 = w + static_cast<size_t>(out.feature(group)) * k + quad * 8;
+    const bf16* w1 = w + static_cast<size_t>(out.feature(group + 8)) * k + quad * 8;
     const bf16* xs[TILES];
     for (int t = 0; t < TILES; t++) xs[t] = x + static_cast<size_t>(min(t * 8 + group, rows - 1)) * k + quad * 8;
     float sums[TILES][4] = {};
@@ -56,45 +92,58 @@ __device__ void matmul_few(const bf16* x, const bf16* w, const float* bias, floa
     for (int t = 0; t < TILES; t++)
         for (int i = 0; i < 4; i++) parts[warp][t * 8 + quad * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
     __syncthreads();
-    for (int i = threadIdx.x; i < rows * 16; i += blockDim.x) {
-        int row = i / 16, f = i % 16;
-        if (feature + f >= n) continue;
-        float sum = 0.0f;
-        for (int v = 0; v < FEW_WARPS; v++) sum += parts[v][row][f];
-        out[static_cast<size_t>(row) * n + feature + f] = bias ? sum + bias[feature + f] : sum;
+    for (int i = threadIdx.x; i < rows * Out::COUNT; i += blockDim.x) {
+        const int row = i / Out::COUNT;
+        out.put(row, i % Out::COUNT, [&](int f) {
+            float sum = 0.0f;
+            for (int v = 0; v < FEW_WARPS; v++) sum += parts[v][row][f];
+            return sum;
+        });
     }
 }
 
-// Grid: n / 16. Block: 256.
+// Block: 256.
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_8(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
-    matmul_few<1, 4>(x, w, bias, out, rows, n, k);
+    matmul_few<1, 4>(x, w, rows, k, Sums{bias, out, n});
 }
 KERNEL(matmul_few_8)
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_16(const bf16* x, const bf16* w, const float* bias, float* out, int rows, int n, int k) {
-    matmul_few<2, 2>(x, w, bias, out, rows, n, k);
+    matmul_few<2, 2>(x, w, rows, k, Sums{bias, out, n});
 }
 KERNEL(matmul_few_16)
+extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_gated_8(const bf16* x, const bf16* w, bf16* out, int rows, int width, int k) {
+    matmul_few<1, 4>(x, w, rows, k, Gated{nullptr, out, width, width, 1.0f, 0.0f});
+}
+KERNEL(matmul_few_gated_8)
+extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_gated_16(const bf16* x, const bf16* w, bf16* out, int rows, int width, int k) {
+    matmul_few<2, 2>(x, w, rows, k, Gated{nullptr, out, width, width, 1.0f, 0.0f});
+}
+KERNEL(matmul_few_gated_16)
 
-// out[pair] = x[pair / share] * w[experts[pair]]^T + bias[experts[pair]]: few rows of a mixture of experts. Grid: (n / 16, pairs).
+// Few rows of a mixture of experts: row `pair` of out is made of x[pair / share], w[experts[pair]] and bias[experts[pair]]. Grid: as above, pairs.
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_experts(const bf16* x, const bf16* w, const float* bias, const uint32_t* experts, float* out, int share, int n, int k) {
     const size_t pair = blockIdx.y, expert = experts[pair];
-    matmul_few<1, 2>(x + pair / share * k, w + expert * n * k, bias ? bias + expert * n : nullptr, out + pair * n, 1, n, k);
+    matmul_few<1, 2>(x + pair / share * k, w + expert * n * k, 1, k, Sums{bias ? bias + expert * n : nullptr, out + pair * n, n});
 }
 KERNEL(matmul_few_experts)
+extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_gated_experts(const bf16* x, const bf16* w, const float* bias, const uint32_t* experts, bf16* out, int share, int width, int padded, int k, float alpha, float limit) {
+    const size_t pair = blockIdx.y, expert = experts[pair], before = expert * 2 * width;
+    matmul_few<1, 2>(x + pair / share * k, w + before * k, 1, k, Gated{bias ? bias + before : nullptr, out + pair * padded, width, padded, alpha, limit});
+}
+KERNEL(matmul_few_gated_experts)
 
 // The same for weights of a format F. Of 128 columns in turn a lane reads 32 of two features, in one piece or two. A row's sum over
 // columns that share a scale is scaled as a whole, in f32. AHEAD as above.
-template <class F, int TILES, int AHEAD>
-__device__ void matmul_few_packed(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k) {
+template <class F, int TILES, int AHEAD, class Out>
+__device__ void matmul_few_packed(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, int rows, int k, const Out out) {
     constexpr int PIECES = 32 / F::COLUMNS, WORDS = F::COLUMNS / 2;
     __shared__ float parts[FEW_WARPS][TILES * 8][16];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
-    const int feature = blockIdx.x * 16, own = quad * F::COLUMNS;
-    // What lies beyond the matrix is computed from its last row, and not stored.
+    const int own = quad * F::COLUMNS;
     const uint4* from[2];
     const unsigned char* beside[2];
     for (int r = 0; r < 2; r++) {
-        const size_t row = min(feature + group + 8 * r, n - 1);
+        const size_t row = out.feature(group + 8 * r);
         from[r] = codes + row * (k / F::COLUMNS), beside[r] = scales + row * stride;
     }
     const bf16* xs[TILES];
@@ -152,13 +201,14 @@ __device__ void matmul_few_packed(const bf16* x, const uint4* codes, const unsig
     for (int t = 0; t < TILES; t++)
         for (int i = 0; i < 4; i++) parts[warp][t * 8 + quad * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
     __syncthreads();
-    for (int i = threadIdx.x; i < rows * 16; i += blockDim.x) {
-        int row = i / 16, f = i % 16;
-        if (feature + f >= n) continue;
-        float sum = 0.0f;
-        for (int v = 0; v < FEW_WARPS; v++) sum += parts[v][row][f];
-        if constexpr (F::ROW_SCALED) sum *= F::row_factor(scales + static_cast<size_t>(feature + f) * stride);
-        out[static_cast<size_t>(row) * n + feature + f] = bias ? sum + bias[feature + f] : sum;
+    for (int i = threadIdx.x; i < rows * Out::COUNT; i += blockDim.x) {
+        const int row = i / Out::COUNT;
+        out.put(row, i % Out::COUNT, [&](int f) {
+            float sum = 0.0f;
+            for (int v = 0; v < FEW_WARPS; v++) sum += parts[v][row][f];
+            if constexpr (F::ROW_SCALED) sum *= F::row_factor(scales + static_cast<size_t>(out.feature(f)) * stride);
+            return sum;
+        });
     }
 }
 
@@ -179,23 +229,36 @@ __device__ void widen_rows(const uint4* codes, const unsigned char* scales, int 
     }
 }
 
-// Kernels of a format F: matmul_few_8_*, _16_* and matmul_few_experts_*, launched as those of bf16; widen_*: n rows to bf16, a thread 32
-// columns, block 256, in as many blocks as that takes.
-#define FEW_OF(NAME, F)                                                                                                                                                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_8_##NAME(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k) {                                  \
-        matmul_few_packed<F, 1, 2>(x, codes, scales, stride, shift, bias, out, rows, n, k);                                                                                                                                                                  \
-    }                                                                                                                                                                                                                                                        \
-    KERNEL(matmul_few_8_##NAME)                                                                                                                                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_16_##NAME(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k) {                                 \
-        matmul_few_packed<F, 2, 1>(x, codes, scales, stride, shift, bias, out, rows, n, k);                                                                                                                                                                  \
-    }                                                                                                                                                                                                                                                        \
-    KERNEL(matmul_few_16_##NAME)                                                                                                                                                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_experts_##NAME(const bf16* x, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, const uint32_t* experts, float* out, int share, int n, int k) { \
-        const size_t pair = blockIdx.y, expert = experts[pair];                                                                                                                                                                                              \
-        matmul_few_packed<F, 1, 2>(x + pair / share * k, codes + expert * n * (k / F::COLUMNS), scales + expert * n * stride, stride, shift, bias ? bias + expert * n : nullptr, out + pair * n, 1, n, k);                                                   \
-    }                                                                                                                                                                                                                                                        \
-    KERNEL(matmul_few_experts_##NAME)                                                                                                                                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(256) widen_##NAME(const uint4* codes, const unsigned char* scales, int stride, int shift, bf16* out, int n, int k) { widen_rows<F>(codes, scales, stride, shift, out, n, k); }                              \
+// Kernels of a format F, launched as those of bf16; widen_*: n rows to bf16, a thread 32 columns, block 256, in as many blocks as that takes.
+#define PACKED_ARGUMENTS const bf16 *x, const uint4 *codes, const unsigned char *scales, int stride, int shift
+#define FEW_OF(NAME, F)                                                                                                                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_8_##NAME(PACKED_ARGUMENTS, const float* bias, float* out, int rows, int n, int k) {                                                                                \
+        matmul_few_packed<F, 1, 2>(x, codes, scales, stride, shift, rows, k, Sums{bias, out, n});                                                                                                                                      \
+    }                                                                                                                                                                                                                                  \
+    KERNEL(matmul_few_8_##NAME)                                                                                                                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_16_##NAME(PACKED_ARGUMENTS, const float* bias, float* out, int rows, int n, int k) {                                                                               \
+        matmul_few_packed<F, 2, 1>(x, codes, scales, stride, shift, rows, k, Sums{bias, out, n});                                                                                                                                      \
+    }                                                                                                                                                                                                                                  \
+    KERNEL(matmul_few_16_##NAME)                                                                                                                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_gated_8_##NAME(PACKED_ARGUMENTS, bf16* out, int rows, int width, int k) {                                                                                          \
+        matmul_few_packed<F, 1, 2>(x, codes, scales, stride, shift, rows, k, Gated{nullptr, out, width, width, 1.0f, 0.0f});                                                                                                           \
+    }                                                                                                                                                                                                                                  \
+    KERNEL(matmul_few_gated_8_##NAME)                                                                                                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_gated_16_##NAME(PACKED_ARGUMENTS, bf16* out, int rows, int width, int k) {                                                                                         \
+        matmul_few_packed<F, 2, 1>(x, codes, scales, stride, shift, rows, k, Gated{nullptr, out, width, width, 1.0f, 0.0f});                                                                                                           \
+    }                                                                                                                                                                                                                                  \
+    KERNEL(matmul_few_gated_16_##NAME)                                                                                                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_experts_##NAME(PACKED_ARGUMENTS, const float* bias, const uint32_t* experts, float* out, int share, int n, int k) {                                                \
+        const size_t pair = blockIdx.y, expert = experts[pair], before = expert * n;                                                                                                                                                   \
+        matmul_few_packed<F, 1, 2>(x + pair / share * k, codes + before * (k / F::COLUMNS), scales + before * stride, stride, shift, 1, k, Sums{bias ? bias + before : nullptr, out + pair * n, n});                                   \
+    }                                                                                                                                                                                                                                  \
+    KERNEL(matmul_few_experts_##NAME)                                                                                                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_gated_experts_##NAME(PACKED_ARGUMENTS, const float* bias, const uint32_t* experts, bf16* out, int share, int width, int padded, int k, float alpha, float limit) { \
+        const size_t pair = blockIdx.y, expert = experts[pair], before = expert * 2 * width;                                                                                                                                           \
+        matmul_few_packed<F, 1, 2>(x + pair / share * k, codes + before * (k / F::COLUMNS), scales + before * stride, stride, shift, 1, k, Gated{bias ? bias + before : nullptr, out + pair * padded, width, padded, alpha, limit});   \
+    }                                                                                                                                                                                                                                  \
+    KERNEL(matmul_few_gated_experts_##NAME)                                                                                                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(256) widen_##NAME(const uint4* codes, const unsigned char* scales, int stride, int shift, bf16* out, int n, int k) { widen_rows<F>(codes, scales, stride, shift, out, n, k); }        \
     KERNEL(widen_##NAME)
 
 FEW_OF(mxfp4, Mxfp4)

@@ -75,8 +75,8 @@ struct RowBlock {
     }
 };
 
-// Rows [gate | up] to silu(gate) * up, each row of out followed by zeros up to `padded` elements; in FP8 too where codes are given (Narrow). With
-// a limit above 0 gate is at most that, up within it of 0, and out = gate * sigmoid(alpha * gate) * (up + 1). A warp 128 elements of out.
+// Rows [gate | up] to what the gate lets through (gated), each row of out followed by zeros up to `padded` elements; in FP8 too where codes are given
+// (Narrow). A warp 128 elements of out.
 extern "C" __global__ void __launch_bounds__(256) silu_mul(const float* gate_up, bf16* out, e4m3* codes, float* scales, int rows, int width, int padded, float alpha, float limit) {
     const RowBlock own(padded);
     if (own.row >= static_cast<unsigned>(rows)) return;  // a whole warp
@@ -85,16 +85,7 @@ extern "C" __global__ void __launch_bounds__(256) silu_mul(const float* gate_up,
     read_four(gates, from, own.column, width);
     read_four(ups, from + width, own.column, width);
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-        float gate = gates[e], up = ups[e];
-        if (limit > 0.0f) {
-            // Written so that what is not a number stays so.
-            gate = gate > limit ? limit : gate;
-            up = up > limit ? limit : up < -limit ? -limit : up;
-            up += 1.0f;
-        }
-        made[e] = gate / (1.0f + expf(-alpha * gate)) * up;
-    }
+    for (int e = 0; e < 4; e++) made[e] = gated(gates[e], ups[e], alpha, limit);
     Narrow{out, codes, scales, rows, padded}.put(made, own.row, own.column);
 }
 KERNEL(silu_mul)

@@ -36,6 +36,18 @@ __device__ __forceinline__ void write_four(const float (&v)[4], float* row, int 
     }
 }
 
+// What a gate lets through of up: silu(gate) * up. With a limit above 0 gate is at most that, up within it of 0, and it is
+// gate * sigmoid(alpha * gate) * (up + 1).
+__device__ __forceinline__ float gated(float gate, float up, float alpha, float limit) {
+    if (limit > 0.0f) {
+        // Written so that what is not a number stays so.
+        gate = gate > limit ? limit : gate;
+        up = up > limit ? limit : up < -limit ? -limit : up;
+        up += 1.0f;
+    }
+    return gate / (1.0f + expf(-alpha * gate)) * up;
+}
+
 // FP8_BLOCK elements of a row to FP8, four a lane, those that are there: codes, and a scale for all. What is below 1e-30 becomes zero.
 __device__ __forceinline__ void quantise(const float (&v)[4], bool there, e4m3* codes, float* scale) {
     float most = 0.0f;

@@ -6,7 +6,7 @@
 use crate::block_mover::BlockMover;
 use crate::device::{Arg, Buffer, Device, Grid};
 use crate::kv::{self, KvCache, KvDType, Parts, PrefillKernel, Rotations, half_block};
-use crate::matmul::{Instructions, Matrix, Multiplier, Rows, Vector};
+use crate::matmul::{FEW, Instructions, Matrix, Multiplier, Rows, Vector};
 use crate::moe::{self, Experts, MOST_EXPERTS, Moe, Stack};
 use crate::peers::{PeerAccess, Peers, Way};
 use crate::sample::Sampler;
@@ -515,8 +515,12 @@ impl Backend for Cuda {
         (both, activated): (&mut Tensor, &mut Tensor),
         out: &mut Tensor,
     ) -> Result<()> {
-        self.linear(x, gate_up, None, both)?;
-        self.gate(both, down.weights.takes_fp8(), activated)?;
+        if x.rows <= FEW {
+            self.multiplier.gated_few(x, gate_up, activated)?;
+        } else {
+            self.linear(x, gate_up, None, both)?;
+            self.gate(both, down.weights.takes_fp8(), activated)?;
+        }
         self.linear(activated, down, None, out)
     }
 
@@ -831,6 +835,28 @@ mod tests {
             let launched = LAUNCHED.take();
             let gate = launched.iter().find(|(kernel, _)| *kernel == "silu_mul").expect("a gate");
             assert_eq!(gate.1[2] != Arg::NULL, reads, "{dtype:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_mlp_of_few_rows_is_two_launches() -> Result<()> {
+        let mut cuda = Cuda::emulated()?;
+        let square = square(DType::BF16, [0.0; 2]);
+        let (gate_up, down) =
+            (cuda.load_matrix(&[square.clone(), square.clone()])?, cuda.load_matrix(&[square])?);
+        for (rows, expected) in [
+            (8, ["matmul_few_gated_8", "matmul_few_8"].as_slice()),
+            (16, &["matmul_few_gated_16", "matmul_few_16"]),
+            (17, &["matmul_wgmma", "silu_mul", "matmul_wgmma"]),
+        ] {
+            let (mut x, mut out) = (cuda.tensor(rows, 128)?, cuda.tensor(rows, 128)?);
+            let (mut both, mut activated) = (cuda.tensor(rows, 256)?, cuda.tensor(rows, 128)?);
+            x.set(rows, 128, Format::Bf16)?;
+            LAUNCHED.take();
+            cuda.mlp(&x, &gate_up, &down, (&mut both, &mut activated), &mut out)?;
+            let launched: Vec<_> = LAUNCHED.take().into_iter().map(|(kernel, _)| kernel).collect();
+            assert_eq!(launched, expected);
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use crate::device::{
     Arg, Buffer, Device, Grid, MATMUL_FP8_SHARED, MATMUL_FP8_TCGEN05_SHARED, MATMUL_MXFP4_MXFP8_SHARED,
     MATMUL_NVFP4_NVFP4_SHARED, MATMUL_TCGEN05_SHARED, MATMUL_TILES_SHARED, MATMUL_WGMMA_SHARED,
 };
-use crate::queue::{MOST_ARGS, Product, ProductShape};
+use crate::queue::{Product, ProductShape};
 use crate::sample::room;
 use crate::tensor::{Format, Tensor, check};
 use crate::weights::{Packed, Packing, TileKernels, Weights};
@@ -13,7 +13,7 @@ use rudder_ops::Result;
 /// Rows of weights and activations are padded with zeros to a multiple of this.
 const STEP: usize = 64;
 /// Most rows that the kernels for few rows take.
-const FEW: usize = 16;
+pub(crate) const FEW: usize = 16;
 /// Rows and features of a tile of `matmul_tiles`.
 pub(crate) const TILE: usize = 128;
 
@@ -209,12 +209,22 @@ impl Multiplier {
     /// Up to [`FEW`] rows.
     fn few(&self, x: Rows, w: &Matrix, bias: Option<&Vector>, out: &Tensor) -> Result<()> {
         let grid = Grid::new(if x.rows == 0 { 0 } else { w.n.div_ceil(16) }, 256);
-        let [few_8, few_16] = match &w.weights {
-            Weights::Bf16(_) => ["matmul_few_8", "matmul_few_16"],
-            Weights::Packed(packed) => packed.packing.kernels().few,
-        };
-        let (args, count) = args(x, w, bias, out);
-        self.device.launch(if x.rows <= 8 { few_8 } else { few_16 }, grid, 0, &args[..count])
+        let kernel = w.weights.few_kernels().dense[usize::from(x.rows > 8)];
+        let bias = bias.map_or(Arg::NULL, |bias| (&bias.buffer).into());
+        let last = [bias, out.into(), x.rows.into(), w.n.into(), x.k.into()];
+        w.weights.launch_few(&self.device, kernel, grid, x.data, &last)
+    }
+
+    /// `out = silu(x * gate^T) * (x * up^T)` of up to [`FEW`] rows, where `w` is gate, then up.
+    pub fn gated_few(&mut self, x: &Tensor, w: &Matrix, out: &mut Tensor) -> Result<()> {
+        let width = w.n / 2;
+        check(x.width == w.k, || format!("rows of {} for a matrix of width {}", x.width, w.k))?;
+        out.set(x.rows, width, Format::Bf16)?;
+        let x = self.pack(x)?;
+        let grid = Grid::new(if x.rows == 0 { 0 } else { width.div_ceil(8) }, 256);
+        let kernel = w.weights.few_kernels().gated[usize::from(x.rows > 8)];
+        let last = [(&*out).into(), x.rows.into(), width.into(), x.k.into()];
+        w.weights.launch_few(&self.device, kernel, grid, x.data, &last)
     }
 
     /// Whether so many rows of x become FP8, 128 elements with a scale, for such weights.
@@ -344,26 +354,6 @@ impl Multiplier {
 fn slices(n: usize, k: usize) -> impl Iterator<Item = (usize, usize)> + Clone {
     let most = (SLICE / (2 * k.max(1)) / TILE).max(1) * TILE;
     (0..n).step_by(most).map(move |first| (first, most.min(n - first)))
-}
-
-/// The arguments that all kernels of one matrix begin with, and how many they are.
-fn args(x: Rows, w: &Matrix, bias: Option<&Vector>, out: &Tensor) -> ([Arg; MOST_ARGS], usize) {
-    let bias = bias.map_or(Arg::NULL, |bias| (&bias.buffer).into());
-    let last = [bias, out.into(), x.rows.into(), w.n.into(), x.k.into()];
-    let mut args = [Arg::NULL; MOST_ARGS];
-    args[0] = x.data;
-    let weights = match &w.weights {
-        Weights::Bf16(buffer) => {
-            args[1] = buffer.into();
-            1
-        }
-        Weights::Packed(packed) => {
-            args[1..5].copy_from_slice(&packed.args());
-            4
-        }
-    };
-    args[1 + weights..][..last.len()].copy_from_slice(&last);
-    (args, 1 + weights + last.len())
 }
 
 #[cfg(test)]

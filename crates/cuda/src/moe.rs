@@ -33,6 +33,14 @@ pub(crate) struct Stack {
     pub(crate) bias: Option<Vector>,
 }
 
+/// The kernels' alpha, and their limit or 0.
+fn gate_args(activation: Activation) -> [Arg; 2] {
+    match activation {
+        Activation::Silu => [1.0f32.into(), 0.0f32.into()],
+        Activation::ClampedSwiglu { alpha, limit } => [alpha.into(), limit.into()],
+    }
+}
+
 /// Queues the gate: of rows `[gate | up]` of f32, each `width` wide, to what matrices read.
 pub(crate) fn gate(
     device: &Device,
@@ -41,14 +49,10 @@ pub(crate) fn gate(
     activation: Activation,
     to: Rows,
 ) -> Result<()> {
-    // The kernel's alpha, and its limit or 0.
-    let [alpha, limit] = match activation {
-        Activation::Silu => [1.0f32, 0.0],
-        Activation::ClampedSwiglu { alpha, limit } => [alpha, limit],
-    };
+    let [alpha, limit] = gate_args(activation);
     let [out, codes, scales] = to.targets();
     let (rows, padded) = (to.rows.into(), to.k.into());
-    let args = [gate_up, out, codes, scales, rows, width.into(), padded, alpha.into(), limit.into()];
+    let args = [gate_up, out, codes, scales, rows, width.into(), padded, alpha, limit];
     device.launch("silu_mul", to.blocks(), 0, &args)
 }
 
@@ -64,7 +68,7 @@ pub(crate) struct Buffers {
     groups: Option<Buffer>,
     sorted: Option<Buffer>,
     places: Option<Buffer>,
-    /// Gates and ups, f32.
+    /// Gates and ups of sorted pairs, f32.
     gate_up: Option<Buffer>,
     /// Gated, bf16, padded.
     gated: Option<Buffer>,
@@ -150,7 +154,6 @@ impl Moe<'_> {
     fn multiply(&mut self, x: Rows, pairs: usize, chosen: Arg, order: Option<&Order>) -> Result<Arg> {
         let (device, experts) = (self.device, self.experts);
         let (hidden, intermediate) = (experts.hidden, experts.intermediate);
-        let gate_up: Arg = room(&mut self.buffers.gate_up, device, 8 * pairs * intermediate)?.into();
         let width = padded(intermediate);
         // What few pairs read is bf16.
         let in_fp8 = order.is_some() && self.multiplier.multiplies_fp8(&experts.down.weights, pairs);
@@ -160,8 +163,13 @@ impl Moe<'_> {
         let made: Arg = room(&mut self.buffers.made, device, 4 * pairs * hidden)?.into();
         let mut product = Product { device, multiplier: &mut *self.multiplier, pairs, chosen, order };
         // The pairs of a row share its activations.
-        product.run(x, Some(self.top_k), &experts.gate_up, 2 * intermediate, gate_up)?;
-        gate(device, gate_up, intermediate, experts.activation, gated)?;
+        if order.is_none() {
+            product.gated_few(x, self.top_k, experts, gated)?;
+        } else {
+            let gate_up: Arg = room(&mut self.buffers.gate_up, device, 8 * pairs * intermediate)?.into();
+            product.run(x, Some(self.top_k), &experts.gate_up, 2 * intermediate, gate_up)?;
+            gate(device, gate_up, intermediate, experts.activation, gated)?;
+        }
         product.run(gated, None, &experts.down, hidden, made)?;
         Ok(made)
     }
@@ -184,21 +192,23 @@ impl Product<'_> {
         let share = shared_by.unwrap_or(1);
         let Some(order) = self.order else {
             let grid = Grid::of([n.div_ceil(16), self.pairs, 1], 256);
-            let (x, width, share, chosen, n) = (x.data, x.k.into(), share.into(), self.chosen, n.into());
-            return match &w.weights {
-                Weights::Bf16(w) => {
-                    let args = [x, w.into(), bias, chosen, out, share, n, width];
-                    self.device.launch("matmul_few_experts", grid, 0, &args)
-                }
-                Weights::Packed(w) => {
-                    let [codes, scales, stride, shift] = w.args();
-                    let args = [x, codes, scales, stride, shift, bias, chosen, out, share, n, width];
-                    self.device.launch(w.packing.kernels().few_experts, grid, 0, &args)
-                }
-            };
+            let kernel = w.weights.few_kernels().experts;
+            let last = [bias, self.chosen, out, share.into(), n.into(), x.k.into()];
+            return w.weights.launch_few(self.device, kernel, grid, x.data, &last);
         };
         let index = shared_by.map_or(Arg::NULL, |_| order.sorted);
         let tiles = Tiles { count: order.most, rows: self.pairs, groups: order.groups, index, share };
         self.multiplier.tiles(x, &w.weights, bias, out, n, tiles)
+    }
+
+    /// Of pairs that are not sorted: what the gate of each pair's expert lets through, made of row `pair / share` of `x`.
+    fn gated_few(&self, x: Rows, share: usize, experts: &Experts, out: Rows) -> Result<()> {
+        let Stack { weights, bias } = &experts.gate_up;
+        let grid = Grid::of([out.k.div_ceil(8), self.pairs, 1], 256);
+        let bias = bias.as_ref().map_or(Arg::NULL, |bias| (&bias.buffer).into());
+        let [alpha, limit] = gate_args(experts.activation);
+        let (width, padded) = (experts.intermediate.into(), out.k.into());
+        let last = [bias, self.chosen, out.data, share.into(), width, padded, x.k.into(), alpha, limit];
+        weights.launch_few(self.device, weights.few_kernels().gated_experts, grid, x.data, &last)
     }
 }

@@ -4,6 +4,7 @@
 
 use crate::device::{Arg, Buffer, Device, Grid};
 use crate::matmul::padded;
+use crate::queue::MOST_ARGS;
 use crate::upload::Uploader;
 use crate::{mxfp4, nvfp4};
 use rudder_ops::{DType, OpError, RawTensor, Result, fp8, int4};
@@ -35,6 +36,28 @@ pub(crate) enum Packing {
     Nvfp4,
 }
 
+/// The kernels for few rows of a format.
+#[derive(Clone, Copy)]
+pub(crate) struct FewKernels {
+    /// For up to 8 rows and up to 16.
+    pub dense: [&'static str; 2],
+    pub gated: [&'static str; 2],
+    pub experts: &'static str,
+    pub gated_experts: &'static str,
+}
+
+/// Those of a format with this suffix.
+macro_rules! few_kernels {
+    ($suffix:literal) => {
+        FewKernels {
+            dense: [concat!("matmul_few_8", $suffix), concat!("matmul_few_16", $suffix)],
+            gated: [concat!("matmul_few_gated_8", $suffix), concat!("matmul_few_gated_16", $suffix)],
+            experts: concat!("matmul_few_experts", $suffix),
+            gated_experts: concat!("matmul_few_gated_experts", $suffix),
+        }
+    };
+}
+
 /// The kernels that multiply a format's tiles, by the instructions that they do it with.
 #[derive(Clone, Copy)]
 pub(crate) struct TileKernels {
@@ -60,11 +83,20 @@ impl TileKernels {
 
 /// A format's kernels.
 pub(crate) struct Kernels {
-    /// For up to 8 rows and up to 16.
-    pub few: [&'static str; 2],
-    pub few_experts: &'static str,
+    pub few: FewKernels,
     pub tiles: TileKernels,
     pub widen: &'static str,
+}
+
+/// Those of a format with this suffix.
+macro_rules! kernels {
+    ($suffix:literal) => {
+        Kernels {
+            few: few_kernels!($suffix),
+            tiles: tile_kernels!($suffix),
+            widen: concat!("widen", $suffix),
+        }
+    };
 }
 
 impl Packing {
@@ -89,30 +121,10 @@ impl Packing {
 
     pub fn kernels(self) -> Kernels {
         match self {
-            Self::Mxfp4 => Kernels {
-                few: ["matmul_few_8_mxfp4", "matmul_few_16_mxfp4"],
-                few_experts: "matmul_few_experts_mxfp4",
-                tiles: tile_kernels!("_mxfp4"),
-                widen: "widen_mxfp4",
-            },
-            Self::Fp8 => Kernels {
-                few: ["matmul_few_8_fp8", "matmul_few_16_fp8"],
-                few_experts: "matmul_few_experts_fp8",
-                tiles: tile_kernels!("_fp8"),
-                widen: "widen_fp8",
-            },
-            Self::Int4 => Kernels {
-                few: ["matmul_few_8_int4", "matmul_few_16_int4"],
-                few_experts: "matmul_few_experts_int4",
-                tiles: tile_kernels!("_int4"),
-                widen: "widen_int4",
-            },
-            Self::Nvfp4 => Kernels {
-                few: ["matmul_few_8_nvfp4", "matmul_few_16_nvfp4"],
-                few_experts: "matmul_few_experts_nvfp4",
-                tiles: tile_kernels!("_nvfp4"),
-                widen: "widen_nvfp4",
-            },
+            Self::Mxfp4 => kernels!("_mxfp4"),
+            Self::Fp8 => kernels!("_fp8"),
+            Self::Int4 => kernels!("_int4"),
+            Self::Nvfp4 => kernels!("_nvfp4"),
         }
     }
 }
@@ -144,6 +156,37 @@ fn bf16_bytes(rows: usize, k: usize) -> Result<usize> {
 }
 
 impl Weights {
+    /// The kernels that multiply few rows with them.
+    pub fn few_kernels(&self) -> FewKernels {
+        match self {
+            Self::Bf16(_) => few_kernels!(""),
+            Self::Packed(packed) => packed.packing.kernels().few,
+        }
+    }
+
+    /// Queues a kernel for few rows, whose arguments are x, the weights, then `last`.
+    pub fn launch_few(
+        &self,
+        device: &Device,
+        kernel: &'static str,
+        grid: Grid,
+        x: Arg,
+        last: &[Arg],
+    ) -> Result<()> {
+        let (mut args, mut count) = ([Arg::NULL; MOST_ARGS], 0);
+        let mut put = |some: &[Arg]| {
+            args[count..][..some.len()].copy_from_slice(some);
+            count += some.len();
+        };
+        put(&[x]);
+        match self {
+            Self::Bf16(buffer) => put(&[buffer.into()]),
+            Self::Packed(packed) => put(&packed.args()),
+        }
+        put(last);
+        device.launch(kernel, grid, 0, &args[..count])
+    }
+
     /// Whether they can be multiplied with rows in FP8: those of FP8 can, whose scales are for 128 inputs or more.
     pub fn takes_fp8(&self) -> bool {
         matches!(self, Self::Packed(packed) if packed.packing == Packing::Fp8 && packed.shift > 0)

@@ -1281,6 +1281,45 @@ fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
     Ok(())
 }
 
+/// Few rows through gate and up at once are what they are by an op for each step, bit for bit; so are those of experts. Widths that are whole
+/// blocks of features and not.
+#[test]
+fn few_rows_are_gated_at_once_as_by_ops_of_their_own() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(41);
+    let mut cases = vec![(1, 37, 128usize), (8, 64, 700), (9, 100, 256), (16, 33, 64)];
+    if large(&cuda) {
+        cases.extend([(1, 4864, 896), (16, 14336, 4096)]);
+    }
+    for (rows, width, hidden) in cases {
+        for dtype in [DType::F32, DType::MXFP4, DType::F8_E4M3, DType::INT4, DType::NVFP4] {
+            let hidden = if dtype == DType::F32 { hidden } else { hidden.next_multiple_of(128) };
+            let [gate, up] = [(); 2].map(|()| expert(&mut random, dtype, [width, hidden]));
+            let down = expert(&mut random, DType::F32, [hidden, width]);
+            let data = random.exact(rows * hidden, 1.0);
+            let x = upload(&mut cuda, (&data, hidden))?;
+            let [gate_up, through] = [[gate.clone(), up.clone()].as_slice(), std::slice::from_ref(&down)]
+                .map(|parts| cuda.load_matrix(parts));
+            let (gate_up, through) = (gate_up?, through?);
+            let (mut both, mut gated) = (cuda.tensor(rows, 2 * width)?, cuda.tensor(rows, width)?);
+            let mut out = cuda.tensor(rows, hidden)?;
+            cuda.linear(&x, &gate_up, None, &mut both)?;
+            cuda.silu_mul(&both, &mut gated)?;
+            cuda.linear(&gated, &through, None, &mut out)?;
+            let by_steps = bits(&cuda.to_host(&out)?);
+            cuda.mlp(&x, &gate_up, &through, (&mut both, &mut gated), &mut out)?;
+            let what = format!("{rows} rows, [{width}, {hidden}] of {dtype:?}");
+            assert!(bits(&cuda.to_host(&out)?) == by_steps, "{what}");
+            let [gate, up, down] = [[gate], [up], [down]];
+            let weights = ExpertWeights::plain(&gate, &up, &down);
+            let logits = vec![0.0; rows];
+            let of_expert = run_experts(&mut cuda, (&data, hidden), (&logits, 1), &weights, 1, true)?;
+            assert!(bits(&of_expert) == by_steps, "an expert, {what}");
+        }
+    }
+    Ok(())
+}
+
 /// Logits by which so many rows go to each expert first, then to the lowest other.
 fn routed(rows: &[usize]) -> Vec<f32> {
     let row = |expert: usize| (0..rows.len()).map(move |e| if e == expert { 5.0 } else { -(e as f32) });
