@@ -46,6 +46,23 @@ __device__ __forceinline__ uint4 load_again(const void* from) {
     return v;
 }
 
+// The same as load_once, but read where it stands: ptxas moves what is read as constant (.nc) behind a wait.
+__device__ __forceinline__ uint4 load_ahead(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
+// What a kernel waits by that may begin while the one before it still runs (programmatic dependent launch; which may, and behind what, says
+// crates/cuda/src/dependent_launch.rs). All its threads call this, on every path, before they read what any kernel wrote and before they write:
+// then the kernel before has ended, all before that one too, since it waited or was launched plainly, and what they wrote is there. Until then a
+// kernel may read weights alone, which no kernel writes. From here on the next kernel may be brought up: only now, so that two run at a time and
+// no more. Where a kernel was launched plainly there is nothing to wait for.
+__device__ __forceinline__ void grid_dependency_wait() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // Copies 16 bytes, or 8, from global to shared memory without waiting; writes zeros where `valid` is false.
 template <int BYTES = 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {

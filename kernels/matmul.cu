@@ -51,7 +51,8 @@ struct Gated {
 };
 
 // 16 features of up to 8 * TILES rows: the block's warps take 64 columns of k in turn, and their sums are added in order.
-// AHEAD turns are read before the first is multiplied: memory is as fast as there are reads under way.
+// AHEAD turns are read before the first is multiplied: memory is as fast as there are reads under way. The first weights are read while the kernel
+// before still runs.
 template <int TILES, int AHEAD, class Out>
 __device__ void matmul_few(const bf16* x, const bf16* w, int rows, int k, const Out out) {
     __shared__ float parts[FEW_WARPS][TILES * 8][16];
@@ -61,15 +62,26 @@ __device__ void matmul_few(const bf16* x, const bf16* w, int rows, int k, const 
     const bf16* xs[TILES];
     for (int t = 0; t < TILES; t++) xs[t] = x + static_cast<size_t>(min(t * 8 + group, rows - 1)) * k + quad * 8;
     float sums[TILES][4] = {};
-    for (int i = warp * 64; i < k; i += AHEAD * turn) {
-        uint4 a[AHEAD][2], b[AHEAD][2], c[AHEAD][2][TILES];
+    uint4 a[AHEAD][2], b[AHEAD][2];
+    auto read_weights = [&](int i) {
 #pragma unroll
         for (int u = 0; u < AHEAD; u++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int at = i + u * turn + half * 32;
-                if (at >= k) continue;  // a whole warp
-                a[u][half] = load_once(w0 + at), b[u][half] = load_once(w1 + at);
+                if (at < k) a[u][half] = load_ahead(w0 + at), b[u][half] = load_ahead(w1 + at);  // a whole warp
+            }
+    };
+    read_weights(warp * 64);
+    grid_dependency_wait();
+    for (int i = warp * 64; i < k;) {
+        uint4 c[AHEAD][2][TILES];
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int at = i + u * turn + half * 32;
+                if (at >= k) continue;
 #pragma unroll
                 for (int t = 0; t < TILES; t++) c[u][half][t] = *reinterpret_cast<const uint4*>(xs[t] + at);
             }
@@ -88,6 +100,7 @@ __device__ void matmul_few(const bf16* x, const bf16* w, int rows, int k, const 
                     multiply_add(sums[t], high, second);
                 }
             }
+        read_weights(i += AHEAD * turn);
     }
     for (int t = 0; t < TILES; t++)
         for (int i = 0; i < 4; i++) parts[warp][t * 8 + quad * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
@@ -122,11 +135,13 @@ KERNEL(matmul_few_gated_16)
 
 // Few rows of a mixture of experts: row `pair` of out is made of x[pair / share], w[experts[pair]] and bias[experts[pair]]. Grid: as above, pairs.
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_experts(const bf16* x, const bf16* w, const float* bias, const uint32_t* experts, float* out, int share, int n, int k) {
+    grid_dependency_wait();
     const size_t pair = blockIdx.y, expert = experts[pair];
     matmul_few<1, 2>(x + pair / share * k, w + expert * n * k, 1, k, Sums{bias ? bias + expert * n : nullptr, out + pair * n, n});
 }
 KERNEL(matmul_few_experts)
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_gated_experts(const bf16* x, const bf16* w, const float* bias, const uint32_t* experts, bf16* out, int share, int width, int padded, int k, float alpha, float limit) {
+    grid_dependency_wait();
     const size_t pair = blockIdx.y, expert = experts[pair], before = expert * 2 * width;
     matmul_few<1, 2>(x + pair / share * k, w + before * k, 1, k, Gated{bias ? bias + before : nullptr, out + pair * padded, width, padded, alpha, limit});
 }
@@ -149,9 +164,9 @@ __device__ void matmul_few_packed(const bf16* x, const uint4* codes, const unsig
     const bf16* xs[TILES];
     for (int t = 0; t < TILES; t++) xs[t] = x + static_cast<size_t>(min(t * 8 + group, rows - 1)) * k;
     float sums[TILES][4] = {};
-    for (int turn = warp * 128; turn < k; turn += AHEAD * FEW_WARPS * 128) {
-        uint4 a[AHEAD][PIECES][2], c[AHEAD][PIECES][TILES][F::COLUMNS / 8];
-        uint32_t s[AHEAD][PIECES][2];
+    uint4 a[AHEAD][PIECES][2];
+    uint32_t s[AHEAD][PIECES][2];
+    auto read_weights = [&](int turn) {
 #pragma unroll
         for (int u = 0; u < AHEAD; u++)
 #pragma unroll
@@ -160,14 +175,25 @@ __device__ void matmul_few_packed(const bf16* x, const uint4* codes, const unsig
                 const bool there = column < k;
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    a[u][p][r] = there ? load_once(from[r] + column / F::COLUMNS) : make_uint4(0, 0, 0, 0);
+                    a[u][p][r] = there ? load_ahead(from[r] + column / F::COLUMNS) : make_uint4(0, 0, 0, 0);
                     s[u][p][r] = there ? F::scale(beside[r], column, shift) : 0;
                 }
+            }
+    };
+    read_weights(warp * 128);
+    grid_dependency_wait();
+    for (int turn = warp * 128; turn < k;) {
+        uint4 c[AHEAD][PIECES][TILES][F::COLUMNS / 8];
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++)
+#pragma unroll
+            for (int p = 0; p < PIECES; p++) {
+                const int column = turn + u * FEW_WARPS * 128 + p * 4 * F::COLUMNS + own;
 #pragma unroll
                 for (int t = 0; t < TILES; t++)
 #pragma unroll
                     for (int i = 0; i < F::COLUMNS / 8; i++)
-                        c[u][p][t][i] = there ? reinterpret_cast<const uint4*>(xs[t] + column)[i] : make_uint4(0, 0, 0, 0);
+                        c[u][p][t][i] = column < k ? reinterpret_cast<const uint4*>(xs[t] + column)[i] : make_uint4(0, 0, 0, 0);
             }
 #pragma unroll
         for (int u = 0; u < AHEAD; u++)
@@ -197,6 +223,7 @@ __device__ void matmul_few_packed(const bf16* x, const uint4* codes, const unsig
                         for (int i = 0; i < 4; i++) sums[t][i] += partial[t][i] * F::factor(s[u][p][i / 2]);
                 }
             }
+        read_weights(turn += AHEAD * FEW_WARPS * 128);
     }
     for (int t = 0; t < TILES; t++)
         for (int i = 0; i < 4; i++) parts[warp][t * 8 + quad * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
@@ -249,11 +276,13 @@ __device__ void widen_rows(const uint4* codes, const unsigned char* scales, int 
     }                                                                                                                                                                                                                                  \
     KERNEL(matmul_few_gated_16_##NAME)                                                                                                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_experts_##NAME(PACKED_ARGUMENTS, const float* bias, const uint32_t* experts, float* out, int share, int n, int k) {                                                \
+        grid_dependency_wait();                                                                                                                                                                                                        \
         const size_t pair = blockIdx.y, expert = experts[pair], before = expert * n;                                                                                                                                                   \
         matmul_few_packed<F, 1, 2>(x + pair / share * k, codes + before * (k / F::COLUMNS), scales + before * stride, stride, shift, 1, k, Sums{bias ? bias + before : nullptr, out + pair * n, n});                                   \
     }                                                                                                                                                                                                                                  \
     KERNEL(matmul_few_experts_##NAME)                                                                                                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256, 2) matmul_few_gated_experts_##NAME(PACKED_ARGUMENTS, const float* bias, const uint32_t* experts, bf16* out, int share, int width, int padded, int k, float alpha, float limit) { \
+        grid_dependency_wait();                                                                                                                                                                                                        \
         const size_t pair = blockIdx.y, expert = experts[pair], before = expert * 2 * width;                                                                                                                                           \
         matmul_few_packed<F, 1, 2>(x + pair / share * k, codes + before * (k / F::COLUMNS), scales + before * stride, stride, shift, 1, k, Gated{bias ? bias + before : nullptr, out + pair * padded, width, padded, alpha, limit});   \
     }                                                                                                                                                                                                                                  \

@@ -11,6 +11,7 @@
 // Softmax over a row's logits, the top_k largest probabilities, ties to the lower expert; weights sum to one where
 // `renormalise`. A warp a row; block: 128; grid: rows / 4.
 extern "C" __global__ void __launch_bounds__(128) moe_route(const float* logits, int rows, int experts, int top_k, int renormalise, uint32_t* chosen, float* weights) {
+    grid_dependency_wait();
     const int lane = threadIdx.x % WARP, row = blockIdx.x * 4 + threadIdx.x / WARP;
     if (row >= rows) return;  // a whole warp
     float p[MOST_EXPERTS / WARP], most = NEG_INFINITY, sum = 0.0f;
@@ -60,6 +61,7 @@ KERNEL(moe_route)
 
 // Counts every expert's pairs in each chunk of 256: counts[chunk * experts + e]. Grid: chunks; block: 256.
 extern "C" __global__ void __launch_bounds__(CHUNK) moe_count(const uint32_t* chosen, int pairs, int experts, uint32_t* counts) {
+    grid_dependency_wait();
     __shared__ uint32_t found[MOST_EXPERTS];
     for (int e = threadIdx.x; e < experts; e += blockDim.x) found[e] = 0;
     __syncthreads();
@@ -73,6 +75,7 @@ KERNEL(moe_count)
 // Turns the counts into the places where each chunk's pairs of each expert begin, and lists the groups of up to 128 sorted rows
 // that matmul_tiles takes; groups beyond the last have no rows. One block of 512.
 extern "C" __global__ void __launch_bounds__(MOST_EXPERTS) moe_offsets(uint32_t* counts, int chunks, int experts, uint4* groups, int most_groups) {
+    grid_dependency_wait();
     __shared__ uint32_t totals[MOST_EXPERTS], starts[MOST_EXPERTS], first_groups[MOST_EXPERTS];
     __shared__ int all_groups;
     const int e = threadIdx.x;
@@ -110,6 +113,7 @@ KERNEL(moe_offsets)
 
 // sorted[place] = pair and places[pair] = place. Grid: chunks; block: 256.
 extern "C" __global__ void __launch_bounds__(CHUNK) moe_sort(const uint32_t* chosen, int pairs, int experts, const uint32_t* offsets, uint32_t* sorted, uint32_t* places) {
+    grid_dependency_wait();
     __shared__ uint32_t mine[CHUNK];
     const int pair = blockIdx.x * CHUNK + threadIdx.x;
     if (pair < pairs) mine[threadIdx.x] = chosen[pair];
@@ -126,6 +130,7 @@ KERNEL(moe_sort)
 // out[row] = the weighted sum of what its experts made, in the order of choice. places: where a pair's row lies; nullptr: at the
 // pair's own number. Grid: rows; block: 256.
 extern "C" __global__ void __launch_bounds__(256) moe_combine(const float* made, const uint32_t* places, const float* weights, int top_k, float* out, int width) {
+    grid_dependency_wait();
     const size_t first = static_cast<size_t>(blockIdx.x) * top_k;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         float sum = 0.0f;

@@ -15,6 +15,7 @@ KERNEL(embed)
 // x += delta where given; out = x / sqrt(mean(x^2) + eps) * weight, in FP8 too where codes are given (Narrow). One block a row, four elements a
 // thread in turn. Rows of up to HELD turns are read once, all reads under way together: with few rows only latency counts.
 extern "C" __global__ void __launch_bounds__(512) rms_norm(float* x, const float* delta, const float* weight, float eps, bf16* out, e4m3* codes, float* scales, int width) {
+    grid_dependency_wait();
     float* const row = x + static_cast<size_t>(blockIdx.x) * width;
     const float* const added = delta ? delta + static_cast<size_t>(blockIdx.x) * width : nullptr;
     const Narrow narrow{out, codes, scales, static_cast<int>(gridDim.x), width};
@@ -78,6 +79,7 @@ struct RowBlock {
 // Rows [gate | up] to what the gate lets through (gated), each row of out followed by zeros up to `padded` elements; in FP8 too where codes are given
 // (Narrow). A warp 128 elements of out.
 extern "C" __global__ void __launch_bounds__(256) silu_mul(const float* gate_up, bf16* out, e4m3* codes, float* scales, int rows, int width, int padded, float alpha, float limit) {
+    grid_dependency_wait();
     const RowBlock own(padded);
     if (own.row >= static_cast<unsigned>(rows)) return;  // a whole warp
     const float* const from = gate_up + static_cast<size_t>(own.row) * 2 * width;
@@ -92,6 +94,7 @@ KERNEL(silu_mul)
 
 // Rows of bf16 to FP8: codes and scales as Narrow has them. A warp 128 elements of a row, or what is left of it.
 extern "C" __global__ void __launch_bounds__(256) quantise_rows(const bf16* x, e4m3* codes, float* scales, int rows, int k) {
+    grid_dependency_wait();
     const RowBlock own(k);
     if (own.row >= static_cast<unsigned>(rows)) return;  // a whole warp
     const size_t at = static_cast<size_t>(own.row) * k + own.column;
@@ -106,6 +109,7 @@ KERNEL(quantise_rows)
 // by which none is too large; e of four such blocks is a word of scales [k / 128, rows]. Of each eight codes the even ones come first, then the odd
 // ones, as nibbles of MXFP4's words. What is below 1e-30 becomes zero. A thread has eight elements, sixteen 128; block: 256.
 extern "C" __global__ void __launch_bounds__(256) quantise_rows_mx(const bf16* x, e4m3* codes, uint32_t* scales, int rows, int k) {
+    grid_dependency_wait();
     const int blocks = (k + FP8_BLOCK - 1) / FP8_BLOCK, part = threadIdx.x % 16;
     const size_t unit = static_cast<size_t>(blockIdx.x) * 16 + threadIdx.x / 16, row = unit / blocks;
     const int block = unit % blocks, i = block * FP8_BLOCK + part * 8;
@@ -140,6 +144,7 @@ KERNEL(quantise_rows_mx)
 
 // out[i] = x[indices[i]] + delta[indices[i]], or without delta; out is of x's format. One block a row.
 extern "C" __global__ void gather(const void* x, int is_f32, const float* delta, const uint32_t* indices, void* out, int width) {
+    grid_dependency_wait();
     size_t from = static_cast<size_t>(indices[blockIdx.x]) * width, to = static_cast<size_t>(blockIdx.x) * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         float v = load(x, is_f32, from + i);
@@ -154,6 +159,7 @@ KERNEL(gather)
 
 // Rows of f32 or bf16 to bf16 rows of `padded` elements, zeros behind `width`: what the matrix kernels read.
 extern "C" __global__ void pack_rows(const void* x, int is_f32, bf16* out, int width, int padded) {
+    grid_dependency_wait();
     size_t from = static_cast<size_t>(blockIdx.x) * width, to = static_cast<size_t>(blockIdx.x) * padded;
     for (int i = threadIdx.x; i < padded; i += blockDim.x)
         out[to + i] = i < width ? to_bf16(load(x, is_f32, from + i)) : to_bf16(0.0f);
@@ -162,6 +168,7 @@ KERNEL(pack_rows)
 
 // x += bias, row by row. A thread an element.
 extern "C" __global__ void add_bias(float* x, const float* bias, int width, long long elements) {
+    grid_dependency_wait();
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i < elements) x[i] += bias[i % width];
 }

@@ -99,6 +99,8 @@ void wait_for_warp();
 unsigned char (*lane_slots())[64];
 unsigned char* dynamic_shared();
 void fail(const char* what);
+// Kernels run one after another here; but that all threads wait which have to is seen.
+void grid_dependency_wait();
 
 inline unsigned lane() { return threadIdx.x % 32; }
 
@@ -191,6 +193,7 @@ inline uint4 load_once(const void* from) {
     return v;
 }
 inline uint4 load_again(const void* from) { return load_once(from); }
+inline uint4 load_ahead(const void* from) { return load_once(from); }
 
 // ---- other devices and the host: threads of this process ----
 

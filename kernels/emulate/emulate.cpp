@@ -38,7 +38,8 @@ struct Copy {
 };
 struct Fiber {
     State state;
-    bool begun;  // it has run a thread before, and waits for the next
+    bool begun;   // it has run a thread before, and waits for the next
+    bool waited;  // for the kernel before
     jmp_buf at;
     std::unique_ptr<unsigned char[]> stack;
     std::vector<std::vector<Copy>> groups;  // copies under way, the last group still open
@@ -72,6 +73,7 @@ __thread unsigned running;
 __thread void (*kernel)(void**);
 __thread void** kernel_arguments;
 __thread const char* kernel_name = "";
+__thread bool kernel_waits;  // for the one before
 
 void place(unsigned thread) {
     running = thread;
@@ -88,6 +90,7 @@ void leave(State state) {
 void body() {
     for (;;) {
         kernel(kernel_arguments);
+        if (kernel_waits && !fibers[running].waited) fail("a thread ends that has not waited for the kernel before");
         leave(DONE);
     }
 }
@@ -140,7 +143,7 @@ void begin_block(unsigned threads) {
     for (unsigned t = 0; t < threads; t++) {
         Fiber& fiber = fibers[t];
         fiber.state = READY;
-        fiber.unpublished = fiber.fence_after_due = fiber.fence_before_due = false;
+        fiber.waited = fiber.unpublished = fiber.fence_after_due = fiber.fence_before_due = false;
         fiber.groups.assign(1, {});
         fiber.products.assign(1, {});
         fiber.operations.clear(), fiber.loads.clear();
@@ -210,6 +213,8 @@ void __syncthreads() {
 void wait_for_warp() { leave(AT_WARP); }
 unsigned char (*lane_slots())[64] { return slots[running / 32]; }
 unsigned char* dynamic_shared() { return shared_memory.data() + (16 - reinterpret_cast<uintptr_t>(shared_memory.data()) % 16) % 16; }
+
+void grid_dependency_wait() { fibers[running].waited = true; }
 
 void products_push(std::function<void()> product) { fibers[running].products.back().push_back(std::move(product)); }
 void products_commit() { fibers[running].products.emplace_back(); }
@@ -317,15 +322,16 @@ extern "C" void rudder_multicast(uint64_t begin, uint64_t bytes, const uint64_t*
     for (unsigned i = 0; i < count; i++) multicasts.back().memory.push_back(reinterpret_cast<unsigned char*>(memory[i]));
 }
 
-// Runs a kernel; 0 if there is one of that name.
+// Runs a kernel, which may be one that waits for the kernel before; 0 if there is one of that name.
 extern "C" int rudder_emulate(const char* name, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments,
-                              unsigned count) {
+                              unsigned count, bool waits) {
     Kernel* found = Kernel::first();
     while (found && strcmp(found->name, name)) found = found->next;
     if (!found) return 1;
     if (!grid) return 0;
     kernel = found->call;
     kernel_name = found->name;
+    kernel_waits = waits;
     if (count != found->arguments) fail("more or fewer arguments than the kernel has");
     if (grid[0] > 0x7fffffffu || grid[1] > 65535 || grid[2] > 65535) fail("a grid larger than the hardware's");
     kernel_arguments = arguments;

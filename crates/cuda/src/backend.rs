@@ -155,6 +155,14 @@ impl Cuda {
         self.device.set_graphs(on)
     }
 
+    /// Whether kernels of steps of decodes may be brought up while the ones before them still run; they may unless told otherwise.
+    ///
+    /// # Errors
+    /// If what was queued before fails.
+    pub fn set_dependent_launches(&mut self, on: bool) -> Result<()> {
+        self.device.set_dependent_launches(on)
+    }
+
     /// When keys that several rows of a step see are read once for all of them.
     pub fn set_shared_prefixes(&mut self, when: SharedPrefixes) {
         self.step.prefix.when = when;

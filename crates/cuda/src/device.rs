@@ -5,7 +5,7 @@
 use crate::cublaslt::CublasLt;
 use crate::gpu::{Event, Gpu};
 use crate::mapping::Mapping;
-use crate::queue::{Launch, Product, ProductShape, Queue, Work};
+use crate::queue::{Graphs, Launch, Product, ProductShape, Queue, Work};
 use rudder_ops::{OpError, Result};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -323,6 +323,15 @@ impl Device {
     pub fn set_graphs(&self, on: bool) -> Result<()> {
         self.flush()?;
         self.queue().without_graphs = !on;
+        Ok(())
+    }
+
+    /// Whether kernels of steps of decodes may be brought up early; they may unless told otherwise.
+    pub fn set_dependent_launches(&self, on: bool) -> Result<()> {
+        self.synchronize()?;
+        let mut queue = self.queue();
+        queue.launches_plainly = !on;
+        queue.graphs = Graphs::default();
         Ok(())
     }
 

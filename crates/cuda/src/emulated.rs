@@ -1,5 +1,6 @@
 //! The CPU in a GPU's place: kernels compiled as C++, memory with a page behind it that faults.
 
+use crate::dependent_launch::waits;
 use crate::device::{Arg, Grid, KERNELS};
 use crate::mapping::FabricHandle;
 use crate::queue::{Product, ProductShape};
@@ -20,6 +21,7 @@ unsafe extern "C" {
         shared: u32,
         arguments: *mut *mut c_void,
         count: u32,
+        waits: bool,
     ) -> c_int;
     fn rudder_multicast(begin: u64, bytes: u64, memory: *const u64, count: u32);
 }
@@ -36,7 +38,8 @@ pub fn exists(name: &str) -> bool {
     let name = CString::new(name).expect("a kernel's name");
     // SAFETY: without a grid nothing is run.
     unsafe {
-        rudder_emulate(name.as_ptr(), std::ptr::null(), std::ptr::null(), 0, std::ptr::null_mut(), 0) == 0
+        rudder_emulate(name.as_ptr(), std::ptr::null(), std::ptr::null(), 0, std::ptr::null_mut(), 0, false)
+            == 0
     }
 }
 
@@ -54,7 +57,8 @@ pub fn launch(kernel: &str, grid: Grid, shared: u32, args: &[Arg]) -> Result<()>
     // SAFETY: the arguments are the kernel's own (the parity tests' concern); reads outside of buffers fault.
     let status = unsafe {
         let (blocks, count) = (grid.blocks.as_ptr(), pointers.len() as u32);
-        rudder_emulate(name.as_ptr(), blocks, block.as_ptr(), shared, pointers.as_mut_ptr(), count)
+        let (block, arguments) = (block.as_ptr(), pointers.as_mut_ptr());
+        rudder_emulate(name.as_ptr(), blocks, block, shared, arguments, count, waits(kernel))
     };
     if status == 0 { Ok(()) } else { Err(OpError::Backend(format!("there is no kernel {kernel}"))) }
 }

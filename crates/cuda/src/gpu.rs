@@ -1,8 +1,9 @@
 //! A GPU through CUDA's driver: context, stream, memory, kernels by name.
 
-use crate::device::{Arg, Grid, KERNELS};
+use crate::device::KERNELS;
 use crate::kernels::IMAGES;
 use crate::probe::probe;
+use crate::queue::{Launch, MOST_ARGS};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use rudder_ops::{OpError, Result};
@@ -265,21 +266,39 @@ impl Gpu {
         unsafe { result::event::record(event.at, self.beside) }.map_err(failed("an event cannot be recorded"))
     }
 
-    pub fn launch(&self, kernel: &'static str, grid: Grid, shared: u32, args: &[Arg]) -> Result<()> {
+    /// Queues a kernel; if it is `dependent`, it may begin before the kernel before it has ended, for which it waits by itself.
+    pub fn launch(&self, launch: &Launch, dependent: bool) -> Result<()> {
         self.bind()?;
+        let &Launch { kernel, grid, shared, .. } = launch;
         let Some(&function) = self.functions.get(kernel) else {
             return Err(OpError::Backend(format!("there is no kernel {kernel}")));
         };
-        let mut pointers: [*mut c_void; 24] = [std::ptr::null_mut(); 24];
-        for (pointer, arg) in pointers.iter_mut().zip(args) {
+        let mut pointers: [*mut c_void; MOST_ARGS] = [std::ptr::null_mut(); MOST_ARGS];
+        for (pointer, arg) in pointers.iter_mut().zip(launch.args()) {
             *pointer = arg.bits();
         }
+        let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+        value.programmaticStreamSerializationAllowed = 1;
+        let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        let mut early = sys::CUlaunchAttribute { id, pad: [0; 4], value };
         let [x, y, z] = grid.blocks;
-        // SAFETY: the arguments are the kernel's own, which the parity tests and the emulator check.
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: self.stream,
+            attrs: &raw mut early,
+            numAttrs: dependent.into(),
+        };
+        // SAFETY: the arguments are the kernel's own, which the parity tests and the emulator check; the driver takes them over before it returns.
         unsafe {
-            let pointers = &mut pointers[..args.len()];
-            result::launch_kernel(function, (x, y, z), (grid.threads, 1, 1), shared, self.stream, pointers)
+            sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), std::ptr::null_mut())
         }
+        .result()
         .map_err(|e| OpError::Backend(format!("kernel {kernel} with {grid:?}: {e}")))
     }
 

@@ -7,6 +7,7 @@
 mod backend;
 mod block_mover;
 mod cublaslt;
+mod dependent_launch;
 mod device;
 #[cfg(feature = "emulate")]
 mod emulated;

@@ -8,6 +8,7 @@
 //! sequence is queued before its graph is made, and no rank begins the next step, whose kernels wait for this rank's, before it is there.
 
 use crate::cublaslt::CublasLt;
+use crate::dependent_launch::is_dependent;
 use crate::device::{Arg, Grid};
 use crate::gpu::{Gpu, Graph};
 use rudder_ops::{OpError, Result};
@@ -69,6 +70,8 @@ pub(crate) struct Queue {
     pub seen: HashSet<u64>,
     /// Set when this GPU or driver would not capture.
     pub without_graphs: bool,
+    /// Whether every launch waits for the end of all before it. Set when this GPU or driver would not capture others.
+    pub launches_plainly: bool,
 }
 
 impl Launch {
@@ -158,7 +161,7 @@ impl Queue {
         if self.without_graphs || self.seen.insert(hash) {
             return Ok(());
         }
-        match gpu.capture(|| self.run_each(gpu, pending)) {
+        match self.capture(gpu, pending) {
             Ok(graph) => self.graphs.keep(hash, pending, graph),
             Err(e) => {
                 tracing::warn!("decode steps run without CUDA graphs: {e}");
@@ -168,14 +171,34 @@ impl Queue {
         Ok(())
     }
 
-    fn run_each(&mut self, gpu: &Gpu, work: &[Work]) -> Result<()> {
-        work.iter().try_for_each(|work| self.run_one(gpu, work))
+    fn capture(&mut self, gpu: &Gpu, pending: &[Work]) -> Result<Graph> {
+        gpu.capture(|| self.run_each(gpu, pending)).or_else(|e| {
+            if self.launches_plainly {
+                return Err(e);
+            }
+            tracing::warn!("decode steps run without programmatic dependent launches: {e}");
+            self.launches_plainly = true;
+            gpu.capture(|| self.run_each(gpu, pending))
+        })
     }
 
-    /// Runs one thing.
+    fn run_each(&mut self, gpu: &Gpu, all: &[Work]) -> Result<()> {
+        let before = std::iter::once(None).chain(all.iter().map(Some));
+        before.zip(all).try_for_each(|(before, work)| {
+            let dependent = !self.launches_plainly && is_dependent(before, work);
+            self.run_behind(gpu, work, dependent)
+        })
+    }
+
+    /// Runs one thing, behind all that was run before.
     pub fn run_one(&mut self, gpu: &Gpu, work: &Work) -> Result<()> {
+        self.run_behind(gpu, work, false)
+    }
+
+    /// The same, of what may be brought up early if it is `dependent`.
+    fn run_behind(&mut self, gpu: &Gpu, work: &Work, dependent: bool) -> Result<()> {
         match work {
-            Work::Kernel(launch) => gpu.launch(launch.kernel, launch.grid, launch.shared, launch.args()),
+            Work::Kernel(launch) => gpu.launch(launch, dependent),
             Work::Product(product) => match &mut self.cublaslt {
                 Some(cublaslt) => cublaslt.multiply(gpu, product),
                 None => Err(OpError::Backend("a product for cuBLASLt without it".to_owned())),

@@ -194,13 +194,15 @@ fn decode(model: &mut dyn Model, sequences: usize, steps: usize) -> Vec<u32> {
     tokens
 }
 
-/// Nine sequences are padded to ten rows; each decode step comes again, so that on a GPU it runs as a graph.
+/// Nine sequences are padded to ten rows; each decode step comes again, so that on a GPU it runs as a graph, whose kernels begin while the ones
+/// before them still run.
 #[test]
 fn padded_decode_steps_draw_what_plain_ones_draw() {
     for name in ["qwen2", "qwen3moe", "gptoss-mxfp4"] {
         let Some(mut plain) = cuda() else { return };
         let Some(cuda) = cuda() else { return };
         plain.set_graphs(false).expect("nothing was queued");
+        plain.set_dependent_launches(false).expect("nothing was queued");
         let options = LoadOptions { kv: KvSize::Blocks(16), ..OPTIONS };
         let load = |cuda| load(&fixture(name), cuda, options, |_, _| ()).expect("the fixture loads").model;
         let (mut plain, mut graphs) = (load(plain), load(cuda));
