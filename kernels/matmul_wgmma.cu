@@ -5,7 +5,8 @@
 
 #define WGMMA_STAGES 6
 
-// Two warpgroups have 64 rows by 128 features each. Arguments as of tiles in matmul.cu.
+// Two warpgroups have 64 rows by 128 features each. Arguments as of tiles in matmul.cu. Of gridDim.z parts of k, none of them empty, a block takes
+// one, and each part's sums are an output of their own, one behind the other; the first has the bias.
 template <class F>
 __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) {
 #ifdef RUDDER_WGMMA
@@ -18,38 +19,55 @@ __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const 
     if (tile.count <= 0) return;
     const int feature = blockIdx.y * TILE;
     const bool has_rows = warp < 4 || tile.count > 64;  // this warpgroup
+    const int part = (k / TILE_K + gridDim.z - 1) / gridDim.z, begin = blockIdx.z * part, end = min(begin + part, k / TILE_K);
     Copies copies(tile, x, w, codes, scales, stride, shift, feature, n, k);
-    auto stage = [&](int step) { return stages + step % WGMMA_STAGES * 2 * Tile::BYTES; };
-    auto copy = [&](int step) { copies.copy(step, stage(step), stage(step) + Tile::BYTES); };
-    auto widen = [&](int step) { copies.widen(stage(step) + Tile::BYTES); };
-
-    // A step's product goes on while the next one's begins; so a stage is free two steps after it was multiplied.
-    constexpr int AHEAD = WGMMA_STAGES - 2;
-    const int steps = k / TILE_K;
-    float sums[TILE / 8][4];
-    for (int step = 0; step < AHEAD; step++) {
-        if (step < steps) copy(step);
+    // Of bf16 x and w share the stages. Weights of a format come as codes, through a ring of their own, which is six steps ahead, and are widened into
+    // one of three tiles: one is multiplied, one may still be, and one is filled.
+    constexpr int AHEAD = WGMMA_STAGES - 2;  // a step's product goes on while the next one's begins; so a stage is free two steps after it was multiplied
+    constexpr int STAGE = (F::PACKED ? 1 : 2) * Tile::BYTES;
+    unsigned char* const wide = stages + WGMMA_STAGES * Tile::BYTES;
+    auto x_of = [&](int step) { return stages + step % WGMMA_STAGES * STAGE; };
+    auto w_of = [&](int step) { return F::PACKED ? wide + step % 3 * Tile::BYTES : x_of(step) + Tile::BYTES; };
+    [[maybe_unused]] auto codes_of = [&](int step) { return wide + 3 * Tile::BYTES + step % WGMMA_STAGES * Copies::CODE_BYTES; };
+    auto copy_codes = [&](int step) {
+        if constexpr (F::PACKED)
+            if (step < end) copies.copy_codes(step, codes_of(step));
+    };
+    auto copy = [&](int step) {
+        if (step < end) copies.copy(step, x_of(step), w_of(step));
+        copy_codes(step + WGMMA_STAGES - AHEAD);
         copy_commit();
+    };
+    // Of a step whose codes have come, and the scales of the next.
+    auto widen = [&](int step) {
+        if constexpr (F::PACKED) {
+            copies.take_codes(codes_of(step));
+            copies.widen(w_of(step));
+            if (step + 1 < end) copies.hold_scale(step + 1);
+        }
+    };
+    float sums[TILE / 8][4];
+    for (int step = 0; step < WGMMA_STAGES - AHEAD; step++) copy_codes(begin + step);
+    for (int step = 0; step < AHEAD; step++) copy(begin + step);
+    if constexpr (F::PACKED) {
+        copies.hold_scale(begin);
+        copy_wait<AHEAD - 1>();
+        widen(begin);
     }
-    copies.hold(0);
-    widen(0);
-    if (steps > 1) copies.hold(1);
-    for (int step = 0; step < steps; step++) {
+    for (int step = begin; step < end; step++) {
         copy_wait<AHEAD - 1>();
         publish_shared();
         __syncthreads();  // this step's tile is here for all, and all are done with the one that is overwritten next
-        if (step + AHEAD < steps) copy(step + AHEAD);
-        copy_commit();
-        const uint32_t a = shared_address(stage(step)), b = a + Tile::BYTES;
+        copy(step + AHEAD);
+        const uint32_t a = shared_address(x_of(step)), b = shared_address(w_of(step));
         if (has_rows) {
             products_begin();
 #pragma unroll
-            for (int c = 0; c < TILE_K; c += 16) multiply_rows(sums, describe_columns<Tile>(a, warp / 4 * 64, c), describe_columns<Tile>(b, 0, c), step > 0 || c > 0);
+            for (int c = 0; c < TILE_K; c += 16) multiply_rows(sums, describe_columns<Tile>(a, warp / 4 * 64, c), describe_columns<Tile>(b, 0, c), step > begin || c > 0);
             products_commit();
         }
-        // Beside the product the next step's weights are widened, and those of the one after are fetched.
-        if (step + 1 < steps) widen(step + 1);
-        if (step + 2 < steps) copies.hold(step + 2);
+        // Beside the product the next step's weights are widened.
+        if (step + 1 < end) widen(step + 1);
         products_wait<1>();
     }
     products_wait<0>();
@@ -63,7 +81,7 @@ __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const 
             const size_t weights = tile.skipped + column;
             float sum = sums[c][i];
             if constexpr (F::ROW_SCALED) sum *= F::row_factor(scales + weights * stride);
-            out[static_cast<size_t>(tile.first + row) * n + column] = sum + (bias ? bias[weights] : 0.0f);
+            out[(static_cast<size_t>(blockIdx.z) * rows + tile.first + row) * n + column] = sum + (bias && blockIdx.z == 0 ? bias[weights] : 0.0f);
         }
 #else
     __trap();

@@ -173,3 +173,14 @@ extern "C" __global__ void add_bias(float* x, const float* bias, int width, long
     if (i < elements) x[i] += bias[i % width];
 }
 KERNEL(add_bias)
+
+// out = the sum of so many parts, one behind the other, in order. A thread an element.
+extern "C" __global__ void add_parts(const float* parts, int count, float* out, long long elements) {
+    grid_dependency_wait();
+    const long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= elements) return;
+    float sum = parts[i];
+    for (int p = 1; p < count; p++) sum += parts[p * elements + i];
+    out[i] = sum;
+}
+KERNEL(add_parts)

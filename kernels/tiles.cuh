@@ -76,6 +76,18 @@ struct TileCopies {
             held_scale = F::scale(scales, step * TILE_K + threadIdx.x % 2 * 32, shift);
         }
     }
+    // The same by way of shared memory, where a step's codes take CODE_BYTES: begins to copy them; then, once this thread's copy has come, takes them
+    // over. Nobody reads what another thread copied.
+    static constexpr int CODE_BYTES = 256 * PIECES * 16;
+    __device__ __forceinline__ void copy_codes(int step, unsigned char* to) const {
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) copy_async(to + (p * 256 + threadIdx.x) * 16, codes + step * (TILE_K / F::COLUMNS) + p, true);
+    }
+    __device__ __forceinline__ void take_codes(const unsigned char* from) {
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) held[p] = *reinterpret_cast<const uint4*>(from + (p * 256 + threadIdx.x) * 16);
+    }
+    __device__ __forceinline__ void hold_scale(int step) { held_scale = F::scale(scales, step * TILE_K + threadIdx.x % 2 * 32, shift); }
     // Puts down what was read last.
     __device__ __forceinline__ void widen(unsigned char* to_w) const {
         if constexpr (F::PACKED) {

@@ -869,6 +869,30 @@ mod tests {
         Ok(())
     }
 
+    #[test]
+    fn hopper_takes_k_in_parts_where_tiles_are_few() -> Result<()> {
+        let mut cuda = Cuda::emulated()?;
+        let parts = ["matmul_wgmma_fp8", "add_parts"];
+        for (kernel, n, k, expected) in [
+            (PrefillKernel::Wgmma, 128, 1024, parts.as_slice()),
+            (PrefillKernel::Wgmma, 129, 1024, &parts),
+            (PrefillKernel::Wgmma, 128, 512, &parts[..1]),
+            (PrefillKernel::Wgmma, 6 * 128, 1024, &parts[..1]),
+            (PrefillKernel::Mma, 128, 1024, &["matmul_tiles_fp8"]),
+        ] {
+            cuda.set_prefill_kernel(kernel)?;
+            let w = RawTensor::new("w", vec![n, k], DType::F8_E4M3, Arc::new(vec![0; n * k / 64 * 68]), 0);
+            let w = cuda.load_matrix(&[w.expect("whole blocks")])?;
+            let (mut x, mut out) = (cuda.tensor(17, k)?, cuda.tensor(17, n)?);
+            x.set(17, k, Format::Bf16)?;
+            LAUNCHED.take();
+            cuda.linear(&x, &w, None, &mut out)?;
+            let launched: Vec<_> = LAUNCHED.take().into_iter().map(|(kernel, _)| kernel).collect();
+            assert_eq!(launched, expected, "{kernel:?}, [{n}, {k}]");
+        }
+        Ok(())
+    }
+
     /// Of the norms in a model's step: whether each writes rows in FP8 too.
     fn norms_that_write_fp8(source: &ModelSource) -> Result<Vec<bool>> {
         let mut cuda = Cuda::emulated()?;

@@ -18,6 +18,7 @@ const WAITING: &[&str] = &[
     "gather",
     "pack_rows",
     "add_bias",
+    "add_parts",
     "quantise_rows",
     "quantise_rows_mx",
     "moe_route",

@@ -18,6 +18,7 @@ pub(crate) const KERNELS: &[(&str, u32)] = &[
     ("gather", 0),
     ("pack_rows", 0),
     ("add_bias", 0),
+    ("add_parts", 0),
     ("matmul_few_8", 0),
     ("matmul_few_16", 0),
     ("matmul_few_gated_8", 0),
@@ -398,6 +399,15 @@ impl Device {
             Kind::Gpu(gpu) => gpu.memory().map(|(free, total)| (free as u64, total as u64)),
             #[cfg(feature = "emulate")]
             Kind::Emulated { .. } => Ok((1 << 20, 2 << 20)),
+        }
+    }
+
+    /// Its multiprocessors; emulated, so few that tests see more and fewer blocks than that.
+    pub fn multiprocessors(&self) -> usize {
+        match self.kind() {
+            Kind::Gpu(gpu) => gpu.multiprocessors(),
+            #[cfg(feature = "emulate")]
+            Kind::Emulated { .. } => 6,
         }
     }
 

@@ -19,6 +19,7 @@ pub(crate) struct Gpu {
     beside: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
     compute_capability: (i32, i32),
+    multiprocessors: usize,
     uuid: u64,
 }
 
@@ -72,6 +73,10 @@ impl Gpu {
         let uuid = result::device::get_uuid(device).map_err(failed(&what))?;
         let uuid = uuid.bytes.iter().enumerate();
         let uuid = uuid.fold(0, |folded, (i, &byte)| folded ^ u64::from(byte as u8) << (8 * (i % 8)));
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        // SAFETY: the device exists.
+        let multiprocessors =
+            unsafe { result::device::get_attribute(device, count) }.map_err(failed(&what))?;
         // SAFETY: the device exists; its primary context lives until the process ends.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed(&what))?;
         // SAFETY: just retained.
@@ -83,13 +88,17 @@ impl Gpu {
         if let Some((name, _)) = KERNELS.iter().find(|(name, _)| !functions.contains_key(name)) {
             return Err(OpError::Backend(format!("kernel {name} is in none of the embedded images")));
         }
-        let compute_capability = gpu.compute_capability;
-        Ok(Self { device, context, stream, beside, functions, compute_capability, uuid })
+        let (compute_capability, multiprocessors) = (gpu.compute_capability, multiprocessors as usize);
+        Ok(Self { device, context, stream, beside, functions, compute_capability, multiprocessors, uuid })
     }
 
     /// Major and minor number of its architecture.
     pub fn compute_capability(&self) -> (i32, i32) {
         self.compute_capability
+    }
+
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     /// Its UUID's halves, one over the other: what tells it from others, of other machines too.

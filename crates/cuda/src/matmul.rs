@@ -17,6 +17,9 @@ pub(crate) const FEW: usize = 16;
 /// Rows and features of a tile of `matmul_tiles`.
 pub(crate) const TILE: usize = 128;
 
+/// Steps of k that a part has at least where k is split: below that what splitting saves is not worth the adding up.
+const PART: usize = 8;
+
 /// From so many rows on, weights of a narrow format are widened in memory and multiplied by cuBLASLt. Below that the writing and reading of
 /// what is widened, some 5 bytes a weight where its cache does not help, costs more than the plain kernel's arithmetic.
 const WIDEN: usize = 512;
@@ -83,6 +86,8 @@ pub(crate) struct Multiplier {
     device: Device,
     packed: Option<Buffer>,
     widened: Option<Buffer>,
+    /// Sums of parts of k.
+    parts: Option<Buffer>,
     /// Rows in MXFP8: codes, then scales `[k / 128, rows]`, a word for four blocks. Or in NVFP4: codes, then scales `[k / 256, rows]`, four words for
     /// sixteen blocks, then factors.
     microscaled: Option<Buffer>,
@@ -159,6 +164,7 @@ impl Multiplier {
             device: device.clone(),
             packed: None,
             widened: None,
+            parts: None,
             microscaled: None,
             instructions: Instructions::of(device),
             fp8_products: false,
@@ -252,6 +258,7 @@ impl Multiplier {
     pub fn tiles(&mut self, x: Rows, w: &Weights, bias: Arg, out: Arg, n: usize, tiles: Tiles) -> Result<()> {
         let grid = Grid::of([tiles.count, n.div_ceil(TILE), 1], 256);
         let Tiles { rows, groups, index, share, .. } = tiles;
+        let features = n;
         let (rows, n, k, share) = (rows.into(), n.into(), x.k.into(), share.into());
         match w {
             Weights::Bf16(w) => {
@@ -279,13 +286,46 @@ impl Multiplier {
                 ];
                 self.device.launch(kernel, grid, shared, &args)
             }
-            Weights::Packed(packed) => {
-                let [w, scales, stride, shift] = packed.args();
-                let args = [x.data, w, scales, stride, shift, bias, out, rows, n, k, groups, index, share];
-                let (kernel, shared) = self.instructions.kernel(packed.packing.kernels().tiles);
-                self.device.launch(kernel, grid, shared, &args)
-            }
+            Weights::Packed(packed) => self.widening_tiles(x, packed, [bias, out], features, &tiles),
         }
+    }
+
+    /// The same of weights of a format, which are widened on their way to the tensor cores.
+    fn widening_tiles(
+        &mut self,
+        x: Rows,
+        w: &Packed,
+        [bias, out]: [Arg; 2],
+        n: usize,
+        tiles: &Tiles,
+    ) -> Result<()> {
+        let (elements, blocks) = (tiles.rows * n, [tiles.count, n.div_ceil(TILE)]);
+        let parts = self.parts_of_k(blocks[0] * blocks[1], x.k);
+        let to = match parts {
+            1 => out,
+            _ => room(&mut self.parts, &self.device, 4 * parts * elements)?.into(),
+        };
+        let &Tiles { rows, groups, index, share, .. } = tiles;
+        let [codes, scales, stride, shift] = w.args();
+        let (rows, n, k, share) = (rows.into(), n.into(), x.k.into(), share.into());
+        let args = [x.data, codes, scales, stride, shift, bias, to, rows, n, k, groups, index, share];
+        let (kernel, shared) = self.instructions.kernel(w.packing.kernels().tiles);
+        let grid = Grid::of([blocks[0], blocks[1], parts], 256);
+        self.device.launch(kernel, grid, shared, &args)?;
+        if parts == 1 {
+            return Ok(());
+        }
+        let args = [to, parts.into(), out, elements.into()];
+        self.device.launch("add_parts", Grid::elements(elements), 0, &args)
+    }
+
+    /// In how many parts k is taken by Hopper's kernels: few tiles in as many as there are multiprocessors for.
+    fn parts_of_k(&self, tiles: usize, k: usize) -> usize {
+        if self.instructions != Instructions::Wgmma || tiles == 0 {
+            return 1;
+        }
+        let (steps, wanted) = (k / STEP, (self.device.multiprocessors() / tiles).max(1));
+        steps.div_ceil(steps.div_ceil(wanted).max(PART)).max(1)
     }
 
     /// Codes and scales of rows, which become FP8 here if they are not yet.

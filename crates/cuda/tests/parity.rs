@@ -267,6 +267,8 @@ fn linear_of_fp8_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (65, 33, 128),
         (131, 150, 320),
         (513, 300, 192),
+        (17, 40, 1280), // Hopper's kernels take long k in parts
+        (70, 129, 960),
     ];
     if large(&cuda) {
         shapes.extend([(1, 28672, 4096), (16, 4096, 14336), (100, 6144, 4096), (1000, 12288, 4096)]);
@@ -650,6 +652,7 @@ fn linear_of_int4_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (20, 129, 896),
         (131, 150, 256),
         (513, 200, 256),
+        (20, 40, 1408),
     ];
     if large(&cuda) {
         shapes.extend([(1, 28672, 4096), (16, 4096, 14336), (100, 6144, 4096), (1000, 12288, 4096)]);
@@ -697,6 +700,7 @@ fn linear_of_nvfp4_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (33, 130, 704),
         (131, 150, 320),
         (513, 200, 192),
+        (20, 40, 1280),
     ];
     if large(&cuda) {
         shapes.extend([(1, 28672, 4096), (16, 4096, 14336), (100, 6144, 4096), (1000, 12288, 4096)]);
