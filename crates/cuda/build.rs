@@ -28,13 +28,18 @@ fn main() {
         .collect();
     sources.sort();
     let found = nvcc(&out);
-    let images = found.as_deref().map(|nvcc| compile(nvcc, &sources, &out)).unwrap_or_default();
+    let images: Vec<Image> =
+        found.iter().flat_map(|nvcc| sources.iter().map(|source| compile(nvcc, source, &out))).collect();
     // The driver reads 64-bit fields of an image's header.
-    let list: String =
-        images.iter().map(|path| format!("    &Aligned(*include_bytes!({path:?})).0,\n")).collect();
+    let list: String = images
+        .iter()
+        .map(|Image { path, kernels }| {
+            format!("    (&Aligned(*include_bytes!({path:?})).0, &{kernels:?}),\n")
+        })
+        .collect();
     let cuda = found.as_deref().map_or(0, cuda_version);
     let code = format!(
-        "/// One fat binary a source file.\npub const IMAGES: &[&[u8]] = &[\n{list}];\n\
+        "/// One fat binary a source file, and the kernels in it.\npub const IMAGES: &[(&[u8], &[&str])] = &[\n{list}];\n\
          /// The major number of the CUDA that made them, 0 if nvcc did not say or there are none.\npub const CUDA: i32 = {cuda};\n"
     );
     fs::write(out.join("images.rs"), code).unwrap();
@@ -59,31 +64,29 @@ fn cuda_version(nvcc: &Path) -> u32 {
     release.and_then(|(major, _)| major.parse().ok()).unwrap_or(0)
 }
 
-fn compile(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Vec<PathBuf> {
-    sources
-        .iter()
-        .map(|source| {
-            let image = out.join(source.file_stem().unwrap()).with_extension("fatbin");
-            let mut command = Command::new(nvcc);
-            command.args([
-                "-fatbin",
-                "-O3",
-                "-std=c++17",
-                "-lineinfo",
-                "--threads",
-                "2",
-                "-compress-mode=size",
-            ]);
-            command.args(TARGETS.map(|target| format!("-gencode={target}")));
-            // What a kernel spills is worth knowing; what else nvcc warns of is an error.
-            let status = command.args(["-Werror", "all-warnings", "-o"]).arg(&image).arg(source).status();
-            match status {
-                Ok(status) if status.success() => image,
-                Ok(status) => panic!("nvcc ended with {status} on {}", source.display()),
-                Err(e) => panic!("cannot run {}: {e}", nvcc.display()),
-            }
-        })
-        .collect()
+/// A source's fat binary, and the names of its kernels.
+struct Image {
+    path: PathBuf,
+    kernels: Vec<String>,
+}
+
+fn compile(nvcc: &Path, source: &Path, out: &Path) -> Image {
+    let path = out.join(source.file_stem().unwrap()).with_extension("fatbin");
+    let mut command = Command::new(nvcc);
+    command.args(["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--threads", "2", "-compress-mode=size"]);
+    command.args(TARGETS.map(|target| format!("-gencode={target}")));
+    // What nvcc warns of is an error. ptxas names the kernels that it compiles.
+    command.args(["-Werror", "all-warnings", "-Xptxas", "-v", "-o"]).arg(&path).arg(source);
+    let output = command.output().unwrap_or_else(|e| panic!("cannot run {}: {e}", nvcc.display()));
+    let said = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        panic!("nvcc ended with {} on {}:\n{said}", output.status, source.display());
+    }
+    let entry = |line: &str| Some(line.split_once("entry function '")?.1.split_once('\'')?.0.to_owned());
+    let mut kernels: Vec<String> = said.lines().filter_map(entry).collect();
+    kernels.sort();
+    kernels.dedup();
+    Image { path, kernels }
 }
 
 #[cfg(feature = "emulate")]

@@ -404,13 +404,13 @@ fn load(device: sys::CUdevice) -> std::result::Result<HashMap<&'static str, sys:
     // SAFETY: the device exists.
     let there = unsafe { result::device::get_attribute(device, opt_in) }?;
     let mut functions = HashMap::new();
-    for image in IMAGES {
+    for (image, kernels) in IMAGES {
         // SAFETY: a fat binary that nvcc made; modules are never unloaded.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) }?;
-        for &(name, shared) in KERNELS {
+        for &(name, shared) in KERNELS.iter().filter(|(name, _)| kernels.contains(name)) {
             let c_name = CString::new(name).expect("a kernel's name");
             // SAFETY: the module was just loaded.
-            let Ok(function) = (unsafe { result::module::get_function(module, c_name) }) else { continue };
+            let function = unsafe { result::module::get_function(module, c_name) }?;
             if (1..=there).contains(&(shared as i32)) {
                 let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // SAFETY: the function was just found.
