@@ -81,23 +81,23 @@ __device__ __forceinline__ void add_values(float (&o)[OUTPUTS][4], int at, const
     }
 }
 
-// What the four warps of a fragment find over some tokens, for 16 (row, head) pairs: values weighted by exponentials and added, and of
-// each warp the largest score and the sum of exponentials. most + log2(total) is the logarithm of the softmax's denominator over these tokens:
-// what results over other tokens of the same row are combined by.
+// What the four warps of a fragment find over some tokens, for 16 (row, head) pairs: values weighted by exponentials and added, the largest score
+// and the sum of exponentials. best + log2(sum) is the logarithm of the softmax's denominator over these tokens: what results over other
+// tokens of the same row are combined by.
 template <int DIM>
-struct Found {
-    float outputs[16][DIM];
-    float most[4][16], total[4][16];
-};
+struct __align__(8) Found {
+    // As fragments have them: of fragment j pair p's columns lie from p / 8 * 64 + p % 8 * 8 on. So a warp writes a fragment, and reads along a
+    // head, each bank once; hence the four more.
+    float outputs[DIM / 8][128 + 4];
+    float most[4][16], total[4][16];  // of each warp
+    float best[16], sum[16];          // of all
 
-// A pair's largest score and sum of exponentials over the four warps.
-template <int DIM>
-__device__ __forceinline__ void add_warps(const Found<DIM>& found, int pair, float& most, float& total) {
-    most = NEG_INFINITY, total = 0.0f;
-    for (int w = 0; w < 4; w++) most = fmaxf(most, found.most[w][pair]);
-    for (int w = 0; w < 4; w++)
-        if (found.total[w][pair] != 0.0f) total += found.total[w][pair] * exp2f(found.most[w][pair] - most);
-}
+    // Element d of a pair: of a lane group's eight words (in what is left over 64, four) it is the element j % 8 that add_values put there.
+    __device__ __forceinline__ float output(int pair, int d) const {
+        const int words = d < DIM / 64 * 64 ? 8 : 4;
+        return outputs[d / 64 * 8 + d % words][pair / 8 * 64 + pair % 8 * 8 + d % 64 / words];
+    }
+};
 
 // Attention of a fragment's pairs over the tokens from `begin` to `end` of a block table, those before `first_token` left out. `q`: the queries of
 // this lane's two pairs, null for none; `warp`: which of the fragment's four, which take the blocks in turn. All threads of the block must be
@@ -180,23 +180,29 @@ __device__ __forceinline__ void attend(Found<DIM>& found, int warp, const float*
     __syncthreads();
     float share[2];
     for (int r = 0; r < 2; r++) {
-        float best = NEG_INFINITY;
-        for (int w = 0; w < 4; w++) best = fmaxf(best, found.most[w][group + 8 * r]);
+        const int pair = group + 8 * r;
+        float best = NEG_INFINITY, sum = 0.0f;
+        for (int w = 0; w < 4; w++) best = fmaxf(best, found.most[w][pair]);
         // A warp that had no tokens has nothing to add, whatever the others found.
         share[r] = most[r] == NEG_INFINITY && total[r] == 0.0f ? 0.0f : exp2f(most[r] - best);
+        if (warp || quad) continue;
+        for (int w = 0; w < 4; w++)
+            if (found.total[w][pair] != 0.0f) sum += found.total[w][pair] * exp2f(found.most[w][pair] - best);
+        found.best[pair] = best, found.sum[pair] = sum;
     }
+#pragma unroll 1
     for (int w = 0; w < 4; w++) {
         if (warp == w) {
 #pragma unroll
-            for (int j = 0; j < DIM / 8; j++)
+            for (int r = 0; r < 2; r++) {
+                if (!q[r]) continue;
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    // The place that element j % 8 (or % 4) of a lane group's words has in the head.
-                    const int column = quad * 2 + i % 2, whole = DIM / 64 * 8;
-                    const int at = j < whole ? j / 8 * 64 + column * 8 + j % 8 : DIM / 64 * 64 + column * 4 + (j - whole);
-                    float* to = &found.outputs[group + i / 2 * 8][at];
-                    *to = (w ? *to : 0.0f) + o[j][i] * share[i / 2];
+                for (int j = 0; j < DIM / 8; j++) {
+                    float2* to = reinterpret_cast<float2*>(&found.outputs[j][r * 64 + lane * 2]);
+                    const float2 before = w ? *to : float2{0.0f, 0.0f};
+                    *to = {before.x + o[j][2 * r] * share[r], before.y + o[j][2 * r + 1] * share[r]};
                 }
+            }
         }
         __syncthreads();
     }
@@ -226,15 +232,13 @@ __device__ void attention_decode(const float* qkv, const KV* keys, const KV* val
     const size_t splits = gridDim.x;
     for (int i = threadIdx.x; i < count * DIM; i += blockDim.x) {
         const int h = i / DIM, d = i % DIM;
-        float best, sum;
-        add_warps(found, h, best, sum);
         if (alone) {
-            sum += sink_share(sinks, head + h, best);
-            out[(static_cast<size_t>(row) * heads + head + h) * DIM + d] = to_bf16(found.outputs[h][d] / sum);
+            const float sum = found.sum[h] + sink_share(sinks, head + h, found.best[h]);
+            out[(static_cast<size_t>(row) * heads + head + h) * DIM + d] = to_bf16(found.output(h, d) / sum);
         } else {
             const size_t part = (blockIdx.z * static_cast<size_t>(heads) + head + h) * splits + blockIdx.x;
-            partial[part * DIM + d] = found.outputs[h][d];
-            if (d == 0) partial_sums[2 * part] = best, partial_sums[2 * part + 1] = sum;
+            partial[part * DIM + d] = found.output(h, d);
+            if (d == 0) partial_sums[2 * part] = found.best[h], partial_sums[2 * part + 1] = found.sum[h];
         }
     }
 }
@@ -265,8 +269,9 @@ __device__ void attention_shared(const float* qkv, const KV* keys, const KV* val
         const int pair = i / DIM, d = i % DIM;
         const size_t head = static_cast<size_t>(kv_head) * shared_by + pair % shared_by;
         const size_t part = ((from - first + pair / shared_by) * static_cast<size_t>(heads) + head) * splits + split;
-        partial[part * DIM + d] = found[pair / 16].outputs[pair % 16][d];
-        if (d == 0) add_warps(found[pair / 16], pair % 16, partial_sums[2 * part], partial_sums[2 * part + 1]);
+        const Found<DIM>& mine = found[pair / 16];
+        partial[part * DIM + d] = mine.output(pair % 16, d);
+        if (d == 0) partial_sums[2 * part] = mine.best[pair % 16], partial_sums[2 * part + 1] = mine.sum[pair % 16];
     }
 }
 
