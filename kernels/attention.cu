@@ -275,22 +275,54 @@ __device__ void attention_shared(const float* qkv, const KV* keys, const KV* val
     }
 }
 
-// Adds the parts of rows that have several. Grid: (heads, rows); block: 128.
-extern "C" __global__ void __launch_bounds__(128) attention_combine(const uint32_t* rows, const uint32_t* row_contexts, bf16* out, const float* partial, const float* partial_sums, int heads, int dim, int splits, const float* sinks, int window) {
+// Adds the parts of rows that have several. A thread has four elements of a head, and as many groups of threads as the block has for whole heads
+// take the parts in turn, eight reads ahead; then the groups are added in order. So a result depends on nothing but the row's own parts.
+// Grid: (heads, rows); block: 256.
+extern "C" __global__ void __launch_bounds__(256) attention_combine(const uint32_t* rows, const uint32_t* row_contexts, bf16* out, const float* partial, const float* partial_sums, int heads, int dim, int splits, const float* sinks, int window) {
+    __shared__ float4 of_groups[256];
+    __shared__ float of_warps[256 / WARP];
     const int row = rows[blockIdx.y], head = blockIdx.x, context = row_contexts[row];
     const int base = first_seen(context, window) / BLOCK_TOKENS * BLOCK_TOKENS, parts = (context - base + SPLIT - 1) / SPLIT;
     if (parts <= 1) return;
     const size_t first = (blockIdx.y * static_cast<size_t>(heads) + head) * splits;
-    const float* sums = partial_sums + 2 * first;
+    const float2* sums = reinterpret_cast<const float2*>(partial_sums) + first;
+
     float best = NEG_INFINITY, total = 0.0f;
-    for (int p = 0; p < parts; p++) best = fmaxf(best, sums[2 * p]);
-    for (int p = 0; p < parts; p++) total += sums[2 * p + 1] * exp2f(sums[2 * p] - best);
-    total += sink_share(sinks, head, best);
-    for (int d = threadIdx.x; d < dim; d += blockDim.x) {
-        float sum = 0.0f;
-        for (int p = 0; p < parts; p++) sum += partial[(first + p) * dim + d] * exp2f(sums[2 * p] - best);
-        out[(static_cast<size_t>(row) * heads + head) * dim + d] = to_bf16(sum / total);
+    for (int p = threadIdx.x; p < parts; p += blockDim.x) best = fmaxf(best, sums[p].x);
+    best = warp_max(best);
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = best;
+    __syncthreads();
+    for (int w = 0; w < 256 / WARP; w++) best = fmaxf(best, of_warps[w]);
+    for (int p = threadIdx.x; p < parts; p += blockDim.x) total += sums[p].y * exp2f(sums[p].x - best);
+    total = block_sum(total) + sink_share(sinks, head, best);
+
+    const int quads = dim / 4, groups = 256 / quads, group = threadIdx.x / quads, at = threadIdx.x % quads;
+    const float4* from = reinterpret_cast<const float4*>(partial + first * dim) + at;
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int p = group; group < groups && p < parts; p += 8 * groups) {
+        float4 part[8];
+        float most[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int read = p + i * groups;
+            part[i] = {0.0f, 0.0f, 0.0f, 0.0f}, most[i] = NEG_INFINITY;
+            if (read < parts) part[i] = from[read * static_cast<size_t>(quads)], most[i] = sums[read].x;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float weight = exp2f(most[i] - best);
+            sum.x += part[i].x * weight, sum.y += part[i].y * weight, sum.z += part[i].z * weight, sum.w += part[i].w * weight;
+        }
     }
+    of_groups[threadIdx.x] = sum;
+    __syncthreads();
+    if (group > 0) return;
+    for (int g = 1; g < min(groups, parts); g++) {
+        const float4 more = of_groups[g * quads + at];
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
+    bf16* to = out + (static_cast<size_t>(row) * heads + head) * dim + at * 4;
+    *reinterpret_cast<uint2*>(to) = {pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total)};
 }
 KERNEL(attention_combine)
 

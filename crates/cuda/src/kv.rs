@@ -431,7 +431,7 @@ impl Call<'_> {
             self.sinks,
             self.window(),
         ];
-        self.device.launch("attention_combine", Grid::of([self.shape.heads, rows, 1], 128), 0, &args)
+        self.device.launch("attention_combine", Grid::of([self.shape.heads, rows, 1], 256), 0, &args)
     }
 
     fn any(&self) -> Result<()> {

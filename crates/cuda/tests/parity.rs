@@ -847,6 +847,40 @@ fn rope_and_attention_agree_over_shapes_chunks_and_splits() -> Result<()> {
     Ok(())
 }
 
+/// Contexts of so many parts that a thread that adds them reads several times; what counts lies at both ends.
+#[test]
+fn contexts_of_many_splits_agree() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(27);
+    for (head_dim, context) in [(256, 9000), (96, 21_500), (64, 33_500)] {
+        let mut case =
+            AttentionCase::random(&mut random, shape(2, 1, head_dim), false, RopePairing::Halves, 2.0, 50);
+        case.rope.inv_freq.fill(0.0);
+        let (mut prompt, mut decode) = (Batch::default(), Batch::default());
+        prompt.push(&[0; 16 * 24], 0, &(0..24).collect::<Vec<_>>(), 0);
+        // Sixteen blocks again and again, and four of their own at the beginning and at the end.
+        let blocks = context / 16 + 1;
+        let mut table: Vec<u32> = (0..blocks as u32).map(|i| i % 16).collect();
+        table[..4].copy_from_slice(&[16, 17, 18, 19]);
+        table[blocks - 4..].copy_from_slice(&[20, 21, 22, 23]);
+        decode.push(&[0], context - 1, &table, 0);
+        case.steps = vec![prompt, decode];
+        case.blocks = blocks;
+        let width = case.shape.qkv_width();
+        case.qkv = random.exact((16 * 24 + 1) * width, 2.0);
+        // The keys of these eight are like the query of the last row's second head.
+        let query = case.qkv[16 * 24 * width + head_dim..][..head_dim].to_vec();
+        let share = 5.0 / (head_dim as f32).sqrt();
+        for row in 16 * 16..16 * 24 {
+            let key = &mut case.qkv[row * width + 2 * head_dim..][..head_dim];
+            key.iter_mut().zip(&query).for_each(|(key, query)| *key = share * query);
+        }
+        let ([_, found], [_, expected]) = (case.run(&mut cuda)?, case.run(&mut Reference::new())?);
+        assert_close(&found, &expected, 0.02, 1.0, &format!("heads of {head_dim}"));
+    }
+    Ok(())
+}
+
 /// Windows within a block, around a block's and a tile's and a split's size, and beyond all contexts; heads with kernels of their own
 /// and without; groups of several rows a tile.
 #[test]
