@@ -141,9 +141,7 @@ mod tests {
     use super::*;
 
     fn cost(milliseconds: fn(usize) -> u64) -> StepCost {
-        let mut cost = StepCost::new();
-        (1..=64).for_each(|rows| cost.record(rows, Duration::from_millis(milliseconds(rows))));
-        cost
+        StepCost::known(&Vec::from_iter(1..=64), |rows| Duration::from_millis(milliseconds(rows)))
     }
 
     fn chosen(rates: &[f32], decodes: usize, cost: &StepCost) -> Vec<usize> {
