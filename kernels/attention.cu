@@ -102,7 +102,7 @@ struct __align__(8) Found {
 // Attention of a fragment's pairs over the tokens from `begin` to `end` of a block table, those before `first_token` left out. `q`: the queries of
 // this lane's two pairs, null for none; `warp`: which of the fragment's four, which take the blocks in turn. All threads of the block must be
 // here. A pair's result does not depend on the others: a fragment of one row and one of several sequences come to the same bits.
-template <int DIM, bool AGAIN, class KV>
+template <int DIM, class KV>
 __device__ __forceinline__ void attend(Found<DIM>& found, int warp, const float* const (&q)[2], const KV* keys, const KV* values, const uint32_t* table, int kv_heads, int kv_head, int begin, int end, int first_token, float scale) {
     const int lane = threadIdx.x % WARP, group = lane / 4, quad = lane % 4;
     // Queries: of every 32 elements a lane has 8 neighbouring ones of two pairs, as it has of keys.
@@ -111,52 +111,68 @@ __device__ __forceinline__ void attend(Found<DIM>& found, int warp, const float*
     for (int c = 0; c < DIM / 32; c++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float e[8] = {};
+            float4 low = {0.0f, 0.0f, 0.0f, 0.0f}, high = low;
             if (q[r]) {
-                const float* from = q[r] + c * 32 + quad * 8;
-                for (int i = 0; i < 8; i++) e[i] = from[i];
+                const float4* from = reinterpret_cast<const float4*>(q[r] + c * 32 + quad * 8);
+                low = from[0], high = from[1];
             }
-            qs[2 * c][r] = pack(e[0], e[1]), qs[2 * c][r + 2] = pack(e[2], e[3]);
-            qs[2 * c + 1][r] = pack(e[4], e[5]), qs[2 * c + 1][r + 2] = pack(e[6], e[7]);
+            qs[2 * c][r] = pack(low.x, low.y), qs[2 * c][r + 2] = pack(low.z, low.w);
+            qs[2 * c + 1][r] = pack(high.x, high.y), qs[2 * c + 1][r + 2] = pack(high.z, high.w);
         }
 
-    float o[DIM / 8][4] = {}, most[2] = {NEG_INFINITY, NEG_INFINITY}, total[2] = {};
-    for (int block = begin / BLOCK_TOKENS + warp; block * BLOCK_TOKENS < end; block += 4) {
-        const size_t at = (table[block] * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS * DIM;
-        const int left = end - block * BLOCK_TOKENS;  // tokens of this block that are there, if below 16
-        const int unseen = first_token - block * BLOCK_TOKENS;  // those before the window, if above 0
-        uint4 k[2][DIM / 32];
+    // Eight elements where they are seen, as they lie; zeros elsewhere.
+    using Eight = decltype(read_eight(keys));
+    auto read = [](const KV* from, bool seen) { return seen ? read_eight(from) : Eight{}; };
+    auto block_at = [&](uint32_t entry) { return (entry * static_cast<size_t>(kv_heads) + kv_head) * BLOCK_TOKENS * DIM; };
+    // Where a block lies; nowhere behind the end.
+    auto entry_of = [&](int block) { return block * BLOCK_TOKENS < end ? table[block] : 0; };
+    Eight k[2][DIM / 32];
+    auto read_block = [&](int block, uint32_t entry) {
 #pragma unroll
         for (int t = 0; t < 2; t++)
 #pragma unroll
             for (int c = 0; c < DIM / 32; c++) {
-                int token = t * 8 + group;
-                k[t][c] = token >= unseen && token < left ? load_keys<AGAIN>(keys + at + token * DIM + c * 32 + quad * 8) : make_uint4(0, 0, 0, 0);
+                const int token = t * 8 + group, position = block * BLOCK_TOKENS + token;
+                k[t][c] = read(keys + block_at(entry) + token * DIM + c * 32 + quad * 8, position >= first_token && position < end);
             }
+    };
+
+    float o[DIM / 8][4] = {}, most[2] = {NEG_INFINITY, NEG_INFINITY}, total[2] = {};
+    // Keys come a block ahead. Over a warp's barrier the compiler moves no reads: left to itself it puts them off until their data is needed, for
+    // registers' sake. Heads of 256 have none to spare.
+    constexpr bool AHEAD = DIM <= 128;
+    int block = begin / BLOCK_TOKENS + warp;
+    uint32_t entry = entry_of(block);
+    if (AHEAD) read_block(block, entry);
+    for (; block * BLOCK_TOKENS < end; block += 4) {
+        const uint32_t next = entry_of(block + 4);
+        if (!AHEAD) read_block(block, entry);
+        const int left = end - block * BLOCK_TOKENS;  // tokens of this block that are there, if below 16
+        const int unseen = first_token - block * BLOCK_TOKENS;  // those before the window, if above 0
         // Weights of zero do not undo values that are not finite: what is not there is read as zeros.
-        uint32_t v[DIM / 64][4][4], tail[4][2];
+        Eight v[DIM / 64][4];
+        uint32_t tail[4][2];
 #pragma unroll
         for (int t = 0; t < 4; t++) {
             const int token = t / 2 * 8 + quad * 2 + t % 2;
-            const KV* from = values + at + token * DIM;
+            const KV* from = values + block_at(entry) + token * DIM;
             const bool seen = token >= unseen && token < left;
 #pragma unroll
-            for (int h = 0; h < DIM / 64; h++) {
-                uint4 x = seen ? load_keys<AGAIN>(from + h * 64 + group * 8) : make_uint4(0, 0, 0, 0);
-                v[h][t][0] = x.x, v[h][t][1] = x.y, v[h][t][2] = x.z, v[h][t][3] = x.w;
-            }
+            for (int h = 0; h < DIM / 64; h++) v[h][t] = read(from + h * 64 + group * 8, seen);
             if (DIM % 64) {
                 uint2 x = {0, 0};
                 if (seen) x = load_four(from + DIM / 64 * 64 + group * 4);
                 tail[t][0] = x.x, tail[t][1] = x.y;
             }
         }
+        if (AHEAD) __syncwarp();
         float s[2][4] = {};
 #pragma unroll
         for (int t = 0; t < 2; t++) {
 #pragma unroll
             for (int c = 0; c < DIM / 32; c++) {
-                uint32_t low[2] = {k[t][c].x, k[t][c].y}, high[2] = {k[t][c].z, k[t][c].w};
+                const uint4 x = widen_eight(k[t][c]);
+                uint32_t low[2] = {x.x, x.y}, high[2] = {x.z, x.w};
                 multiply_add(s[t], qs[2 * c], low);
                 multiply_add(s[t], qs[2 * c + 1], high);
             }
@@ -166,10 +182,23 @@ __device__ __forceinline__ void attend(Found<DIM>& found, int warp, const float*
                 s[t][i] = token >= unseen && token < left ? s[t][i] * (scale * LOG2E) : NEG_INFINITY;
             }
         }
+        if (AHEAD) {
+            read_block(block + 4, next);
+            __syncwarp();
+        }
+        entry = next;
         softmax_step(s, o, most, total);
         uint32_t a[4] = {pack(s[0][0], s[0][1]), pack(s[0][2], s[0][3]), pack(s[1][0], s[1][1]), pack(s[1][2], s[1][3])};
 #pragma unroll
-        for (int h = 0; h < DIM / 64; h++) add_values<4>(o, h * 8, a, v[h]);
+        for (int h = 0; h < DIM / 64; h++) {
+            uint32_t words[4][4];
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                const uint4 x = widen_eight(v[h][t]);
+                words[t][0] = x.x, words[t][1] = x.y, words[t][2] = x.z, words[t][3] = x.w;
+            }
+            add_values<4>(o, h * 8, a, words);
+        }
         if (DIM % 64) add_values<2>(o, DIM / 64 * 8, a, tail);
     }
     sum_quads(total);
@@ -226,7 +255,7 @@ __device__ void attention_decode(const float* qkv, const KV* keys, const KV* val
         const int pair = threadIdx.x % WARP / 4 + 8 * r;
         q[r] = pair < count ? first_query + pair * DIM : nullptr;
     }
-    attend<DIM, false>(found, threadIdx.x / WARP, q, keys, values, tables + row_tables[row], kv_heads, kv_head, begin, min(begin + SPLIT, context), first_token, scale);
+    attend<DIM>(found, threadIdx.x / WARP, q, keys, values, tables + row_tables[row], kv_heads, kv_head, begin, min(begin + SPLIT, context), first_token, scale);
 
     const bool alone = context - base <= SPLIT;
     const size_t splits = gridDim.x;
@@ -264,7 +293,7 @@ __device__ void attention_shared(const float* qkv, const KV* keys, const KV* val
     }
     // Warps without pairs have no tokens either.
     const int begin = split * SPLIT, end = begin + (fragment * 16 < pairs ? SPLIT : 0);
-    attend<DIM, true>(found[fragment], warp, q, keys, values, tables + tile.z, kv_heads, kv_head, begin, end, 0, scale);
+    attend<DIM>(found[fragment], warp, q, keys, values, tables + tile.z, kv_heads, kv_head, begin, end, 0, scale);
     for (int i = threadIdx.x; i < pairs * DIM; i += blockDim.x) {
         const int pair = i / DIM, d = i % DIM;
         const size_t head = static_cast<size_t>(kv_head) * shared_by + pair % shared_by;

@@ -5,25 +5,22 @@
 #define BLOCK_TOKENS 16
 #define LOG2E 1.4426950408889634f
 
-// How eight elements of the cache become four words of bf16, and four become two.
-__device__ __forceinline__ uint4 load_eight(const bf16* from) { return load_once(from); }
+// Eight elements of the cache as they lie there; how they become four words of bf16, and four become two.
+__device__ __forceinline__ uint4 read_eight(const bf16* from) { return *reinterpret_cast<const uint4*>(from); }
+__device__ __forceinline__ uint2 read_eight(const e4m3* from) { return *reinterpret_cast<const uint2*>(from); }
+__device__ __forceinline__ uint4 widen_eight(uint4 words) { return words; }
+__device__ __forceinline__ uint4 widen_eight(uint2 codes) {
+    uint32_t to[4];
+    widen_e4m3(codes.x, to), widen_e4m3(codes.y, to + 2);
+    return make_uint4(to[0], to[1], to[2], to[3]);
+}
+template <class KV>
+__device__ __forceinline__ uint4 load_eight(const KV* from) { return widen_eight(read_eight(from)); }
 __device__ __forceinline__ uint2 load_four(const bf16* from) { return *reinterpret_cast<const uint2*>(from); }
 __device__ __forceinline__ uint2 load_four(const e4m3* from) {
     uint32_t to[2];
     widen_e4m3(*reinterpret_cast<const uint32_t*>(from), to);
     return {to[0], to[1]};
-}
-__device__ __forceinline__ uint4 load_eight(const e4m3* from) {
-    const uint2 codes = *reinterpret_cast<const uint2*>(from);
-    uint32_t to[4];
-    widen_e4m3(codes.x, to), widen_e4m3(codes.y, to + 2);
-    return make_uint4(to[0], to[1], to[2], to[3]);
-}
-// AGAIN: other warps of the block read them too.
-template <bool AGAIN, class KV>
-__device__ __forceinline__ uint4 load_keys(const KV* from) {
-    if constexpr (AGAIN && sizeof(KV) == 2) return load_again(from);
-    return load_eight(from);
 }
 
 // The first token that a row sees which has `context` tokens behind it, its own included.
