@@ -5,7 +5,7 @@
 // is read, which is exact.
 //
 // attention_decode_D: one query row at a time; the query heads that share a KV head are the rows of one fragment, so that keys
-// and values are read once for all of them; contexts are split into parts of 256 tokens, combined by attention_combine.
+// and values are read once for all of them; contexts are split into parts of 256 tokens, of fewer where few rows run, combined by attention_combine.
 // attention_shared_D: the parts that several rows have in common, for all of them at once.
 // attention_prefill_D: tiles of 64 (token, head) rows over tiles of 64 keys that arrive while others are computed.
 // attention_any: any head size, plain f32 arithmetic; slow.
@@ -17,6 +17,16 @@
 #include "attention.cuh"
 
 #define SPLIT 256
+#define LEAST_SPLIT 64
+#define MULTIPROCESSORS 132
+
+// Tokens of a row's splits, of which it sees `seen` tokens, where one split of every row is `blocks` blocks: fewer than SPLIT if rows like it
+// would leave multiprocessors without a block. It depends on how many rows there are, not on what they are. As in step.rs.
+__device__ __forceinline__ int split_of(int seen, int blocks) {
+    int split = SPLIT;
+    while (seen > SPLIT && split > LEAST_SPLIT && blocks * ((seen + split - 1) / split) < MULTIPROCESSORS) split /= 2;
+    return split;
+}
 
 __device__ __forceinline__ void put(bf16* to, float x) { *to = to_bf16(x); }
 __device__ __forceinline__ void put(e4m3* to, float x) { *to = to_e4m3(x); }
@@ -238,13 +248,13 @@ __device__ __forceinline__ void attend(Found<DIM>& found, int warp, const float*
 }
 
 // Grid: (splits, kv_heads * heads of a group / 16, rows); block: 128. rows[] names the batch's rows to do; `shared`, where given, how many of
-// a row's first splits attention_shared does.
+// a row's first splits attention_shared does; `blocks` as in split_of.
 template <int DIM, class KV>
-__device__ void attention_decode(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window, const uint32_t* shared) {
+__device__ void attention_decode(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window, const uint32_t* shared, int blocks) {
     __shared__ Found<DIM> found;
     if (shared && blockIdx.x < shared[blockIdx.z]) return;
     const int row = rows[blockIdx.z], context = row_contexts[row], first_token = first_seen(context, window);
-    const int base = first_token / BLOCK_TOKENS * BLOCK_TOKENS, begin = base + blockIdx.x * SPLIT;
+    const int base = first_token / BLOCK_TOKENS * BLOCK_TOKENS, split = split_of(context - base, blocks), begin = base + blockIdx.x * split;
     if (begin >= context) return;
     const int shared_by = heads / kv_heads, parts = (shared_by + 15) / 16;
     const int kv_head = blockIdx.y / parts, first = blockIdx.y % parts * 16, count = min(16, shared_by - first);
@@ -255,9 +265,9 @@ __device__ void attention_decode(const float* qkv, const KV* keys, const KV* val
         const int pair = threadIdx.x % WARP / 4 + 8 * r;
         q[r] = pair < count ? first_query + pair * DIM : nullptr;
     }
-    attend<DIM>(found, threadIdx.x / WARP, q, keys, values, tables + row_tables[row], kv_heads, kv_head, begin, min(begin + SPLIT, context), first_token, scale);
+    attend<DIM>(found, threadIdx.x / WARP, q, keys, values, tables + row_tables[row], kv_heads, kv_head, begin, min(begin + split, context), first_token, scale);
 
-    const bool alone = context - base <= SPLIT;
+    const bool alone = context - base <= split;
     const size_t splits = gridDim.x;
     for (int i = threadIdx.x; i < count * DIM; i += blockDim.x) {
         const int h = i / DIM, d = i % DIM;
@@ -272,7 +282,7 @@ __device__ void attention_decode(const float* qkv, const KV* keys, const KV* val
     }
 }
 
-// Splits of 256 tokens that several rows have in common, as sequences that begin alike have, and a sequence's drafted tokens: a part for each
+// Splits of SPLIT tokens that several rows have in common, as sequences that begin alike have, and a sequence's drafted tokens: a part for each
 // of the rows, the same as attention_decode's, of keys and values that are read once for all. A tile: {first of its rows in rows[], their number, where
 // a block table of theirs begins, first split, and above 16 bits the one after the last}; its (row, head) pairs are 32 at most, of which four warps
 // take 16. Of rows[], those from `first` on, `count` of them, are done. Grid: (tiles, splits of the longest tile, kv_heads); block: 256.
@@ -307,11 +317,11 @@ __device__ void attention_shared(const float* qkv, const KV* keys, const KV* val
 // Adds the parts of rows that have several. A thread has four elements of a head, and as many groups of threads as the block has for whole heads
 // take the parts in turn, eight reads ahead; then the groups are added in order. So a result depends on nothing but the row's own parts.
 // Grid: (heads, rows); block: 256.
-extern "C" __global__ void __launch_bounds__(256) attention_combine(const uint32_t* rows, const uint32_t* row_contexts, bf16* out, const float* partial, const float* partial_sums, int heads, int dim, int splits, const float* sinks, int window) {
+extern "C" __global__ void __launch_bounds__(256) attention_combine(const uint32_t* rows, const uint32_t* row_contexts, bf16* out, const float* partial, const float* partial_sums, int heads, int dim, int splits, const float* sinks, int window, int blocks) {
     __shared__ float4 of_groups[256];
     __shared__ float of_warps[256 / WARP];
     const int row = rows[blockIdx.y], head = blockIdx.x, context = row_contexts[row];
-    const int base = first_seen(context, window) / BLOCK_TOKENS * BLOCK_TOKENS, parts = (context - base + SPLIT - 1) / SPLIT;
+    const int seen = context - first_seen(context, window) / BLOCK_TOKENS * BLOCK_TOKENS, split = split_of(seen, blocks), parts = (seen + split - 1) / split;
     if (parts <= 1) return;
     const size_t first = (blockIdx.y * static_cast<size_t>(heads) + head) * splits;
     const float2* sums = reinterpret_cast<const float2*>(partial_sums) + first;
@@ -477,8 +487,8 @@ __device__ void attention_prefill(const float* qkv, const KV* keys, const KV* va
 }
 
 #define FOR_DIM(D, NAME, KV)                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(128) attention_decode_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window, const uint32_t* shared) { \
-        attention_decode<D, KV>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, partial, partial_sums, heads, kv_heads, scale, sinks, window, shared); \
+    extern "C" __global__ void __launch_bounds__(128) attention_decode_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window, const uint32_t* shared, int blocks) { \
+        attention_decode<D, KV>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, partial, partial_sums, heads, kv_heads, scale, sinks, window, shared, blocks); \
     }                                                                                                                                     \
     KERNEL(attention_decode_##D##NAME)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(256) attention_shared_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint4* tiles, float* partial, float* partial_sums, int first, int count, int splits, int heads, int kv_heads, float scale) { \

@@ -7,7 +7,7 @@ use crate::device::{
     Arg, Buffer, Device, Grid, attention_prefill_shared, attention_tcgen05_shared, attention_wgmma_shared,
 };
 use crate::matmul::{Instructions, Vector};
-use crate::step::{List, SPLIT, Step};
+use crate::step::{List, Step, blocks_of, most_splits};
 use crate::tensor::{Format, Tensor, check};
 use rudder_ops::{AttentionOptions, AttentionShape, BLOCK_SIZE, OpError, QkNorm, Result, Rope, RopePairing};
 
@@ -260,7 +260,7 @@ impl Parts {
     /// For contexts of up to `context` tokens, a row at a time at least.
     pub fn new(device: &Device, shape: &AttentionShape, context: usize) -> Result<Self> {
         // Decode steps round their splits up.
-        let one = shape.heads * context.div_ceil(SPLIT).next_power_of_two();
+        let one = shape.heads * most_splits(context, blocks_of(shape)).next_power_of_two();
         let room = one.max(PARTS / (4 * shape.head_dim));
         let (sums, outputs) = (device.buffer(8 * room)?, device.buffer(4 * room * shape.head_dim)?);
         Ok(Self { sums, outputs, room })
@@ -321,10 +321,9 @@ impl Call<'_> {
         self.window.unwrap_or(0).into()
     }
 
-    /// Splits of the longest context, of which a window leaves a part that begins with a block.
+    /// The most splits of a row, of whose context a window leaves a part that begins with a block.
     fn splits(&self) -> usize {
-        let most = self.window.map_or(usize::MAX, |window| (window + BLOCK_SIZE - 1).div_ceil(SPLIT));
-        self.step.splits.min(most)
+        self.step.splits(self.window.map_or(usize::MAX, |window| window + BLOCK_SIZE - 1))
     }
 
     fn prefill(&self, kernels: &Kernels) -> Result<()> {
@@ -357,9 +356,9 @@ impl Call<'_> {
         let (rows, splits) = (self.step.len(List::Alone), self.splits());
         let most = if splits == 1 { rows } else { self.parts.room / (heads * splits) };
         check(most > 0 || rows == 0, || {
-            format!("a context of {splits} x {SPLIT} tokens is longer than rope was loaded for")
+            format!("a context in {splits} parts is longer than rope was loaded for")
         })?;
-        let groups = kv_heads * (heads / kv_heads).div_ceil(16);
+        let groups = blocks_of(&self.shape);
         for first in (0..rows).step_by(most.max(1)) {
             let rows = most.min(rows - first);
             let shared = self.shared(kernels.shared, first, rows)?;
@@ -380,6 +379,7 @@ impl Call<'_> {
                 self.sinks,
                 self.window(),
                 shared,
+                self.step.split_blocks.into(),
             ];
             self.device.launch(kernels.decode, Grid::of([splits, groups, rows], 128), 0, &args)?;
             if splits > 1 {
@@ -430,6 +430,7 @@ impl Call<'_> {
             self.splits().into(),
             self.sinks,
             self.window(),
+            self.step.split_blocks.into(),
         ];
         self.device.launch("attention_combine", Grid::of([self.shape.heads, rows, 1], 256), 0, &args)
     }

@@ -15,7 +15,7 @@ use rudder_ops::{OpError, Result};
 use std::collections::{HashMap, HashSet};
 
 /// Most arguments of a kernel.
-pub(crate) const MOST_ARGS: usize = 16;
+pub(crate) const MOST_ARGS: usize = 17;
 /// Sequences remembered before all are forgotten.
 const MOST_SEEN: usize = 4096;
 /// What graphs may take of the device's memory, in launches: each of theirs is one, and each graph some fifty by itself (guessed, not measured). That

@@ -1,9 +1,9 @@
 //! Rows of a step that see the same keys: sequences that begin alike, and a sequence's drafted tokens.
 //!
-//! Decode attention takes a context in splits of 256 tokens and combines the splits' results by their sums of exponentials. So a split whose blocks
-//! several rows have in common can be computed for all of them at once: a cascade of as many levels as the prefixes have. Which those
-//! are is read off the block tables in every step: what the prefix tree shares are the same blocks. The kernel puts the bits in place that the
-//! rows would have computed alone.
+//! Decode attention takes a context in splits of 256 tokens, of fewer only where few rows see little, and combines the splits' results by their
+//! sums of exponentials. So a split whose blocks several rows have in common can be computed for all of them at once: a cascade of as many
+//! levels as the prefixes have. Which those are is read off the block tables in every step: what the prefix tree shares are the same blocks. The
+//! kernel puts the bits in place that the rows would have computed alone.
 
 use crate::step::SPLIT;
 use rudder_ops::BLOCK_SIZE;
@@ -15,7 +15,8 @@ const BLOCKS: usize = SPLIT / BLOCK_SIZE;
 /// Bytes a layer that must be read less for one more launch to pay: what memory brings in 3 µs. Reckoned, not measured.
 const WORTH: usize = 14 << 20;
 
-/// When keys that several rows see are read once for all of them.
+/// When keys that several rows see are read once for all of them. Unless it is `Auto`, contexts are cut into splits of 256 tokens however few
+/// rows there are, so that both come to the same bits.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum SharedPrefixes {
     /// Where that saves more than the launch costs.
@@ -36,6 +37,8 @@ pub(crate) struct Alone {
     pub table: usize,
     /// Keys that it sees.
     pub context: usize,
+    /// Tokens of its splits, of which only whole ones, of [`SPLIT`], are shared.
+    pub split: usize,
     /// Splits that it shares.
     pub shared: u32,
 }
@@ -56,10 +59,10 @@ pub(crate) struct SharedPrefix {
 }
 
 impl Alone {
-    /// The blocks of one split; none if the row's last token is not behind it, which a row keeps for itself.
+    /// The blocks of one split; none if it is no whole one, or the row's last token is not behind it, which a row keeps for itself.
     fn split<'a>(&self, split: usize, tables: &'a [u32]) -> Option<&'a [u32]> {
         let first = self.table + split * BLOCKS;
-        (self.context > (split + 1) * SPLIT).then(|| &tables[first..first + BLOCKS])
+        (self.split == SPLIT && self.context > (split + 1) * SPLIT).then(|| &tables[first..first + BLOCKS])
     }
 }
 
@@ -141,7 +144,7 @@ mod tests {
         let rows = tables.iter().zip(contexts).zip(0..).map(|((blocks, &context), row)| {
             let table = all.len();
             all.extend(blocks);
-            Alone { row, table, context, shared: 0 }
+            Alone { row, table, context, split: SPLIT, shared: 0 }
         });
         (rows.collect(), all)
     }
@@ -177,6 +180,18 @@ mod tests {
         assert!(found.rows.iter().all(|row| row.shared == 1));
         let found = find(&tables, &[256, 500], 1, SharedPrefixes::Always);
         assert!(found.tiles.is_empty() && found.rows.iter().all(|row| row.shared == 0));
+    }
+
+    #[test]
+    fn rows_of_small_splits_share_nothing() {
+        let tables = vec![table(&[1, 2, 3]); 3];
+        let (mut rows, all) = rows(&tables, &[700; 3]);
+        rows[1].split = SPLIT / 2;
+        let mut prefix = SharedPrefix { when: SharedPrefixes::Always, rows, ..SharedPrefix::default() };
+        prefix.find(&all, 4);
+        let mut found: Vec<(u32, u32)> = prefix.rows.iter().map(|row| (row.row, row.shared)).collect();
+        found.sort();
+        assert_eq!(found, [(0, 2), (1, 0), (2, 2)]);
     }
 
     #[test]

@@ -2,14 +2,17 @@
 
 use crate::device::{Arg, Device, Inlet};
 use crate::matmul::Instructions;
-use crate::shared_prefix::{Alone, SharedPrefix};
+use crate::shared_prefix::{Alone, SharedPrefix, SharedPrefixes};
 use rudder_ops::{AttentionShape, BLOCK_SIZE, Batch, OpError, Result};
 
 /// (token, head) rows that a tile of prefill attention holds, and one of the kernels made for a GPU.
 const TILE_ROWS: usize = 64;
 const WIDE_TILE_ROWS: usize = 128;
-/// Tokens in one split of decode attention; `SPLIT` in attention.cu.
+/// Tokens in one split of decode attention where there are rows enough, and the fewest; as in attention.cu.
 pub(crate) const SPLIT: usize = 256;
+const LEAST_SPLIT: usize = 64;
+/// An H200's, each of which is to have a block; as in attention.cu.
+const MULTIPROCESSORS: usize = 132;
 /// The longest context that counts as short.
 const LONG: usize = 4 * SPLIT;
 /// Head sizes that the fast attention kernels are compiled for.
@@ -20,6 +23,27 @@ const NO_SLOT: u32 = u32::MAX;
 
 /// In place of an output: the row's token is known; as in rows.cu.
 const KNOWN: u32 = u32::MAX;
+
+/// Tokens of a row's splits, of which it sees `seen` tokens, where one split of every row is `blocks` blocks; as `split_of` in attention.cu.
+pub(crate) fn split_of(seen: usize, blocks: usize) -> usize {
+    let mut split = SPLIT;
+    while seen > SPLIT && split > LEAST_SPLIT && blocks * seen.div_ceil(split) < MULTIPROCESSORS {
+        split /= 2;
+    }
+    split
+}
+
+/// The most splits that a row has which sees up to `longest` tokens, at least one.
+pub(crate) fn most_splits(longest: usize, blocks: usize) -> usize {
+    // Splits are halved while they are too few, so that they become fewer than twice as many as enough.
+    let small = if longest > SPLIT { 2 * ((MULTIPROCESSORS - 1) / blocks.max(1)) } else { 1 };
+    longest.div_ceil(SPLIT).max(longest.div_ceil(LEAST_SPLIT).min(small)).max(1)
+}
+
+/// Blocks of one split of one row.
+pub(crate) fn blocks_of(shape: &AttentionShape) -> usize {
+    shape.kv_heads * (shape.heads / shape.kv_heads).div_ceil(16)
+}
 
 /// Where each list of a step begins in its buffer, in bytes, in the order of [`List`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,8 +94,12 @@ pub(crate) struct Step {
     pub largest_token: u32,
     /// Blocks that a cache must have for the step's slots and block tables to lie in it.
     pub blocks: usize,
-    /// Splits of the longest context among the rows computed alone.
-    pub splits: usize,
+    /// The longest context among the rows computed alone.
+    longest: usize,
+    /// Blocks of one split of all of them, as [`split_of`] takes it.
+    pub split_blocks: usize,
+    /// Whether it is a decode step.
+    decode: bool,
     /// For which attention the rows were divided into tiles.
     pub shape: Option<AttentionShape>,
     /// What computes the tiles.
@@ -92,7 +120,9 @@ impl Step {
             room: usize::MAX,
             largest_token: 0,
             blocks: 0,
-            splits: 1,
+            longest: 0,
+            split_blocks: MULTIPROCESSORS,
+            decode: false,
             shape: None,
             instructions: Instructions::Mma,
             prefix: SharedPrefix::default(),
@@ -153,7 +183,7 @@ impl Step {
             Instructions::Wgmma | Instructions::Tcgen05 => WIDE_TILE_ROWS,
         };
         let tokens_a_tile = self.shape.as_ref().map_or(0, |shape| tile_tokens(shape, rows_a_tile));
-        let mut longest = 0;
+        self.longest = 0;
         self.prefix.clear();
         for span in &batch.spans {
             let computed = span.context - span.len;
@@ -175,15 +205,15 @@ impl Step {
                     row: (span.start + i) as u32,
                     table: span.table,
                     context: computed + i + 1,
+                    split: SPLIT,
                     shared: 0,
                 }));
-                longest = longest.max(span.context);
+                self.longest = self.longest.max(span.context);
             }
         }
-        self.splits = longest.div_ceil(SPLIT).max(1);
+        self.decode = is_decode(batch);
         self.share(batch);
-        if is_decode(batch) {
-            self.splits = self.splits.next_power_of_two();
+        if self.decode {
             for list in [List::Outputs, List::Alone] {
                 self.lists[list as usize].extend(self.real as u32..self.rows as u32);
             }
@@ -197,6 +227,14 @@ impl Step {
     /// Lists the rows computed alone, and what they share.
     fn share(&mut self, batch: &Batch) {
         if let Some(shape) = self.shape.filter(|shape| HEAD_DIMS.contains(&shape.head_dim)) {
+            let alone = if self.decode { self.rows } else { self.prefix.rows.len() };
+            self.split_blocks = match self.prefix.when {
+                SharedPrefixes::Auto => (alone * blocks_of(&shape)).min(MULTIPROCESSORS),
+                SharedPrefixes::Always | SharedPrefixes::Never => MULTIPROCESSORS,
+            };
+            for row in &mut self.prefix.rows {
+                row.split = split_of(row.context, self.split_blocks);
+            }
             self.prefix.find(&batch.block_tables, shape.heads / shape.kv_heads);
         }
         let rows = &self.prefix.rows;
@@ -205,6 +243,13 @@ impl Step {
             self.lists[List::Shared as usize].extend(rows.iter().map(|row| row.shared));
             self.lists[List::SharedTiles as usize].extend(&self.prefix.tiles);
         }
+    }
+
+    /// The most splits of a row computed alone, of which none sees more than `window` tokens. Decode steps round it up, so that more of them are
+    /// the same launches.
+    pub fn splits(&self, window: usize) -> usize {
+        let splits = most_splits(self.longest.min(window), self.split_blocks);
+        if self.decode { splits.next_power_of_two() } else { splits }
     }
 
     /// Of a tensor's rows those that are no padding.
@@ -300,7 +345,7 @@ mod tests {
         let tiled = step(Some(shape), &batch);
         // 64 / 7 heads: nine tokens a tile.
         assert_eq!(list(&tiled, List::Tiles), [0, 9, 5, 0, 9, 9, 14, 0, 18, 3, 23, 0]);
-        assert_eq!((list(&tiled, List::Alone), tiled.splits), (&[21u32][..], 3));
+        assert_eq!((list(&tiled, List::Alone), tiled.splits(usize::MAX)), (&[21u32][..], 10));
         assert_eq!(list(&tiled, List::RowContexts)[19..], [25, 26, 601]);
         assert_eq!(list(&tiled, List::RowTables)[20..], [0, 2]);
 
@@ -330,9 +375,26 @@ mod tests {
         assert_eq!(list(&step, List::Alone), (0..10).collect::<Vec<_>>());
         assert_eq!((list(&step, List::Outputs).len(), list(&step, List::Slots)[9]), (10, NO_SLOT));
         assert_eq!((list(&step, List::RowContexts)[8], list(&step, List::RowContexts)[9]), (309, 0));
-        assert_eq!((step.splits, step.real_of(10), step.real_of(7)), (2, 9, 7));
+        assert_eq!((step.splits(usize::MAX), step.real_of(10), step.real_of(7)), (2, 9, 7));
         batch.push(&[1, 2], 0, &[21], 1);
         assert!(!is_decode(&batch));
+    }
+
+    #[test]
+    fn contexts_are_cut_into_more_splits_where_few_rows_run() {
+        // One row of eight KV heads, then eight; what fits one split stays whole.
+        let of = |blocks| move |seen| split_of(seen, blocks);
+        assert_eq!([256, 257, 2048, 2049, 4096, 4097].map(of(8)), [256, 64, 64, 128, 128, 256]);
+        assert_eq!([256, 300, 600, 1200].map(of(64)), [256, 128, 256, 256]);
+        assert_eq!([300, 600].map(of(MULTIPROCESSORS)), [256, 256]);
+        for blocks in 1..=MULTIPROCESSORS {
+            let mut most = 0;
+            for seen in 1..6000usize {
+                most = most.max(seen.div_ceil(split_of(seen, blocks)));
+                let room = most_splits(seen, blocks);
+                assert!(most <= room && room <= 2 * most, "{seen} tokens, {blocks} blocks: {most}, {room}");
+            }
+        }
     }
 
     #[test]

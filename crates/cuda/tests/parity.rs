@@ -1163,6 +1163,38 @@ fn shared_prefixes_reach_over_the_turns_of_long_contexts() -> Result<()> {
     Ok(())
 }
 
+/// How a context is cut depends on the number of rows and on itself, not on the others.
+#[test]
+fn a_row_does_not_depend_on_how_long_others_are() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let shape = shape(4, 2, 64);
+    cuda.load_rope(&Rope { inv_freq: vec![0.0; 32], pairing: RopePairing::Halves }, 1 << 15)?;
+    let mut cache = cuda.kv_cache(1, &shape, 64)?;
+    let mut random = Random(28);
+    let size = cuda.kv_block_bytes(&shape);
+    for block in 0..64 {
+        let numbers = random.exact(size / 2, 1.0);
+        let bytes: Vec<u8> = numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+        cuda.write_kv_block(&mut cache, block, &bytes)?;
+    }
+    let queries = random.exact(2 * shape.qkv_width(), 1.0);
+    let mut firsts = Vec::new();
+    for other in [20, 900, 20_000] {
+        let mut batch = Batch::default();
+        for context in [700, other] {
+            let table: Vec<u32> = (0..=context as u32 / 16).map(|i| i % 64).collect();
+            batch.push(&[0], context, &table, 1);
+        }
+        let qkv = upload(&mut cuda, (&queries, shape.qkv_width()))?;
+        let mut out = cuda.tensor(2, shape.out_width())?;
+        cuda.begin(&batch)?;
+        cuda.attention(&qkv, &shape, AttentionOptions::default(), 0, &cache, &mut out)?;
+        firsts.push(bits(&cuda.to_host(&out)?[..shape.out_width()]));
+    }
+    assert!(firsts[0] == firsts[1] && firsts[0] == firsts[2]);
+    Ok(())
+}
+
 /// The number of FP8 that is nearest, 448 at most.
 fn nearest_fp8(x: f32) -> f32 {
     nearest(&fp8::NUMBERS[..127], x)
