@@ -39,12 +39,6 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
                  : "l"(from));
     return v;
 }
-// The same where other warps of the block read them soon.
-__device__ __forceinline__ uint4 load_again(const void* from) {
-    uint4 v;
-    asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
-}
 
 // The same as load_once, but read where it stands: ptxas moves what is read as constant (.nc) behind a wait.
 __device__ __forceinline__ uint4 load_ahead(const void* from) {

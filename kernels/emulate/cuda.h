@@ -195,7 +195,6 @@ inline uint4 load_once(const void* from) {
     memcpy(&v, from, 16);
     return v;
 }
-inline uint4 load_again(const void* from) { return load_once(from); }
 inline uint4 load_ahead(const void* from) { return load_once(from); }
 
 // ---- other devices and the host: threads of this process ----
