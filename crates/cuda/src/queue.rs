@@ -178,7 +178,8 @@ impl Queue {
             }
             tracing::warn!("decode steps run without programmatic dependent launches: {e}");
             self.launches_plainly = true;
-            gpu.capture(|| self.run_each(gpu, pending))
+            // If it fails all the same, something else is the cause.
+            gpu.capture(|| self.run_each(gpu, pending)).inspect_err(|_| self.launches_plainly = false)
         })
     }
 

@@ -227,7 +227,8 @@ impl Step {
     /// Lists the rows computed alone, and what they share.
     fn share(&mut self, batch: &Batch) {
         if let Some(shape) = self.shape.filter(|shape| HEAD_DIMS.contains(&shape.head_dim)) {
-            let alone = if self.decode { self.rows } else { self.prefix.rows.len() };
+            // Which rows are computed alone goes with their lengths, and no row's splits may.
+            let alone = if self.decode { self.rows } else { batch.rows() };
             self.split_blocks = match self.prefix.when {
                 SharedPrefixes::Auto => (alone * blocks_of(&shape)).min(MULTIPROCESSORS),
                 SharedPrefixes::Always | SharedPrefixes::Never => MULTIPROCESSORS,

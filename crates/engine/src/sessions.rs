@@ -72,7 +72,7 @@ impl Engine {
     /// # Errors
     /// If the engine has ended.
     pub async fn remove_session(&self, key: Arc<str>) -> Result<bool, SubmitError> {
-        self.ask(move |step_loop| step_loop.remove_session(&key)).await
+        self.tell(move |step_loop| step_loop.remove_session(&key)).await
     }
 
     /// Protects a session until it is unpinned, or no longer; returns it.
@@ -84,19 +84,40 @@ impl Engine {
         key: Arc<str>,
         pinned: bool,
     ) -> Result<Result<Session, PinError>, SubmitError> {
-        self.ask(move |step_loop| step_loop.pin_session(&key, pinned)).await
+        self.tell(move |step_loop| step_loop.pin_session(&key, pinned)).await
     }
 
+    /// Asks what nobody has to answer once who asked is gone.
     async fn ask<T: Send + 'static>(
+        &self,
+        answer: impl FnOnce(&mut StepLoop) -> T + Send + 'static,
+    ) -> Result<T, SubmitError> {
+        self.send(false, answer).await
+    }
+
+    /// Has something done, whoever waits for it.
+    async fn tell<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut StepLoop) -> T + Send + 'static,
     ) -> Result<T, SubmitError> {
+        self.send(true, work).await
+    }
+
+    async fn send<T: Send + 'static>(
+        &self,
+        anyway: bool,
+        work: impl FnOnce(&mut StepLoop) -> T + Send + 'static,
+    ) -> Result<T, SubmitError> {
         let (reply, answer) = oneshot::channel();
-        let work = move |step_loop: &mut StepLoop| {
-            // Whoever asked may be gone.
-            let _ = reply.send(work(step_loop));
+        let errand = move |step_loop: &mut StepLoop| {
+            let wanted = anyway || !reply.is_closed();
+            if wanted {
+                // Whoever asked may be gone by now.
+                let _ = reply.send(work(step_loop));
+            }
+            wanted
         };
-        self.commands.send(Command::Do(Box::new(work))).map_err(|_| SubmitError::ShuttingDown)?;
+        self.commands.send(Command::Do(Box::new(errand))).map_err(|_| SubmitError::ShuttingDown)?;
         answer.await.map_err(|_| SubmitError::ShuttingDown)
     }
 }

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, LazyLock, Mutex};
@@ -241,6 +242,11 @@ impl Model for Stepped {
     }
 }
 
+/// Asks, or looks whether there is an answer.
+fn is_answered(question: &mut Pin<Box<impl Future>>) -> bool {
+    question.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready()
+}
+
 #[test]
 fn however_many_ask_about_sessions_steps_go_on() {
     const ASKED: usize = 50;
@@ -250,8 +256,7 @@ fn however_many_ask_about_sessions_steps_go_on() {
     let running = engine.submit(request(prompt(0, 70), 8)).unwrap();
     let mut asked: Vec<_> = (0..ASKED).map(|_| Box::pin(engine.sessions(None))).collect();
     let mut answered = || {
-        let mut context = Context::from_waker(Waker::noop());
-        asked.retain_mut(|question| question.as_mut().poll(&mut context).is_pending());
+        asked.retain_mut(|question| !is_answered(question));
         ASKED - asked.len()
     };
     assert!(answered() <= 1);
@@ -263,6 +268,23 @@ fn however_many_ask_about_sessions_steps_go_on() {
     drop(grants);
     assert_eq!(collect(running).tokens.len(), 8);
     eventually("all are answered", || answered() == ASKED);
+}
+
+#[test]
+fn who_has_asked_about_sessions_and_is_gone_keeps_nobody_waiting() {
+    let (grants, granted) = sync_channel(0);
+    let engine = Engine::start(Box::new(Stepped { inner: model(&CONFIG), granted }), CONFIG);
+    let running = engine.submit(request(prompt(0, 70), 8)).unwrap();
+    for _ in 0..50 {
+        is_answered(&mut Box::pin(engine.sessions(None)));
+    }
+    let mut question = Box::pin(engine.sessions(None));
+    let at_once = is_answered(&mut question);
+    // Between two steps it is heard.
+    (0..2).for_each(|_| grants.send(()).unwrap());
+    assert!(at_once || is_answered(&mut question));
+    drop(grants);
+    assert_eq!(collect(running).tokens.len(), 8);
 }
 
 /// The real model, failing at given steps.

@@ -313,7 +313,8 @@ impl Limits {
     fn of(settings: &ModelSettings, gpu: bool) -> Result<Self> {
         let (sequences, tokens) = if gpu { (256, 4096) } else { (64, 512) };
         let sequences = settings.max_sequences.unwrap_or(sequences);
-        let batch_tokens = settings.max_batch_tokens.unwrap_or(tokens.max(sequences));
+        // Prompts are read beside as many answers as there may be.
+        let batch_tokens = settings.max_batch_tokens.unwrap_or(tokens.max(sequences + tokens / 2));
         if batch_tokens < sequences {
             bail!(
                 "max_batch_tokens is {batch_tokens}, less than max_sequences ({sequences}); \

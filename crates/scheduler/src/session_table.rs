@@ -104,7 +104,7 @@ pub enum PinError {
     Unknown,
     /// [`MAX_PINNED_OF_OWNER`] of its owner are.
     TooMany,
-    /// [`MAX_PINNED`] are, others' among them.
+    /// [`MAX_PINNED`] are, of all owners.
     TooManyInAll,
 }
 
@@ -184,9 +184,9 @@ impl SessionTable {
             (entry.turns, entry.tokens, entry.past) = (turns, tokens, true);
             (entry.opened, entry.active) = (now.saturating_sub(age), now.saturating_sub(idle));
         }
-        if pinned {
-            // There may be too many now.
-            let _ = self.pin(scheduler, &key, true, now);
+        // There may be too many now; how many of its owner's was asked when it was pinned.
+        if pinned && self.pinned().count() < MAX_PINNED {
+            self.set_pinned(scheduler, session, true, now);
         }
     }
 
@@ -325,21 +325,29 @@ impl SessionTable {
         if pinned {
             self.check_pins(&entry.owner)?;
         }
-        let Some(entry) = self.entries.get_mut(&session) else { return Err(PinError::Unknown) };
+        self.set_pinned(scheduler, session, pinned, now);
+        Ok(())
+    }
+
+    fn set_pinned(&mut self, scheduler: &mut Scheduler, session: SessionHandle, pinned: bool, now: Tick) {
+        let Some(entry) = self.entries.get_mut(&session) else { return };
         entry.pinned = pinned;
         if entry.running == 0 {
             self.protect(scheduler, session, now);
         }
-        Ok(())
     }
 
-    /// Whether one more session of this owner may be pinned.
+    fn pinned(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.values().filter(|entry| entry.pinned)
+    }
+
+    /// Whether one more session of this owner may be pinned. Where nobody shows a key all are nobody's, who shares with none.
     fn check_pins(&self, owner: &Option<Arc<str>>) -> Result<(), PinError> {
-        let pinned = || self.entries.values().filter(|entry| entry.pinned);
-        if pinned().filter(|entry| entry.owner == *owner).count() >= MAX_PINNED_OF_OWNER {
+        let owners = self.pinned().filter(|entry| entry.owner == *owner).count();
+        if owner.is_some() && owners >= MAX_PINNED_OF_OWNER {
             return Err(PinError::TooMany);
         }
-        if pinned().count() >= MAX_PINNED { Err(PinError::TooManyInAll) } else { Ok(()) }
+        if self.pinned().count() >= MAX_PINNED { Err(PinError::TooManyInAll) } else { Ok(()) }
     }
 
     /// Opens a session, if there are too many at the cost of the one that was used longest ago; of one that is

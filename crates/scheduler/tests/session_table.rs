@@ -265,15 +265,15 @@ fn the_longest_unused_session_makes_room_for_a_new_one_and_those_that_return_go_
 #[test]
 fn pinned_sessions_are_kept_for_ever_and_are_few() {
     let mut world = World::new(64);
-    for index in 0..=MAX_PINNED_OF_OWNER {
+    for index in 0..=MAX_PINNED {
         world.turn(&prompt(1, 1), Some(&index.to_string()));
     }
-    for index in 0..MAX_PINNED_OF_OWNER {
+    for index in 0..MAX_PINNED {
         assert_eq!(world.pin(&index.to_string(), true), Ok(()));
         assert_eq!(world.pin(&index.to_string(), true), Ok(()), "again");
     }
-    let one_more = MAX_PINNED_OF_OWNER.to_string();
-    assert_eq!(world.pin(&one_more, true), Err(PinError::TooMany));
+    let one_more = MAX_PINNED.to_string();
+    assert_eq!(world.pin(&one_more, true), Err(PinError::TooManyInAll));
     assert_eq!(world.pin("none", true), Err(PinError::Unknown));
     world.now += 2 * LONGEST_KEPT;
     world.step();

@@ -77,7 +77,7 @@ async fn set_pinned(
             "{MAX_PINNED_OF_OWNER} of your sessions are pinned, the most there may be; unpin one."
         ))),
         Err(PinError::TooManyInAll) => Err(ApiError::invalid(format!(
-            "{MAX_PINNED} sessions are pinned, others' among them, the most that this server keeps; try again later."
+            "{MAX_PINNED} sessions are pinned, the most that this server keeps; unpin one of yours, or try again later."
         ))),
     }
 }

@@ -44,8 +44,9 @@ pub(crate) enum Command {
     Stop,
 }
 
-/// What is done between two steps, one at a time while anybody waits for tokens.
-pub(crate) type Errand = Box<dyn FnOnce(&mut StepLoop) + Send>;
+/// What is done between two steps, one at a time while anybody waits for tokens. Returns whether there was anything to
+/// do: whoever asked a question may be gone.
+pub(crate) type Errand = Box<dyn FnOnce(&mut StepLoop) -> bool + Send>;
 
 /// A checked request on its way to the loop.
 pub(crate) struct Submission {
@@ -236,8 +237,10 @@ impl StepLoop {
                 Command::Stop => return false,
             }
         }
-        if let Some(errand) = self.errands.pop_front() {
-            errand(self);
+        while let Some(errand) = self.errands.pop_front() {
+            if errand(self) {
+                break;
+            }
         }
         true
     }

@@ -412,7 +412,7 @@ impl DiskTier {
         self.writer.queue_job(Job::Pin(label, pinned));
     }
 
-    /// Keeps a record of what bears a label, once all that is queued is written.
+    /// Keeps a record of what bears a label, once what is queued is written; in place of one that waits already, where that stood.
     pub(crate) fn record(&self, label: Label, record: &SessionRecord) {
         self.writer.queue_record(label, record.encode());
     }
