@@ -134,7 +134,7 @@ async fn past_answers_stand_behind_what_opened_them_whether_the_next_may_reason_
     for (thinking, said, opened) in
         [(true, "Done.", "<think>plan</think>Done."), (false, "Fine.", "<think>\n\n</think>\n\nFine.")]
     {
-        let body = json!({"messages": messages, "chat_template_kwargs": thinks(thinking)});
+        let body = json!({"messages": messages, "chat_template_kwargs": thinks(thinking), "temperature": 0});
         let answer = server.post("/v1/chat/completions", &body).await.json();
         assert_eq!(answer["choices"][0]["message"]["content"], said, "{answer}");
         messages.push(json!({"role": "assistant", "content": said}));
