@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::common::{Fixture, Leash, Stream, eventually, start_agent, start_held_agent};
 use crate::legal::{self, Order};
 use crate::responses;
-use crate::sockets::{Socket, listen, text};
+use crate::sockets::{Listening, Socket, listen, text};
 
 /// Long, so that what follows it is never taken for the rest of the answer before.
 const CORRECTION: &str = "No: the other one, of which we have spoken.";
@@ -31,6 +31,15 @@ fn created(stream: &Stream) -> Value {
 fn prefilled(response: &Value) -> u64 {
     let usage = &response["usage"];
     usage["input_tokens"].as_u64().unwrap() - usage["input_tokens_details"]["cached_tokens"].as_u64().unwrap()
+}
+
+/// A connection on which a response has begun to speak, and what it has told so far.
+async fn speaking(server: &Listening, leash: &Leash) -> (Socket, Order) {
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let mut order = Order::default();
+    leash.stepping(socket.until("response.output_text.delta", &mut order)).await;
+    (socket, order)
 }
 
 #[tokio::test]
@@ -340,10 +349,7 @@ async fn too_many_corrections_are_refused_and_an_interrupt_gives_back_those_that
 async fn a_successor_that_cannot_be_made_gives_the_input_back() {
     let (fixture, leash) = start_held_agent(&[&"long ".repeat(500)]);
     let server = listen(fixture).await;
-    let mut socket = server.connect().await;
-    socket.create(json!({"input": "x"})).await;
-    let mut order = Order::default();
-    leash.stepping(socket.until("response.output_text.delta", &mut order)).await;
+    let (mut socket, mut order) = speaking(&server, &leash).await;
     let input = "word ".repeat(2000);
     steer(&mut socket, &order.response["id"].clone(), json!(input)).await;
     socket.until("response.incomplete", &mut order).await;
@@ -356,10 +362,7 @@ async fn a_successor_that_cannot_be_made_gives_the_input_back() {
 async fn over_http_a_correction_is_posted_and_its_successor_streamed() {
     let (fixture, leash) = start_held_agent(&[&"long ".repeat(300), "Very well."]);
     let server = listen(fixture).await;
-    let mut socket = server.connect().await;
-    socket.create(json!({"input": "x"})).await;
-    let mut first = Order::default();
-    leash.stepping(socket.until("response.output_text.delta", &mut first)).await;
+    let (mut socket, mut first) = speaking(&server, &leash).await;
     let id = first.response["id"].as_str().unwrap().to_owned();
     let path = format!("/v1/responses/{id}/steer");
     let answer = server.fixture.post(&path, &json!({"input": CORRECTION})).await;
@@ -391,10 +394,7 @@ async fn over_http_a_correction_is_posted_and_its_successor_streamed() {
 async fn over_http_the_successor_may_be_streamed_by_the_one_who_steers() {
     let (fixture, leash) = start_held_agent(&[&"long ".repeat(300), "Very well."]);
     let server = listen(fixture).await;
-    let mut socket = server.connect().await;
-    socket.create(json!({"input": "x"})).await;
-    let mut first = Order::default();
-    leash.stepping(socket.until("response.output_text.delta", &mut first)).await;
+    let (mut socket, mut first) = speaking(&server, &leash).await;
     let path = format!("/v1/responses/{}/steer", first.response["id"].as_str().unwrap());
     let stream = server.fixture.open(&path, &json!({"input": CORRECTION, "stream": true})).await;
     socket.until("response.incomplete", &mut first).await;
@@ -446,10 +446,7 @@ async fn a_background_successor_outlives_the_stream_of_the_one_who_steered() {
 async fn a_successor_that_a_socket_reads_outlives_the_stream_of_the_one_who_steered() {
     let (fixture, leash) = start_held_agent(&[&"long ".repeat(300), "Very well."]);
     let server = listen(fixture).await;
-    let mut socket = server.connect().await;
-    socket.create(json!({"input": "x"})).await;
-    let mut first = Order::default();
-    leash.stepping(socket.until("response.output_text.delta", &mut first)).await;
+    let (mut socket, mut first) = speaking(&server, &leash).await;
     let (stream, _) = steered_over_http(&server.fixture, &first.response["id"]).await;
     drop(stream);
     socket.until("response.incomplete", &mut first).await;
