@@ -1,8 +1,9 @@
 //! The command line.
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::Result;
 use clap::builder::Resettable;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -144,6 +145,16 @@ pub struct CacheArgs {
     /// Folder for downloaded models [default: rudder/models in the user's cache folder]
     #[arg(long, global = true, env = "RUDDER_CACHE", value_name = "FOLDER")]
     pub cache: Option<PathBuf>,
+}
+
+impl CacheArgs {
+    /// The folder that is named here, else in the file, if there is one.
+    ///
+    /// # Errors
+    /// As [`ModelSettings::over`].
+    pub fn over(self, config: Option<&Path>) -> Result<Option<PathBuf>> {
+        Ok(ModelSettings { cache: self.cache, ..ModelSettings::default() }.over(config)?.cache)
+    }
 }
 
 /// `rudder doctor`.

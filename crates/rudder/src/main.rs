@@ -63,8 +63,8 @@ fn run(cli: Cli) -> Result<()> {
             launch::load_kernels_first(&model);
             chat::run(&model, args.system, args.temperature)
         }
-        Command::Pull(args) => models::pull(&args.name, args.cache),
-        Command::Models(args) => models::run(args.command, args.cache),
+        Command::Pull(args) => models::pull(&args.name, args.cache.over(config)?),
+        Command::Models(args) => models::run(args.command, args.cache.over(config)?),
         Command::Bench(args) => bench::run(args.command, config),
         Command::Doctor(args) => doctor::run(&args.model.over(config)?),
         Command::CheckGpu { index } => gpu_check::run(index),
@@ -87,9 +87,10 @@ fn start_log(verbose: u8) {
 }
 
 /// Variables of builds and tests, which a developer's shell may have set for those.
-const OF_DEVELOPERS: [&str; 8] = [
+const OF_DEVELOPERS: [&str; 9] = [
     "RUDDER_BIN",
     "RUDDER_CLIENTS",
+    "RUDDER_CUDA_WITHOUT",
     "RUDDER_FIXTURES",
     "RUDDER_KILLS",
     "RUDDER_NVCC",

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use rudder_hub::hub::Hub;
 use rudder_hub::{Cache, ModelRef, Sources, bytes, catalog, default_root, find};
 
-use crate::cli::{CacheArgs, ModelsCommand};
+use crate::cli::ModelsCommand;
 use crate::settings::ModelSettings;
 
 /// The cache in the folder given, or in the user's own.
@@ -24,20 +24,20 @@ pub fn sources() -> Sources {
     Sources { hub: Hub::from_env(), pip: None }
 }
 
-/// `rudder pull`.
-pub fn pull(name: &str, folder: CacheArgs) -> Result<()> {
+/// `rudder pull`, into this folder or the user's own.
+pub fn pull(name: &str, folder: Option<PathBuf>) -> Result<()> {
     let model = ModelRef::parse(name)?;
     if let ModelRef::File(path) | ModelRef::Folder(path) = &model {
         bail!("{} is on this machine already; use it with --model", path.display());
     }
-    let path = cache(folder.cache).pull(&model, &sources())?;
+    let path = cache(folder).pull(&model, &sources())?;
     println!("{}", path.display());
     Ok(())
 }
 
-/// `rudder models`.
-pub fn run(command: ModelsCommand, folder: CacheArgs) -> Result<()> {
-    let cache = cache(folder.cache);
+/// `rudder models`, of this folder or the user's own.
+pub fn run(command: ModelsCommand, folder: Option<PathBuf>) -> Result<()> {
+    let cache = cache(folder);
     match command {
         ModelsCommand::List => list(&cache),
         ModelsCommand::Show { name } => return show(&cache, &name),

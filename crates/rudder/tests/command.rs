@@ -79,6 +79,23 @@ fn models_are_listed_shown_and_removed() {
 }
 
 #[test]
+fn models_are_looked_for_in_the_cache_that_the_file_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let (named, file) = (folder.path().join("named"), folder.path().join("c.toml"));
+    let list = |settings: &str, cache: Option<&Path>| {
+        std::fs::write(&file, settings).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rudder"));
+        command.args(["models", "list", "--config"]).arg(&file).env_remove("RUDDER_CACHE");
+        command.envs(cache.map(|cache| ("RUDDER_CACHE", cache))).output().unwrap()
+    };
+    let settings = format!("cache = {named:?}");
+    assert!(text(&list(&settings, None).stdout).ends_with(&format!("cache: {}\n", named.display())));
+    let other = folder.path().join("other");
+    assert!(text(&list(&settings, Some(&other)).stdout).contains(&format!("cache: {}", other.display())));
+    assert!(text(&list("cach = \"x\"", None).stderr).contains("cach"));
+}
+
+#[test]
 fn an_unknown_model_is_answered_with_the_nearest() {
     let cache = tempfile::tempdir().unwrap();
     for args in [
