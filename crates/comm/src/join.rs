@@ -128,7 +128,7 @@ impl Group {
         Ok(Self::over(Nodes::new(0, terms.nodes, terms.world, links, health)))
     }
 
-    /// Another node of a group, from 1 on: connects to node 0 at `address`, and waits for it if it is not there yet.
+    /// Another node of a group, from 1 on: connects to node 0 at `address` (`host:port`), and waits for it if it is not there yet, its name included.
     ///
     /// # Errors
     /// If it does not come within `patience`, or refuses this node.
@@ -136,13 +136,22 @@ impl Group {
         terms.check()?;
         let failed = |error: io::Error| JoinError(format!("node 0 at {address} cannot be joined: {error}"));
         let until = Instant::now() + patience;
+        let mut told = String::new();
         let pulse = loop {
             match TcpStream::connect(address) {
                 Ok(stream) => break stream,
                 Err(error) if Instant::now() > until => return Err(failed(error)),
-                Err(_) => std::thread::sleep(RETRY),
+                Err(error) => {
+                    if error.to_string() != told {
+                        told = error.to_string();
+                        tracing::warn!("node 0 at {address} is not there yet, trying on: {told}");
+                    }
+                    std::thread::sleep(RETRY);
+                }
             }
         };
+        // A name may stand for several addresses.
+        let found = pulse.peer_addr().map_err(failed)?;
         let hello = |mut stream: TcpStream, purpose| {
             prepare(&stream, ANSWER).map_err(failed)?;
             let (mut bytes, mut body) = (Vec::new(), Vec::new());
@@ -159,7 +168,7 @@ impl Group {
         let health = Arc::<Health>::default();
         let name = format!("node 0 at {address}");
         health.keep(pulse, 0, name.clone()).map_err(failed)?;
-        let data = hello(TcpStream::connect(address).map_err(failed)?, Purpose::Data)?;
+        let data = hello(TcpStream::connect(found).map_err(failed)?, Purpose::Data)?;
         health.watch(data.try_clone().map_err(failed)?);
         let links = vec![Link::new(0, 0, name, data)];
         Ok(Self::over(Nodes::new(node, terms.nodes, terms.world, links, health)))

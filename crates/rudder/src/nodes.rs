@@ -1,6 +1,6 @@
 //! The ranks that share a model: threads of this process, or of several processes (nodes) that meet over the network.
 
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -33,10 +33,9 @@ pub fn join(settings: &ModelSettings, source: &ModelSource, gpu: bool) -> Result
     match settings.node_rank.unwrap_or(0) {
         0 => lead(host, port, &terms),
         node => {
-            let address = address(host, port)?;
+            let address = unresolved(host, port);
             eprintln!("node {node} of {nodes}, waiting for node 0 at {address}");
-            Group::follow(&address.to_string(), node, &terms, PATIENCE)
-                .context("this node cannot join the others")
+            Group::follow(&address, node, &terms, PATIENCE).context("this node cannot join the others")
         }
     }
 }
@@ -44,6 +43,14 @@ pub fn join(settings: &ModelSettings, source: &ModelSource, gpu: bool) -> Result
 fn address(host: &str, port: u16) -> Result<SocketAddr> {
     let what = || format!("{host} (master_addr) is no address");
     (host, port).to_socket_addrs().with_context(what)?.next().with_context(what)
+}
+
+/// Where node 0 is to be found, as text: a name may not resolve before node 0 is there.
+fn unresolved(host: &str, port: u16) -> String {
+    match host.parse::<Ipv6Addr>() {
+        Ok(address) => SocketAddr::from((address, port)).to_string(),
+        Err(_) => format!("{host}:{port}"),
+    }
 }
 
 fn lead(host: &str, port: u16, terms: &Terms) -> Result<Group> {
@@ -84,4 +91,17 @@ pub fn watch(group: &Group) -> Result<oneshot::Receiver<Failed>> {
     let watch = move || group.lost().map(|failed| tell.send(failed));
     std::thread::Builder::new().name("nodes".into()).spawn(watch).context("cannot start a thread")?;
     Ok(told)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_left_to_resolve_later_and_ipv6_stands_in_brackets() {
+        assert_eq!(unresolved("leader.of-a-set", 29501), "leader.of-a-set:29501");
+        assert_eq!(unresolved("10.0.0.1", 1), "10.0.0.1:1");
+        assert_eq!(unresolved("fd00::1", 1), "[fd00::1]:1");
+        assert_eq!(unresolved("[fd00::1]", 1), "[fd00::1]:1");
+    }
 }
