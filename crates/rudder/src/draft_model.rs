@@ -93,11 +93,11 @@ impl DraftSource {
 }
 
 impl DraftPlan<'_> {
-    /// Bytes that weights and KV cache take together.
+    /// Bytes that weights and KV cache take together on the CPU, which widens formats of few bits.
     pub fn bytes(&self) -> u64 {
         let source = &self.draft.source;
-        let KvSize::Blocks(blocks) = self.options.kv else { return source.weight_bytes() };
-        source.weight_bytes() + blocks as u64 * self.place.kv_block_bytes(source)
+        let KvSize::Blocks(blocks) = self.options.kv else { return source.widened_bytes() };
+        source.widened_bytes() + blocks as u64 * self.place.kv_block_bytes(source)
     }
 
     /// Loads the draft model, for sequences of at most `max_context` tokens, no more than was planned for.
