@@ -43,6 +43,9 @@ pub(crate) fn matrix(checkpoint: &Checkpoint, name: &str, block: [usize; 2]) -> 
     let &[rows, width] = shape else {
         return Err(invalid(format!("is FP8 of shape {shape:?}; expected two dimensions")));
     };
+    if rows == 0 || width == 0 {
+        return Err(invalid(format!("is FP8 of shape {shape:?}, without an element")));
+    }
     let scales = scales(checkpoint, name, [rows, width], block)?;
     // A block of ours has one scale.
     let kept =
@@ -138,15 +141,32 @@ mod tests {
 
     /// The matrix `[3, width]` of byte `i % 120` at `i`, with these scales.
     fn stored(width: usize, scales: &[f32], shape: &[usize], block: [usize; 2]) -> RawTensor {
+        read([3, width], scales, shape, block).unwrap()
+    }
+
+    fn read(
+        [rows, width]: [usize; 2],
+        scales: &[f32],
+        shape: &[usize],
+        block: [usize; 2],
+    ) -> Result<RawTensor, LoadError> {
         let folder = tempfile::tempdir().unwrap();
-        let bytes: Vec<u8> = (0..3 * width).map(|i| (i % 120) as u8).collect();
+        let bytes: Vec<u8> = (0..rows * width).map(|i| (i % 120) as u8).collect();
         let scale_bytes: Vec<u8> = scales.iter().flat_map(|x| x.to_le_bytes()).collect();
         let views = [
-            ("w.weight", TensorView::new(Dtype::F8_E4M3, vec![3, width], &bytes).unwrap()),
+            ("w.weight", TensorView::new(Dtype::F8_E4M3, vec![rows, width], &bytes).unwrap()),
             ("w.weight_scale", TensorView::new(Dtype::F32, shape.to_vec(), &scale_bytes).unwrap()),
         ];
         serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
-        matrix(&Checkpoint::open(folder.path()).unwrap(), "w.weight", block).unwrap()
+        matrix(&Checkpoint::open(folder.path()).unwrap(), "w.weight", block)
+    }
+
+    #[test]
+    fn a_matrix_without_an_element_is_refused() {
+        for shape in [[0, 64], [64, 0], [0, 0]] {
+            let error = read(shape, &[0.5], &[], [128, 128]).unwrap_err();
+            assert!(error.to_string().contains("without an element"), "{error}");
+        }
     }
 
     #[test]

@@ -196,7 +196,10 @@ fn methods(fields: &Fields<'_>, arch: &Architecture) -> Result<Vec<Method>, Stri
                 Some(other) => return Err(refused(format!(" in version {other:?}"))),
             }
         }
-        "compressed-tensors" => return compressed(section.str("format")?, &groups).map_err(refused),
+        "compressed-tensors" => {
+            refuse_transforms(section.0).map_err(refused)?;
+            return compressed(section.str("format")?, &groups).map_err(refused);
+        }
         "modelopt" => return modelopt(&section, section.str("quant_algo")?, &groups).map_err(refused),
         _ => return Err(refused(String::new())),
     }])
@@ -222,6 +225,22 @@ fn four_bits(bits: Option<usize>) -> Result<(), String> {
 fn fp4_activations(groups: &[Group<'_>]) -> Option<bool> {
     let all = || groups.iter().all(|(_, group)| bits(group, "input_activations") == Some(4));
     (!groups.is_empty()).then(all)
+}
+
+/// Refuses rotations that compressed-tensors leaves to be done to activations, queries or keys in each step; those of weights are in the weights.
+fn refuse_transforms(section: &Map<String, Value>) -> Result<(), String> {
+    let groups = section.get("transform_config").and_then(|config| config.get("config_groups")?.as_object());
+    for (name, group) in groups.into_iter().flatten() {
+        for apply in group.get("apply").and_then(Value::as_array).into_iter().flatten() {
+            let location = apply.get("location").and_then(Value::as_str).unwrap_or("unknown");
+            if !matches!(location, "weight_input" | "weight_output") {
+                return Err(format!(
+                    " with transforms of {location:?} (transform_config.config_groups.{name})"
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The methods of compressed-tensors, of a mixture each group's; else what is wrong with them.
@@ -594,6 +613,33 @@ mod tests {
         assert_eq!(modelopt("FP8"), Ok((vec![DType::F8_E4M3], None)));
         assert!(modelopt("W4A8_AWQ").unwrap_err().contains("W4A8_AWQ"));
         assert!(compressed("int-quantized", 8).unwrap_err().contains("int-quantized"));
+    }
+
+    #[test]
+    fn transforms_are_read_past_where_they_are_in_the_weights_and_refused_elsewhere() {
+        let found = |transforms: &str| {
+            with(&format!(
+                r#"{{"quantization_config": {{"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {transforms}}}}}"#
+            ))
+            .map(|hf| hf.quantised)
+        };
+        let at = |locations: &[&str]| {
+            let apply: Vec<_> = locations
+                .iter()
+                .map(|at| format!(r#"{{"targets": ["Linear"], "location": "{at}"}}"#))
+                .collect();
+            format!(
+                r#"{{"config_groups": {{"u": {{"type": "hadamard", "apply": [{}]}}}}}}"#,
+                apply.join(", ")
+            )
+        };
+        for none in ["{}", "null", &at(&[]), &at(&["weight_input", "weight_output"])] {
+            assert_eq!(found(none), Ok(vec![DType::F8_E4M3]), "{none}");
+        }
+        for online in ["input", "output", "q_attn", "k_cache"] {
+            let error = found(&at(&["weight_input", online])).unwrap_err();
+            assert!(error.contains(online) && error.contains("config_groups.u"), "{error}");
+        }
     }
 
     #[test]
