@@ -228,10 +228,9 @@ impl Link {
             links.push(link);
             next = link.previous.as_ref();
         }
-        for link in links.iter().rev() {
-            // Whatever their numbers, these items are not the request's own.
-            reading.go_on(&mut conversation, 0, link.input.iter().chain(&link.output))?;
-        }
+        // Whatever their numbers, these items are not the request's own.
+        let items = links.iter().rev().flat_map(|link| link.input.iter().chain(&link.output));
+        reading.go_on(&mut conversation, 0, items)?;
         if !links.is_empty() {
             let read = ReadLink { names: reading.names.clone(), conversation: conversation.clone() };
             // Read with other names before, it is read anew each time.
