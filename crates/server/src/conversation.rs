@@ -62,10 +62,11 @@ impl Message {
         Self { role, text: text.into(), reasoning: None, calls: Vec::new(), call_id: None, name: None }
     }
 
-    /// Bytes of what it says.
+    /// Bytes of what it says, names and ids included.
     pub(crate) fn bytes(&self) -> usize {
-        let calls: usize = self.calls.iter().map(|call| call.name.len() + call.input.len()).sum();
-        self.text.len() + self.reasoning.as_ref().map_or(0, String::len) + calls
+        let call = |call: &ToolCall| call.id.len() + call.name.len() + call.input.len();
+        let parts = [&self.reasoning, &self.call_id, &self.name].into_iter().flatten().map(String::len);
+        self.text.len() + parts.sum::<usize>() + self.calls.iter().map(call).sum::<usize>()
     }
 
     /// A hash with a key of this process, the same however a client spells the message back. Reasoning does

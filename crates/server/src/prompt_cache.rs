@@ -13,17 +13,19 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use lru::LruCache;
-use rudder_text::{Tool, ToolInput};
+use rudder_text::{Tool, ToolInput, in_same_order};
 use serde_json::{Map, Value};
 
 use crate::conversation::KnownMessage;
 use crate::verbatim::{Answer, Prefix};
 
-/// Memory for prompts; one of 140,000 tokens takes about 1.2 MB, and as much again where nobody else keeps its
+/// Memory for prompts; one of 140,000 tokens takes about 1.2 MB, and half as much again and more where nobody else keeps its
 /// messages any more.
 const MAX_BYTES: usize = 128 << 20;
 /// What a cut takes, roughly, and what a prompt takes besides its text and tokens.
 const OVERHEAD: usize = 32;
+/// What a message's text takes at most, as it was read and as the template sees it.
+const COPIES: usize = 3;
 /// What a conversation takes by which a prompt is found.
 const KEY_BYTES: usize = 128;
 /// Prompts that part so far from the known one's end have one of their own from there on.
@@ -93,7 +95,15 @@ impl Setting {
     }
 
     fn is(&self, tools: &[Tool], extra: &Map<String, Value>) -> bool {
-        self.tools == tools && self.extra == *extra
+        let alike = |(a, b): (&Tool, &Tool)| match (&a.input, &b.input) {
+            (ToolInput::Json { schema: a, .. }, ToolInput::Json { schema: b, .. }) => in_same_order(a, b),
+            _ => true,
+        };
+        let same = |(name, value)| extra.get(name).is_some_and(|other| in_same_order(value, other));
+        self.tools == tools
+            && self.extra == *extra
+            && self.tools.iter().zip(tools).all(alike)
+            && self.extra.iter().all(same)
     }
 }
 
@@ -197,8 +207,8 @@ impl KnownPrompt {
         self.text.capacity()
             + self.tokens.capacity() * size_of::<u32>()
             + (self.cuts.len() + 4) * OVERHEAD
-            // A message's text, also as the template sees it.
-            + self.shown.iter().map(|shown| OVERHEAD + 2 * shown.message.text.len()).sum::<usize>()
+            // A message, and what the template sees of it: reasoning by two names.
+            + self.shown.iter().map(|shown| OVERHEAD + COPIES * shown.message.bytes()).sum::<usize>()
             + self.setting.bytes
             + self.literals.iter().map(literal).sum::<usize>()
     }
@@ -330,6 +340,7 @@ mod tests {
     use std::sync::LazyLock;
 
     use super::*;
+    use crate::conversation::{Message, Role, ToolCall};
     use crate::verbatim::Verbatim;
 
     /// A prompt of a token for each byte, with a cut behind every `>`.
@@ -427,6 +438,52 @@ mod tests {
         ask(&cache, &[first], "<a>xxx");
         cache.with(&[first], |_| assert_eq!(ask(&cache, &[first, second], "<a>xxx<b>"), 0));
         assert_eq!(ask(&cache, &[first, second], "<a>xxx<b>yyy"), 3);
+    }
+
+    fn shown(message: Message) -> ShownMessage {
+        ShownMessage { message: message.into(), answer: None, start: 0 }
+    }
+
+    #[test]
+    fn messages_count_with_what_their_template_does_not_print() {
+        let long = || "x".repeat(50_000);
+        let message = || Message::new(Role::Assistant, "x");
+        let call = |id: String| ToolCall { id, name: "f".into(), input: "{}".into(), custom: false };
+        for (number, message) in [
+            Message { reasoning: Some(long()), ..message() },
+            Message { name: Some(long()), ..message() },
+            Message { call_id: Some(long()), ..message() },
+            Message { calls: vec![call(long())], ..message() },
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let cache = PromptCache::of_size(400_000);
+            for conversation in (0..50).map(|other| self::conversation(100 * number as u64 + other)) {
+                cache.with(&[conversation], |known| {
+                    encode(known, "<a>x", &[]);
+                    known.show(0, std::iter::once(shown(message.clone())), &[], &Map::new());
+                });
+            }
+            assert!((1..=8).contains(&cache.kept().prompts.len()), "case {number}");
+        }
+    }
+
+    #[test]
+    fn schemas_whose_members_stand_in_another_order_are_shown_anew() {
+        let tools = |schema: &str| {
+            let schema = serde_json::from_str(schema).unwrap();
+            let input = ToolInput::Json { schema, strict: false };
+            [Tool { name: "f".into(), description: String::new(), input }]
+        };
+        let [one, other] = [r#"{"a": {}, "b": {}}"#, r#"{"b": {}, "a": {}}"#].map(tools);
+        let messages = ["hi", "ho"].map(|text| KnownMessage::from(Message::new(Role::User, text)));
+        let mut known = KnownPrompt::default();
+        let all = || messages.iter().map(|message| (message, None));
+        let shown = messages.iter().map(|message| shown((**message).clone()));
+        known.show(0, shown, &one, &Map::new());
+        let counts = [&one, &other].map(|tools| known.known_messages(tools, &Map::new(), all()));
+        assert_eq!(counts, [1, 0]);
     }
 
     #[test]

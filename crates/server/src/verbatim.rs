@@ -14,6 +14,8 @@ use serde_json::{Map, Value};
 
 /// Most tokens remembered, over all conversations: 64 MiB.
 const MAX_TOKENS: usize = 16 << 20;
+/// What an answer takes besides its tokens, as so many of them: its places in the list and the table, its counts.
+const TOKENS_OF_ANSWER: usize = 48;
 
 /// Openings that are known. A client has one or two: with reasoning and without.
 const MAX_OPENINGS: usize = 64;
@@ -28,6 +30,13 @@ pub(crate) struct Answer {
     pub opening: Arc<str>,
 }
 
+impl Answer {
+    /// What it takes, in tokens.
+    fn weight(&self) -> usize {
+        TOKENS_OF_ANSWER + self.tokens.len()
+    }
+}
+
 /// A conversation up to some message, as a hash with a key of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub(crate) struct Prefix(u64);
@@ -40,6 +49,7 @@ pub(crate) struct Verbatim {
 
 struct Kept {
     answers: LruCache<Prefix, Answer>,
+    /// What they take, in tokens.
     tokens: usize,
     /// What opens answers, by the template's further variables as JSON.
     openings: LruCache<String, Arc<str>>,
@@ -59,13 +69,13 @@ impl Verbatim {
     /// Keeps the answer that ends a conversation.
     pub fn keep(&self, conversation: Prefix, answer: Answer) {
         let mut kept = self.kept();
-        kept.tokens += answer.tokens.len();
+        kept.tokens += answer.weight();
         if let Some(old) = kept.answers.put(conversation, answer) {
-            kept.tokens -= old.tokens.len();
+            kept.tokens -= old.weight();
         }
         while kept.tokens > MAX_TOKENS {
             let Some((_, old)) = kept.answers.pop_lru() else { break };
-            kept.tokens -= old.tokens.len();
+            kept.tokens -= old.weight();
         }
     }
 
@@ -138,11 +148,19 @@ mod tests {
         let memory = Verbatim::new();
         let key = |index: u64| Prefix(index);
         for index in 0..20 {
-            memory.keep(key(index), tokens(&vec![0; 1 << 20]));
+            memory.keep(key(index), tokens(&vec![0; (1 << 20) - TOKENS_OF_ANSWER]));
         }
         assert!(memory.find(key(3)).is_none() && memory.find(key(4)).is_some());
         memory.keep(key(4), tokens(&[1]));
-        assert_eq!(memory.kept.lock().unwrap().tokens, (15 << 20) + 1);
+        assert_eq!(memory.kept().tokens, (15 << 20) + 1 + TOKENS_OF_ANSWER);
+        for index in 0..400_000 {
+            memory.keep(key(index), tokens(&[1]));
+        }
+        assert_eq!(
+            memory.kept().answers.len(),
+            MAX_TOKENS / (1 + TOKENS_OF_ANSWER),
+            "short ones count as well"
+        );
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod grammar;
 mod infill;
 mod json;
 mod listed;
+mod member_order;
 mod message_loop;
 mod output;
 mod pretokenizer;
@@ -27,6 +28,7 @@ pub use grammar::{
     AnswerRules, CompiledGrammar, GrammarError, GrammarPart, GrammarSpec, GrammarState, JsonLayout,
 };
 pub use infill::{FimTokens, Infill};
+pub use member_order::in_same_order;
 pub use output::{OutputEvent, OutputFormat, OutputParser, ReasoningFormat, ReasoningMarks, ToolFormat};
 pub use stop::StopMatcher;
 pub use template::{Rendered, TemplateValue};

@@ -9,7 +9,7 @@ mod walk;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use rudder_text::{CompiledGrammar, GrammarError, GrammarSpec, GrammarState, Text};
+use rudder_text::{CompiledGrammar, GrammarError, GrammarPart, GrammarSpec, GrammarState, JsonLayout, Text};
 use serde_json::{Value, json};
 use walk::{Walk, allows, text};
 
@@ -105,6 +105,29 @@ fn detour(text: &Text, state: &mut GrammarState, mask: &[u32], seed: u64, jump: 
         mask = mask_of(text, state);
     }
     taken.len()
+}
+
+#[test]
+fn schemas_whose_properties_stand_in_another_order_are_other_grammars() {
+    let text = text(true);
+    let schema = |properties: &str| {
+        let schema = format!(
+            r#"{{"type": "object", "properties": {properties}, "required": ["a", "b"], "additionalProperties": false}}"#
+        );
+        let part = GrammarPart {
+            name: "answer".into(),
+            grammar: strict(serde_json::from_str(&schema).unwrap()),
+            layout: JsonLayout::Loose,
+        };
+        [part.grammar.clone(), GrammarSpec::Composed { lark: "start: @answer".into(), parts: vec![part] }]
+    };
+    let [ab, ba] = [r#"{"a": {"const": 1}, "b": {"const": 2}}"#, r#"{"b": {"const": 2}, "a": {"const": 1}}"#]
+        .map(schema);
+    let [a_first, b_first] = [r#"{"a":1,"b":2}"#, r#"{"b":2,"a":1}"#];
+    for (one, other) in ab.iter().zip(&ba) {
+        assert!(accepts(text, one, a_first) && !accepts(text, one, b_first));
+        assert!(accepts(text, other, b_first) && !accepts(text, other, a_first));
+    }
 }
 
 proptest! {
