@@ -3,9 +3,17 @@
 //! ```text
 //! <root>/<name>/<file>                   a catalog model
 //! <root>/<organisation>--<name>/...      a repository of the hub
-//! <root>/.partial/<key>/                 an unfinished download, kept for the next attempt
-//! <root>/.partial/<key>.lock             held while that download runs
+//! <root>/.partial/<name>/                an unfinished download, kept for the next attempt
+//! <root>/.partial/<organisation>--<name>/<file>.parts/<version>
+//!                                        an unfinished file, kept likewise
+//! <root>/.partial/<organisation>--<name>/<commit>/...
+//!                                        a folder being put together of finished files
+//! <root>/.partial/<key>.lock             held while a download runs, or what it left is removed
 //! ```
+//!
+//! A file's version is its SHA-256, or the commit it is of where the hub states none. So what is
+//! there of a file is never gone on with as something else, and is of use at a later commit too
+//! that left the file as it was.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -100,13 +108,11 @@ impl Cache {
         }
         let work = self.root.join(".partial").join(&key);
         std::fs::create_dir_all(&work).map_err(HubError::io("create", &work))?;
-        let path = match model {
-            ModelRef::Hub(id) => self.pull_repo(id, &work, &sources.hub)?,
-            ModelRef::Catalog(entry) => self.pull_entry(entry, &work, sources)?,
-            ModelRef::File(p) | ModelRef::Folder(p) => p.clone(),
-        };
-        remove(&work)?;
-        Ok(path)
+        match model {
+            ModelRef::Hub(id) => self.pull_repo(id, &work, &sources.hub),
+            ModelRef::Catalog(entry) => self.pull_entry(entry, &work, sources),
+            ModelRef::File(p) | ModelRef::Folder(p) => Ok(p.clone()),
+        }
     }
 
     /// All models in the cache, catalog models first.
@@ -125,7 +131,8 @@ impl Cache {
     /// nothing to remove.
     ///
     /// # Errors
-    /// If the folder cannot be removed, or the name is neither of the catalog nor of the hub.
+    /// If the folder cannot be removed, if another process is fetching the model (or another file of its
+    /// repository), or if the name is neither of the catalog nor of the hub.
     pub fn remove(&self, name: &str) -> Result<Option<u64>, HubError> {
         let (folder, file) = match (catalog::find(name), HubId::parse(name)) {
             (Some(entry), _) => (entry.name.clone(), None),
@@ -134,14 +141,22 @@ impl Cache {
                 return Err(HubError::Unknown { name: name.to_owned(), nearest: catalog::nearest(name) });
             }
         };
-        let target = file.map_or(self.root.join(&folder), |f| self.root.join(&folder).join(f));
-        let partial = self.root.join(".partial").join(&folder);
+        let (landed, work) = (self.root.join(&folder), self.root.join(".partial").join(&folder));
+        let (target, partial) = match &file {
+            Some(file) => (landed.join(file), parts_of(&work, file)),
+            None => (landed, work.clone()),
+        };
         if !target.exists() && !partial.exists() {
             return Ok(None);
+        }
+        let (lock, path) = self.lock_file(&folder)?;
+        if !try_lock(&lock, &path)? {
+            return Err(HubError::Busy { name: name.to_owned() });
         }
         let freed = disk_use(&target) + disk_use(&partial);
         remove(&target)?;
         remove(&partial)?;
+        remove_if_empty(&work);
         Ok(Some(freed))
     }
 
@@ -180,7 +195,9 @@ impl Cache {
         if !fetched {
             return Err(HubError::AllFailed { name: entry.name.clone(), tried });
         }
-        self.land(&part, &self.entry_path(entry))
+        let path = self.land(&part, &self.entry_path(entry))?;
+        remove(work)?;
+        Ok(path)
     }
 
     fn fetch_from_hub(
@@ -226,27 +243,44 @@ impl Cache {
             HubError::Source(reason) => HubError::AllFailed { name: id.to_string(), tried: vec![reason] },
             other => other,
         };
-        let files = wanted(id, hub.files(&id.repo, "main").map_err(failed)?)?;
+        let commit = hub.commit(&id.repo, "main").map_err(failed)?;
+        let files = wanted(id, hub.files(&id.repo, &commit).map_err(failed)?)?;
+        let parts: Vec<_> = files.iter().map(|file| part_path(work, &commit, file)).collect();
         let total = files.iter().map(|f| f.size).sum::<u64>();
         eprintln!("{id}, {}; its licence is stated at {}/{}", bytes(total), hub.endpoint(), id.repo);
-        self.make_room(total.saturating_sub(disk_use(work)))?;
-        for file in &files {
-            let finished = work.join(&file.path);
-            if finished.is_file() {
-                continue;
-            }
-            let folder = finished.parent().unwrap_or(work);
+        self.make_room(total.saturating_sub(parts.iter().map(|p| disk_use(p)).sum()))?;
+        for (file, part) in files.iter().zip(&parts) {
+            let folder = part.parent().unwrap_or(work);
             std::fs::create_dir_all(folder).map_err(HubError::io("create", folder))?;
-            let part = PathBuf::from(format!("{}.part", finished.display()));
             let mut progress = Progress::new(format!("hub: {}", file.path), file.size);
-            hub.fetch(&id.repo, "main", file, &part, &mut progress).map_err(failed)?;
-            std::fs::rename(&part, &finished).map_err(HubError::io("move", &part))?;
+            // Checks a file that is there in full, and fetches no more of it.
+            hub.fetch(&id.repo, &commit, file, part, &mut progress).map_err(failed)?;
         }
+        let path = self.land_repo(id, &files, &parts, &work.join(&commit))?;
+        for file in &files {
+            remove(&parts_of(work, &file.path))?;
+        }
+        remove_if_empty(work);
+        Ok(path)
+    }
+
+    /// Puts the finished files of a repository in their place: one by itself, several as a folder
+    /// that is put together at `whole`.
+    fn land_repo(
+        &self,
+        id: &HubId,
+        files: &[RemoteFile],
+        parts: &[PathBuf],
+        whole: &Path,
+    ) -> Result<PathBuf, HubError> {
         let folder = self.root.join(id.folder());
-        match files.as_slice() {
-            [file] => self.land(&work.join(&file.path), &folder.join(&file.path)),
-            _ => self.land(work, &folder),
+        if let ([file], [part]) = (files, parts) {
+            return self.land(part, &folder.join(&file.path));
         }
+        for (file, part) in files.iter().zip(parts) {
+            self.land(part, &whole.join(&file.path))?;
+        }
+        self.land(whole, &folder)
     }
 
     /// Puts a finished file or folder in its place by one rename.
@@ -267,19 +301,20 @@ impl Cache {
     /// Waits until no other process downloads `key`. The lock goes when the file is dropped, and
     /// with the process.
     fn lock(&self, key: &str) -> Result<File, HubError> {
+        let (file, path) = self.lock_file(key)?;
+        if !try_lock(&file, &path)? {
+            eprintln!("another process is fetching {key}; waiting for it");
+            file.lock().map_err(HubError::io("lock", &path))?;
+        }
+        Ok(file)
+    }
+
+    fn lock_file(&self, key: &str) -> Result<(File, PathBuf), HubError> {
         let folder = self.root.join(".partial");
         std::fs::create_dir_all(&folder).map_err(HubError::io("create", &folder))?;
         let path = folder.join(format!("{key}.lock"));
         let file = File::create(&path).map_err(HubError::io("create", &path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                eprintln!("another process is fetching {key}; waiting for it");
-                file.lock().map_err(HubError::io("lock", &path))?;
-            }
-            Err(TryLockError::Error(e)) => return Err(HubError::io("lock", &path)(e)),
-        }
-        Ok(file)
+        Ok((file, path))
     }
 
     fn list_repo(&self, folder: &Path) -> Vec<CachedModel> {
@@ -298,6 +333,15 @@ impl Cache {
     }
 }
 
+/// Whether the lock is ours now; `false` while another process has it.
+fn try_lock(file: &File, path: &Path) -> Result<bool, HubError> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(e)) => Err(HubError::io("lock", path)(e)),
+    }
+}
+
 /// Files away a source's failure, so that the next one is tried; other errors end the matter.
 fn attempt(result: Result<(), HubError>, tried: &mut Vec<String>) -> Result<bool, HubError> {
     match result {
@@ -308,6 +352,18 @@ fn attempt(result: Result<(), HubError>, tried: &mut Vec<String>) -> Result<bool
         }
         Err(e) => Err(e),
     }
+}
+
+/// Where a file of a repository is fetched to, or lies in full already.
+fn part_path(work: &Path, commit: &str, file: &RemoteFile) -> PathBuf {
+    let placed = work.join(commit).join(&file.path);
+    let version = file.sha256.as_deref().unwrap_or(commit);
+    if placed.is_file() { placed } else { parts_of(work, &file.path).join(version) }
+}
+
+/// Holds what was fetched of a file, by version.
+fn parts_of(work: &Path, file: &str) -> PathBuf {
+    work.join(format!("{file}.parts"))
 }
 
 /// The files of a repository that make the model the user asked for.
@@ -372,6 +428,15 @@ const SIDE_FILES: [&str; 6] = [
 fn folders(root: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(root).into_iter().flatten();
     entries.filter_map(|e| e.ok().map(|e| e.path())).filter(|p| p.is_dir()).collect()
+}
+
+/// Removes a folder unless a file lies somewhere below it.
+fn remove_if_empty(folder: &Path) {
+    for sub_folder in folders(folder) {
+        remove_if_empty(&sub_folder);
+    }
+    // Fails where something is left, which is to stay.
+    let _ = std::fs::remove_dir(folder);
 }
 
 /// Those in sub-folders too.

@@ -44,6 +44,14 @@ pub enum HubError {
         /// Bytes free.
         free: u64,
     },
+    /// Another process is at it.
+    #[error(
+        "another process is fetching {name} or more of its repository; wait for it or end it, then try again"
+    )]
+    Busy {
+        /// The model.
+        name: String,
+    },
     /// What arrived is not what was expected; it was deleted.
     #[error(
         "{what} is damaged or not the expected version ({expected} expected, {found} found); it was deleted"

@@ -93,12 +93,14 @@ fn answer(mut stream: &TcpStream, b: &Behaviour, seen: &Mutex<Vec<Option<usize>>
     let lines: Vec<String> =
         BufReader::new(stream).lines().map_while(Result::ok).take_while(|l| !l.is_empty()).collect();
     if lines[0].contains("/api/") {
-        let body = format!(
+        let listing = format!(
             r#"[{{"type":"directory","path":"x","size":0}},{{"type":"file","path":"{}","size":9,"lfs":{{"oid":"{}","size":{}}}}}]"#,
             b.path.unwrap_or("tiny.gguf"),
             b.oid,
             b.data.len()
         );
+        let commit = r#"{"sha":"c0ffee"}"#.to_owned();
+        let body = if lines[0].contains("/revision/") { commit } else { listing };
         return write!(
             stream,
             "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
@@ -351,6 +353,30 @@ fn two_pulls_at_once_fetch_once() {
     });
     let log = std::fs::read_to_string(place.dir.path().join("log")).unwrap();
     assert_eq!(log.lines().count(), 3, "{log}");
+}
+
+#[test]
+fn what_another_process_is_fetching_is_not_removed() {
+    let (place, data) = (Place::new(), data());
+    let name = "smollm2-135m";
+    let ModelRef::Catalog(known) = ModelRef::parse(name).unwrap() else { panic!() };
+    let part = place.cache.root().join(".partial").join(name).join(&known.file);
+    std::fs::create_dir_all(part.parent().unwrap()).unwrap();
+    std::fs::write(&part, &data).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let hub = Hub::new(&format!("http://{}", listener.local_addr().unwrap()), None);
+    std::thread::scope(|s| {
+        let sources = Sources { hub, pip: no_pip() };
+        let pull = s.spawn(|| place.cache.pull(&ModelRef::Catalog(known), &{ sources }));
+        let asked = listener.accept().unwrap();
+        let error = place.cache.remove(name).unwrap_err();
+        assert!(matches!(error, HubError::Busy { .. }), "{error}");
+        assert!(part.exists());
+        drop((asked, listener));
+        pull.join().unwrap().unwrap_err();
+    });
+    assert!(place.cache.remove(name).unwrap() >= Some(data.len() as u64));
+    assert!(!part.exists());
 }
 
 #[test]
