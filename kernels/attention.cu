@@ -74,6 +74,7 @@ __device__ void rope_and_cache_of(float* qkv, const uint32_t* positions, const u
 }
 #define ROPE_OF(NAME, KV)                                                                                                                                                                                                                                                                                       \
     extern "C" __global__ void __launch_bounds__(128) rope_and_cache##NAME(float* qkv, const uint32_t* positions, const uint32_t* slots, const float* inv_freq, int interleaved, const float* q_norm, const float* k_norm, float eps, KV* keys, KV* values, int heads, int kv_heads, int dim) { \
+        grid_dependency_wait();                                                                                                                                                                                                                                                                 \
         rope_and_cache_of<KV>(qkv, positions, slots, inv_freq, interleaved, q_norm, k_norm, eps, keys, values, heads, kv_heads, dim);                                                                                                                                                           \
     }                                                                                                                                                                                                                                                                                           \
     KERNEL(rope_and_cache##NAME)
@@ -318,6 +319,7 @@ __device__ void attention_shared(const float* qkv, const KV* keys, const KV* val
 // take the parts in turn, eight reads ahead; then the groups are added in order. So a result depends on nothing but the row's own parts.
 // Grid: (heads, rows); block: 256.
 extern "C" __global__ void __launch_bounds__(256) attention_combine(const uint32_t* rows, const uint32_t* row_contexts, bf16* out, const float* partial, const float* partial_sums, int heads, int dim, int splits, const float* sinks, int window, int blocks) {
+    grid_dependency_wait();
     __shared__ float4 of_groups[256];
     __shared__ float of_warps[256 / WARP];
     const int row = rows[blockIdx.y], head = blockIdx.x, context = row_contexts[row];
@@ -488,10 +490,12 @@ __device__ void attention_prefill(const float* qkv, const KV* keys, const KV* va
 
 #define FOR_DIM(D, NAME, KV)                                                                                                              \
     extern "C" __global__ void __launch_bounds__(128) attention_decode_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint32_t* row_tables, const uint32_t* row_contexts, bf16* out, float* partial, float* partial_sums, int heads, int kv_heads, float scale, const float* sinks, int window, const uint32_t* shared, int blocks) { \
+        grid_dependency_wait();                                                                                                                                                \
         attention_decode<D, KV>(qkv, keys, values, rows, tables, row_tables, row_contexts, out, partial, partial_sums, heads, kv_heads, scale, sinks, window, shared, blocks); \
     }                                                                                                                                     \
     KERNEL(attention_decode_##D##NAME)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(256) attention_shared_##D##NAME(const float* qkv, const KV* keys, const KV* values, const uint32_t* rows, const uint32_t* tables, const uint4* tiles, float* partial, float* partial_sums, int first, int count, int splits, int heads, int kv_heads, float scale) { \
+        grid_dependency_wait();                                                                                                               \
         attention_shared<D, KV>(qkv, keys, values, rows, tables, tiles, partial, partial_sums, first, count, splits, heads, kv_heads, scale); \
     }                                                                                                                                     \
     KERNEL(attention_shared_##D##NAME)                                                                                                    \

@@ -70,13 +70,34 @@ fn in_turn(parts: &[&[RawTensor]]) -> Vec<RawTensor> {
     (0..experts).flat_map(|expert| parts.iter().map(move |part| part[expert].clone())).collect()
 }
 
+/// The variable that says what a GPU is used without.
+const WITHOUT: &str = "RUDDER_CUDA_WITHOUT";
+
 impl Cuda {
-    /// The GPU of this number.
+    /// The GPU of this number, used without what the variable `RUDDER_CUDA_WITHOUT` names.
     ///
     /// # Errors
-    /// If there is none that the kernels run on, or the driver fails; says why.
+    /// If there is none that the kernels run on, the driver fails, or the variable names something else; says why.
     pub fn new(index: usize) -> Result<Self> {
-        Self::on(format!("cuda:{index}"), Device::gpu(index)?)
+        let mut cuda = Self::on(format!("cuda:{index}"), Device::gpu(index)?)?;
+        cuda.do_without(&std::env::var(WITHOUT).unwrap_or_default())?;
+        Ok(cuda)
+    }
+
+    /// Does without these, words between commas, to find out which of them is at fault where answers are wrong or steps fail.
+    fn do_without(&mut self, words: &str) -> Result<()> {
+        for word in words.split(',').map(str::trim).filter(|word| !word.is_empty()) {
+            match word {
+                "graphs" => self.set_graphs(false)?,
+                "dependent-launches" => self.set_dependent_launches(false)?,
+                "wgmma" | "tcgen05" => self.set_prefill_kernel(PrefillKernel::Mma)?,
+                _ => {
+                    let known = "graphs, dependent-launches, wgmma, tcgen05";
+                    return Err(OpError::Backend(format!("{WITHOUT}: {word:?} is none of {known}")));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The CPU in a GPU's place, for tests.
@@ -890,6 +911,19 @@ mod tests {
             let launched: Vec<_> = LAUNCHED.take().into_iter().map(|(kernel, _)| kernel).collect();
             assert_eq!(launched, expected, "{kernel:?}, [{n}, {k}]");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_named_is_done_without_and_what_is_unknown_refused() -> Result<()> {
+        let mut cuda = Cuda::emulated()?;
+        cuda.set_prefill_kernel(PrefillKernel::Wgmma)?;
+        cuda.do_without("")?;
+        assert!(matches!(cuda.step.instructions, Instructions::Wgmma));
+        cuda.do_without("graphs, wgmma,dependent-launches,")?;
+        assert!(matches!(cuda.step.instructions, Instructions::Mma));
+        let error = cuda.do_without("graphs,grafs").unwrap_err().to_string();
+        assert!(error.contains("grafs") && error.contains("dependent-launches"), "{error}");
         Ok(())
     }
 

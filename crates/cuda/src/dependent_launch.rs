@@ -11,8 +11,12 @@
 
 use crate::queue::Work;
 
-/// Those that wait, but for those of few rows, `matmul_few_*`, which all do.
+/// Those of which every kernel waits, whatever its format or head size.
+const WAITING_KINDS: [&str; 4] = ["matmul_few_", "rope_and_cache", "attention_decode_", "attention_shared_"];
+
+/// The others that wait.
 const WAITING: &[&str] = &[
+    "attention_combine",
     "rms_norm",
     "silu_mul",
     "gather",
@@ -30,7 +34,7 @@ const WAITING: &[&str] = &[
 
 /// Whether a kernel waits on the device for the one before.
 pub(crate) fn waits(kernel: &str) -> bool {
-    kernel.starts_with("matmul_few_") || WAITING.contains(&kernel)
+    WAITING_KINDS.iter().any(|kind| kernel.starts_with(kind)) || WAITING.contains(&kernel)
 }
 
 /// Whether `work` may be brought up before `before`, which is queued right before it, has ended.
@@ -49,12 +53,15 @@ mod tests {
 
     const WAIT: &str = "grid_dependency_wait();";
 
-    /// The kernels' sources, macros' lines joined and filled in for each format.
+    /// The kernels' sources, macros' lines joined and filled in for each format and head size.
     fn sources() -> String {
         let matmul = include_str!("../../../kernels/matmul.cu").replace("\\\n", "\n");
         let formats = ["mxfp4", "fp8", "int4", "nvfp4"].map(|format| matmul.replace("##NAME", format));
+        let attention = include_str!("../../../kernels/attention.cu").replace("\\\n", "\n");
+        let caches = ["", "_fp8"].map(|cache| attention.replace("##NAME", cache));
+        let heads = ["64", "96", "128", "256"].map(|dim| caches.concat().replace("_##D", &format!("_{dim}")));
         let others = [include_str!("../../../kernels/rows.cu"), include_str!("../../../kernels/moe.cu")];
-        [formats.concat(), others.concat()].concat()
+        [formats.concat(), heads.concat(), others.concat()].concat()
     }
 
     /// What stands in the function of this name: behind its first brace.

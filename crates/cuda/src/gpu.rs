@@ -62,6 +62,15 @@ pub(crate) fn failed(what: &str) -> impl Fn(DriverError) -> OpError + '_ {
     move |e| OpError::Backend(format!("{what}: {e}"))
 }
 
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        for stream in [self.stream, self.beside] {
+            // SAFETY: freed once; the driver keeps one whose work has not ended until it has. Nothing could be done about an error.
+            let _ = unsafe { result::ctx::set_current(self.context).and(result::stream::destroy(stream)) };
+        }
+    }
+}
+
 impl Gpu {
     pub fn new(index: usize) -> Result<Self> {
         let gpus = probe().map_err(|reason| OpError::Backend(reason.to_string()))?;

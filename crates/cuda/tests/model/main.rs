@@ -194,24 +194,32 @@ fn decode(model: &mut dyn Model, sequences: usize, steps: usize) -> Vec<u32> {
     tokens
 }
 
-/// Nine sequences are padded to ten rows; each decode step comes again, so that on a GPU it runs as a graph, whose kernels begin while the ones
-/// before them still run.
+/// Nine sequences are padded to ten rows; each decode step comes again, so that on a GPU it runs as a graph, as kernels that begin while the ones
+/// before them still run, or as both.
 #[test]
 fn padded_decode_steps_draw_what_plain_ones_draw() {
     for name in ["qwen2", "qwen3moe", "gptoss-mxfp4"] {
-        let Some(mut plain) = cuda() else { return };
-        let Some(cuda) = cuda() else { return };
-        plain.set_graphs(false).expect("nothing was queued");
-        plain.set_dependent_launches(false).expect("nothing was queued");
         let options = LoadOptions { kv: KvSize::Blocks(16), ..OPTIONS };
-        let load = |cuda| load(&fixture(name), cuda, options, |_, _| ()).expect("the fixture loads").model;
-        let (mut plain, mut graphs) = (load(plain), load(cuda));
+        let load = |graphs, dependent_launches| {
+            let mut cuda = cuda()?;
+            cuda.set_graphs(graphs).expect("nothing was queued");
+            cuda.set_dependent_launches(dependent_launches).expect("nothing was queued");
+            Some(load(&fixture(name), cuda, options, |_, _| ()).expect("the fixture loads").model)
+        };
+        let Some(mut plain) = load(false, false) else { return };
         let alone = decode(&mut *plain, 1, 8);
         let expected = decode(&mut *plain, 9, 8);
         assert_eq!(expected.iter().step_by(9).copied().collect::<Vec<_>>(), alone);
-        // Twice, so that the second time finds every graph there.
-        for _ in 0..2 {
-            assert_eq!(decode(&mut *graphs, 9, 8), expected, "{name}");
+        for (graphs, dependent_launches) in [(false, true), (true, false), (true, true)] {
+            let Some(mut model) = load(graphs, dependent_launches) else { return };
+            // Twice, so that the second time finds every graph there.
+            for _ in 0..2 {
+                let found = decode(&mut *model, 9, 8);
+                assert_eq!(
+                    found, expected,
+                    "{name}, graphs: {graphs}, dependent launches: {dependent_launches}"
+                );
+            }
         }
     }
 }
