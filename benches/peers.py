@@ -217,13 +217,14 @@ def run(command, **more):
 
 
 def version(program):
-    """The first line with a digit that `program --version` prints."""
+    """The line that `program --version` prints with its version, alone or behind that word."""
     try:
         done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    lines = (done.stdout + done.stderr).splitlines()
-    return next((line.strip() for line in lines if "version" in line and re.search(r"\d", line)), "unknown")
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
+    tells = re.compile(r".*version.*\d.*|v?\d+\.\d\S*")
+    return next(filter(tells.fullmatch, lines), "unknown")
 
 
 def git_revision():
