@@ -206,12 +206,6 @@ impl ModelSource {
         self.weights.widened_bytes()
     }
 
-    /// Whether BF16 is the format the model computes in: its embedding table is stored so, whatever its matrices are.
-    pub fn is_bf16(&self) -> bool {
-        let table = self.weights.embedding([self.config.vocab, self.config.hidden]);
-        table.is_ok_and(|table| table.dtype == DType::BF16)
-    }
-
     /// Whether its NVFP4 matrices were made to be multiplied with activations in NVFP4, as its files say.
     pub fn fp4_activations(&self) -> bool {
         self.fp4_activations

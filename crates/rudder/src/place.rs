@@ -68,7 +68,7 @@ impl Place {
                 "fp8_activations is for Hopper and Blackwell GPUs (device = cuda); on the CPU leave it out"
             );
         }
-        let kv_dtype = KvDType::of_model(source.is_bf16());
+        let kv_dtype = KvDType::of_cpu();
         let nodes = group.nodes() as u64;
         let backend = match group.world() {
             1 => Backend::Cpu(Box::new(Cpu::new(threads, kv_dtype))),
@@ -143,7 +143,7 @@ impl Place {
         let (backend, kv_format) = match gpu {
             Some(index) => (Backend::Cuda(Box::new(Cuda::new(index)?)), "bf16"),
             None => {
-                let kv_dtype = KvDType::of_model(source.is_bf16());
+                let kv_dtype = KvDType::of_cpu();
                 (Backend::Cpu(Box::new(Cpu::new(threads, kv_dtype))), named(kv_dtype))
             }
         };
