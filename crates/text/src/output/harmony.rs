@@ -206,8 +206,7 @@ impl Harmony {
     }
 
     fn answer(&self) -> Box<Answer> {
-        let with_tools = !self.tools.is_empty();
-        Box::new(Answer::new(syntax::marks(self.format, with_tools), self.tools.clone(), None))
+        Box::new(Answer::new(syntax::marks(self.format, &self.tools), self.tools.clone(), None))
     }
 
     /// The tool that a recipient means; what is none of ours is not called.

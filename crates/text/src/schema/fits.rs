@@ -12,6 +12,12 @@ pub(crate) fn fits(value: &Value, schema: &Value, root: &Value) -> bool {
     Look::new(root).fits(value, schema)
 }
 
+/// Whether a value fits a schema of the document `root` without doubt.
+pub(crate) fn surely_fits(value: &Value, schema: &Value, root: &Value) -> bool {
+    let look = Look::new(root);
+    look.fits(value, schema) && !look.doubtful.get()
+}
+
 /// Looks at parts of a schema and of values before there are no more: in a schema of many ways that contains itself
 /// there is no end of them.
 const MAX_LOOKS: usize = 100_000;

@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 pub(crate) use closed::closed;
 use fits::Look;
-pub(crate) use fits::fits;
+pub(crate) use fits::{fits, surely_fits};
 
 /// References and combinations are followed for so many steps; what takes more is a circle, or as good as one.
 const MAX_STEPS: usize = 256;

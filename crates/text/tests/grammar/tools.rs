@@ -355,6 +355,90 @@ fn a_tool_that_is_shown_but_not_allowed_is_not_called() {
     assert_eq!(text.answer_grammar(none), Ok(None), "no tool is read as called");
 }
 
+/// Forms of a call of `f` that formats forgive, X for its arguments.
+const UNMARKED: [(ToolFormat, &str); 22] = [
+    (ToolFormat::Hermes, "{\"name\": \"f\", \"arguments\": X}"),
+    (ToolFormat::Hermes, "{\n  \"arguments\": X,\n  \"name\": \"f\"\n}\n"),
+    (ToolFormat::Hermes, "```json\n{\"name\": \"f\", \"arguments\": X}\n```"),
+    (ToolFormat::Hermes, "\n```\n[{\"name\": \"f\", \"arguments\": X}]\n```\n"),
+    (ToolFormat::Hermes, "<tools>\n{\"name\": \"f\", \"arguments\": X}\n</tools>"),
+    (ToolFormat::QwenXml, "{\"name\": \"f\", \"arguments\": X}"),
+    (ToolFormat::QwenXml, "<function=f>\n<parameter=a>\nY\n</parameter>\n</function>\n</tool_call>"),
+    (ToolFormat::QwenXml, "Look:\n<function=f>\n<parameter=a>\nY\n</parameter>\n</function>"),
+    (ToolFormat::Glm, "[{\"name\": \"f\", \"arguments\": X}]"),
+    (ToolFormat::LlamaJson, "{\"name\": \"f\", \"parameters\": X}"),
+    (ToolFormat::LlamaJson, " {\"name\": \"f\", \"parameters\": X}"),
+    (ToolFormat::LlamaJson, "{\"name\": \"f\",  \"parameters\": X}"),
+    (ToolFormat::LlamaJson, "{\"name\": \"\\u0066\", \"parameters\": X}"),
+    (ToolFormat::LlamaJson, "{\"type\": \"function\", \"name\": \"f\", \"parameters\": X}"),
+    (ToolFormat::Pythonic, "[f(a=Y)]"),
+    (ToolFormat::Pythonic, "[ f(a=Y)]"),
+    (ToolFormat::Pythonic, "\n[f(a=Y)]"),
+    (ToolFormat::Pythonic, "Look: <|python_start|>[f(a=Y)]<|python_end|>"),
+    (ToolFormat::Mistral, "[{\"name\": \"f\", \"arguments\": X}]"),
+    (ToolFormat::DeepSeek, "<｜tool▁call▁begin｜>f<｜tool▁sep｜>X<｜tool▁call▁end｜>"),
+    (ToolFormat::DeepSeek, "<｜tool▁call▁begin｜>f<｜tool▁sep｜>X<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+    (ToolFormat::DeepSeek, "{\"name\": \"f\", \"arguments\": X}"),
+];
+
+#[test]
+fn a_call_without_its_mark_is_held_or_checked_too() {
+    let schema = json!({"type": "object", "required": ["a"], "additionalProperties": false,
+        "properties": {"a": {"type": "integer", "minimum": 0}}});
+    let now = json_tool("now", json!({"type": "object"}), true);
+    for (family, form) in UNMARKED {
+        for (text, strict) in [(text(true), true), (text(false), true), (text(true), false)] {
+            let tools = [json_tool("f", schema.clone(), strict), now.clone()];
+            let spec = grammar(text, &tools, &ToolChoice::Auto, family, true);
+            for (value, fits) in [("1", true), ("-1", !strict), ("\"x\"", !strict)] {
+                let answer = form.replace('X', &format!("{{\"a\": {value}}}")).replace('Y', value);
+                let (calls, rest) = parse(format_of(family), &tools, prompt_of(family), &answer);
+                let called = may_write(text, &spec, &answer) && !calls.is_empty();
+                assert_eq!(called, fits, "{family:?} {answer}: {calls:?}");
+                assert!(!fits || calls.len() == 1 && calls[0].whole, "{answer}: {calls:?}");
+                assert!(!calls.is_empty() || rest.trim() == answer.trim(), "{answer}: {rest}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_custom_tool_with_a_grammar_is_called_after_its_mark_alone() {
+    let input = "{\"input\": \"x\"}";
+    let forms = [
+        (ToolFormat::Hermes, format!("{{\"name\": \"count\", \"arguments\": {input}}}")),
+        (
+            ToolFormat::Hermes,
+            format!("<tool_call>\n{{\"name\": \"count\", \"arguments\": {input}}}\n</tool_call>"),
+        ),
+        (ToolFormat::LlamaJson, format!("{{\"name\": \"count\", \"parameters\": {input}}}")),
+        (ToolFormat::Pythonic, "[count(input=\"x\")]".to_owned()),
+        (ToolFormat::Mistral, format!("[TOOL_CALLS]count[ARGS]{input}")),
+        (ToolFormat::QwenXml, "<function=count>\n<parameter=input>\nx\n</parameter>\n</function>".to_owned()),
+        (
+            ToolFormat::Harmony,
+            "<|channel|>final<|message|><custom_tool_call name=\"count\">\nx\n</custom_tool_call>".to_owned(),
+        ),
+    ];
+    for with_json in [false, true] {
+        let mut tools = custom_tools();
+        if with_json {
+            tools.extend(self::tools());
+        }
+        for (family, answer) in &forms {
+            let spec = grammar(text(true), &tools, &ToolChoice::Auto, *family, true);
+            let (calls, _) = parse(format_of(*family), &tools, prompt_of(*family), answer);
+            assert!(
+                calls.is_empty() || !may_write(text(true), &spec, answer),
+                "{family:?} {answer}: {calls:?}"
+            );
+            let note = answer.replace("count", "note");
+            let (calls, _) = parse(format_of(*family), &tools, prompt_of(*family), &note);
+            assert!(calls.len() == 1 && calls[0].input == "x", "{family:?} {note}: {calls:?}");
+        }
+    }
+}
+
 #[test]
 fn a_text_of_a_given_form_may_follow_reasoning_or_give_way_to_calls() {
     let text = text(true);

@@ -40,10 +40,10 @@ pub(super) fn deepseek(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool)
     });
     const BEGIN: &str = "<｜tool▁call▁begin｜>";
     let (begin, end) = (writer.literal(BEGIN), writer.literal("<｜tool▁call▁end｜>"));
-    let alone = Group { mark: BEGIN.into(), rest: format!("{call} {end}") };
+    let all_end = writer.literal("<｜tool▁calls▁end｜>");
+    let alone = Group { mark: BEGIN.into(), rest: format!("{call} {end} ({all_end})?") };
     let call = writer.rule(&format!("{begin} {call} {end}"));
     let more = if parallel { format!(r#"("\n"? {call})*"#) } else { String::new() };
-    let all_end = writer.literal("<｜tool▁calls▁end｜>");
     let all = Group { mark: "<｜tool▁calls▁begin｜>".into(), rest: format!("{call} {more} {all_end}") };
     if writer.free { vec![all, alone] } else { vec![all] }
 }

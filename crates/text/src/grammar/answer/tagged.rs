@@ -39,7 +39,7 @@ const OTHER_NAME: &str = r"[^<>\s]([^<>\n\r]{0,60}[^<>\s])?";
 const NULL: &str = "null";
 
 /// `<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>`; where the model is free to call,
-/// the outer tag may be missing, which it often forgets.
+/// the outer opening tag may be missing, which it often forgets.
 pub(super) fn qwen(writer: &mut Writer<'_>, tools: &[&Tool]) -> Vec<Group> {
     let call = calls(writer, tools, &QWEN, |name| format!("{name}>\n"));
     let (function, end) = (writer.literal("\n<function="), writer.literal("</function>"));
@@ -47,7 +47,7 @@ pub(super) fn qwen(writer: &mut Writer<'_>, tools: &[&Tool]) -> Vec<Group> {
     let rest = format!("{function} {call} {end} {outer_end}");
     let mut groups = vec![Group { mark: "<tool_call>".into(), rest }];
     if writer.free {
-        groups.push(Group { mark: "<function=".into(), rest: format!("{call} {end}") });
+        groups.push(Group { mark: "<function=".into(), rest: format!("{call} {end} ({outer_end})?") });
     }
     groups
 }
