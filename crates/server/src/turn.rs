@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use rudder_engine::ReasoningBudget;
 use rudder_text::{
-    AnswerRules, CompiledGrammar, GrammarSpec, OutputFormat, Text, TextError, Tool, ToolChoice, ToolInput,
+    AnswerRules, CompiledGrammar, GrammarError, GrammarSpec, OutputFormat, Text, TextError, Tool, ToolChoice,
+    ToolInput,
 };
 
 use crate::answer::Reading;
@@ -47,7 +48,8 @@ impl Server {
         .await?;
         self.generator.prepared("render", prompt.rendering);
         self.generator.prepared("tokenize", prompt.tokenizing);
-        let grammar = self.compile_grammar(&turn, grammar).await?;
+        let spec = grammar.map_err(|error| ApiError::param("tools", error.to_string()))?;
+        let grammar = self.compile_grammar(&turn, spec).await?;
         let prediction = self.encode_prediction(turn.clone()).await?;
         let reasoning = self.reasoning_budget(&turn, &prompt.tail)?;
         let completion = Completion { grammar, reasoning, prediction, ..self.completion(&turn, prompt) };
@@ -158,7 +160,15 @@ impl Turn {
     }
 
     /// What the answer is held to: calls as chosen, text of the wanted format.
-    fn grammar(&self, text: &Text, format: OutputFormat, prompt: &str) -> Option<GrammarSpec> {
+    ///
+    /// # Errors
+    /// If a strict tool's schema does not tell its arguments.
+    fn grammar(
+        &self,
+        text: &Text,
+        format: OutputFormat,
+        prompt: &str,
+    ) -> Result<Option<GrammarSpec>, GrammarError> {
         let answer = match self.answer.clone() {
             AnswerFormat::Text => None,
             AnswerFormat::JsonObject => Some(GrammarSpec::Json),
@@ -172,6 +182,7 @@ impl Turn {
             format,
             prompt,
             tools: &tools,
+            others_shown: self.callable_tools().count() < self.tools.len(),
             choice: &self.tool_choice,
             parallel: self.parallel_tool_calls,
             text: answer.as_ref(),

@@ -36,6 +36,15 @@ impl Tool {
     pub fn is_custom(&self) -> bool {
         !matches!(self.input, ToolInput::Json { .. })
     }
+
+    /// Whether its calls are held to what they carry even where the model is free to make them.
+    pub(crate) fn is_held(&self) -> bool {
+        match &self.input {
+            ToolInput::Json { strict, .. } => *strict,
+            ToolInput::Text => false,
+            ToolInput::Lark(_) | ToolInput::Regex(_) => true,
+        }
+    }
 }
 
 /// Which tools the model may or must call.

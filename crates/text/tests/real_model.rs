@@ -194,10 +194,11 @@ fn calls_go_through_their_grammar() {
         prompt: "",
         tools: &tools,
         choice: &ToolChoice::Auto,
+        others_shown: false,
         parallel: true,
         text: None,
     };
-    let spec = text.answer_grammar(rules).unwrap();
+    let spec = text.answer_grammar(rules).unwrap().unwrap();
     let grammar = text.compile_grammar(&spec, Duration::from_secs(20)).unwrap();
     let answer = "I will read it.\n<tool_call>\n\
         {\"name\": \"read_file\", \"arguments\": {\"path\": \"src/main.rs\", \"line\": 12}}\n</tool_call>";

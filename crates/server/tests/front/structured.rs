@@ -84,6 +84,21 @@ async fn a_strict_tool_is_held_even_where_the_model_is_free() {
 }
 
 #[tokio::test]
+async fn a_tool_that_is_not_among_the_allowed_is_not_called() {
+    let server = start("So:\n<tool_call>\n{\"name\": \"a\", \"arguments\": {\"n\": 4}}\n</tool_call>");
+    let allowed = json!({"mode": "auto", "tools": [{"type": "function", "function": {"name": "b"}}]});
+    for (chosen, called) in
+        [(json!("auto"), "a"), (json!({"type": "allowed_tools", "allowed_tools": allowed}), "b")]
+    {
+        let fields = json!({"tools": [tool("a", false), tool("b", false)], "tool_choice": chosen,
+            "parallel_tool_calls": false});
+        let choice = choice(&server, fields).await;
+        assert_eq!(choice["message"]["content"], "So:");
+        assert_eq!(choice["message"]["tool_calls"][0]["function"]["name"], called, "{choice}");
+    }
+}
+
+#[tokio::test]
 async fn a_grammar_that_cannot_be_used_is_a_400_that_says_so() {
     let server = start("x");
     for (fields, param) in [

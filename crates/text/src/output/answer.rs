@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::checked::{Checked, Held};
 use super::markdown::Markdown;
 use super::reader::{Reader, Start, Step};
 use super::sink::Sink;
@@ -24,6 +25,7 @@ pub(super) struct Mark {
     /// Opens only where no text precedes: at the start of the answer, or after a call or reasoning.
     pub(super) leading: bool,
     pub(super) opens: Opens,
+    pub(super) held: Held,
 }
 
 /// What a mark opens.
@@ -49,6 +51,10 @@ pub(super) struct Answer {
     fresh: bool,
     /// Nothing but space since the last markup, to which that space belongs.
     beside: bool,
+    /// Neither text nor call yet.
+    silent: bool,
+    /// Whether there was reasoning.
+    thought: bool,
     in_call: bool,
     markdown: Markdown,
 }
@@ -88,6 +94,8 @@ impl Answer {
             held: String::new(),
             fresh: true,
             beside: false,
+            silent: true,
+            thought: false,
             in_call: false,
             markdown: Markdown::default(),
         }
@@ -188,7 +196,7 @@ impl Answer {
             out.text(&self.space);
         }
         self.space.clear();
-        (self.fresh, self.beside) = (false, false);
+        (self.fresh, self.beside, self.silent) = (false, false, false);
         out.text(c.encode_utf8(&mut [0; 4]));
     }
 
@@ -213,6 +221,7 @@ impl Answer {
             self.state = State::Mark;
             return;
         }
+        let held = mark.held;
         match mark.opens {
             Opens::Reasoning(closing) => {
                 let opening = mark.text;
@@ -220,11 +229,11 @@ impl Answer {
                 self.space.clear();
                 self.state = State::Reasoning { opening, closing, begun: false };
             }
-            Opens::Calls(reader) => {
-                self.state = State::Block { reader: reader(&self.tools), called: false };
+            Opens::Calls(start) => {
+                self.state = State::Block { reader: self.reader(start, held), called: false };
             }
-            Opens::CallsFromMark(reader) => {
-                let reader = reader(&self.tools);
+            Opens::CallsFromMark(start) => {
+                let reader = self.reader(start, held);
                 let mark = std::mem::take(&mut self.held);
                 self.state = State::Block { reader, called: false };
                 for c in mark.chars() {
@@ -232,6 +241,22 @@ impl Answer {
                 }
             }
         }
+    }
+
+    /// The reader of what a mark opens, checked if no grammar holds it.
+    fn reader(&self, start: Start, held: Held) -> Box<dyn Reader> {
+        let reader = start(&self.tools);
+        let head = match held {
+            Held::Yes => return reader,
+            Held::No => None,
+            // Behind reasoning the grammar has up to two line breaks.
+            Held::At(head) => {
+                let begins =
+                    self.space.is_empty() || self.thought && matches!(&self.space[..], "\n" | "\n\n");
+                (self.silent && begins).then_some(head)
+            }
+        };
+        Box::new(Checked::new(reader, &self.tools, head))
     }
 
     fn block(&mut self, mut reader: Box<dyn Reader>, called: bool, c: char, out: &mut Sink<'_>) {
@@ -280,7 +305,7 @@ impl Answer {
             self.held.clear();
             self.space.clear();
             self.in_call = !out.ended();
-            (self.fresh, self.beside) = (true, true);
+            (self.fresh, self.beside, self.silent) = (true, true, false);
             self.markdown = Markdown::default();
         }
         result
@@ -300,7 +325,7 @@ impl Answer {
             self.held.clear();
             self.space.clear();
             self.state = State::Text;
-            (self.fresh, self.beside) = (true, true);
+            (self.fresh, self.beside, self.thought) = (true, true, true);
             return;
         }
         // Some models open again what the prompt has opened.

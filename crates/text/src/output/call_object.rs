@@ -10,6 +10,17 @@ use super::tools::{MAX_NAME, Offered};
 /// Longer keys are none of a call's.
 const MAX_KEY: usize = 32;
 
+/// Whether a grammar has an object begin so that is a call of the tool of this name (Llama's).
+pub(super) fn is_head(taken: &str, name: &str) -> bool {
+    let name = serde_json::Value::from(name).to_string();
+    let mut pieces = ["{", "\"name\"", ":", &name, ",", "\"parameters\"", ":"].into_iter();
+    let rest = pieces.try_fold(taken, |rest, piece| {
+        let rest = rest.strip_prefix(piece)?;
+        Some(rest.strip_prefix(char::is_whitespace).unwrap_or(rest))
+    });
+    rest.is_some()
+}
+
 /// Reads one object. Whatever is given out has a name; before that, malformed is refused.
 pub(super) struct CallObject {
     tools: Arc<Offered>,

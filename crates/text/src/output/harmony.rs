@@ -124,6 +124,12 @@ impl Harmony {
                 self.end_call(custom, out);
             }
             State::Raw { .. } => out.input(&self.space),
+            State::Custom if ended => out.end(),
+            State::Call(input) if ended => {
+                if input.finish(out) {
+                    out.end();
+                }
+            }
             State::Reasoning | State::Custom | State::Call(_) => {}
         }
     }
@@ -206,8 +212,7 @@ impl Harmony {
     }
 
     fn answer(&self) -> Box<Answer> {
-        let with_tools = !self.tools.is_empty();
-        Box::new(Answer::new(syntax::marks(self.format, with_tools), self.tools.clone(), None))
+        Box::new(Answer::new(syntax::marks(self.format, &self.tools), self.tools.clone(), None))
     }
 
     /// The tool that a recipient means; what is none of ours is not called.
@@ -284,7 +289,11 @@ impl Harmony {
                 let custom = *custom;
                 self.end_call(custom, out);
             }
-            State::Custom | State::Call(_) => out.end(),
+            State::Custom => out.end(),
+            State::Call(input) => {
+                input.finish(out);
+                out.end();
+            }
             State::Header(_) | State::Reasoning => {}
         }
         self.space.clear();

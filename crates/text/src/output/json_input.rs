@@ -82,6 +82,15 @@ impl JsonInput {
         }
     }
 
+    /// The end of the call: ends what that alone ends, nothing at all, a number or a word; whether it was one of them.
+    pub(super) fn finish(&mut self, out: &mut Sink<'_>) -> bool {
+        let ends = matches!(self.state, State::Start | State::Literal);
+        if ends {
+            self.end_literal(out);
+        }
+        ends
+    }
+
     /// Whether the value so far ends in a string.
     pub(super) fn in_string(&self) -> bool {
         match self.state {

@@ -16,6 +16,7 @@
 mod answer;
 mod arguments;
 mod call_object;
+mod checked;
 mod custom;
 mod deepseek;
 mod detect;
@@ -131,8 +132,9 @@ enum Reading {
 }
 
 impl OutputParser {
-    /// A parser for one answer. `tools`: those offered (they decide what is a custom call, and the
-    /// types of arguments in formats that carry text); without any, nothing is read as a call.
+    /// A parser for one answer. `tools`: those that may be called (they decide what is a custom call, and the
+    /// types of arguments in formats that carry text); without any, nothing is read as a call. Calls of strict
+    /// tools, and of those with a grammar, that [`crate::Text::answer_grammar`] does not hold are text unless they fit.
     /// `prompt`: the end of the rendered prompt, in which reasoning may have been opened.
     pub fn new(format: OutputFormat, tools: &[Tool], prompt: &str) -> Self {
         let tools = Arc::new(Offered::new(tools));
@@ -141,7 +143,7 @@ impl OutputParser {
         }
         let reasoning = format.reasoning.filter(|reasoning| reasoning.is_open(prompt));
         let open = reasoning.and_then(ReasoningFormat::marks);
-        let answer = Answer::new(syntax::marks(format, !tools.is_empty()), tools, open);
+        let answer = Answer::new(syntax::marks(format, &tools), tools, open);
         Self { reader: Reading::Answer(Box::new(answer)) }
     }
 

@@ -11,6 +11,11 @@ use super::tools::{MAX_NAME, Offered};
 
 const CLOSING: &str = "<|python_end|>";
 
+/// Whether a grammar has a list begin so with a call of the tool of this name.
+pub(super) fn is_head(taken: &str, name: &str) -> bool {
+    taken.strip_prefix('[').and_then(|taken| taken.strip_prefix(name)) == Some("(")
+}
+
 /// Reads a list of calls. Since other lists look alike, only those of offered tools are any.
 pub(super) struct PythonicCalls {
     tools: Arc<Offered>,

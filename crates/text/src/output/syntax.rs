@@ -1,15 +1,18 @@
 //! What each format marks, and what reads it.
 
 use super::answer::{Mark, Opens};
+use super::call_object;
+use super::checked::Held;
 use super::custom::{self, CustomCall};
 use super::deepseek::{self, DeepSeekCalls};
 use super::harmony;
 use super::json_calls::{FencedCalls, JsonCalls};
 use super::mistral::MistralCalls;
-use super::pythonic::PythonicCalls;
+use super::pythonic::{self, PythonicCalls};
 use super::reader::Start;
 use super::tagged_calls::{QWEN, TaggedCall};
 use super::tool_call::ToolCall;
+use super::tools::Offered;
 use super::{OutputFormat, ReasoningFormat, ToolFormat};
 
 impl ReasoningFormat {
@@ -76,64 +79,79 @@ impl OutputFormat {
 }
 
 /// The marks to look for in an answer; no mark begins another.
-pub(super) fn marks(format: OutputFormat, with_tools: bool) -> Vec<Mark> {
+pub(super) fn marks(format: OutputFormat, tools: &Offered) -> Vec<Mark> {
     let mut marks = Vec::new();
     if let Some((text, closing)) = format.reasoning.and_then(ReasoningFormat::marks) {
-        marks.push(Mark { text, leading: true, opens: Opens::Reasoning(closing) });
+        let opens = Opens::Reasoning(closing);
+        marks.push(Mark { text, leading: true, opens, held: Held::Yes });
     }
-    if let (Some(tools), true) = (format.tools, with_tools) {
-        marks.push(calls(custom::OPENING, |tools| Box::new(CustomCall::new(tools))));
-        tool_marks(tools, &mut marks);
+    let Some(of_calls) = format.tools.filter(|_| !tools.is_empty()) else { return marks };
+    // In harmony's messages the grammar leaves text as it is.
+    let held = if of_calls == ToolFormat::Harmony { Held::No } else { Held::Yes };
+    marks.push(calls(custom::OPENING, held, |tools| Box::new(CustomCall::new(tools))));
+    // A grammar of custom tools alone does not know the format's own marks.
+    let held = if tools.any_takes_json() { Held::Yes } else { Held::No };
+    tool_marks(of_calls, held, &mut marks);
+    unmarked(of_calls, &mut marks);
+    let checked = tools.any_is_held() || !tools.any_takes_json();
+    if !checked {
+        marks.iter_mut().for_each(|mark| mark.held = Held::Yes);
     }
     marks
 }
 
 /// A mark after which calls stand.
-fn calls(text: &'static str, reader: Start) -> Mark {
-    Mark { text, leading: false, opens: Opens::Calls(reader) }
+fn calls(text: &'static str, held: Held, reader: Start) -> Mark {
+    Mark { text, leading: false, opens: Opens::Calls(reader), held }
 }
 
-fn tool_marks(format: ToolFormat, marks: &mut Vec<Mark>) {
+/// A format's own marks.
+fn tool_marks(format: ToolFormat, held: Held, marks: &mut Vec<Mark>) {
+    let mut add = |text, reader| marks.push(calls(text, held, reader));
     match format {
         ToolFormat::Hermes | ToolFormat::QwenXml => {
-            marks.push(calls("<tool_call>", |tools| Box::new(ToolCall::new(false, tools))));
+            add("<tool_call>", |tools| Box::new(ToolCall::new(false, tools)));
         }
-        ToolFormat::Glm => marks.push(calls("<tool_call>", |tools| Box::new(ToolCall::new(true, tools)))),
-        ToolFormat::LlamaJson => {
-            marks.push(calls("<|python_tag|>", |tools| Box::new(JsonCalls::announced(tools))));
-        }
-        ToolFormat::Pythonic => {
-            marks.push(calls("<|python_start|>", |tools| Box::new(PythonicCalls::marked(tools))));
-            marks.push(leading("[", |tools| Box::new(PythonicCalls::new(tools))));
-        }
-        ToolFormat::Mistral => {
-            marks.push(calls("[TOOL_CALLS]", |tools| Box::new(MistralCalls::new(tools))));
-        }
+        ToolFormat::Glm => add("<tool_call>", |tools| Box::new(ToolCall::new(true, tools))),
+        ToolFormat::LlamaJson => add("<|python_tag|>", |tools| Box::new(JsonCalls::announced(tools))),
+        ToolFormat::Pythonic => add("<|python_start|>", |tools| Box::new(PythonicCalls::marked(tools))),
+        ToolFormat::Mistral => add("[TOOL_CALLS]", |tools| Box::new(MistralCalls::new(tools))),
         ToolFormat::DeepSeek => {
-            marks.push(calls(deepseek::ALL_BEGIN, |tools| Box::new(DeepSeekCalls::all(tools))));
-            marks.push(calls(deepseek::BEGIN, |tools| Box::new(DeepSeekCalls::one(tools))));
+            add(deepseek::ALL_BEGIN, |tools| Box::new(DeepSeekCalls::all(tools)));
+            add(deepseek::BEGIN, |tools| Box::new(DeepSeekCalls::one(tools)));
         }
         // Its envelopes are read before its text.
-        ToolFormat::Harmony => return,
+        ToolFormat::Harmony => {}
     }
     if format == ToolFormat::QwenXml {
         // The outer tag is often forgotten.
         let opens = Opens::CallsFromMark(|tools| Box::new(TaggedCall::new(&QWEN, tools)));
-        marks.push(Mark { text: "<function=", leading: false, opens });
-    }
-    if format == ToolFormat::Hermes {
-        // The tag in which the prompt lists the tools: small models call in it as well.
-        marks.push(calls("<tools>", |tools| Box::new(JsonCalls::unmarked("</tools>", tools))));
-    }
-    // Small models often leave the marks out.
-    marks.push(leading("{", |tools| Box::new(JsonCalls::unmarked("", tools))));
-    marks.push(leading("```", |tools| Box::new(FencedCalls::new(tools))));
-    if format != ToolFormat::Pythonic {
-        marks.push(leading("[{", |tools| Box::new(JsonCalls::unmarked("", tools))));
+        marks.push(Mark { text: "<function=", leading: false, opens, held });
     }
 }
 
+/// What else calls begin with: small models often leave the marks out.
+fn unmarked(format: ToolFormat, marks: &mut Vec<Mark>) {
+    let object = match format {
+        ToolFormat::Harmony => return,
+        ToolFormat::LlamaJson => Held::At(call_object::is_head),
+        _ => Held::No,
+    };
+    if format == ToolFormat::Hermes {
+        // The tag in which the prompt lists the tools.
+        marks.push(calls("<tools>", Held::No, |tools| Box::new(JsonCalls::unmarked("</tools>", tools))));
+    }
+    marks.push(leading("{", object, |tools| Box::new(JsonCalls::unmarked("", tools))));
+    marks.push(leading("```", Held::No, |tools| Box::new(FencedCalls::new(tools))));
+    marks.push(match format {
+        ToolFormat::Pythonic => {
+            leading("[", Held::At(pythonic::is_head), |tools| Box::new(PythonicCalls::new(tools)))
+        }
+        _ => leading("[{", Held::No, |tools| Box::new(JsonCalls::unmarked("", tools))),
+    });
+}
+
 /// A mark that is itself part of the calls, and opens them at the start alone.
-fn leading(text: &'static str, reader: Start) -> Mark {
-    Mark { text, leading: true, opens: Opens::CallsFromMark(reader) }
+fn leading(text: &'static str, held: Held, reader: Start) -> Mark {
+    Mark { text, leading: true, opens: Opens::CallsFromMark(reader), held }
 }

@@ -41,6 +41,29 @@ impl Offered {
         self.tools.contains_key(name)
     }
 
+    /// Whether one of them takes an object.
+    pub(super) fn any_takes_json(&self) -> bool {
+        self.tools.values().any(|tool| !tool.is_custom())
+    }
+
+    /// Whether calls of one of them are held by a grammar.
+    pub(super) fn any_is_held(&self) -> bool {
+        self.tools.values().any(Tool::is_held)
+    }
+
+    /// Whether calls of the tool are held by a grammar.
+    pub(super) fn is_held(&self, name: &str) -> bool {
+        self.tools.get(name).is_some_and(Tool::is_held)
+    }
+
+    /// Whether a whole input certainly is what the tool's grammar would hold it to.
+    pub(super) fn vouches(&self, tool: &str, input: &str) -> bool {
+        let (Some(schema), Ok(input)) = (self.schema(tool), serde_json::from_str::<Value>(input)) else {
+            return false;
+        };
+        input.is_object() && schema::surely_fits(&input, schema, schema)
+    }
+
     /// Whether the tool's calls carry text; one that was not offered carries an object.
     pub(super) fn is_custom(&self, name: &str) -> bool {
         self.tools.get(name).is_some_and(Tool::is_custom)

@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use serde_json::{Map, Value};
 
-use super::{list, unnamed, ways};
+use super::{Search, list, unnamed};
 
 /// Whether a value fits a schema of the document `root`. It is given the benefit of the doubt: keywords that are not
 /// looked at (`pattern`, `not`, `uniqueItems`), ways that cannot be told and what would take too long rule nothing out.
@@ -12,43 +12,131 @@ pub(crate) fn fits(value: &Value, schema: &Value, root: &Value) -> bool {
     Look::new(root).fits(value, schema)
 }
 
-/// Comparisons of a value's parts with a schema's before there are no more: in a schema of many ways that contains itself there is no end of
-/// them.
+/// Whether a value fits a schema of the document `root` without doubt.
+pub(crate) fn surely_fits(value: &Value, schema: &Value, root: &Value) -> bool {
+    let look = Look::new(root);
+    look.fits(value, schema) && !look.doubtful.get()
+}
+
+/// Looks at parts of a schema and of values before there are no more: in a schema of many ways that contains itself
+/// there is no end of them.
 const MAX_LOOKS: usize = 100_000;
 
-/// Looks whether values fit schemas of a document.
+/// All keywords that are looked at, and those that ask nothing of a value.
+const KNOWN: [&str; 36] = [
+    "$ref",
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "enum",
+    "const",
+    "type",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "multipleOf",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "prefixItems",
+    "items",
+    "minProperties",
+    "maxProperties",
+    "required",
+    "properties",
+    "additionalProperties",
+    "$defs",
+    "definitions",
+    "$schema",
+    "$id",
+    "$comment",
+    "title",
+    "description",
+    "default",
+    "examples",
+    "example",
+    "deprecated",
+    "readOnly",
+    "writeOnly",
+];
+
+/// Looks at a document, and counts its looks.
 pub(super) struct Look<'s> {
-    root: &'s Value,
+    pub(super) root: &'s Value,
     looks: Cell<usize>,
+    most: usize,
+    /// Whether something was let pass without a look.
+    doubtful: Cell<bool>,
 }
 
 impl<'s> Look<'s> {
     pub(super) fn new(root: &'s Value) -> Self {
-        Self { root, looks: Cell::new(0) }
+        Self::within(root, MAX_LOOKS)
+    }
+
+    /// With at most so many looks.
+    pub(super) fn within(root: &'s Value, most: usize) -> Self {
+        Self { root, looks: Cell::new(0), most: most.min(MAX_LOOKS), doubtful: Cell::new(false) }
+    }
+
+    /// The looks so far.
+    pub(super) fn count(&self) -> usize {
+        self.looks.get()
+    }
+
+    /// Whether there is no more looking.
+    pub(super) fn is_over(&self) -> bool {
+        self.looks.get() > self.most
     }
 
     /// Whether there is no more looking, as so many looks more would be too many.
-    fn is_tired(&self, looks: usize) -> bool {
+    pub(super) fn is_tired(&self, looks: usize) -> bool {
         self.looks.update(|all| all.saturating_add(looks));
-        self.looks.get() > MAX_LOOKS
+        self.is_over()
+    }
+
+    /// What a value that fits all of these parts may be, if one of them lists it.
+    pub(super) fn listed(&self, parts: &[&'s Map<String, Value>]) -> Option<Vec<&'s Value>> {
+        let (at, list) = parts.iter().enumerate().find_map(|(at, part)| Some((at, list(part)?)))?;
+        let fits = |value: &&Value| {
+            parts.iter().enumerate().all(|(other, part)| match other == at {
+                true => self.fits_unlisted(value, part),
+                false => self.fits_part(value, part),
+            })
+        };
+        Some(list.iter().filter(fits).collect())
     }
 
     fn fits(&self, value: &Value, schema: &Value) -> bool {
-        let Some(ways) = ways(schema, self.root).filter(|ways| !self.is_tired(ways.len())) else {
-            return true;
-        };
+        let Some(ways) = Search::new(self).ways(schema) else { return self.passes() };
         ways.iter().any(|way| way.parts.iter().all(|part| self.fits_part(value, part)))
     }
 
+    /// Lets something pass without a look.
+    fn passes(&self) -> bool {
+        self.doubtful.set(true);
+        true
+    }
+
     /// Whether it fits what a schema says without its references and combinations.
-    pub(super) fn fits_part(&self, value: &Value, part: &Map<String, Value>) -> bool {
-        list(part)
-            .is_none_or(|list| self.is_tired(list.len()) || list.iter().any(|listed| same(listed, value)))
-            && self.fits_unlisted(value, part)
+    fn fits_part(&self, value: &Value, part: &Map<String, Value>) -> bool {
+        let is_listed = |list: &[Value]| match self.is_tired(list.len()) {
+            true => self.passes(),
+            false => list.iter().any(|listed| same(listed, value)),
+        };
+        list(part).is_none_or(is_listed) && self.fits_unlisted(value, part)
     }
 
     /// The same, whatever the schema lists.
-    pub(super) fn fits_unlisted(&self, value: &Value, part: &Map<String, Value>) -> bool {
+    fn fits_unlisted(&self, value: &Value, part: &Map<String, Value>) -> bool {
+        if self.is_tired(length(value)) {
+            return self.passes();
+        }
+        if !self.doubtful.get() && !part.keys().all(|key| KNOWN.contains(&key.as_str())) {
+            self.passes();
+        }
         if part.get("const").is_some_and(|only| !same(only, value)) {
             return false;
         }
@@ -75,6 +163,9 @@ impl<'s> Look<'s> {
     fn items_fit(&self, items: &[Value], part: &Map<String, Value>) -> bool {
         let first = part.get("prefixItems").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
         let rest = part.get("items").filter(|rest| !rest.is_array());
+        if part.contains_key("items") && rest.is_none() {
+            self.passes();
+        }
         items.iter().enumerate().all(|(at, item)| {
             let schema = first.get(at).or(rest);
             schema.is_none_or(|schema| self.fits(item, schema))
@@ -90,6 +181,16 @@ impl<'s> Look<'s> {
                     part.get("properties").and_then(|named| named.get(name)).or_else(|| unnamed(part));
                 schema.is_none_or(|schema| self.fits(value, schema))
             })
+    }
+}
+
+/// How long it takes to look at a value, but for what is in it.
+fn length(value: &Value) -> usize {
+    1 + match value {
+        Value::String(text) => text.len() / 64,
+        Value::Array(items) => items.len(),
+        Value::Object(members) => members.len(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
     }
 }
 

@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 pub(crate) use closed::closed;
 use fits::Look;
-pub(crate) use fits::fits;
+pub(crate) use fits::{fits, surely_fits};
 
 /// References and combinations are followed for so many steps; what takes more is a circle, or as good as one.
 const MAX_STEPS: usize = 256;
@@ -22,7 +22,7 @@ const MAX_STEPS: usize = 256;
 /// More ways are none.
 const MAX_WAYS: usize = 64;
 
-/// Of an object with more members nothing is told.
+/// Of a schema whose objects have more members, all its ways taken together, nothing is told.
 const MAX_MEMBERS: usize = 1024;
 
 static ANY: Value = Value::Bool(true);
@@ -31,7 +31,8 @@ static ANY: Value = Value::Bool(true);
 #[derive(Debug, Clone)]
 pub(crate) struct Way<'s> {
     parts: Vec<&'s Map<String, Value>>,
-    root: &'s Value,
+    /// All that a value may be, if the schema lists it (`enum`, `const`).
+    listed: Option<Vec<&'s Value>>,
 }
 
 /// What an object must be to fit one way of a schema.
@@ -63,11 +64,19 @@ pub(crate) struct Types(u8);
 /// nothing fits.
 ///
 /// `None` where the ways cannot be told: a reference leads nowhere, out of the document or back to where it stands, or
-/// there are too many.
+/// there are too many, or it would take too long.
 pub(crate) fn ways<'s>(schema: &'s Value, root: &'s Value) -> Option<Vec<Way<'s>>> {
-    let mut ways = Search { root, steps: 0 }.ways(schema)?;
+    ways_within(schema, &Look::new(root))
+}
+
+/// The same, in the looks that are left.
+fn ways_within<'s>(schema: &'s Value, look: &Look<'s>) -> Option<Vec<Way<'s>>> {
+    let mut ways = Search::new(look).ways(schema)?;
+    for way in &mut ways {
+        way.listed = look.listed(&way.parts);
+    }
     ways.retain(|way| way.types() != Types::NONE);
-    Some(ways)
+    (!look.is_over()).then_some(ways)
 }
 
 /// The types of what fits a schema; of all types, where it does not say.
@@ -76,21 +85,35 @@ pub(crate) fn types(schema: &Value, root: &Value) -> Types {
     ways.iter().fold(Types::NONE, |types, way| types.or(way.types()))
 }
 
-/// What the objects that fit a schema may be, in each of its ways. `None` where these cannot be told, or there are too many members.
-pub(crate) fn objects(schema: &Value) -> Option<Vec<Object<'_>>> {
-    let ways = ways(schema, schema)?;
-    if ways.iter().any(|way| way.names().len() > MAX_MEMBERS) {
+/// What the objects that fit a schema may be, in each of its ways. `None` where these cannot be told, there are too many
+/// members, or it would take too long. `looks` are left for this schema and others, and are taken from.
+pub(crate) fn objects<'s>(schema: &'s Value, looks: &mut usize) -> Option<Vec<Object<'s>>> {
+    let look = Look::within(schema, *looks);
+    let objects = objects_within(schema, &look);
+    *looks = looks.saturating_sub(look.count());
+    objects
+}
+
+fn objects_within<'s>(schema: &'s Value, look: &Look<'s>) -> Option<Vec<Object<'s>>> {
+    let ways = ways_within(schema, look)?;
+    if look.is_tired(ways.iter().map(Way::words).sum())
+        || ways.iter().map(|way| way.names().len()).sum::<usize>() > MAX_MEMBERS
+    {
         return None;
     }
-    Some(ways.iter().filter(|way| way.types().has(Types::OTHER)).filter_map(Way::object).collect())
+    let of_objects = ways.iter().filter(|way| way.types().has(Types::OTHER));
+    let objects = of_objects.filter_map(|way| way.object(look)).collect();
+    (!look.is_over()).then_some(objects)
 }
 
 /// What a member of this name must fit in an object that fits a schema, whichever way it does.
 pub(crate) fn member<'s>(schema: &'s Value, name: &str) -> Cow<'s, Value> {
-    let Some(ways) = ways(schema, schema) else {
+    let look = Look::new(schema);
+    let ways = ways_within(schema, &look);
+    let schemas = ways.and_then(|ways| ways.iter().map(|way| way.member(name, &look)).collect());
+    let Some(mut schemas): Option<Vec<Cow<'s, Value>>> = schemas else {
         return Cow::Borrowed(schema["properties"].get(name).unwrap_or(&ANY));
     };
-    let mut schemas: Vec<Cow<'s, Value>> = ways.iter().map(|way| way.member(name)).collect();
     schemas.dedup();
     match schemas.len() {
         0 => Cow::Borrowed(&ANY),
@@ -112,30 +135,36 @@ fn each_once<'s>(names: impl Iterator<Item = &'s str>) -> Vec<&'s str> {
 }
 
 /// Follows references and combinations.
-struct Search<'s> {
-    root: &'s Value,
+struct Search<'l, 's> {
+    look: &'l Look<'s>,
     steps: usize,
 }
 
-impl<'s> Search<'s> {
+impl<'l, 's> Search<'l, 's> {
+    fn new(look: &'l Look<'s>) -> Self {
+        Self { look, steps: 0 }
+    }
+
     fn ways(&mut self, schema: &'s Value) -> Option<Vec<Way<'s>>> {
         self.steps += 1;
-        if self.steps > MAX_STEPS {
+        if self.steps > MAX_STEPS || self.look.is_tired(1) {
             return None;
         }
         let part = match schema {
-            Value::Bool(true) => return Some(vec![Way { parts: Vec::new(), root: self.root }]),
+            Value::Bool(true) => return Some(vec![Way { parts: Vec::new(), listed: None }]),
             Value::Bool(false) => return Some(Vec::new()),
             Value::Object(part) => part,
             _ => return None,
         };
-        let mut ways = vec![Way { parts: vec![part], root: self.root }];
+        let mut ways = vec![Way { parts: vec![part], listed: None }];
         if let Some(reference) = part.get("$ref") {
-            let target = closed::target(reference.as_str()?, self.root)?;
-            ways = crossed(ways, self.ways(target)?)?;
+            let target = closed::target(reference.as_str()?, self.look.root)?;
+            let target = self.ways(target)?;
+            ways = self.crossed(&ways, &target)?;
         }
         for also in part.get("allOf").and_then(Value::as_array).into_iter().flatten() {
-            ways = crossed(ways, self.ways(also)?)?;
+            let also = self.ways(also)?;
+            ways = self.crossed(&ways, &also)?;
         }
         for key in ["anyOf", "oneOf"] {
             let Some(options) = part.get(key).and_then(Value::as_array) else { continue };
@@ -143,42 +172,36 @@ impl<'s> Search<'s> {
             for option in options {
                 any.extend(self.ways(option)?);
             }
-            ways = crossed(ways, any)?;
+            ways = self.crossed(&ways, &any)?;
         }
         Some(ways)
     }
-}
 
-/// Each of the ways joined with each of the others.
-fn crossed<'s>(ways: Vec<Way<'s>>, others: Vec<Way<'s>>) -> Option<Vec<Way<'s>>> {
-    if ways.len() * others.len() > MAX_WAYS {
-        return None;
+    /// Each of the ways joined with each of the others.
+    fn crossed(&self, ways: &[Way<'s>], others: &[Way<'s>]) -> Option<Vec<Way<'s>>> {
+        let parts = |ways: &[Way<'_>]| ways.iter().map(|way| way.parts.len()).sum::<usize>();
+        let joined = parts(ways) * others.len() + parts(others) * ways.len();
+        if ways.len() * others.len() > MAX_WAYS || self.look.is_tired(joined) {
+            return None;
+        }
+        let join = |way: &Way<'s>, other: &Way<'s>| Way {
+            parts: way.parts.iter().chain(&other.parts).copied().collect(),
+            listed: None,
+        };
+        Some(ways.iter().flat_map(|way| others.iter().map(move |other| join(way, other))).collect())
     }
-    let join = |way: &Way<'s>, other: &Way<'s>| Way {
-        parts: way.parts.iter().chain(&other.parts).copied().collect(),
-        root: way.root,
-    };
-    Some(ways.iter().flat_map(|way| others.iter().map(move |other| join(way, other))).collect())
 }
 
 impl<'s> Way<'s> {
     /// All that a value may be, if the schema lists it (`enum`, `const`).
-    pub(crate) fn listed(&self) -> Option<Vec<&'s Value>> {
-        let (at, list) = self.parts.iter().enumerate().find_map(|(at, part)| Some((at, list(part)?)))?;
-        let look = Look::new(self.root);
-        let fits = |value: &&Value| {
-            self.parts.iter().enumerate().all(|(other, part)| match other == at {
-                true => look.fits_unlisted(value, part),
-                false => look.fits_part(value, part),
-            })
-        };
-        Some(list.iter().filter(fits).collect())
+    pub(crate) fn listed(&self) -> Option<&[&'s Value]> {
+        self.listed.as_deref()
     }
 
     /// The types of what fits. A schema that names no type but members or items means an object or array.
     pub(crate) fn types(&self) -> Types {
         if let Some(listed) = self.listed() {
-            return listed.into_iter().fold(Types::NONE, |types, value| types.or(Types::of(value)));
+            return listed.iter().fold(Types::NONE, |types, value| types.or(Types::of(value)));
         }
         let said = self.parts.iter().fold(Types::ALL, |types, part| types.and(Types::said(part)));
         let structured =
@@ -201,30 +224,63 @@ impl<'s> Way<'s> {
         self.all("required").filter_map(Value::as_array).flatten().filter_map(Value::as_str)
     }
 
-    /// What a member must fit: in each part what it says of this one, or of all that it does not name.
-    fn member(&self, name: &str) -> Cow<'s, Value> {
+    /// How often its parts say a name.
+    fn words(&self) -> usize {
+        let properties = self.all("properties").filter_map(Value::as_object).map(Map::len);
+        properties.sum::<usize>() + self.required().count()
+    }
+
+    /// What a member must fit: in each part what it says of this one, or of all that it does not name. `None` where
+    /// telling it would take too long.
+    fn member(&self, name: &str, look: &Look<'_>) -> Option<Cow<'s, Value>> {
         let of_part = |part: &&'s Map<String, Value>| {
             part.get("properties").and_then(|named| named.get(name)).or_else(|| unnamed(part))
         };
-        all_of(self.parts.iter().filter_map(of_part).collect())
+        self.all_of(of_part, look)
     }
 
-    /// `None` if no object fits, since it lacks a member that may not be there.
-    fn object(&self) -> Option<Object<'s>> {
+    /// What all others must fit. `None` where telling it would take too long.
+    fn others(&self, look: &Look<'_>) -> Option<Cow<'s, Value>> {
+        self.all_of(|part| unnamed(part), look)
+    }
+
+    /// All that its parts say of something.
+    fn all_of(
+        &self,
+        of_part: impl FnMut(&&'s Map<String, Value>) -> Option<&'s Value>,
+        look: &Look<'_>,
+    ) -> Option<Cow<'s, Value>> {
+        if look.is_tired(self.parts.len()) {
+            return None;
+        }
+        let mut schemas: Vec<&Value> = self.parts.iter().filter_map(of_part).collect();
+        schemas.dedup_by(|a, b| std::ptr::eq(*a, *b));
+        if schemas.len() > 1 && look.is_tired(schemas.iter().map(|schema| size(schema)).sum()) {
+            return None;
+        }
+        schemas.dedup();
+        Some(match schemas[..] {
+            [] => Cow::Borrowed(&ANY),
+            [schema] => Cow::Borrowed(schema),
+            _ => Cow::Owned(combined("allOf", schemas.into_iter().map(Cow::Borrowed))),
+        })
+    }
+
+    /// `None` if no object fits, since it lacks a member that may not be there, or where telling it would take too long.
+    fn object(&self, look: &Look<'s>) -> Option<Object<'s>> {
         let required: HashSet<&str> = self.required().collect();
+        let ruled_out = |schema: &Value| ways_within(schema, look).is_some_and(|ways| ways.is_empty());
         let mut members = Vec::new();
         for name in self.names() {
-            let (schema, required) = (self.member(name), required.contains(name));
-            let ruled_out = ways(&schema, self.root).is_some_and(|ways| ways.is_empty());
-            match ruled_out {
+            let (schema, required) = (self.member(name, look)?, required.contains(name));
+            match ruled_out(&schema) {
                 false => members.push(Member { name, schema, required }),
                 true if required => return None,
                 true => {}
             }
         }
-        let others: Vec<&Value> = self.parts.iter().filter_map(|part| unnamed(part)).collect();
-        let others = (!others.contains(&&Value::Bool(false))).then(|| all_of(others));
-        Some(Object { members, others })
+        let others = self.others(look)?;
+        Some(Object { members, others: (!ruled_out(&others)).then_some(others) })
     }
 }
 
@@ -271,7 +327,7 @@ impl Types {
     }
 
     /// What a schema names as its type, or those of its options that name one; of all types, where none does.
-    fn named(schema: &Value) -> Self {
+    pub(crate) fn named(schema: &Value) -> Self {
         let said = |schema: &Value| schema.as_object().map_or(Self::ALL, Self::said);
         let own = said(schema);
         if own != Self::ALL {
@@ -311,12 +367,12 @@ fn unnamed(part: &Map<String, Value>) -> Option<&Value> {
     part.get("additionalProperties").filter(|_| !part.contains_key("patternProperties"))
 }
 
-fn all_of(mut schemas: Vec<&Value>) -> Cow<'_, Value> {
-    schemas.dedup();
-    match schemas[..] {
-        [] => Cow::Borrowed(&ANY),
-        [schema] => Cow::Borrowed(schema),
-        _ => Cow::Owned(combined("allOf", schemas.into_iter().map(Cow::Borrowed))),
+/// Values in a value, itself among them.
+fn size(value: &Value) -> usize {
+    match value {
+        Value::Array(items) => 1 + items.iter().map(size).sum::<usize>(),
+        Value::Object(members) => 1 + members.values().map(size).sum::<usize>(),
+        _ => 1,
     }
 }
 

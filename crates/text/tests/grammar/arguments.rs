@@ -2,11 +2,11 @@
 //! reads as a value that the schema allows, and what the schema forbids is not let through.
 
 use proptest::prelude::*;
-use rudder_text::{Text, Tool, ToolChoice, ToolFormat};
+use rudder_text::{AnswerRules, GrammarError, GrammarSpec, Text, Tool, ToolChoice, ToolFormat};
 use serde_json::{Value, json};
 
 use crate::compile;
-use crate::tools::{check, format_of, grammar, json_tool, may_write, parse, prompt_of};
+use crate::tools::{check, format_of, grammar, json_tool, may_write, parse, prompt_of, rules};
 use crate::walk::{Walk, text};
 
 const TAGGED: [ToolFormat; 2] = [ToolFormat::QwenXml, ToolFormat::Glm];
@@ -314,6 +314,95 @@ fn a_schema_without_an_end_of_ways_is_not_gone_through() {
             let (calls, _) =
                 parse(format_of(family), &tools, prompt_of(family), &call(family, &[("a", &nested)]));
             assert!(calls.len() == 1 && calls[0].whole, "{calls:?}");
+        }
+    }
+}
+
+/// The grammar of a required call of `f`, whose parameters these are.
+fn required(schema: &Value, strict: bool, family: ToolFormat) -> Result<Option<GrammarSpec>, GrammarError> {
+    let (tools, choice) = ([json_tool("f", schema.clone(), strict)], ToolChoice::Required);
+    let format = format_of(family);
+    text(false).answer_grammar(AnswerRules {
+        tools: &tools,
+        choice: &choice,
+        ..rules(format, prompt_of(family))
+    })
+}
+
+/// A schema of 64 ways and 1024 members in each, all of which have 64 ways of 180 parts that list this.
+fn crowded(listed: Option<Value>) -> Value {
+    let properties: serde_json::Map<String, Value> =
+        (0..1024).map(|i| (format!("p{i}"), json!({"$ref": "#/$defs/x"}))).collect();
+    let mut schema = json!({"$ref": "#/$defs/y", "properties": properties,
+        "$defs": {"y": {"anyOf": vec![json!({}); 64]}, "x": {"$ref": "#/$defs/y", "allOf": vec![json!({}); 180]}}});
+    if let Some(listed) = listed {
+        schema["$defs"]["x"]["enum"] = listed;
+    }
+    schema
+}
+
+/// Gone through, each of these schemas takes minutes or hours.
+#[test]
+fn a_schema_of_many_members_in_many_ways_is_refused_before_it_is_gone_through() {
+    let numbers: Value = (0..1000).collect();
+    let mut in_one_way = crowded(Some(numbers.clone()));
+    in_one_way.as_object_mut().unwrap().remove("$ref");
+    for schema in [crowded(None), crowded(Some(numbers)), in_one_way] {
+        for family in [ToolFormat::QwenXml, ToolFormat::Glm, ToolFormat::Pythonic] {
+            let Err(GrammarError::Invalid(message)) = required(&schema, true, family) else {
+                panic!("{family:?}: {schema} is held")
+            };
+            assert!(message.contains("`f`") && message.contains("too many"), "{message}");
+            assert!(required(&schema, false, family).is_ok_and(|spec| spec.is_some()), "{family:?}");
+        }
+    }
+}
+
+#[test]
+fn a_strict_tool_whose_arguments_cannot_be_told_is_refused() {
+    let nowhere = json!({"$ref": "#/$defs/nothing"});
+    let alternatives = json!({"anyOf": vec![json!({"type": "object"}); 65]});
+    for schema in [nowhere, alternatives, json!({"type": "string"})] {
+        for family in [ToolFormat::QwenXml, ToolFormat::Glm, ToolFormat::Pythonic] {
+            assert!(required(&schema, true, family).is_err(), "{family:?} {schema}");
+            assert!(required(&schema, false, family).is_ok(), "{family:?} {schema}");
+        }
+    }
+}
+
+/// Whether a listed value fits may depend on what its own schema lists.
+#[test]
+fn a_list_of_values_that_are_told_by_the_list_has_an_end() {
+    let around = json!({"type": "object", "properties": {"a": {"$ref": "#"}}, "enum": [{"a": {"a": 1}}, {}]});
+    let pair = json!({"properties": {"a": {"$ref": "#/$defs/b"}},
+        "$defs": {"b": {"enum": [{"b": 1}], "properties": {"b": {"$ref": "#/$defs/c"}}},
+            "c": {"enum": [{"a": 1}], "properties": {"a": {"$ref": "#/$defs/b"}}}}});
+    for schema in [around, pair] {
+        for family in [ToolFormat::QwenXml, ToolFormat::Glm, ToolFormat::Pythonic] {
+            assert!(required(&schema, false, family).is_ok(), "{family:?}");
+            let tools = [json_tool("f", schema.clone(), false)];
+            let said = call(family, &[("a", "{\"a\": 1}")]);
+            assert_eq!(parse(format_of(family), &tools, prompt_of(family), &said).0.len(), 1, "{said}");
+        }
+    }
+}
+
+#[test]
+fn an_argument_of_more_ways_than_are_told_apart_is_held_as_json() {
+    let constants = |count: usize| (0..count).map(|i| json!({"const": i})).collect::<Vec<_>>();
+    let objects = |count: usize| (0..count).map(|i| json!({"type": "object", "required": [format!("k{i}")]}));
+    for (schema, value, expected) in [
+        (json!({"oneOf": constants(65)}), "3", Some(json!(3))),
+        (json!({"oneOf": constants(65)}), "abc", None),
+        (json!({"oneOf": constants(65)}), "65", None),
+        (json!({"anyOf": objects(65).collect::<Vec<_>>()}), "{\"k7\": 1}", Some(json!({"k7": 1}))),
+        (json!({"anyOf": objects(65).collect::<Vec<_>>()}), "{}", None),
+    ] {
+        let tools = [json_tool("f", one(schema), true)];
+        for family in TAGGED {
+            let answer = call(family, &[("a", value)]);
+            let read = input(text(true), &tools, &ToolChoice::Required, family, &answer);
+            assert_eq!(read.map(|input| input["a"].clone()), expected, "{family:?} {answer}");
         }
     }
 }

@@ -352,7 +352,8 @@ fn a_grammar_that_refers_to_itself_harms_nobody() {
         for lark in [format!("start: @{name}"), format!("start: \"a\" @{name} | \"b\"")] {
             let own = GrammarSpec::Lark(lark);
             let tools = tools::rules(Default::default(), "");
-            let whole = text.answer_grammar(rudder_text::AnswerRules { text: Some(&own), ..tools }).unwrap();
+            let rules = rudder_text::AnswerRules { text: Some(&own), ..tools };
+            let whole = text.answer_grammar(rules).unwrap().unwrap();
             for spec in [own, whole] {
                 // Refused or not, nothing fails but the compilation, and what is taken can be walked.
                 if let Ok(grammar) = text.compile_grammar(&spec, PATIENCE) {

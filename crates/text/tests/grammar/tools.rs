@@ -121,7 +121,15 @@ pub fn prompt_of(tools: ToolFormat) -> &'static str {
 
 /// Rules that hold nothing.
 pub fn rules(format: OutputFormat, prompt: &str) -> AnswerRules<'_> {
-    AnswerRules { format, prompt, tools: &[], choice: &ToolChoice::Auto, parallel: true, text: None }
+    AnswerRules {
+        format,
+        prompt,
+        tools: &[],
+        others_shown: false,
+        choice: &ToolChoice::Auto,
+        parallel: true,
+        text: None,
+    }
 }
 
 pub fn grammar(
@@ -132,7 +140,7 @@ pub fn grammar(
     parallel: bool,
 ) -> GrammarSpec {
     let rules = AnswerRules { tools, choice, parallel, ..rules(format_of(family), prompt_of(family)) };
-    text.answer_grammar(rules).unwrap_or_else(|| panic!("{family:?} has no grammar"))
+    text.answer_grammar(rules).unwrap().unwrap_or_else(|| panic!("{family:?} has no grammar"))
 }
 
 proptest! {
@@ -227,7 +235,7 @@ proptest! {
         let thought = "hello {\"a\"} \n</think>\n\n";
         for (prompt, begin) in [("<think>\n", thought.to_owned()), ("", format!("<think>{thought}")), ("", String::new())] {
             let required = AnswerRules { tools: &tools, choice: &ToolChoice::Required, ..rules(format, prompt) };
-            let spec = text.answer_grammar(required).unwrap();
+            let spec = text.answer_grammar(required).unwrap().unwrap();
             let begin = text.encode(&begin, true, false).unwrap();
             let answer = Walk { begin, ..Walk::new(seed) }.answer(text, &compile(text, &spec));
             let (calls, rest) = parse(format, &tools, prompt, &answer);
@@ -291,7 +299,7 @@ fn a_tool_that_is_not_strict_is_held_to_its_schema_only_where_a_call_is_required
         (OutputFormat::default(), ToolChoice::Required),
     ] {
         let free = AnswerRules { tools: &loose, choice: &choice, ..rules(format, "") };
-        assert_eq!(text.answer_grammar(free), None, "{choice:?}");
+        assert_eq!(text.answer_grammar(free), Ok(None), "{choice:?}");
     }
     let required = grammar(text, &loose, &ToolChoice::Required, ToolFormat::Hermes, true);
     let free = grammar(text, &mixed, &ToolChoice::Auto, ToolFormat::Hermes, true);
@@ -300,6 +308,135 @@ fn a_tool_that_is_not_strict_is_held_to_its_schema_only_where_a_call_is_required
         assert!(may_write(text, &free, &call(input)), "{input}");
     }
     assert!(!may_write(text, &free, &call("[]")));
+}
+
+#[test]
+fn a_tool_that_is_shown_but_not_allowed_is_not_called() {
+    let schema = json!({"type": "object"});
+    let (text, tools) = (text(true), [json_tool("f", schema, false)]);
+    let calls: [(ToolFormat, &[&str]); 6] = [
+        (ToolFormat::Hermes, &["<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>"]),
+        (
+            ToolFormat::QwenXml,
+            &[
+                "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+                "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>",
+            ],
+        ),
+        (ToolFormat::Glm, &["<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"]),
+        (ToolFormat::Mistral, &["[TOOL_CALLS]f[ARGS]{\"a\": 1}"]),
+        (
+            ToolFormat::DeepSeek,
+            &[
+                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": 1}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+                "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": 1}<｜tool▁call▁end｜>",
+            ],
+        ),
+        (
+            ToolFormat::Harmony,
+            &["<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"a\": 1}"],
+        ),
+    ];
+    for (family, answers) in calls {
+        let plain = AnswerRules { tools: &tools, ..rules(format_of(family), prompt_of(family)) };
+        assert_eq!(text.answer_grammar(plain), Ok(None), "{family:?}");
+        let others_shown = AnswerRules { others_shown: true, ..plain };
+        let spec = text.answer_grammar(others_shown).unwrap().unwrap();
+        for answer in answers {
+            let read = |answer: &str| parse(format_of(family), &tools, prompt_of(family), answer).0;
+            assert!(may_write(text, &spec, answer) && read(answer).len() == 1, "{answer}");
+            let of_other = ["\"f\"", "=f>", ">f\n", "]f[", ">f<", ".f "]
+                .iter()
+                .fold(answer.to_string(), |answer, name| answer.replace(name, &name.replace('f', "g")));
+            assert!(of_other != *answer && !may_write(text, &spec, &of_other), "{of_other}");
+        }
+    }
+    let none = AnswerRules { others_shown: true, ..rules(format_of(ToolFormat::Hermes), "") };
+    assert_eq!(text.answer_grammar(none), Ok(None), "no tool is read as called");
+}
+
+/// Forms of a call of `f` that formats forgive, X for its arguments.
+const UNMARKED: [(ToolFormat, &str); 22] = [
+    (ToolFormat::Hermes, "{\"name\": \"f\", \"arguments\": X}"),
+    (ToolFormat::Hermes, "{\n  \"arguments\": X,\n  \"name\": \"f\"\n}\n"),
+    (ToolFormat::Hermes, "```json\n{\"name\": \"f\", \"arguments\": X}\n```"),
+    (ToolFormat::Hermes, "\n```\n[{\"name\": \"f\", \"arguments\": X}]\n```\n"),
+    (ToolFormat::Hermes, "<tools>\n{\"name\": \"f\", \"arguments\": X}\n</tools>"),
+    (ToolFormat::QwenXml, "{\"name\": \"f\", \"arguments\": X}"),
+    (ToolFormat::QwenXml, "<function=f>\n<parameter=a>\nY\n</parameter>\n</function>\n</tool_call>"),
+    (ToolFormat::QwenXml, "Look:\n<function=f>\n<parameter=a>\nY\n</parameter>\n</function>"),
+    (ToolFormat::Glm, "[{\"name\": \"f\", \"arguments\": X}]"),
+    (ToolFormat::LlamaJson, "{\"name\": \"f\", \"parameters\": X}"),
+    (ToolFormat::LlamaJson, " {\"name\": \"f\", \"parameters\": X}"),
+    (ToolFormat::LlamaJson, "{\"name\": \"f\",  \"parameters\": X}"),
+    (ToolFormat::LlamaJson, "{\"name\": \"\\u0066\", \"parameters\": X}"),
+    (ToolFormat::LlamaJson, "{\"type\": \"function\", \"name\": \"f\", \"parameters\": X}"),
+    (ToolFormat::Pythonic, "[f(a=Y)]"),
+    (ToolFormat::Pythonic, "[ f(a=Y)]"),
+    (ToolFormat::Pythonic, "\n[f(a=Y)]"),
+    (ToolFormat::Pythonic, "Look: <|python_start|>[f(a=Y)]<|python_end|>"),
+    (ToolFormat::Mistral, "[{\"name\": \"f\", \"arguments\": X}]"),
+    (ToolFormat::DeepSeek, "<｜tool▁call▁begin｜>f<｜tool▁sep｜>X<｜tool▁call▁end｜>"),
+    (ToolFormat::DeepSeek, "<｜tool▁call▁begin｜>f<｜tool▁sep｜>X<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+    (ToolFormat::DeepSeek, "{\"name\": \"f\", \"arguments\": X}"),
+];
+
+#[test]
+fn a_call_without_its_mark_is_held_or_checked_too() {
+    let schema = json!({"type": "object", "required": ["a"], "additionalProperties": false,
+        "properties": {"a": {"type": "integer", "minimum": 0}}});
+    let now = json_tool("now", json!({"type": "object"}), true);
+    for (family, form) in UNMARKED {
+        for (text, strict) in [(text(true), true), (text(false), true), (text(true), false)] {
+            let tools = [json_tool("f", schema.clone(), strict), now.clone()];
+            let spec = grammar(text, &tools, &ToolChoice::Auto, family, true);
+            for (value, fits) in [("1", true), ("-1", !strict), ("\"x\"", !strict)] {
+                let answer = form.replace('X', &format!("{{\"a\": {value}}}")).replace('Y', value);
+                let (calls, rest) = parse(format_of(family), &tools, prompt_of(family), &answer);
+                let called = may_write(text, &spec, &answer) && !calls.is_empty();
+                assert_eq!(called, fits, "{family:?} {answer}: {calls:?}");
+                assert!(!fits || calls.len() == 1 && calls[0].whole, "{answer}: {calls:?}");
+                assert!(!calls.is_empty() || rest.trim() == answer.trim(), "{answer}: {rest}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_custom_tool_with_a_grammar_is_called_after_its_mark_alone() {
+    let input = "{\"input\": \"x\"}";
+    let forms = [
+        (ToolFormat::Hermes, format!("{{\"name\": \"count\", \"arguments\": {input}}}")),
+        (
+            ToolFormat::Hermes,
+            format!("<tool_call>\n{{\"name\": \"count\", \"arguments\": {input}}}\n</tool_call>"),
+        ),
+        (ToolFormat::LlamaJson, format!("{{\"name\": \"count\", \"parameters\": {input}}}")),
+        (ToolFormat::Pythonic, "[count(input=\"x\")]".to_owned()),
+        (ToolFormat::Mistral, format!("[TOOL_CALLS]count[ARGS]{input}")),
+        (ToolFormat::QwenXml, "<function=count>\n<parameter=input>\nx\n</parameter>\n</function>".to_owned()),
+        (
+            ToolFormat::Harmony,
+            "<|channel|>final<|message|><custom_tool_call name=\"count\">\nx\n</custom_tool_call>".to_owned(),
+        ),
+    ];
+    for with_json in [false, true] {
+        let mut tools = custom_tools();
+        if with_json {
+            tools.extend(self::tools());
+        }
+        for (family, answer) in &forms {
+            let spec = grammar(text(true), &tools, &ToolChoice::Auto, *family, true);
+            let (calls, _) = parse(format_of(*family), &tools, prompt_of(*family), answer);
+            assert!(
+                calls.is_empty() || !may_write(text(true), &spec, answer),
+                "{family:?} {answer}: {calls:?}"
+            );
+            let note = answer.replace("count", "note");
+            let (calls, _) = parse(format_of(*family), &tools, prompt_of(*family), &note);
+            assert!(calls.len() == 1 && calls[0].input == "x", "{family:?} {note}: {calls:?}");
+        }
+    }
 }
 
 #[test]
@@ -314,7 +451,8 @@ fn a_text_of_a_given_form_may_follow_reasoning_or_give_way_to_calls() {
     let think = OutputFormat { reasoning: Some(ReasoningFormat::Think), ..format_of(ToolFormat::Hermes) };
     let tools = tools();
     let spec = |format, prompt, tools| {
-        text.answer_grammar(AnswerRules { text: Some(&number), tools, ..rules(format, prompt) }).unwrap()
+        let rules = AnswerRules { text: Some(&number), tools, ..rules(format, prompt) };
+        text.answer_grammar(rules).unwrap().unwrap()
     };
     for (format, prompt, offered, answer, fits) in [
         (OutputFormat::default(), "", &[][..], "{\n  \"n\": 1\n}", true),

@@ -109,19 +109,42 @@ fn without_tools_a_call_is_text() {
 fn cut_short_a_call_stays_without_its_end() {
     let header = "<|channel|>commentary to=functions.now<|message|>";
     assert_reads(harmony(), &format!("{header}{{\"a\": \""), &[cut("now", "{\"a\": \"")]);
-    assert_reads(harmony(), header, &[cut("now", "")]);
     assert_reads(harmony(), "<|channel|>commentary to=functions.now", &[]);
+    for literal in ["", " ", "null", "1"] {
+        assert_eq!(read_ended(&format!("{header}{literal}"), false), [cut("now", "")], "{literal:?}");
+    }
+}
+
+#[test]
+fn a_call_without_a_body_has_an_empty_object() {
+    let header = "<|channel|>commentary to=functions.now<|message|>";
+    for body in ["", " ", "\n", "null", " None\n"] {
+        for end in ["<|call|>", "<|end|><|start|>", ""] {
+            assert_reads(harmony(), &format!("{header}{body}{end}"), &[call("now", "{}")]);
+        }
+    }
+    assert_reads(harmony(), &format!("{header}17<|call|>"), &[call("now", "17")]);
+    let custom = "<|channel|>commentary to=functions.apply_patch<|message|>";
+    for end in ["<|call|>", ""] {
+        assert_reads(harmony(), &format!("{custom}{end}"), &[call("apply_patch", "")]);
+    }
+    assert_eq!(read_ended(custom, false), [cut("apply_patch", "")]);
+    // What has begun is not whole because the model stopped.
+    assert_reads(harmony(), &format!("{header}{{\"a\": 1"), &[cut("now", "{\"a\": 1")]);
+}
+
+/// Reads an answer that the model ended itself, or that was cut.
+fn read_ended(answer: &str, ended: bool) -> Vec<Said> {
+    let (mut parser, mut events) = (OutputParser::new(harmony(), &tools(), ""), Vec::new());
+    parser.push(answer, &mut events);
+    parser.finish(ended, &mut events);
+    said(events)
 }
 
 #[test]
 fn a_custom_tools_text_is_whole_only_where_the_model_ended_it() {
     let header = "<|channel|>commentary to=functions.apply_patch<|message|>";
-    let read = |input: &str, ended| {
-        let (mut parser, mut events) = (OutputParser::new(harmony(), &tools(), ""), Vec::new());
-        parser.push(&format!("{header}{input}"), &mut events);
-        parser.finish(ended, &mut events);
-        said(events)
-    };
+    let read = |input: &str, ended| read_ended(&format!("{header}{input}"), ended);
     assert_eq!(read("*** Begin\n+ a\n", true), [call("apply_patch", "*** Begin\n+ a")]);
     assert_eq!(read("*** Begin\n+ a\n", false), [cut("apply_patch", "*** Begin\n+ a\n")]);
     // An object is whole where it closes.

@@ -1,6 +1,6 @@
 //! Hermes's JSON in `<tool_call>`, custom calls, and what small models make of them.
 
-use rudder_text::{OutputEvent, OutputParser, ToolFormat};
+use rudder_text::{OutputEvent, OutputParser, ToolFormat, ToolInput};
 
 use crate::support::*;
 
@@ -200,6 +200,52 @@ fn known_quirks_are_forgiven() {
         "<tool_call>{\"name\": \"f\", \"arguments\": \"{\\\"a\\\": \\\"b\\\\n\\\"}\"}</tool_call>",
         &[call("f", "{\"a\": \"b\\n\"}")],
     );
+}
+
+#[test]
+fn an_unmarked_call_of_a_strict_tool_is_one_only_if_it_fits() {
+    let mut tools = tools();
+    for tool in &mut tools[..2] {
+        let ToolInput::Json { strict, .. } = &mut tool.input else { panic!("{tool:?}") };
+        *strict = true;
+    }
+    let read = |answer: &str| read_after(hermes(), &tools, "", answer);
+    let object = |arguments: &str| format!("{{\"name\": \"get_weather\", \"arguments\": {arguments}}}");
+    let (fits, other) = (object("{\"days\": 2}"), object("{\"days\": \"two\"}"));
+    let called = [call("get_weather", "{\"days\": 2}")];
+    for form in ["X", "\n X", "```json\nX\n```", "```\n[X]\n```", "[X]", "<tools>\nX\n</tools>"] {
+        assert_eq!(read(&form.replace('X', &fits)), called, "{form}");
+        let answer = form.replace('X', &other);
+        assert_eq!(read(&answer), [text(&answer)]);
+    }
+    assert_eq!(
+        read(&format!("{fits}\n{other}\nDone.")),
+        [called[0].clone(), text(&format!("{other}\nDone."))]
+    );
+    assert_eq!(read(&format!("{other}\n{fits}")), [text(&format!("{other}\n{fits}"))]);
+    // The closing is missing, or more.
+    assert_eq!(read(&fits[..fits.len() - 1]), called);
+    assert_eq!(read(&fits[..fits.len() - 2]), [text(&fits[..fits.len() - 2])]);
+    // Nothing looks at the tags of Hermes, which the grammar holds, nor at tools that are not strict.
+    assert_eq!(
+        read(&format!("<tool_call>\n{other}\n</tool_call>")),
+        [call("get_weather", "{\"days\": \"two\"}")]
+    );
+    assert_eq!(read("{\"name\": \"now\", \"arguments\": {\"a\": 1}}"), [call("now", "{\"a\": 1}")]);
+}
+
+#[test]
+fn arguments_of_an_unmarked_call_stream_unless_the_tool_is_strict() {
+    let mut tools = tools();
+    let ToolInput::Json { strict, .. } = &mut tools[0].input else { panic!("{tools:?}") };
+    *strict = true;
+    let begun = |name: &str| {
+        let (mut parser, mut events) = (OutputParser::new(hermes(), &tools, ""), Vec::new());
+        parser.push(&format!("{{\"name\": \"{name}\", \"arguments\": {{\"a"), &mut events);
+        assert!(parser.in_call());
+        events.len()
+    };
+    assert_eq!((begun("now"), begun("get_weather")), (2, 0));
 }
 
 #[test]

@@ -17,12 +17,22 @@ pub(super) struct Held<'t> {
 }
 
 /// The objects that a tool takes, one for each way of its schema. Of a free call of a tool that is not strict any
-/// object, as of a schema whose ways cannot be told.
-pub(super) fn objects<'t>(writer: &Writer<'_>, tool: &'t Tool) -> Option<(Held<'t>, Vec<Object<'t>>)> {
+/// object, as of one whose objects cannot be told; if it is strict, the grammar is refused then.
+pub(super) fn objects<'t>(writer: &mut Writer<'_>, tool: &'t Tool) -> Option<(Held<'t>, Vec<Object<'t>>)> {
     let ToolInput::Json { schema, strict } = &tool.input else { return None };
     let held = Held { root: schema, strict: *strict };
-    let free = writer.free && !strict;
-    let objects = if free { None } else { schema::objects(schema).filter(|objects| !objects.is_empty()) };
+    if writer.free && !strict || writer.is_full() || !schema.is_object() {
+        return Some((held, vec![Object::any()]));
+    }
+    let objects = schema::objects(schema, &mut writer.looks).filter(|objects| !objects.is_empty());
+    if objects.is_none() && *strict {
+        writer.refuse(format!(
+            "which arguments the strict tool `{}` takes cannot be told from its parameters: a reference leads \
+             nowhere, nothing fits them, or they have too many alternatives or members; mend or simplify them, or \
+             leave `strict` out",
+            tool.name
+        ));
+    }
     Some((held, objects.unwrap_or_else(|| vec![Object::any()])))
 }
 

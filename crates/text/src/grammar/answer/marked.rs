@@ -28,8 +28,9 @@ pub(super) fn mistral(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool) 
     Group { mark: mark.into(), rest: format!(r#"" [" {object} {more} "]""#) }
 }
 
-/// Both of DeepSeek's ways: V3 and R1 fence the arguments, V3.1 does not.
-pub(super) fn deepseek(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool) -> Group {
+/// Both of DeepSeek's ways: V3 and R1 fence the arguments, V3.1 does not. Where the model is free to call, the outer mark
+/// may be missing.
+pub(super) fn deepseek(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool) -> Vec<Group> {
     let call = alternatives(writer, tools, |writer, tool| {
         let arguments = input(writer, tool);
         let name = &tool.name;
@@ -37,11 +38,14 @@ pub(super) fn deepseek(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool)
         let bare = writer.literal(&format!("{name}<｜tool▁sep｜>"));
         format!(r#"({fenced} {arguments} "\n```" | {bare} {arguments})"#)
     });
-    let (begin, end) = (writer.literal("<｜tool▁call▁begin｜>"), writer.literal("<｜tool▁call▁end｜>"));
+    const BEGIN: &str = "<｜tool▁call▁begin｜>";
+    let (begin, end) = (writer.literal(BEGIN), writer.literal("<｜tool▁call▁end｜>"));
+    let all_end = writer.literal("<｜tool▁calls▁end｜>");
+    let alone = Group { mark: BEGIN.into(), rest: format!("{call} {end} ({all_end})?") };
     let call = writer.rule(&format!("{begin} {call} {end}"));
     let more = if parallel { format!(r#"("\n"? {call})*"#) } else { String::new() };
-    let all_end = writer.literal("<｜tool▁calls▁end｜>");
-    Group { mark: "<｜tool▁calls▁begin｜>".into(), rest: format!("{call} {more} {all_end}") }
+    let all = Group { mark: "<｜tool▁calls▁begin｜>".into(), rest: format!("{call} {more} {all_end}") };
+    if writer.free { vec![all, alone] } else { vec![all] }
 }
 
 /// `{"name": "f", "parameters": {..}}`, several parted by semicolons, alone or after `<|python_tag|>`.

@@ -14,7 +14,7 @@ mod writer;
 
 use serde_json::Value;
 
-use super::{GrammarSpec, JsonLayout};
+use super::{GrammarError, GrammarSpec, JsonLayout};
 use crate::{OutputFormat, ReasoningFormat, Text, Tool, ToolChoice, ToolFormat, ToolInput};
 use writer::Writer;
 
@@ -43,6 +43,8 @@ pub struct AnswerRules<'a> {
     pub prompt: &'a str,
     /// The tools that may be called.
     pub tools: &'a [Tool],
+    /// Whether the prompt shows others too, so that calls are held to the names of these.
+    pub others_shown: bool,
     /// Whether they must be.
     pub choice: &'a ToolChoice,
     /// Whether several calls may be made.
@@ -54,11 +56,14 @@ pub struct AnswerRules<'a> {
 
 impl Text {
     /// The grammar for an answer. None where nothing is to be held: the text is free, and so is the
-    /// model to call, and no tool is strict or has a grammar of its own.
+    /// model to call whatever the prompt shows, and no tool is strict or has a grammar of its own.
     ///
     /// Inputs are held to their schemas where calls are required, and always for strict tools; of a
-    /// free call of another tool, at least the form.
-    pub fn answer_grammar(&self, rules: AnswerRules<'_>) -> Option<GrammarSpec> {
+    /// free call of another tool, at least name and form.
+    ///
+    /// # Errors
+    /// If a strict tool's schema does not tell which arguments it takes.
+    pub fn answer_grammar(&self, rules: AnswerRules<'_>) -> Result<Option<GrammarSpec>, GrammarError> {
         let AnswerRules { format, choice, text, .. } = rules;
         let offered = |tool: &&Tool| match choice {
             ToolChoice::None => false,
@@ -69,8 +74,9 @@ impl Text {
             rules.tools.iter().filter(offered).filter(|_| format.tools.is_some()).collect();
         let required = matches!(choice, ToolChoice::Required | ToolChoice::Named(_)) && !tools.is_empty();
         let text = text.filter(|_| !required);
-        if text.is_none() && !required && !tools.iter().any(|tool| is_held(tool)) {
-            return None;
+        let held = rules.others_shown && !tools.is_empty() || tools.iter().any(|tool| tool.is_held());
+        if text.is_none() && !required && !held {
+            return Ok(None);
         }
         let parallel = rules.parallel && !matches!(choice, ToolChoice::Named(_));
         let mut writer = Writer::new(self, format.markers(), !required);
@@ -80,7 +86,7 @@ impl Text {
         } else {
             answer.write(&mut writer, format, rules.prompt)
         };
-        Some(writer.finish(&start))
+        writer.finish(&start).map(Some)
     }
 }
 
@@ -111,15 +117,6 @@ impl Answer<'_> {
     }
 }
 
-/// Whether calls are held even where the model is free to make them.
-fn is_held(tool: &Tool) -> bool {
-    match &tool.input {
-        ToolInput::Json { strict, .. } => *strict,
-        ToolInput::Text => false,
-        ToolInput::Lark(_) | ToolInput::Regex(_) => true,
-    }
-}
-
 /// How calls of these tools are written.
 fn calls(writer: &mut Writer<'_>, format: OutputFormat, tools: &[&Tool], parallel: bool) -> Calls {
     let (custom, json): (Vec<&Tool>, Vec<&Tool>) = tools.iter().partition(|tool| tool.is_custom());
@@ -127,10 +124,10 @@ fn calls(writer: &mut Writer<'_>, format: OutputFormat, tools: &[&Tool], paralle
     if !json.is_empty() {
         match format.tools {
             Some(ToolFormat::Hermes) => calls.groups.push(marked::hermes(writer, &json)),
-            Some(ToolFormat::QwenXml) => calls.groups.push(tagged::qwen(writer, &json)),
+            Some(ToolFormat::QwenXml) => calls.groups.extend(tagged::qwen(writer, &json)),
             Some(ToolFormat::Glm) => calls.groups.push(tagged::glm(writer, &json)),
             Some(ToolFormat::Mistral) => calls.groups.push(marked::mistral(writer, &json, parallel)),
-            Some(ToolFormat::DeepSeek) => calls.groups.push(marked::deepseek(writer, &json, parallel)),
+            Some(ToolFormat::DeepSeek) => calls.groups.extend(marked::deepseek(writer, &json, parallel)),
             Some(ToolFormat::LlamaJson) => marked::llama(writer, &json, parallel, &mut calls),
             Some(ToolFormat::Pythonic) => pythonic::list(writer, &json, parallel, &mut calls),
             Some(ToolFormat::Harmony) | None => {}

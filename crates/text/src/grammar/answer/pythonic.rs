@@ -2,19 +2,22 @@
 
 use serde_json::Value;
 
-use super::Calls;
 use super::arguments::{Held, objects};
 use super::writer::Writer;
+use super::{Calls, Group};
 use crate::Tool;
 use crate::schema::{self, Member, Object, Types};
 
 /// What an argument may be called that the schema does not name.
 const OTHER_NAME: &str = "[A-Za-z_][A-Za-z0-9_]{0,60}";
 
-/// The list, alone in an answer.
+/// The list, alone in an answer or, where the model is free to call, after `<|python_start|>`.
 pub(super) fn list(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool, calls: &mut Calls) {
     let mut inputs = Vec::new();
     for tool in tools {
+        if writer.is_full() {
+            break;
+        }
         inputs.push((tool, arguments(writer, tool)));
     }
     let all: Vec<String> = inputs
@@ -27,7 +30,12 @@ pub(super) fn list(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool, cal
         let begin = format!(r"\[{}\(", regex_syntax::escape(&tool.name));
         (begin, format!(r#"{arguments} ")" {more} "]""#))
     });
-    calls.bare = Some((format!(r#""[" {call} {more} "]""#), begins.collect()));
+    let whole = format!(r#""[" {call} {more} "]""#);
+    calls.bare = Some((whole.clone(), begins.collect()));
+    if writer.free {
+        let end = writer.literal("<|python_end|>");
+        calls.groups.push(Group { mark: "<|python_start|>".into(), rest: format!("{whole} ({end})?") });
+    }
 }
 
 /// The arguments by name, in the order of the schema: those it requires, then any of the others, named or not.

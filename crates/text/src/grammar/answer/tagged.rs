@@ -38,30 +38,37 @@ const OTHER_NAME: &str = r"[^<>\s]([^<>\n\r]{0,60}[^<>\s])?";
 /// How null is written.
 const NULL: &str = "null";
 
-/// `<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>`.
-pub(super) fn qwen(writer: &mut Writer<'_>, tools: &[&Tool]) -> Group {
-    group(writer, tools, &QWEN, |name| format!("\n<function={name}>\n"), "</function>\n</tool_call>")
+/// `<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>`; where the model is free to call,
+/// the outer opening tag may be missing, which it often forgets.
+pub(super) fn qwen(writer: &mut Writer<'_>, tools: &[&Tool]) -> Vec<Group> {
+    let call = calls(writer, tools, &QWEN, |name| format!("{name}>\n"));
+    let (function, end) = (writer.literal("\n<function="), writer.literal("</function>"));
+    let outer_end = writer.literal("\n</tool_call>");
+    let rest = format!("{function} {call} {end} {outer_end}");
+    let mut groups = vec![Group { mark: "<tool_call>".into(), rest }];
+    if writer.free {
+        groups.push(Group { mark: "<function=".into(), rest: format!("{call} {end} ({outer_end})?") });
+    }
+    groups
 }
 
 /// `<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>`.
 pub(super) fn glm(writer: &mut Writer<'_>, tools: &[&Tool]) -> Group {
-    group(writer, tools, &GLM, |name| format!("{name}\n"), "</tool_call>")
+    let call = calls(writer, tools, &GLM, |name| format!("{name}\n"));
+    Group { mark: "<tool_call>".into(), rest: format!("{call} {}", writer.literal("</tool_call>")) }
 }
 
-fn group(
-    writer: &mut Writer<'_>,
-    tools: &[&Tool],
-    tags: &Tags,
-    head: impl Fn(&str) -> String,
-    end: &str,
-) -> Group {
+/// Name and arguments of any of the tools.
+fn calls(writer: &mut Writer<'_>, tools: &[&Tool], tags: &Tags, head: impl Fn(&str) -> String) -> String {
     let mut calls = Vec::new();
     for tool in tools {
+        if writer.is_full() {
+            break;
+        }
         let head = writer.literal(&head(&tool.name));
         calls.push(format!("{head} {}", arguments(writer, tool, tags)));
     }
-    let call = writer.rule(&calls.join(" | "));
-    Group { mark: "<tool_call>".into(), rest: format!("{call} {}", writer.literal(end)) }
+    writer.rule(&calls.join(" | "))
 }
 
 /// The arguments in the order of the schema, those that it does not require as the model likes, and then others if
@@ -94,10 +101,14 @@ fn arguments(writer: &mut Writer<'_>, tool: &Tool, tags: &Tags) -> String {
 
 /// A value with its closing tag.
 fn value(writer: &mut Writer<'_>, schema: &Value, held: Held<'_>, tags: &Tags) -> String {
-    let Some(ways) = schema::ways(schema, held.root) else {
-        return writer.value_until(tags.end, tags.read);
-    };
     let end = writer.literal(tags.end);
+    let Some(ways) = schema::ways(schema, held.root) else {
+        // As it is read: a string where the schema names no other type, else JSON.
+        return match Types::named(schema).within(Types::STRING.or(Types::NULL)) {
+            true => writer.value_until(tags.end, tags.read),
+            false => format!("{} {end}", held.json(writer, schema)),
+        };
+    };
     let types = ways.iter().fold(Types::NONE, |types, way| types.or(way.types()));
     let nothing_else = types.within(Types::STRING.or(Types::NULL));
     if !types.has(Types::STRING) {
@@ -136,7 +147,7 @@ enum Texts<'s> {
 impl<'s> Texts<'s> {
     fn of(way: &Way<'s>) -> Self {
         match way.listed() {
-            Some(listed) => Self::Listed(listed.into_iter().filter_map(Value::as_str).collect()),
+            Some(listed) => Self::Listed(listed.iter().filter_map(|value| value.as_str()).collect()),
             None => {
                 Self::Matched(length(way).into_iter().chain(way.all("pattern").filter_map(pattern)).collect())
             }

@@ -4,8 +4,11 @@ use llguidance::regex_to_lark;
 
 use crate::Text;
 use crate::grammar::compile::{MAX_BYTES, lark_string, size};
-use crate::grammar::{GrammarPart, GrammarSpec, JsonLayout};
+use crate::grammar::{GrammarError, GrammarPart, GrammarSpec, JsonLayout};
 use crate::output::ValueTags;
+
+/// Looks at the schemas of all tools together, some tenths of a second of them.
+const MAX_LOOKS: usize = 1_000_000;
 
 /// See the module.
 pub(super) struct Writer<'t> {
@@ -19,6 +22,10 @@ pub(super) struct Writer<'t> {
     parts: Vec<GrammarPart>,
     /// Bytes of the parts.
     part_bytes: usize,
+    /// Looks at the tools' schemas that are left.
+    pub(super) looks: usize,
+    /// Why there can be no grammar.
+    refusal: Option<GrammarError>,
 }
 
 /// A piece of a text as the model writes it.
@@ -38,17 +45,34 @@ impl Piece<'_> {
 
 impl<'t> Writer<'t> {
     pub(super) fn new(text: &'t Text, marks: Vec<&'static str>, free: bool) -> Self {
-        Self { text, marks, free, rules: String::new(), count: 0, parts: Vec::new(), part_bytes: 0 }
+        Self {
+            text,
+            marks,
+            free,
+            rules: String::new(),
+            count: 0,
+            parts: Vec::new(),
+            part_bytes: 0,
+            looks: MAX_LOOKS,
+            refusal: None,
+        }
     }
 
     /// The grammar, whose start has this body.
-    pub(super) fn finish(self, start: &str) -> GrammarSpec {
-        GrammarSpec::Composed { lark: format!("start: {start}\n{}", self.rules), parts: self.parts }
+    pub(super) fn finish(self, start: &str) -> Result<GrammarSpec, GrammarError> {
+        let spec =
+            GrammarSpec::Composed { lark: format!("start: {start}\n{}", self.rules), parts: self.parts };
+        self.refusal.map_or(Ok(spec), Err)
     }
 
-    /// Whether the grammar is too large to be compiled, so that there is no use in writing more.
+    /// There can be no grammar, for the first reason that is given.
+    pub(super) fn refuse(&mut self, reason: String) {
+        self.refusal.get_or_insert(GrammarError::Invalid(reason));
+    }
+
+    /// Whether the grammar is refused or too large to be compiled, so that there is no use in writing more.
     pub(super) fn is_full(&self) -> bool {
-        self.rules.len() + self.part_bytes > MAX_BYTES
+        self.refusal.is_some() || self.rules.len() + self.part_bytes > MAX_BYTES
     }
 
     /// Adds a rule; returns its name.
