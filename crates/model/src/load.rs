@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use rudder_ops::{AttentionShape, BLOCK_SIZE, Backend, DType, ExpertWeights, Rank, RawTensor};
+use rudder_ops::{AttentionShape, BLOCK_SIZE, Backend, ExpertWeights, Rank, RawTensor};
 
 use crate::arch::{self, Architecture};
 use crate::decoder::{Decoder, Layer, Limits, Mlp, Workspace};

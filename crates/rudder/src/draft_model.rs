@@ -87,7 +87,7 @@ impl DraftSource {
     ) -> Result<DraftPlan<'_>> {
         let windows = if gpu.is_some() { WINDOWS_ON_GPU } else { WINDOWS };
         let options = DraftModel::options(self.source.config(), sequences, max_context, windows);
-        let place = Place::of_draft(&self.source, gpu, threads, options)?;
+        let place = Place::of_draft(gpu, threads, options)?;
         Ok(DraftPlan { draft: self, place, sequences, windows, options })
     }
 }

@@ -134,12 +134,7 @@ impl Place {
     ///
     /// # Errors
     /// If the GPU cannot be used.
-    pub fn of_draft(
-        source: &ModelSource,
-        gpu: Option<usize>,
-        threads: usize,
-        options: LoadOptions,
-    ) -> Result<Self> {
+    pub fn of_draft(gpu: Option<usize>, threads: usize, options: LoadOptions) -> Result<Self> {
         let (backend, kv_format) = match gpu {
             Some(index) => (Backend::Cuda(Box::new(Cuda::new(index)?)), "bf16"),
             None => {
