@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::builder::Resettable;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::settings::{ModelSettings, ServerSettings};
+use crate::settings::{self, ModelSettings, ServerSettings};
 
 /// Self-hosted inference server for coding models.
 #[derive(Debug, Parser)]
@@ -151,9 +151,10 @@ impl CacheArgs {
     /// The folder that is named here, else in the file, if there is one.
     ///
     /// # Errors
-    /// As [`ModelSettings::over`].
+    /// If the file cannot be read, or holds a key that there is not.
     pub fn over(self, config: Option<&Path>) -> Result<Option<PathBuf>> {
-        Ok(ModelSettings { cache: self.cache, ..ModelSettings::default() }.over(config)?.cache)
+        let file: Option<ModelSettings> = config.map(settings::read).transpose()?;
+        Ok(self.cache.or(file.and_then(|file| file.cache)))
     }
 }
 

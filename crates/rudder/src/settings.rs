@@ -449,7 +449,7 @@ impl ServerSettings {
 
 /// Reads one group of settings from a TOML file. The file may hold the other group's keys too;
 /// any other key is an error that names it and the nearest that exists.
-fn read<T: de::DeserializeOwned>(path: &Path) -> Result<T> {
+pub fn read<T: de::DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let at = || format!("in {}", path.display());
     let table: toml::Table = toml::from_str(&text).with_context(at)?;
