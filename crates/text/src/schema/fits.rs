@@ -111,7 +111,12 @@ impl<'s> Look<'s> {
 
     fn fits(&self, value: &Value, schema: &Value) -> bool {
         let Some(ways) = Search::new(self).ways(schema) else { return self.passes() };
-        ways.iter().any(|way| way.parts.iter().all(|part| self.fits_part(value, part)))
+        let doubtful = self.doubtful.get();
+        ways.iter().any(|way| {
+            // What was doubted of a way that it does not fit is of no matter.
+            self.doubtful.set(doubtful);
+            way.parts.iter().all(|part| self.fits_part(value, part))
+        })
     }
 
     /// Lets something pass without a look.
@@ -134,9 +139,6 @@ impl<'s> Look<'s> {
         if self.is_tired(length(value)) {
             return self.passes();
         }
-        if !self.doubtful.get() && !part.keys().all(|key| KNOWN.contains(&key.as_str())) {
-            self.passes();
-        }
         if part.get("const").is_some_and(|only| !same(only, value)) {
             return false;
         }
@@ -145,19 +147,24 @@ impl<'s> Look<'s> {
             Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).any(|name| is_a(value, name)),
             _ => true,
         };
-        of_type
-            && match value {
-                Value::Number(number) => number.as_f64().is_none_or(|number| number_fits(number, part)),
-                Value::String(text) => count_fits(text.chars().count(), part, "minLength", "maxLength"),
-                Value::Array(items) => {
-                    count_fits(items.len(), part, "minItems", "maxItems") && self.items_fit(items, part)
-                }
-                Value::Object(object) => {
-                    count_fits(object.len(), part, "minProperties", "maxProperties")
-                        && self.members_fit(object, part)
-                }
-                Value::Null | Value::Bool(_) => true,
+        if !of_type {
+            return false;
+        }
+        if !self.doubtful.get() && part.keys().any(|key| asks_more(key, value)) {
+            self.passes();
+        }
+        match value {
+            Value::Number(number) => number.as_f64().is_none_or(|number| number_fits(number, part)),
+            Value::String(text) => count_fits(text.chars().count(), part, "minLength", "maxLength"),
+            Value::Array(items) => {
+                count_fits(items.len(), part, "minItems", "maxItems") && self.items_fit(items, part)
             }
+            Value::Object(object) => {
+                count_fits(object.len(), part, "minProperties", "maxProperties")
+                    && self.members_fit(object, part)
+            }
+            Value::Null | Value::Bool(_) => true,
+        }
     }
 
     fn items_fit(&self, items: &[Value], part: &Map<String, Value>) -> bool {
@@ -181,6 +188,14 @@ impl<'s> Look<'s> {
                     part.get("properties").and_then(|named| named.get(name)).or_else(|| unnamed(part));
                 schema.is_none_or(|schema| self.fits(value, schema))
             })
+    }
+}
+
+/// Whether a keyword asks something of the value that is not looked at.
+fn asks_more(key: &str, value: &Value) -> bool {
+    match key {
+        "format" | "pattern" => value.is_string(),
+        _ => !KNOWN.contains(&key),
     }
 }
 
@@ -232,4 +247,30 @@ fn count_fits(count: usize, part: &Map<String, Value>, least: &str, most: &str) 
     let bound = |key: &str| part.get(key).and_then(Value::as_u64);
     bound(least).is_none_or(|least| count as u64 >= least)
         && bound(most).is_none_or(|most| count as u64 <= most)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_is_not_looked_at_is_doubted_where_it_asks_something_of_the_value() {
+        let date_or_null = json!({"anyOf": [{"type": "string", "format": "date-time"}, {"type": "null"}]});
+        let matched = json!({"anyOf": [{"type": "null"}, {"type": "string", "pattern": "^a"}]});
+        for (schema, value, sure) in [
+            (json!({"type": "integer", "format": "int32"}), json!(3), true),
+            (json!({"type": "string", "format": "date"}), json!("x"), false),
+            (date_or_null.clone(), json!(null), true),
+            (date_or_null, json!("x"), false),
+            (matched.clone(), json!(null), true),
+            (matched, json!("b"), false),
+            (json!({"not": {"type": "null"}}), json!(1), false),
+            (json!({"type": "string", "title": "t", "description": "d"}), json!("x"), true),
+        ] {
+            assert!(fits(&value, &schema, &schema), "{value} in {schema}");
+            assert_eq!(surely_fits(&value, &schema, &schema), sure, "{value} in {schema}");
+        }
+    }
 }

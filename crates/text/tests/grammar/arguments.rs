@@ -5,9 +5,9 @@ use proptest::prelude::*;
 use rudder_text::{AnswerRules, GrammarError, GrammarSpec, Text, Tool, ToolChoice, ToolFormat};
 use serde_json::{Value, json};
 
-use crate::compile;
 use crate::tools::{check, format_of, grammar, json_tool, may_write, parse, prompt_of, rules};
 use crate::walk::{Walk, text};
+use crate::{PATIENCE, compile};
 
 const TAGGED: [ToolFormat; 2] = [ToolFormat::QwenXml, ToolFormat::Glm];
 
@@ -367,6 +367,18 @@ fn a_strict_tool_whose_arguments_cannot_be_told_is_refused() {
             assert!(required(&schema, true, family).is_err(), "{family:?} {schema}");
             assert!(required(&schema, false, family).is_ok(), "{family:?} {schema}");
         }
+    }
+}
+
+#[test]
+fn a_reference_that_leads_nowhere_leaves_an_argument_free_unless_its_tool_is_strict() {
+    let schema = one(json!({"$ref": "#/$defs/nothing"}));
+    for family in TAGGED {
+        let compiles = |strict| {
+            let spec = required(&schema, strict, family).unwrap().expect("calls are required");
+            text(false).compile_grammar(&spec, PATIENCE).is_ok()
+        };
+        assert!(compiles(false) && !compiles(true), "{family:?}");
     }
 }
 

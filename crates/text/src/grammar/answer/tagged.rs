@@ -103,8 +103,9 @@ fn arguments(writer: &mut Writer<'_>, tool: &Tool, tags: &Tags) -> String {
 fn value(writer: &mut Writer<'_>, schema: &Value, held: Held<'_>, tags: &Tags) -> String {
     let end = writer.literal(tags.end);
     let Some(ways) = schema::ways(schema, held.root) else {
-        // As it is read: a string where the schema names no other type, else JSON.
-        return match Types::named(schema).within(Types::STRING.or(Types::NULL)) {
+        // As it is read: a string where the schema names no other type, else JSON. JSON's grammar refuses references that lead nowhere,
+        // which is for strict tools alone.
+        return match !held.strict || Types::named(schema).within(Types::STRING.or(Types::NULL)) {
             true => writer.value_until(tags.end, tags.read),
             false => format!("{} {end}", held.json(writer, schema)),
         };
