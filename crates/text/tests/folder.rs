@@ -7,9 +7,10 @@ use proptest::prelude::*;
 use rudder_text::{Infill, Text, TextError};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
-use tokenizers::Tokenizer;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::BpeTrainerBuilder;
+use tokenizers::{NormalizedString, Normalizer, Tokenizer};
+use unicode_normalization::UnicodeNormalization;
 
 const CORPUS: &str = include_str!("gguf.rs");
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -79,6 +80,13 @@ fn open(file: &Value) -> (Text, Tokenizer) {
     (Text::from_folder(folder.path()).unwrap(), oracle)
 }
 
+/// Whether the oracle composes a text as Unicode has it today: of marks that are newer than its tables it does not know the order.
+fn composes_alike(oracle: &Tokenizer, text: &str) -> bool {
+    let mut composed = NormalizedString::from(text);
+    oracle.get_normalizer().expect("NFC").normalize(&mut composed).unwrap();
+    composed.get().chars().eq(text.nfc())
+}
+
 /// Checks random texts, markup among them, against the oracle.
 fn agrees(file: &Value) {
     let (text, oracle) = open(file);
@@ -96,6 +104,7 @@ fn agrees(file: &Value) {
     let texts = prop::collection::vec(piece, 0..8);
     let outcome = runner.run(&texts, |pieces| {
         let input = pieces.concat();
+        prop_assume!(file["normalizer"]["type"] != "NFC" || composes_alike(&oracle, &input));
         let expected = oracle.encode_fast(input.as_str(), false).unwrap();
         prop_assert_eq!(text.encode(&input, true, false).unwrap(), expected.get_ids());
         Ok(())
