@@ -1,6 +1,6 @@
 // Mixture of experts: the router's choice, and the order that brings rows of one expert together.
 //
-// The products are matmul.cu's: of few rows each (row, expert) pair by itself, of many rows sorted by expert. A pair is
+// The products are matmul.cu's: of few rows each (row, expert) pair by itself, its sum over the experts with it, of many rows sorted by expert. A pair is
 // numbered row * top_k + j. The sort is by counting, so that an expert's pairs stay in order: the same result every time.
 #include "common.cuh"
 
@@ -8,54 +8,49 @@
 #define CHUNK 256
 #define GROUP_ROWS 128  // matmul_tiles' tile
 
+// Whether an expert with this key comes before another.
+__device__ __forceinline__ int before(float key, int expert, float others, int other) { return key > others || (key == others && expert < other); }
+
 // Softmax over a row's logits, the top_k largest probabilities, ties to the lower expert; weights sum to one where
-// `renormalise`. A warp a row; block: 128; grid: rows / 4.
-extern "C" __global__ void __launch_bounds__(128) moe_route(const float* logits, int rows, int experts, int top_k, int renormalise, uint32_t* chosen, float* weights) {
+// `renormalise`. Every warp finds the sum of all; a thread then counts who is before its expert. Block: 128; grid: rows.
+extern "C" __global__ void __launch_bounds__(128) moe_route(const float* logits, int experts, int top_k, int renormalise, uint32_t* chosen, float* weights) {
     grid_dependency_wait();
-    const int lane = threadIdx.x % WARP, row = blockIdx.x * 4 + threadIdx.x / WARP;
-    if (row >= rows) return;  // a whole warp
+    __shared__ float4 fours[MOST_EXPERTS / 4];
+    __shared__ float kept[MOST_EXPERTS];
+    float* keys = reinterpret_cast<float*>(fours);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    logits += static_cast<size_t>(blockIdx.x) * experts, chosen += static_cast<size_t>(blockIdx.x) * top_k, weights += static_cast<size_t>(blockIdx.x) * top_k;
     float p[MOST_EXPERTS / WARP], most = NEG_INFINITY, sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < MOST_EXPERTS / WARP; i++) {
         const int expert = i * WARP + lane;
-        p[i] = expert < experts ? logits[static_cast<size_t>(row) * experts + expert] : NEG_INFINITY;
+        p[i] = expert < experts ? logits[expert] : NEG_INFINITY;
         most = fmaxf(most, p[i]);
     }
     most = warp_max(most);
 #pragma unroll
     for (int i = 0; i < MOST_EXPERTS / WARP; i++) {
-        p[i] = i * WARP + lane < experts ? expf(p[i] - most) : 0.0f;
+        const int expert = i * WARP + lane;
+        p[i] = expert < experts ? expf(p[i] - most) : 0.0f;
         sum += p[i];
+        // What is not a number still has to choose experts that exist; behind the last is what comes before nobody.
+        if (i % 4 == warp && expert < (experts + 3) / 4 * 4) keys[expert] = expert >= experts ? -1.0f : p[i] == p[i] ? p[i] : 2.0f;
     }
     sum = warp_sum(sum);
-    float kept = 0.0f;
-    uint32_t used = 0;  // bit i: expert i * WARP + lane is chosen
-    for (int j = 0; j < top_k; j++) {
-        float best = -1.0f;
-        int at = experts;
-#pragma unroll
-        for (int i = 0; i < MOST_EXPERTS / WARP; i++) {
-            // What is not a number still has to choose experts that exist.
-            const float key = p[i] == p[i] ? p[i] : 2.0f;
-            if (i * WARP + lane < experts && !(used >> i & 1) && key > best) best = key, at = i * WARP + lane;
+    __syncthreads();
+    for (int expert = threadIdx.x; expert < experts; expert += blockDim.x) {
+        const float key = keys[expert];
+        int place = 0;
+        for (int i = 0; i < experts; i += 4) {
+            const float4 four = fours[i / 4];
+            place += before(four.x, i, key, expert) + before(four.y, i + 1, key, expert) + before(four.z, i + 2, key, expert) + before(four.w, i + 3, key, expert);
         }
-        for (int step = WARP / 2; step > 0; step /= 2) {
-            const float other = __shfl_xor_sync(FULL, best, step);
-            const int there = __shfl_xor_sync(FULL, at, step);
-            if (other > best || (other == best && there < at)) best = other, at = there;
-        }
-        float weight = 0.0f;
-#pragma unroll
-        for (int i = 0; i < MOST_EXPERTS / WARP; i++)
-            if (at == i * WARP + lane) used |= 1u << i, weight = p[i] / sum;
-        weight = __shfl_sync(FULL, weight, at % WARP);
-        kept += weight;
-        if (lane == 0) chosen[static_cast<size_t>(row) * top_k + j] = at;
-        if (lane == 0) weights[static_cast<size_t>(row) * top_k + j] = weight;
+        if (place < top_k) chosen[place] = expert, kept[place] = key / sum;
     }
-    __syncwarp();  // lane 0's weights are there for all
-    if (!renormalise) return;
-    for (int j = lane; j < top_k; j += WARP) weights[static_cast<size_t>(row) * top_k + j] /= kept;
+    __syncthreads();
+    float total = renormalise ? 0.0f : 1.0f;
+    for (int j = 0; renormalise && j < top_k; j++) total += kept[j];
+    for (int j = threadIdx.x; j < top_k; j += blockDim.x) weights[j] = kept[j] / total;
 }
 KERNEL(moe_route)
 
@@ -127,17 +122,13 @@ extern "C" __global__ void __launch_bounds__(CHUNK) moe_sort(const uint32_t* cho
 }
 KERNEL(moe_sort)
 
-// out[row] = the weighted sum of what its experts made, in the order of choice. places: where a pair's row lies; nullptr: at the
-// pair's own number. Grid: rows; block: 256.
+// out[row] = the weighted sum of what its experts made, in the order of choice; places: where a pair's row lies. Grid: rows; block: 256.
 extern "C" __global__ void __launch_bounds__(256) moe_combine(const float* made, const uint32_t* places, const float* weights, int top_k, float* out, int width) {
     grid_dependency_wait();
     const size_t first = static_cast<size_t>(blockIdx.x) * top_k;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         float sum = 0.0f;
-        for (int j = 0; j < top_k; j++) {
-            const size_t place = places ? places[first + j] : first + j;
-            sum += weights[first + j] * made[place * width + i];
-        }
+        for (int j = 0; j < top_k; j++) sum += weights[first + j] * made[static_cast<size_t>(places[first + j]) * width + i];
         out[static_cast<size_t>(blockIdx.x) * width + i] = sum;
     }
 }

@@ -33,6 +33,12 @@ pub(crate) struct Stack {
     pub(crate) bias: Option<Vector>,
 }
 
+impl Stack {
+    fn bias(&self) -> Arg {
+        self.bias.as_ref().map_or(Arg::NULL, |bias| (&bias.buffer).into())
+    }
+}
+
 /// The kernels' alpha, and their limit or 0.
 fn gate_args(activation: Activation) -> [Arg; 2] {
     match activation {
@@ -76,6 +82,13 @@ pub(crate) struct Buffers {
     made: Option<Buffer>,
 }
 
+/// What the router chose: (row, expert) pairs, those of a row one after another.
+struct Choice {
+    pairs: usize,
+    experts: Arg,
+    weights: Arg,
+}
+
 /// The sorted order of a step's pairs.
 struct Order {
     groups: Arg,
@@ -110,30 +123,69 @@ impl Moe<'_> {
         })?;
         check((1..=count).contains(&top_k), || format!("{top_k} of {count} experts"))?;
         out.set(rows, hidden, Format::F32)?;
-        let pairs = rows * top_k;
-        let chosen: Arg = room(&mut self.buffers.chosen, self.device, 4 * pairs)?.into();
-        let weights: Arg = room(&mut self.buffers.weights, self.device, 4 * pairs)?.into();
-        let args = [
-            router_logits.into(),
-            rows.into(),
-            count.into(),
-            top_k.into(),
-            renormalise.into(),
-            chosen,
-            weights,
-        ];
-        self.device.launch("moe_route", Grid::new(rows.div_ceil(4), 128), 0, &args)?;
+        let choice = self.route(router_logits, renormalise)?;
         let x = self.multiplier.pack(x)?;
-        let order = if pairs <= FEW_PAIRS { None } else { Some(self.sort(chosen, pairs)?) };
-        let made = self.multiply(x, pairs, chosen, order.as_ref())?;
-        let places = order.map_or(Arg::NULL, |order| order.places);
-        let args = [made, places, weights, top_k.into(), (&*out).into(), hidden.into()];
-        self.device.launch("moe_combine", Grid::new(rows, 256), 0, &args)
+        if rows * top_k <= FEW_PAIRS { self.few(x, &choice, out) } else { self.many(x, &choice, out) }
+    }
+
+    /// The experts of every row, and their weights.
+    fn route(&mut self, logits: &Tensor, renormalise: bool) -> Result<Choice> {
+        let pairs = logits.rows * self.top_k;
+        let experts: Arg = room(&mut self.buffers.chosen, self.device, 4 * pairs)?.into();
+        let weights: Arg = room(&mut self.buffers.weights, self.device, 4 * pairs)?.into();
+        let (count, top_k) = (self.experts.experts.into(), self.top_k.into());
+        let args = [logits.into(), count, top_k, renormalise.into(), experts, weights];
+        self.device.launch("moe_route", Grid::new(logits.rows, 128), 0, &args)?;
+        Ok(Choice { pairs, experts, weights })
+    }
+
+    /// Few pairs, each by itself: a row's sum over its experts is made with the second product.
+    fn few(&mut self, x: Rows, choice: &Choice, out: &Tensor) -> Result<()> {
+        let (device, top_k) = (self.device, self.top_k);
+        let Experts { gate_up, down, hidden, intermediate, .. } = self.experts;
+        let width = padded(*intermediate);
+        let gated: Arg = room(&mut self.buffers.gated, device, 2 * choice.pairs * width)?.into();
+        let grid = Grid::of([width.div_ceil(8), choice.pairs, 1], 256);
+        let [alpha, limit] = gate_args(self.experts.activation);
+        let (share, inner) = (top_k.into(), (*intermediate).into());
+        let last =
+            [gate_up.bias(), choice.experts, gated, share, inner, width.into(), x.k.into(), alpha, limit];
+        let weights = &gate_up.weights;
+        weights.launch_few(device, weights.few_kernels().gated_experts, grid, x.data, &last)?;
+        let grid = Grid::of([hidden.div_ceil(16), x.rows, 1], 256);
+        let (n, k) = ((*hidden).into(), width.into());
+        let last = [down.bias(), choice.experts, choice.weights, out.into(), top_k.into(), n, k];
+        let weights = &down.weights;
+        weights.launch_few(device, weights.few_kernels().experts, grid, gated, &last)
+    }
+
+    /// Many pairs, sorted by expert.
+    fn many(&mut self, x: Rows, choice: &Choice, out: &Tensor) -> Result<()> {
+        let (device, experts, pairs) = (self.device, self.experts, choice.pairs);
+        let (hidden, intermediate) = (experts.hidden, experts.intermediate);
+        let Order { groups, most, sorted, places } = self.sort(choice)?;
+        let gate_up: Arg = room(&mut self.buffers.gate_up, device, 8 * pairs * intermediate)?.into();
+        // The pairs of a row share its activations.
+        let tiles = Tiles { count: most, rows: pairs, groups, index: sorted, share: self.top_k };
+        let Stack { weights, .. } = &experts.gate_up;
+        self.multiplier.tiles(x, weights, experts.gate_up.bias(), gate_up, 2 * intermediate, tiles)?;
+        let width = padded(intermediate);
+        let in_fp8 = self.multiplier.multiplies_fp8(&experts.down.weights, pairs);
+        let bytes = if in_fp8 { Rows::bytes(pairs, width) } else { 2 * pairs * width };
+        let gated = room(&mut self.buffers.gated, device, bytes)?.into();
+        let gated = Rows { data: gated, rows: pairs, k: width, in_fp8 };
+        gate(device, gate_up, intermediate, experts.activation, gated)?;
+        let made: Arg = room(&mut self.buffers.made, device, 4 * pairs * hidden)?.into();
+        let tiles = Tiles { count: most, rows: pairs, groups, index: Arg::NULL, share: 1 };
+        self.multiplier.tiles(gated, &experts.down.weights, experts.down.bias(), made, hidden, tiles)?;
+        let args = [made, places, choice.weights, self.top_k.into(), out.into(), hidden.into()];
+        device.launch("moe_combine", Grid::new(x.rows, 256), 0, &args)
     }
 
     /// Sorts pairs by expert, in tiles of one expert each.
-    fn sort(&mut self, chosen: Arg, pairs: usize) -> Result<Order> {
+    fn sort(&mut self, choice: &Choice) -> Result<Order> {
         let (device, experts) = (self.device, self.experts.experts);
+        let Choice { pairs, experts: chosen, .. } = *choice;
         let chunks = pairs.div_ceil(CHUNK);
         // Every expert may end with a group that is not full.
         let most = pairs / TILE + experts.min(pairs);
@@ -148,67 +200,5 @@ impl Moe<'_> {
         let args = [chosen, pairs.into(), experts.into(), counts, sorted, places];
         device.launch("moe_sort", Grid::new(chunks, CHUNK as u32), 0, &args)?;
         Ok(Order { groups, most, sorted, places })
-    }
-
-    /// Every pair's gated MLP, in sorted order where there is one.
-    fn multiply(&mut self, x: Rows, pairs: usize, chosen: Arg, order: Option<&Order>) -> Result<Arg> {
-        let (device, experts) = (self.device, self.experts);
-        let (hidden, intermediate) = (experts.hidden, experts.intermediate);
-        let width = padded(intermediate);
-        // What few pairs read is bf16.
-        let in_fp8 = order.is_some() && self.multiplier.multiplies_fp8(&experts.down.weights, pairs);
-        let bytes = if in_fp8 { Rows::bytes(pairs, width) } else { 2 * pairs * width };
-        let gated = room(&mut self.buffers.gated, device, bytes)?.into();
-        let gated = Rows { data: gated, rows: pairs, k: width, in_fp8 };
-        let made: Arg = room(&mut self.buffers.made, device, 4 * pairs * hidden)?.into();
-        let mut product = Product { device, multiplier: &mut *self.multiplier, pairs, chosen, order };
-        // The pairs of a row share its activations.
-        if order.is_none() {
-            product.gated_few(x, self.top_k, experts, gated)?;
-        } else {
-            let gate_up: Arg = room(&mut self.buffers.gate_up, device, 8 * pairs * intermediate)?.into();
-            product.run(x, Some(self.top_k), &experts.gate_up, 2 * intermediate, gate_up)?;
-            gate(device, gate_up, intermediate, experts.activation, gated)?;
-        }
-        product.run(gated, None, &experts.down, hidden, made)?;
-        Ok(made)
-    }
-}
-
-/// Products of each pair's activations with its expert's matrix.
-struct Product<'a> {
-    device: &'a Device,
-    multiplier: &'a mut Multiplier,
-    pairs: usize,
-    chosen: Arg,
-    order: Option<&'a Order>,
-}
-
-impl Product<'_> {
-    /// `out[pair] = x[pair] * w[expert of pair]^T + bias[expert of pair]`, pairs in sorted order where there is one. `shared_by`: `x` has a row for so
-    /// many consecutive pairs, in the order of rows; else one a pair, in the order of `out`.
-    fn run(&mut self, x: Rows, shared_by: Option<usize>, w: &Stack, n: usize, out: Arg) -> Result<()> {
-        let bias = w.bias.as_ref().map_or(Arg::NULL, |bias| (&bias.buffer).into());
-        let share = shared_by.unwrap_or(1);
-        let Some(order) = self.order else {
-            let grid = Grid::of([n.div_ceil(16), self.pairs, 1], 256);
-            let kernel = w.weights.few_kernels().experts;
-            let last = [bias, self.chosen, out, share.into(), n.into(), x.k.into()];
-            return w.weights.launch_few(self.device, kernel, grid, x.data, &last);
-        };
-        let index = shared_by.map_or(Arg::NULL, |_| order.sorted);
-        let tiles = Tiles { count: order.most, rows: self.pairs, groups: order.groups, index, share };
-        self.multiplier.tiles(x, &w.weights, bias, out, n, tiles)
-    }
-
-    /// Of pairs that are not sorted: what the gate of each pair's expert lets through, made of row `pair / share` of `x`.
-    fn gated_few(&self, x: Rows, share: usize, experts: &Experts, out: Rows) -> Result<()> {
-        let Stack { weights, bias } = &experts.gate_up;
-        let grid = Grid::of([out.k.div_ceil(8), self.pairs, 1], 256);
-        let bias = bias.as_ref().map_or(Arg::NULL, |bias| (&bias.buffer).into());
-        let [alpha, limit] = gate_args(experts.activation);
-        let (width, padded) = (experts.intermediate.into(), out.k.into());
-        let last = [bias, self.chosen, out.data, share.into(), width, padded, x.k.into(), alpha, limit];
-        weights.launch_few(self.device, weights.few_kernels().gated_experts, grid, x.data, &last)
     }
 }

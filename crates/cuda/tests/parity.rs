@@ -1313,7 +1313,9 @@ fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
     let mut random = Random(16);
     // Numbers on both sides of the limit.
     let activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 1.0 };
-    let mut cases = vec![(3, 2, 64usize, 32usize), (5, 9, 160, 96), (4, 80, 96, 64), (2, 150, 64, 160)];
+    // The last: few pairs of more turns than are read ahead.
+    let mut cases =
+        vec![(3, 2, 64usize, 32usize), (5, 9, 160, 96), (4, 80, 96, 64), (2, 150, 64, 160), (3, 2, 64, 1344)];
     if large(&cuda) {
         cases.extend([(8, 4, 2880, 2880), (8, 300, 2880, 2880)]);
     }
@@ -1351,8 +1353,8 @@ fn biased_experts_with_a_clamped_gate_agree_in_every_format() -> Result<()> {
     Ok(())
 }
 
-/// Few rows through gate and up at once are what they are by an op for each step, bit for bit; so are those of experts. Widths that are whole
-/// blocks of features and not.
+/// Few rows through gate and up at once are what they are by an op for each step, bit for bit; so are those of experts, but for the order in which
+/// their last sums are added up. Widths that are whole blocks of features and not.
 #[test]
 fn few_rows_are_gated_at_once_as_by_ops_of_their_own() -> Result<()> {
     let Some(mut cuda) = cuda() else { return Ok(()) };
@@ -1376,15 +1378,15 @@ fn few_rows_are_gated_at_once_as_by_ops_of_their_own() -> Result<()> {
             cuda.linear(&x, &gate_up, None, &mut both)?;
             cuda.silu_mul(&both, &mut gated)?;
             cuda.linear(&gated, &through, None, &mut out)?;
-            let by_steps = bits(&cuda.to_host(&out)?);
+            let by_steps = cuda.to_host(&out)?;
             cuda.mlp(&x, &gate_up, &through, (&mut both, &mut gated), &mut out)?;
             let what = format!("{rows} rows, [{width}, {hidden}] of {dtype:?}");
-            assert!(bits(&cuda.to_host(&out)?) == by_steps, "{what}");
+            assert!(bits(&cuda.to_host(&out)?) == bits(&by_steps), "{what}");
             let [gate, up, down] = [[gate], [up], [down]];
             let weights = ExpertWeights::plain(&gate, &up, &down);
             let logits = vec![0.0; rows];
             let of_expert = run_experts(&mut cuda, (&data, hidden), (&logits, 1), &weights, 1, true)?;
-            assert!(bits(&of_expert) == by_steps, "an expert, {what}");
+            assert_close(&of_expert, &by_steps, 1e-5, 1.0, &format!("an expert, {what}"));
         }
     }
     Ok(())
