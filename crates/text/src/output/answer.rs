@@ -121,8 +121,9 @@ impl Answer {
 
     /// Whether the text so far ends in a call, or in what may become one.
     pub(super) fn in_call(&self) -> bool {
-        match self.state {
-            State::Block { called, .. } => self.in_call || !called,
+        match &self.state {
+            // Another call may have begun that is not given out yet.
+            State::Block { reader, called } => self.in_call || !called || !reader.closes(),
             State::Mark => true,
             State::Text | State::Reasoning { .. } => false,
         }
@@ -150,7 +151,8 @@ impl Answer {
                 self.space.clear();
             }
             State::Block { mut reader, called } => {
-                let closing = self.read(|out| reader.finish(out), out) && called;
+                self.read(|out| reader.finish(out), out);
+                let closing = called && reader.closes();
                 if !closing && !self.in_call {
                     self.release(out);
                 }

@@ -117,12 +117,15 @@ impl Reader for Checked {
         if let Call::Refused = self.call { Step::Out } else { step }
     }
 
-    fn finish(&mut self, out: &mut Sink<'_>) -> bool {
+    fn closes(&self) -> bool {
+        matches!(self.call, Call::None) && self.reader.closes()
+    }
+
+    fn finish(&mut self, out: &mut Sink<'_>) {
         if let Call::Passed = self.call {
             return self.reader.finish(out);
         }
-        let closing = self.reader.finish(&mut Sink::new(&mut self.found));
+        self.reader.finish(&mut Sink::new(&mut self.found));
         self.check(out);
-        closing && matches!(self.call, Call::None)
     }
 }

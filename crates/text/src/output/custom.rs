@@ -124,12 +124,15 @@ impl Reader for CustomCall {
         Step::More
     }
 
-    fn finish(&mut self, out: &mut Sink<'_>) -> bool {
+    fn closes(&self) -> bool {
+        false
+    }
+
+    fn finish(&mut self, out: &mut Sink<'_>) {
         match self.state {
             State::Closing { matched } if matched == CLOSING.len() => out.end(),
             State::Text | State::Closing { .. } => self.release(out),
             _ => {}
         }
-        false
     }
 }

@@ -155,7 +155,7 @@ impl Reader for DeepSeekCalls {
         }
     }
 
-    fn finish(&mut self, _: &mut Sink<'_>) -> bool {
+    fn closes(&self) -> bool {
         matches!(self.state, State::After | State::Between)
     }
 }

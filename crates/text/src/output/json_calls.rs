@@ -86,13 +86,13 @@ impl Reader for JsonCalls {
         if take == Take::Past { Step::Again } else { Step::More }
     }
 
-    fn finish(&mut self, out: &mut Sink<'_>) -> bool {
-        match &mut self.object {
-            Some(object) => {
-                object.finish(out);
-                false
-            }
-            None => self.any,
+    fn closes(&self) -> bool {
+        self.object.is_none() && self.any
+    }
+
+    fn finish(&mut self, out: &mut Sink<'_>) {
+        if let Some(object) = &mut self.object {
+            object.finish(out);
         }
     }
 }
@@ -125,7 +125,11 @@ impl Reader for FencedCalls {
         Step::More
     }
 
-    fn finish(&mut self, out: &mut Sink<'_>) -> bool {
-        self.calls.finish(out)
+    fn closes(&self) -> bool {
+        self.calls.closes()
+    }
+
+    fn finish(&mut self, out: &mut Sink<'_>) {
+        self.calls.finish(out);
     }
 }

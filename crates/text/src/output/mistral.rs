@@ -102,10 +102,13 @@ impl Reader for MistralCalls {
         }
     }
 
-    fn finish(&mut self, out: &mut Sink<'_>) -> bool {
-        match &mut self.state {
-            State::Array(calls) => calls.finish(out),
-            _ => false,
+    fn closes(&self) -> bool {
+        matches!(&self.state, State::Array(calls) if calls.closes())
+    }
+
+    fn finish(&mut self, out: &mut Sink<'_>) {
+        if let State::Array(calls) = &mut self.state {
+            calls.finish(out);
         }
     }
 }

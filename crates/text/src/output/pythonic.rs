@@ -190,7 +190,7 @@ impl Reader for PythonicCalls {
         Step::More
     }
 
-    fn finish(&mut self, _: &mut Sink<'_>) -> bool {
+    fn closes(&self) -> bool {
         matches!(self.state, State::AfterCall | State::Closing)
     }
 }

@@ -28,7 +28,10 @@ pub(super) trait Reader: Send {
     /// Adds a character.
     fn push(&mut self, c: char, out: &mut Sink<'_>) -> Step;
 
-    /// The end of the text. Ends a call that lacks only its closing; returns whether what was taken
-    /// since the last call is a beginning of the closing, and so no text.
-    fn finish(&mut self, out: &mut Sink<'_>) -> bool;
+    /// Whether what was taken since the last call is at most a beginning of the closing: no text, and no
+    /// further call.
+    fn closes(&self) -> bool;
+
+    /// The end of the text. Ends a call that lacks only its closing.
+    fn finish(&mut self, _out: &mut Sink<'_>) {}
 }

@@ -232,7 +232,7 @@ impl Reader for TaggedCall {
         }
     }
 
-    fn finish(&mut self, _: &mut Sink<'_>) -> bool {
+    fn closes(&self) -> bool {
         matches!(self.state, State::Closing)
     }
 }

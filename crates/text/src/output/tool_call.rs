@@ -40,7 +40,13 @@ impl Reader for ToolCall {
         step
     }
 
-    fn finish(&mut self, out: &mut Sink<'_>) -> bool {
-        self.reader.as_mut().is_some_and(|reader| reader.finish(out))
+    fn closes(&self) -> bool {
+        self.reader.as_ref().is_some_and(|reader| reader.closes())
+    }
+
+    fn finish(&mut self, out: &mut Sink<'_>) {
+        if let Some(reader) = &mut self.reader {
+            reader.finish(out);
+        }
     }
 }

@@ -36,6 +36,16 @@ fn v3_1_writes_them_bare() {
 }
 
 #[test]
+fn the_name_of_a_further_call_is_within_it() {
+    let call = format!("{BEGIN}now<｜tool▁sep｜>{{}}");
+    for (more, within) in
+        [("", false), ("<｜tool▁call▁end｜>", false), ("<｜tool▁call▁begin｜>no", true), (END, false)]
+    {
+        assert_eq!(ends_in_call(deepseek(), &format!("{call}{more}")), within, "{more}");
+    }
+}
+
+#[test]
 fn the_outer_mark_may_be_missing() {
     assert_reads(
         deepseek(),

@@ -249,6 +249,32 @@ fn arguments_of_an_unmarked_call_stream_unless_the_tool_is_strict() {
 }
 
 #[test]
+fn a_further_call_that_is_not_given_out_yet_is_a_call() {
+    let mut tools = tools();
+    let ToolInput::Json { strict, .. } = &mut tools[0].input else { panic!("{tools:?}") };
+    *strict = true;
+    let object = "{\"name\": \"get_weather\", \"arguments\": {\"days\": 2}}";
+    let marked = format!("<tool_call>\n{object}");
+    let array = format!("[{object}");
+    for (begin, gap, end) in
+        [(object, "\n", "\n"), (&array, ", ", "]"), (&marked, "\n</tool_call>\n<tool_call>", "\n</tool_ca")]
+    {
+        let (mut parser, mut events) = (OutputParser::new(hermes(), &tools, ""), Vec::new());
+        let mut in_call = |piece: &str| {
+            parser.push(piece, &mut events);
+            parser.in_call()
+        };
+        assert!(!in_call(begin), "{begin}");
+        assert_eq!(in_call(gap), gap.ends_with("<tool_call>"), "{begin}{gap}");
+        assert!(in_call(&object[..6]) && in_call(&object[6..45]), "{begin}");
+        assert!(!in_call(&object[45..]) && !in_call(end), "{begin}");
+        parser.finish(true, &mut events);
+        let called = call("get_weather", "{\"days\": 2}");
+        assert_eq!(said(events), [called.clone(), called]);
+    }
+}
+
+#[test]
 fn keys_behind_an_unmarked_calls_arguments_are_passed_over() {
     let object = "{\"name\": \"now\", \"arguments\": {}, \"description\": \"x\", \"more\": {\"a\": [1]}}";
     for answer in [object, &format!("```json\n{object}\n```"), &format!("[{object}]")] {

@@ -34,6 +34,13 @@ fn llama_4_marks_the_list() {
 }
 
 #[test]
+fn the_name_of_a_further_call_is_within_it() {
+    for (answer, within) in [("[now()", false), ("[now(), get_w", true), ("[now()]", false)] {
+        assert_eq!(ends_in_call(pythonic(), answer), within, "{answer}");
+    }
+}
+
+#[test]
 fn markup_in_strings_is_theirs() {
     assert_reads(
         pythonic(),

@@ -131,6 +131,13 @@ pub fn read(format: OutputFormat, answer: &str) -> Vec<Said> {
     read_after(format, &tools(), "<|im_start|>assistant\n", answer)
 }
 
+/// Whether an answer ends within a call so far.
+pub fn ends_in_call(format: OutputFormat, answer: &str) -> bool {
+    let mut parser = OutputParser::new(format, &tools(), "");
+    parser.push(answer, &mut Vec::new());
+    parser.in_call()
+}
+
 /// Checks that the format reads the answer as what it is.
 #[track_caller]
 pub fn assert_reads(format: OutputFormat, answer: &str, expected: &[Said]) {
