@@ -124,17 +124,21 @@ impl Drop for Place {
 
 fn new_factory(parts: &Parts) -> Result<Arc<ParserFactory>, String> {
     let vocabulary: TokEnv = Arc::new(Vocabulary::new(parts));
-    let slices = SlicedBiasComputer::general_slices();
+    limited_factory(&vocabulary, &SlicedBiasComputer::general_slices()).map(Arc::new)
+}
+
+/// A factory whose grammars stay within our limits.
+pub(super) fn limited_factory(vocabulary: &TokEnv, slices: &[String]) -> Result<ParserFactory, String> {
     let capabilities = InferenceCapabilities { ff_tokens: true, ..Default::default() };
     let mut factory =
-        ParserFactory::new(&vocabulary, capabilities, &slices).map_err(|error| error.to_string())?;
+        ParserFactory::new(vocabulary, capabilities, slices).map_err(|error| error.to_string())?;
     factory.quiet();
     *factory.limits_mut() = ParserLimits {
         max_lexer_states: 20_000, // some 40 MB
         verbose_errors: false,
         ..ParserLimits::default()
     };
-    Ok(Arc::new(factory))
+    Ok(factory)
 }
 
 fn check_size(spec: &GrammarSpec) -> Result<(), GrammarError> {
@@ -216,7 +220,7 @@ pub(super) fn lark_string(text: &str) -> String {
 }
 
 /// A schema with our way of writing JSON, as llguidance takes it: in the schema itself.
-fn with_options(schema: Value, strict: bool, layout: JsonLayout) -> Result<Value, GrammarError> {
+pub(super) fn with_options(schema: Value, strict: bool, layout: JsonLayout) -> Result<Value, GrammarError> {
     let mut schema = match schema {
         Value::Object(schema) => schema,
         Value::Bool(true) => serde_json::Map::new(),

@@ -9,6 +9,7 @@ mod answer;
 mod cache;
 mod compile;
 mod state;
+mod string_check;
 mod vocabulary;
 
 use serde_json::Value;
@@ -17,6 +18,7 @@ pub use answer::AnswerRules;
 pub use state::{CompiledGrammar, GrammarState};
 
 pub(crate) use compile::Grammars;
+pub(crate) use string_check::StringCheck;
 
 /// What an answer must match, as a whole.
 #[derive(Debug, Clone, PartialEq)]

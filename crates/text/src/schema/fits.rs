@@ -1,10 +1,11 @@
 //! Whether a value fits a schema.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 use serde_json::{Map, Value};
 
 use super::{Search, list, unnamed};
+use crate::grammar::StringCheck;
 
 /// Whether a value fits a schema of the document `root`. It is given the benefit of the doubt: keywords that are not
 /// looked at (`pattern`, `not`, `uniqueItems`), ways that cannot be told and what would take too long rule nothing out.
@@ -12,9 +13,9 @@ pub(crate) fn fits(value: &Value, schema: &Value, root: &Value) -> bool {
     Look::new(root).fits(value, schema)
 }
 
-/// Whether a value fits a schema of the document `root` without doubt.
+/// Whether a value fits a schema of the document `root` without doubt. What grammars hold strings to is looked at too.
 pub(crate) fn surely_fits(value: &Value, schema: &Value, root: &Value) -> bool {
-    let look = Look::new(root);
+    let look = Look { strings: Some(RefCell::default()), ..Look::new(root) };
     look.fits(value, schema) && !look.doubtful.get()
 }
 
@@ -22,8 +23,11 @@ pub(crate) fn surely_fits(value: &Value, schema: &Value, root: &Value) -> bool {
 /// there is no end of them.
 const MAX_LOOKS: usize = 100_000;
 
+/// Looking at a string's `pattern` and `format` takes as long as so many looks.
+const STRING_LOOKS: usize = 32;
+
 /// All keywords that are looked at, and those that ask nothing of a value.
-const KNOWN: [&str; 36] = [
+const KNOWN: [&str; 38] = [
     "$ref",
     "allOf",
     "anyOf",
@@ -38,6 +42,8 @@ const KNOWN: [&str; 36] = [
     "multipleOf",
     "minLength",
     "maxLength",
+    "pattern",
+    "format",
     "minItems",
     "maxItems",
     "prefixItems",
@@ -67,6 +73,8 @@ pub(super) struct Look<'s> {
     pub(super) root: &'s Value,
     looks: Cell<usize>,
     most: usize,
+    /// Looks at `pattern` and `format`, if these are looked at.
+    strings: Option<RefCell<StringCheck>>,
     /// Whether something was let pass without a look.
     doubtful: Cell<bool>,
 }
@@ -78,7 +86,8 @@ impl<'s> Look<'s> {
 
     /// With at most so many looks.
     pub(super) fn within(root: &'s Value, most: usize) -> Self {
-        Self { root, looks: Cell::new(0), most: most.min(MAX_LOOKS), doubtful: Cell::new(false) }
+        let (looks, doubtful) = (Cell::new(0), Cell::new(false));
+        Self { root, looks, most: most.min(MAX_LOOKS), strings: None, doubtful }
     }
 
     /// The looks so far.
@@ -150,12 +159,14 @@ impl<'s> Look<'s> {
         if !of_type {
             return false;
         }
-        if !self.doubtful.get() && part.keys().any(|key| asks_more(key, value)) {
+        if !self.doubtful.get() && part.keys().any(|key| !KNOWN.contains(&key.as_str())) {
             self.passes();
         }
         match value {
             Value::Number(number) => number.as_f64().is_none_or(|number| number_fits(number, part)),
-            Value::String(text) => count_fits(text.chars().count(), part, "minLength", "maxLength"),
+            Value::String(text) => {
+                count_fits(text.chars().count(), part, "minLength", "maxLength") && self.text_fits(text, part)
+            }
             Value::Array(items) => {
                 count_fits(items.len(), part, "minItems", "maxItems") && self.items_fit(items, part)
             }
@@ -165,6 +176,23 @@ impl<'s> Look<'s> {
             }
             Value::Null | Value::Bool(_) => true,
         }
+    }
+
+    /// Whether a string fits `pattern` and `format`.
+    fn text_fits(&self, text: &str, part: &Map<String, Value>) -> bool {
+        let keywords = ["pattern", "format"].into_iter();
+        let keywords: Map<String, Value> =
+            keywords.filter_map(|key| Some((key.to_owned(), part.get(key)?.clone()))).collect();
+        if keywords.is_empty() {
+            return true;
+        }
+        let told = match &self.strings {
+            Some(strings) if !self.is_tired(STRING_LOOKS + text.len() / 16) => {
+                strings.borrow_mut().fits(text, &keywords)
+            }
+            _ => None,
+        };
+        told.unwrap_or_else(|| self.passes())
     }
 
     fn items_fit(&self, items: &[Value], part: &Map<String, Value>) -> bool {
@@ -188,14 +216,6 @@ impl<'s> Look<'s> {
                     part.get("properties").and_then(|named| named.get(name)).or_else(|| unnamed(part));
                 schema.is_none_or(|schema| self.fits(value, schema))
             })
-    }
-}
-
-/// Whether a keyword asks something of the value that is not looked at.
-fn asks_more(key: &str, value: &Value) -> bool {
-    match key {
-        "format" | "pattern" => value.is_string(),
-        _ => !KNOWN.contains(&key),
     }
 }
 
@@ -256,15 +276,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_looked_at_is_doubted_where_it_asks_something_of_the_value() {
+    fn what_cannot_be_told_is_doubted_where_it_asks_something_of_the_value() {
         let date_or_null = json!({"anyOf": [{"type": "string", "format": "date-time"}, {"type": "null"}]});
         let matched = json!({"anyOf": [{"type": "null"}, {"type": "string", "pattern": "^a"}]});
         for (schema, value, sure) in [
             (json!({"type": "integer", "format": "int32"}), json!(3), true),
+            (json!({"type": "string", "format": "date"}), json!("2024-02-29"), true),
             (json!({"type": "string", "format": "date"}), json!("x"), false),
+            (json!({"type": "string", "format": "path"}), json!("x"), true),
+            (json!({"type": "string", "pattern": "[0-9]", "maxLength": 3}), json!("a\n1"), true),
+            (json!({"type": "string", "pattern": "^\\d+$", "format": "date"}), json!("2024-02-29"), false),
+            (json!({"type": "string", "pattern": "^[^a]+$"}), json!("\u{1}\t\"\\/é𝄞"), true),
+            (json!({"type": "string", "pattern": "^(?!a)"}), json!("b"), false),
+            (json!({"type": "string", "pattern": 1}), json!("b"), false),
             (date_or_null.clone(), json!(null), true),
             (date_or_null, json!("x"), false),
             (matched.clone(), json!(null), true),
+            (matched.clone(), json!("ab"), true),
             (matched, json!("b"), false),
             (json!({"not": {"type": "null"}}), json!(1), false),
             (json!({"type": "string", "title": "t", "description": "d"}), json!("x"), true),

@@ -1,6 +1,7 @@
 //! Hermes's JSON in `<tool_call>`, custom calls, and what small models make of them.
 
-use rudder_text::{OutputEvent, OutputParser, ToolFormat, ToolInput};
+use rudder_text::{OutputEvent, OutputParser, Tool, ToolFormat, ToolInput};
+use serde_json::json;
 
 use crate::support::*;
 
@@ -232,6 +233,26 @@ fn an_unmarked_call_of_a_strict_tool_is_one_only_if_it_fits() {
         [call("get_weather", "{\"days\": \"two\"}")]
     );
     assert_eq!(read("{\"name\": \"now\", \"arguments\": {\"a\": 1}}"), [call("now", "{\"a\": 1}")]);
+}
+
+#[test]
+fn an_unmarked_call_of_a_strict_tool_is_held_to_patterns_and_formats() {
+    let string = |rule: serde_json::Value| {
+        let schema = json!({"type": "object", "properties": {"a": rule}});
+        let input = ToolInput::Json { schema, strict: true };
+        [Tool { name: "f".into(), description: String::new(), input }]
+    };
+    let object = |value: &str| format!("{{\"name\": \"f\", \"arguments\": {{\"a\": {value}}}}}");
+    for (rule, fits, other) in [
+        (json!({"type": "string", "pattern": "^v[0-9]+"}), "\"v1.2\"", "\"1.2\""),
+        (json!({"type": "string", "format": "date"}), "\"2026-02-28\"", "\"2026-02-30\""),
+        (json!({"type": ["string", "null"], "format": "uri"}), "null", "\"no address\""),
+        (json!({"items": {"type": "string", "pattern": "é$"}}), "[\"\\u00e9\"]", "[\"é\", \"e\"]"),
+    ] {
+        let (tools, arguments) = (string(rule), format!("{{\"a\": {fits}}}"));
+        assert_eq!(read_after(hermes(), &tools, "", &object(fits)), [call("f", &arguments)]);
+        assert_eq!(read_after(hermes(), &tools, "", &object(other)), [text(&object(other))]);
+    }
 }
 
 #[test]
