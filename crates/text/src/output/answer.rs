@@ -250,7 +250,8 @@ impl Answer {
         let reader = start(&self.tools);
         let head = match held {
             Held::Yes => return reader,
-            Held::No => None,
+            Held::AtLine if self.line_begins() => return reader,
+            Held::AtLine | Held::No => None,
             // Behind reasoning the grammar has up to two line breaks.
             Held::At(head) => {
                 let begins =
@@ -259,6 +260,11 @@ impl Answer {
             }
         };
         Box::new(Checked::new(reader, &self.tools, head))
+    }
+
+    /// Whether the text so far ends at a line's start for a grammar too, to which calls and reasoning in the line may be text.
+    fn line_begins(&self) -> bool {
+        self.space.contains('\n') || self.silent && !self.thought
     }
 
     fn block(&mut self, mut reader: Box<dyn Reader>, called: bool, c: char, out: &mut Sink<'_>) {

@@ -16,6 +16,8 @@ use super::tools::Offered;
 pub(super) enum Held {
     Yes,
     No,
+    /// Those at a line's start.
+    AtLine,
     /// Those that begin the answer, and so.
     At(Head),
 }

@@ -95,7 +95,8 @@ pub(super) fn marks(format: OutputFormat, tools: &Offered) -> Vec<Mark> {
     unmarked(of_calls, &mut marks);
     let checked = tools.any_is_held() || !tools.any_takes_json();
     if !checked {
-        marks.iter_mut().for_each(|mark| mark.held = Held::Yes);
+        let known = marks.iter_mut().filter(|mark| !matches!(mark.held, Held::AtLine));
+        known.for_each(|mark| mark.held = Held::Yes);
     }
     marks
 }
@@ -124,8 +125,9 @@ fn tool_marks(format: ToolFormat, held: Held, marks: &mut Vec<Mark>) {
         ToolFormat::Harmony => {}
     }
     if format == ToolFormat::QwenXml {
-        // The outer tag is often forgotten.
+        // The outer tag is often forgotten. Within a line it may be talk of calls, so there the grammar leaves it be.
         let opens = Opens::CallsFromMark(|tools| Box::new(TaggedCall::new(&QWEN, tools)));
+        let held = if let Held::Yes = held { Held::AtLine } else { held };
         marks.push(Mark { text: "<function=", leading: false, opens, held });
     }
 }

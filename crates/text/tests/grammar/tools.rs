@@ -356,7 +356,7 @@ fn a_tool_that_is_shown_but_not_allowed_is_not_called() {
 }
 
 /// Forms of a call of `f` that formats forgive, X for its arguments.
-const UNMARKED: [(ToolFormat, &str); 22] = [
+const UNMARKED: [(ToolFormat, &str); 23] = [
     (ToolFormat::Hermes, "{\"name\": \"f\", \"arguments\": X}"),
     (ToolFormat::Hermes, "{\n  \"arguments\": X,\n  \"name\": \"f\"\n}\n"),
     (ToolFormat::Hermes, "```json\n{\"name\": \"f\", \"arguments\": X}\n```"),
@@ -365,6 +365,7 @@ const UNMARKED: [(ToolFormat, &str); 22] = [
     (ToolFormat::QwenXml, "{\"name\": \"f\", \"arguments\": X}"),
     (ToolFormat::QwenXml, "<function=f>\n<parameter=a>\nY\n</parameter>\n</function>\n</tool_call>"),
     (ToolFormat::QwenXml, "Look:\n<function=f>\n<parameter=a>\nY\n</parameter>\n</function>"),
+    (ToolFormat::QwenXml, "Look: <function=f>\n<parameter=a>\nY\n</parameter>\n</function>"),
     (ToolFormat::Glm, "[{\"name\": \"f\", \"arguments\": X}]"),
     (ToolFormat::LlamaJson, "{\"name\": \"f\", \"parameters\": X}"),
     (ToolFormat::LlamaJson, " {\"name\": \"f\", \"parameters\": X}"),
@@ -398,6 +399,35 @@ fn a_call_without_its_mark_is_held_or_checked_too() {
                 assert!(!fits || calls.len() == 1 && calls[0].whole, "{answer}: {calls:?}");
                 assert!(!calls.is_empty() || rest.trim() == answer.trim(), "{answer}: {rest}");
             }
+        }
+    }
+}
+
+#[test]
+fn a_free_model_may_speak_of_qwens_tag_within_a_line() {
+    let family = ToolFormat::QwenXml;
+    let call = "<function=now>\n</function>";
+    for text in [text(true), text(false)] {
+        let spec = grammar(text, &tools(), &ToolChoice::Auto, family, true);
+        for (before, held) in [
+            ("", true),
+            ("\n  ", true),
+            ("hello\n\n", true),
+            ("hello ", false),
+            ("hello\n hello ", false),
+            (&format!("{call}\n</tool_call>\n"), true),
+            (&format!("{call} hello "), false),
+            (&format!("{call}\nhello\n\t"), true),
+        ] {
+            let talk = format!("{before}<function=name> hello");
+            assert_eq!(may_write(text, &spec, &talk), !held, "{talk:?}");
+            let (calls, rest) = parse(format_of(family), &tools(), prompt_of(family), &talk);
+            assert!(held || rest.ends_with("<function=name> hello"), "{talk:?}: {rest:?}");
+            assert_eq!(calls.len(), talk.matches(call).count(), "{talk:?}");
+            let called = format!("{before}{call}");
+            assert!(may_write(text, &spec, &called), "{called:?}");
+            let (calls, _) = parse(format_of(family), &tools(), prompt_of(family), &called);
+            assert_eq!(calls.len(), called.matches(call).count(), "{called:?}");
         }
     }
 }

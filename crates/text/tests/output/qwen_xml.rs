@@ -1,6 +1,6 @@
 //! Qwen3-Coder's tags.
 
-use rudder_text::{OutputEvent, OutputFormat, OutputParser, ToolFormat};
+use rudder_text::{OutputEvent, OutputFormat, OutputParser, ToolFormat, ToolInput};
 
 use crate::support::*;
 
@@ -79,6 +79,28 @@ fn the_outer_tag_may_be_missing() {
 }
 
 #[test]
+fn within_a_line_a_call_without_the_outer_tag_is_one_of_an_offered_tool_that_fits() {
+    let call_of = |name: &str, days: &str| {
+        format!("<function={name}>\n<parameter=days>\n{days}\n</parameter>\n</function>\n</tool_call>")
+    };
+    let called = [text("Look:"), call("get_weather", "{\"days\": 2}")];
+    assert_reads(xml(), &format!("Look: {}", call_of("get_weather", "2")), &called);
+    assert_text(xml(), &format!("Look: {}", call_of("get_wether", "2")));
+    let mut tools = tools();
+    let ToolInput::Json { strict, .. } = &mut tools[0].input else { panic!("{tools:?}") };
+    *strict = true;
+    let read = |answer: &str| read_after(xml(), &tools, "", answer);
+    assert_eq!(read(&format!("Look: {}", call_of("get_weather", "2"))), called);
+    let other = call_of("get_weather", "two");
+    assert_eq!(read(&format!("Look: {other}")), [text(&format!("Look: {other}"))]);
+    // The grammar holds it elsewhere, so nothing looks at it.
+    let passed = call("get_weather", "{\"days\": \"two\"}");
+    let two = format!("Look:\n\t{other}\n{other}");
+    assert_eq!(read(&two), [text("Look:"), passed.clone(), passed.clone()]);
+    assert_eq!(read(&format!("\n {other}")), [passed]);
+}
+
+#[test]
 fn markup_in_a_value_is_its() {
     let example = "<tool_call>\n<function=now>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>";
     let value = format!("A </parameter> tag, </function>\n</parameter></b>\n{example}\n </tool_call>");
@@ -95,6 +117,7 @@ fn markup_in_a_value_is_its() {
 fn markup_in_code_and_prose_is_text() {
     for answer in [
         "Use <function=name> with `<function=now></function>`.",
+        "To call it, write <function=name></function>.",
         "```\n<tool_call>\n<function=now>\n</function>\n</tool_call>\n```",
         "<tool_call>\n<function=now>\nwhat?",
         "<tool_call>\n<function=now",

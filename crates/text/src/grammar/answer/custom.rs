@@ -27,5 +27,5 @@ pub(super) fn group(writer: &mut Writer<'_>, tools: &[&Tool]) -> Group {
         };
         calls.push(format!("{head} {body}"));
     }
-    Group { mark: MARK.into(), rest: writer.rule(&calls.join(" | ")) }
+    Group::new(MARK, writer.rule(&calls.join(" | ")))
 }

@@ -8,7 +8,7 @@ use crate::Tool;
 pub(super) fn hermes(writer: &mut Writer<'_>, tools: &[&Tool]) -> Group {
     let object = objects(writer, tools, "arguments");
     let (before, after) = (writer.literal("\n"), writer.literal("\n</tool_call>"));
-    Group { mark: "<tool_call>".into(), rest: format!("{before} {object} {after}") }
+    Group::new("<tool_call>", format!("{before} {object} {after}"))
 }
 
 /// `[TOOL_CALLS]f[ARGS]{..}` where the model knows that mark, else `[TOOL_CALLS] [{..}, {..}]`.
@@ -21,11 +21,11 @@ pub(super) fn mistral(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool) 
         });
         // Calls follow each other without a gap.
         let more = if parallel { format!("({} {call})*", writer.literal(mark)) } else { String::new() };
-        return Group { mark: mark.into(), rest: format!("{call} {more}") };
+        return Group::new(mark, format!("{call} {more}"));
     }
     let object = objects(writer, tools, "arguments");
     let more = if parallel { format!(r#"(", " {object})*"#) } else { String::new() };
-    Group { mark: mark.into(), rest: format!(r#"" [" {object} {more} "]""#) }
+    Group::new(mark, format!(r#"" [" {object} {more} "]""#))
 }
 
 /// Both of DeepSeek's ways: V3 and R1 fence the arguments, V3.1 does not. Where the model is free to call, the outer mark
@@ -41,10 +41,10 @@ pub(super) fn deepseek(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool)
     const BEGIN: &str = "<｜tool▁call▁begin｜>";
     let (begin, end) = (writer.literal(BEGIN), writer.literal("<｜tool▁call▁end｜>"));
     let all_end = writer.literal("<｜tool▁calls▁end｜>");
-    let alone = Group { mark: BEGIN.into(), rest: format!("{call} {end} ({all_end})?") };
+    let alone = Group::new(BEGIN, format!("{call} {end} ({all_end})?"));
     let call = writer.rule(&format!("{begin} {call} {end}"));
     let more = if parallel { format!(r#"("\n"? {call})*"#) } else { String::new() };
-    let all = Group { mark: "<｜tool▁calls▁begin｜>".into(), rest: format!("{call} {more} {all_end}") };
+    let all = Group::new("<｜tool▁calls▁begin｜>", format!("{call} {more} {all_end}"));
     if writer.free { vec![all, alone] } else { vec![all] }
 }
 
@@ -60,7 +60,7 @@ pub(super) fn llama(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool, ca
     }
     calls.bare = Some((format!("{object} {more}"), begins));
     if writer.free {
-        calls.groups.push(Group { mark: "<|python_tag|>".into(), rest: format!("{object} {more}") });
+        calls.groups.push(Group::new("<|python_tag|>", format!("{object} {more}")));
     }
 }
 

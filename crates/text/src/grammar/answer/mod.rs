@@ -29,9 +29,17 @@ struct Calls {
 
 /// Calls after a mark.
 struct Group {
-    mark: String,
+    mark: &'static str,
+    /// Whether in free text it is a mark at a line's start alone.
+    at_line: bool,
     /// What follows the mark, in Lark.
     rest: String,
+}
+
+impl Group {
+    fn new(mark: &'static str, rest: String) -> Self {
+        Self { mark, at_line: false, rest }
+    }
 }
 
 /// What an answer is held to.
@@ -159,7 +167,7 @@ fn after_thought(
 
 /// Calls alone.
 fn only_calls(writer: &mut Writer<'_>, calls: Calls, parallel: bool) -> String {
-    let groups = calls.groups.iter().map(|group| format!("{} {}", writer.literal(&group.mark), group.rest));
+    let groups = calls.groups.iter().map(|group| format!("{} {}", writer.literal(group.mark), group.rest));
     let groups: Vec<String> = groups.collect();
     let mut ways = Vec::new();
     if !groups.is_empty() {
@@ -174,8 +182,9 @@ fn only_calls(writer: &mut Writer<'_>, calls: Calls, parallel: bool) -> String {
 fn free_text(writer: &mut Writer<'_>, calls: Calls, parallel: bool) -> String {
     let text = writer.any_text();
     let mut groups = Vec::new();
-    for Group { mark, rest } in &calls.groups {
-        groups.push(format!("{} {rest}", writer.until(mark)));
+    for Group { mark, at_line, rest } in &calls.groups {
+        let begin = if *at_line { writer.until_at_line(mark) } else { writer.until(mark) };
+        groups.push(format!("{begin} {rest}"));
     }
     let mut ways = match groups.is_empty() {
         true => vec![text],

@@ -34,7 +34,7 @@ pub(super) fn list(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool, cal
     calls.bare = Some((whole.clone(), begins.collect()));
     if writer.free {
         let end = writer.literal("<|python_end|>");
-        calls.groups.push(Group { mark: "<|python_start|>".into(), rest: format!("{whole} ({end})?") });
+        calls.groups.push(Group::new("<|python_start|>", format!("{whole} ({end})?")));
     }
 }
 

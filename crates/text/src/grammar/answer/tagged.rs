@@ -39,15 +39,16 @@ const OTHER_NAME: &str = r"[^<>\s]([^<>\n\r]{0,60}[^<>\s])?";
 const NULL: &str = "null";
 
 /// `<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>`; where the model is free to call,
-/// the outer opening tag may be missing, which it often forgets.
+/// the outer opening tag may be missing at a line's start, which it often forgets; within a line it may be talk of calls.
 pub(super) fn qwen(writer: &mut Writer<'_>, tools: &[&Tool]) -> Vec<Group> {
     let call = calls(writer, tools, &QWEN, |name| format!("{name}>\n"));
     let (function, end) = (writer.literal("\n<function="), writer.literal("</function>"));
     let outer_end = writer.literal("\n</tool_call>");
     let rest = format!("{function} {call} {end} {outer_end}");
-    let mut groups = vec![Group { mark: "<tool_call>".into(), rest }];
+    let mut groups = vec![Group::new("<tool_call>", rest)];
     if writer.free {
-        groups.push(Group { mark: "<function=".into(), rest: format!("{call} {end} ({outer_end})?") });
+        let rest = format!("{call} {end} ({outer_end})?");
+        groups.push(Group { at_line: true, ..Group::new("<function=", rest) });
     }
     groups
 }
@@ -55,7 +56,7 @@ pub(super) fn qwen(writer: &mut Writer<'_>, tools: &[&Tool]) -> Vec<Group> {
 /// `<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>`.
 pub(super) fn glm(writer: &mut Writer<'_>, tools: &[&Tool]) -> Group {
     let call = calls(writer, tools, &GLM, |name| format!("{name}\n"));
-    Group { mark: "<tool_call>".into(), rest: format!("{call} {}", writer.literal("</tool_call>")) }
+    Group::new("<tool_call>", format!("{call} {}", writer.literal("</tool_call>")))
 }
 
 /// Name and arguments of any of the tools.

@@ -175,6 +175,11 @@ impl<'t> Writer<'t> {
         }
     }
 
+    /// Any text up to and with a mark at a line's start, which is where all this begins too.
+    pub(super) fn until_at_line(&mut self, mark: &str) -> String {
+        self.lazy(&format!(r"((?s:.*)\n)?\s*{}", regex_syntax::escape(mark)))
+    }
+
     /// Any value up to and with a mark, as the parser of these tags reads it: a line that begins with the opening
     /// tag opens a value within, and nothing may look like the value's end that is not.
     pub(super) fn value_until(&mut self, mark: &str, tags: &ValueTags) -> String {
