@@ -6,6 +6,7 @@ mod ahead;
 mod common;
 #[path = "../common/flights.rs"]
 mod flights;
+mod real;
 
 use common::{OPTIONS, cuda, fixture, model, on_gpu};
 use rudder_comm::Group;
