@@ -559,6 +559,25 @@ mod tests {
         assert_eq!(server.key_weight.unwrap(), [4, 1]);
     }
 
+    /// Those that are commented out too.
+    #[test]
+    fn every_key_of_the_examples_can_be_set() {
+        let examples = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs")).unwrap();
+        let examples: Vec<_> = examples.map(|entry| entry.unwrap().path()).collect();
+        assert!(examples.len() > 2);
+        for path in examples {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let is_key = |line: &&str| line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '));
+            let lines = text.lines().map(|line| line.strip_prefix("# ").filter(is_key).unwrap_or(line));
+            let all = file(&lines.collect::<Vec<_>>().join("\n"));
+            for path in [path.as_path(), all.path()] {
+                let model = ModelSettings::default().over(Some(path));
+                let server = ServerSettings::default().over(Some(path));
+                assert!(model.is_ok() && server.is_ok(), "{}: {model:?} {server:?}", path.display());
+            }
+        }
+    }
+
     #[test]
     fn an_unknown_key_is_named_with_its_nearest() {
         let message = server("max_contxt = 1").unwrap_err().to_string();
