@@ -25,6 +25,8 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 const RETRIES: usize = 4;
 /// How often in a row a hub may point elsewhere.
 const MAX_REDIRECTS: usize = 10;
+/// Pages of a repository's list of files, of some 1,000 each.
+const MAX_PAGES: usize = 100;
 
 /// A file in a repository of the hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,7 +112,7 @@ impl Hub {
     /// If the hub does not answer, or not with this repository.
     pub fn commit(&self, repo: &str, revision: &str) -> Result<String, HubError> {
         let url = format!("{}/api/models/{repo}/revision/{revision}", self.endpoint);
-        let Revision { sha } = self.ask(repo, &url)?;
+        let (Revision { sha }, _) = self.ask(repo, &url)?;
         if !is_hex(&sha) {
             return Err(strange(&url, &format!("names the commit `{sha}`, which is none")));
         }
@@ -123,8 +125,16 @@ impl Hub {
     /// If the hub does not answer, or not with this repository, or names a file that would not lie in it.
     pub fn files(&self, repo: &str, revision: &str) -> Result<Vec<RemoteFile>, HubError> {
         let url = format!("{}/api/models/{repo}/tree/{revision}?recursive=true", self.endpoint);
-        let entries: Vec<TreeEntry> = self.ask(repo, &url)?;
-        let files: Vec<_> = entries.into_iter().filter(|e| e.kind == "file").map(RemoteFile::from).collect();
+        let (mut files, mut next) = (Vec::new(), Some(url.clone()));
+        for _ in 0..MAX_PAGES {
+            let Some(page) = next.take() else { break };
+            let entries: Vec<TreeEntry>;
+            (entries, next) = self.ask(repo, &page)?;
+            files.extend(entries.into_iter().filter(|e| e.kind == "file").map(RemoteFile::from));
+        }
+        if next.is_some() {
+            return Err(strange(&url, &format!("lists more than {MAX_PAGES} pages of files")));
+        }
         for RemoteFile { path, sha256, .. } in &files {
             if !is_inside(path) {
                 let problem = format!("lists the file `{path}`, which lies outside of the repository");
@@ -205,17 +215,19 @@ impl Hub {
         Ok(())
     }
 
-    /// What the hub's API says at `url` about a repository.
-    fn ask<T: DeserializeOwned>(&self, repo: &str, url: &str) -> Result<T, HubError> {
+    /// What the hub's API says at `url` about a repository, and where it goes on.
+    fn ask<T: DeserializeOwned>(&self, repo: &str, url: &str) -> Result<(T, Option<String>), HubError> {
         let mut response = self.get(url, 0).map_err(HubError::Source)?;
         let status = response.status().as_u16();
         if status != 200 {
             return Err(HubError::Source(refused(repo, status)));
         }
+        let next = next_page(url, &response);
         let text = response.body_mut().with_config().limit(16 << 20).read_to_string();
         let text = text.map_err(|e| HubError::Source(self.silent(&e)))?;
-        serde_json::from_str(&text)
-            .map_err(|e| strange(url, &format!("sent something other than a hub's answer ({e})")))
+        let said = serde_json::from_str(&text)
+            .map_err(|e| strange(url, &format!("sent something other than a hub's answer ({e})")))?;
+        Ok((said, next))
     }
 
     /// Asks for what lies at `url`, or where the hub points to, from byte `from` on.
@@ -282,13 +294,26 @@ fn redirect(url: &str, response: &Response<Body>) -> Option<String> {
         return None;
     }
     let target = response.headers().get("Location")?.to_str().ok()?;
-    Some(if target.starts_with("http://") || target.starts_with("https://") {
+    Some(resolve(url, target))
+}
+
+/// Where a list goes on: the header `Link` (RFC 8288) with `rel="next"`.
+fn next_page(url: &str, response: &Response<Body>) -> Option<String> {
+    let links = response.headers().get("Link")?.to_str().ok()?;
+    let next = links.split(',').find(|link| link.contains("rel=\"next\""))?;
+    let (_, target) = next.split_once('<')?;
+    Some(resolve(url, target.split_once('>')?.0))
+}
+
+/// A target that the answer from `url` names, as an address of its own.
+fn resolve(url: &str, target: &str) -> String {
+    if target.starts_with("http://") || target.starts_with("https://") {
         target.to_owned()
     } else if target.starts_with('/') {
         format!("{}{target}", host(url))
     } else {
         format!("{}/{target}", url.rsplit_once('/').map_or(url, |(folder, _)| folder))
-    })
+    }
 }
 
 /// Whether a status would be the same a moment later.

@@ -74,6 +74,22 @@ fn a_renamed_repository_is_still_shown_the_token() {
 }
 
 #[test]
+fn a_list_of_several_pages_is_read_to_its_end() {
+    let server = Server::start(|path, _| {
+        let next = |at: &str| format!("Link: <{at}>; rel=\"next\"\r\n");
+        match path.rsplit_once("cursor=") {
+            None => ("200 OK", next("/api/models/a/b/tree/main?cursor=2"), FILES),
+            Some((_, "2")) => ("200 OK", String::new(), r#"[{"type":"file","path":"last","size":1}]"#),
+            Some(_) => ("404 Not Found", String::new(), ""),
+        }
+    });
+    let files = Hub::new(&server.address, None).files("a/b", "main").unwrap();
+    assert_eq!(files.iter().map(|file| file.path.as_str()).collect::<Vec<_>>(), ["m.gguf", "last"]);
+    let endless = Server::start(|path, _| ("200 OK", format!("Link: <{path}>; rel=\"next\"\r\n"), FILES));
+    assert!(Hub::new(&endless.address, None).files("a/b", "main").unwrap_err().to_string().contains("pages"));
+}
+
+#[test]
 fn another_host_is_not_told_the_token() {
     let open = Server::start(|_, token| match token {
         None => ("200 OK", String::new(), FILES),
