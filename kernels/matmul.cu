@@ -394,21 +394,23 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
     const int feature = blockIdx.y * TILE;
     Copies copies(tile, x, w, codes, scales, stride, shift, feature, n, k);
     auto stage = [&](int step) { return memory + step % STAGES * 2 * Tile::BYTES; };
-    auto copy = [&](int step) { copies.copy(step, stage(step), stage(step) + Tile::BYTES); };
+    const Steps part(k);
+    // Steps are counted from the block's first on.
+    auto copy = [&](int step) { copies.copy(part.begin + step, stage(step), stage(step) + Tile::BYTES), copies.hold(part.begin + step); };
     auto widen = [&](int step) { copies.widen(stage(step) + Tile::BYTES); };
 
-    const int steps = k / TILE_K, warp_row = warp / 4 * 64, warp_feature = warp % 4 * 32;
+    const int steps = part.count, warp_row = warp / 4 * 64, warp_feature = warp % 4 * 32;
     // Of the warp's four fragments of 16 rows, those that have any.
     const int fragments = min(4, (tile.count - warp_row + 15) / 16);
     float sums[4][4][4] = {};
     for (int step = 0; step < STAGES - 1; step++) {
-        if (step < steps) copy(step), copies.hold(step), widen(step);
+        if (step < steps) copy(step), widen(step);
         copy_commit();
     }
     for (int step = 0; step < steps; step++) {
         copy_wait<STAGES - 2>();
         __syncthreads();  // this step's tile is here for all, and all have read the one that is overwritten next
-        if (step + STAGES - 1 < steps) copy(step + STAGES - 1), copies.hold(step + STAGES - 1);
+        if (step + STAGES - 1 < steps) copy(step + STAGES - 1);
         copy_commit();
         const unsigned char *xs = stage(step), *ws = xs + Tile::BYTES;
 #pragma unroll
@@ -432,6 +434,7 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
         // Its place was read in the step before, and is read in the one after the next.
         if (step + STAGES - 1 < steps) widen(step + STAGES - 1);
     }
+    out = Steps::output(out, rows, n), bias = Steps::own_bias(bias);
 #pragma unroll
     for (int m = 0; m < 4; m++)
 #pragma unroll

@@ -17,18 +17,21 @@ __device__ __forceinline__ void tcgen05_tiles(const bf16* x, const bf16* w, cons
     const int feature = blockIdx.y * TILE, warp = threadIdx.x / WARP;
     Copies copies(tile, x, w, codes, scales, stride, shift, feature, n, k);
     auto stage = [&](int step) { return stages + step % TCGEN05_STAGES * 2 * Tile::BYTES; };
-    auto copy = [&](int step) { copies.copy(step, stage(step), stage(step) + Tile::BYTES); };
+    const Steps part(k);
+    // Steps are counted from the block's first on.
+    auto copy = [&](int step) { copies.copy(part.begin + step, stage(step), stage(step) + Tile::BYTES); };
+    auto hold = [&](int step) { copies.hold(part.begin + step); };
     auto widen = [&](int step) { copies.widen(stage(step) + Tile::BYTES); };
 
     constexpr int AHEAD = TCGEN05_STAGES - 1;
-    const int steps = k / TILE_K;
+    const int steps = part.count;
     for (int step = 0; step < AHEAD; step++) {
         if (step < steps) copy(step);
         copy_commit();
     }
-    copies.hold(0);
+    hold(0);
     widen(0);
-    if (steps > 1) copies.hold(1);
+    if (steps > 1) hold(1);
     const Products<TCGEN05_STAGES, TILE> products;
     const uint32_t instruction = tensor_instruction(FORMAT_BF16, FORMAT_BF16, tile_width(tile.count));
     for (int step = 0; step < steps; step++) {
@@ -44,13 +47,14 @@ __device__ __forceinline__ void tcgen05_tiles(const bf16* x, const bf16* w, cons
         }
         // Beside the product the next step's weights are widened, where those of the step before the last lay, and those of the one after are fetched.
         if (step + 1 < steps) widen(step + 1);
-        if (step + 2 < steps) copies.hold(step + 2);
+        if (step + 2 < steps) hold(step + 2);
         if (step > 0) products.wait(step - 1);
         if (step + AHEAD < steps) copy(step + AHEAD);
         copy_commit();
     }
     products.wait(steps - 1);
 
+    out = Steps::output(out, rows, n), bias = Steps::own_bias(bias);
     const int own = own_feature();
     const size_t weights = tile.skipped + own;
     float factor = 1.0f;

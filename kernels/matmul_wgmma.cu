@@ -5,8 +5,7 @@
 
 #define WGMMA_STAGES 6
 
-// Two warpgroups have 64 rows by 128 features each. Arguments as of tiles in matmul.cu. Of gridDim.z parts of k, none of them empty, a block takes
-// one, and each part's sums are an output of their own, one behind the other; the first has the bias.
+// Two warpgroups have 64 rows by 128 features each. Arguments as of tiles in matmul.cu.
 template <class F>
 __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const uint4* codes, const unsigned char* scales, int stride, int shift, const float* bias, float* out, int rows, int n, int k, const uint4* groups, const uint32_t* index, int share) {
 #ifdef RUDDER_WGMMA
@@ -19,7 +18,8 @@ __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const 
     if (tile.count <= 0) return;
     const int feature = blockIdx.y * TILE;
     const bool has_rows = warp < 4 || tile.count > 64;  // this warpgroup
-    const int part = (k / TILE_K + gridDim.z - 1) / gridDim.z, begin = blockIdx.z * part, end = min(begin + part, k / TILE_K);
+    const Steps steps(k);
+    const int begin = steps.begin, end = begin + steps.count;
     Copies copies(tile, x, w, codes, scales, stride, shift, feature, n, k);
     // Of bf16 x and w share the stages. Weights of a format come as codes, through a ring of their own, which is six steps ahead, and are widened into
     // one of three tiles: one is multiplied, one may still be, and one is filled.
@@ -72,6 +72,7 @@ __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const 
     }
     products_wait<0>();
     products_done(sums);
+    out = Steps::output(out, rows, n), bias = Steps::own_bias(bias);
 #pragma unroll
     for (int c = 0; c < TILE / 8; c++)
 #pragma unroll
@@ -81,7 +82,7 @@ __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const 
             const size_t weights = tile.skipped + column;
             float sum = sums[c][i];
             if constexpr (F::ROW_SCALED) sum *= F::row_factor(scales + weights * stride);
-            out[(static_cast<size_t>(blockIdx.z) * rows + tile.first + row) * n + column] = sum + (bias && blockIdx.z == 0 ? bias[weights] : 0.0f);
+            out[static_cast<size_t>(tile.first + row) * n + column] = bias ? sum + bias[weights] : sum;
         }
 #else
     __trap();

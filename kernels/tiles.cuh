@@ -30,6 +30,19 @@ struct TileRows {
     }
 };
 
+// The steps of TILE_K that a block takes: of gridDim.z parts of k, none of them empty, its own. Each part's sums are an output of their own, one behind
+// the other; the first has the bias.
+struct Steps {
+    int begin, count;
+
+    __device__ __forceinline__ explicit Steps(int k) {
+        const int all = k / TILE_K, part = (all + gridDim.z - 1) / gridDim.z;
+        begin = blockIdx.z * part, count = min(part, all - begin);
+    }
+    __device__ __forceinline__ static float* output(float* out, int rows, int n) { return out + static_cast<size_t>(blockIdx.z) * rows * n; }
+    __device__ __forceinline__ static const float* own_bias(const float* bias) { return blockIdx.z == 0 ? bias : nullptr; }
+};
+
 // One thread's part of bringing a tile of 128 x 64 of x, and one of w from `feature` on, into shared memory as Panels. What lies beyond the matrix
 // is its last row; what lies beyond the tile's rows is anything. Weights of a format (`codes`, `scales`) wait a step in registers and are widened
 // on their way: hold, then widen.

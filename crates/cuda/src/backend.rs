@@ -891,7 +891,7 @@ mod tests {
     }
 
     #[test]
-    fn hopper_takes_k_in_parts_where_tiles_are_few() -> Result<()> {
+    fn k_is_taken_in_parts_where_tiles_are_few() -> Result<()> {
         let mut cuda = Cuda::emulated()?;
         let parts = ["matmul_wgmma_fp8", "add_parts"];
         for (kernel, n, k, expected) in [
@@ -899,7 +899,8 @@ mod tests {
             (PrefillKernel::Wgmma, 129, 1024, &parts),
             (PrefillKernel::Wgmma, 128, 512, &parts[..1]),
             (PrefillKernel::Wgmma, 6 * 128, 1024, &parts[..1]),
-            (PrefillKernel::Mma, 128, 1024, &["matmul_tiles_fp8"]),
+            (PrefillKernel::Mma, 128, 1024, &["matmul_tiles_fp8", "add_parts"]),
+            (PrefillKernel::Tcgen05, 128, 1024, &["matmul_tcgen05_fp8", "add_parts"]),
         ] {
             cuda.set_prefill_kernel(kernel)?;
             let w = RawTensor::new("w", vec![n, k], DType::F8_E4M3, Arc::new(vec![0; n * k / 64 * 68]), 0);

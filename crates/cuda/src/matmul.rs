@@ -319,12 +319,9 @@ impl Multiplier {
         self.device.launch("add_parts", Grid::elements(elements), 0, &args)
     }
 
-    /// In how many parts k is taken by Hopper's kernels: few tiles in as many as there are multiprocessors for.
+    /// In how many parts k is taken: few tiles in as many as there are multiprocessors for.
     fn parts_of_k(&self, tiles: usize, k: usize) -> usize {
-        if self.instructions != Instructions::Wgmma || tiles == 0 {
-            return 1;
-        }
-        let (steps, wanted) = (k / STEP, (self.device.multiprocessors() / tiles).max(1));
+        let (steps, wanted) = (k / STEP, (self.device.multiprocessors() / tiles.max(1)).max(1));
         steps.div_ceil(steps.div_ceil(wanted).max(PART)).max(1)
     }
 

@@ -267,7 +267,7 @@ fn linear_of_fp8_agrees_at_the_bounds_of_every_kernel() -> Result<()> {
         (65, 33, 128),
         (131, 150, 320),
         (513, 300, 192),
-        (17, 40, 1280), // Hopper's kernels take long k in parts
+        (17, 40, 1280), // long k is taken in parts
         (70, 129, 960),
     ];
     if large(&cuda) {
