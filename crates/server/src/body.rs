@@ -1,21 +1,33 @@
 //! Request bodies: bytes to a checked JSON structure, every fault a clear 4xx.
 
+use std::error::Error;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use serde::de::DeserializeOwned;
+use tower_http::timeout::{RequestBodyTimeoutLayer, TimeoutError};
 
 use crate::ServerConfig;
 use crate::openai::ApiError;
+
+/// Gives up a body of which nothing more comes: a client that has vanished would hold what it sent for ever.
+pub(crate) fn pause_limit(config: &ServerConfig) -> RequestBodyTimeoutLayer {
+    RequestBodyTimeoutLayer::new(config.body_pause)
+}
 
 /// The body's bytes, or why they could not be had.
 pub(crate) fn bytes(body: Result<Bytes, BytesRejection>, config: &ServerConfig) -> Result<Bytes, ApiError> {
     body.map_err(|rejection| match rejection.status() {
         StatusCode::PAYLOAD_TOO_LARGE => ApiError::body_too_large(config.max_body_bytes),
+        _ if is_timeout(&rejection) => ApiError::body_too_slow(config.body_pause),
         _ => ApiError::invalid(format!("The request body could not be read: {rejection}.")),
     })
+}
+
+fn is_timeout(error: &(dyn Error + 'static)) -> bool {
+    error.is::<TimeoutError>() || error.source().is_some_and(is_timeout)
 }
 
 /// Reads what a refused request still sends, within bounds: unread, it would cost the client its

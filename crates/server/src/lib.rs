@@ -78,6 +78,8 @@ pub struct ServerConfig {
     pub key_weights: Vec<u32>,
     /// Largest request body.
     pub max_body_bytes: usize,
+    /// Longest pause between two pieces of a request body.
+    pub body_pause: Duration,
     /// Most stop strings of a request.
     pub max_stops: usize,
     /// Largest `n`.
@@ -106,6 +108,7 @@ impl ServerConfig {
             api_keys: Vec::new(),
             key_weights: Vec::new(),
             max_body_bytes: 32 << 20,
+            body_pause: Duration::from_secs(30),
             max_stops: 16,
             max_choices: 16,
             keep_alive: Duration::from_secs(5),
@@ -262,6 +265,7 @@ pub fn router(server: Arc<Server>) -> Router {
             ApiError::wrong_method(method.as_str(), uri.path())
         })
         .layer(DefaultBodyLimit::max(limit))
+        .layer(body::pause_limit(&server.config))
         .layer(from_fn_with_state(server.clone(), admission::admit))
         .layer(from_fn(anthropic::reword))
         .layer(web_pages::cors(&server.config))

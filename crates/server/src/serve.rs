@@ -2,17 +2,23 @@
 
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
-use tokio::net::TcpListener;
+use axum::serve::{Listener, ListenerExt};
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
 use crate::{Server, router};
 
 /// After the last answer is generated, how long its client may take to read it.
 const FLUSH: Duration = Duration::from_secs(3);
+/// A connection on which nothing comes for so long is probed, and again at these intervals: a laptop that fell asleep
+/// closes none.
+const PROBE_AFTER: Duration = Duration::from_secs(60);
+const PROBE_INTERVAL: Duration = Duration::from_secs(15);
 
 /// Serves until `shutdown` is done, then drains: new requests get 503, `/ready` too, and what
 /// runs may go on for the configured grace. Returns whether all of it ended by itself.
@@ -24,14 +30,8 @@ pub async fn serve(
     server: Arc<Server>,
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<bool> {
-    // Tokens are small writes that must not wait for one another.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY could not be set");
-        }
-    });
     let (close, closed) = oneshot::channel::<()>();
-    let serving = axum::serve(listener, router(server.clone())).with_graceful_shutdown(async {
+    let serving = axum::serve(tuned(listener), router(server.clone())).with_graceful_shutdown(async {
         // A dropped sender means the end just the same.
         let _ = closed.await;
     });
@@ -51,6 +51,20 @@ pub async fn serve(
         Err(_) => serving.abort(),
     }
     Ok(all_ended)
+}
+
+/// The listener, its connections set up.
+fn tuned(listener: TcpListener) -> impl Listener<Io = TcpStream, Addr = SocketAddr> {
+    listener.tap_io(|stream| {
+        // Tokens are small writes that must not wait for one another.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY could not be set");
+        }
+        let probes = TcpKeepalive::new().with_time(PROBE_AFTER).with_interval(PROBE_INTERVAL);
+        if let Err(error) = SockRef::from(&*stream).set_tcp_keepalive(&probes) {
+            tracing::debug!(%error, "SO_KEEPALIVE could not be set");
+        }
+    })
 }
 
 /// Done when the process is told to end: Ctrl-C, or SIGTERM.
@@ -78,5 +92,20 @@ pub async fn terminated() {
     tokio::select! {
         () = interrupt => {}
         () = terminate => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn connections_are_probed_and_do_not_delay_writes() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = tuned(listener).accept().await;
+        assert!(SockRef::from(&stream).keepalive().unwrap());
+        assert!(stream.nodelay().unwrap());
+        drop(client);
     }
 }

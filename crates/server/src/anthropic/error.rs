@@ -40,7 +40,7 @@ fn kind(status: StatusCode) -> &'static str {
         429 => "rate_limit_error",
         // Anthropic's own status for it is 529, which no proxy knows; clients look at the type.
         503 => "overloaded_error",
-        504 => "timeout_error",
+        408 | 504 => "timeout_error",
         400..500 => "invalid_request_error",
         _ => "api_error",
     }

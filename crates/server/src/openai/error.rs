@@ -1,5 +1,7 @@
 //! The error body that OpenAI's clients parse: `{"error": {message, type, param, code}}`.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -116,6 +118,16 @@ impl ApiError {
         Self { code: Some("request_too_large"), ..error }
     }
 
+    /// 408 for a body of which nothing came for this long.
+    pub fn body_too_slow(pause: Duration) -> Self {
+        let message = format!(
+            "Nothing of the request body came for {} s, and it is not whole; send the request again.",
+            pause.as_secs_f64()
+        );
+        let error = Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message);
+        Self { code: Some("request_timeout"), ..error }
+    }
+
     /// 500.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
@@ -210,7 +222,6 @@ impl ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn json(error: &ApiError) -> serde_json::Value {
         serde_json::to_value(error.body()).unwrap()

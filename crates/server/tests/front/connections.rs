@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use crate::common::{MODEL, Manner, PACE, engine_config, eventually, start, start_held, start_with};
+use crate::common::{
+    MODEL, Manner, PACE, PATIENCE, engine_config, eventually, start, start_held, start_with,
+};
 use rudder_server::{ServerConfig, serve};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -171,6 +174,32 @@ async fn a_refused_request_leaves_its_connection_usable() {
         let length = stream.read(&mut answer).await.unwrap();
         let answer = String::from_utf8_lossy(&answer[..length]);
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+    }
+    serving.abort();
+}
+
+#[tokio::test]
+async fn a_body_that_stops_coming_is_given_up() {
+    let config = ServerConfig { body_pause: Duration::from_millis(50), ..ServerConfig::new(MODEL) };
+    let fixture = start_with(config, engine_config(), Manner::default(), true);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tokio::spawn(serve(listener, fixture.server.clone(), std::future::pending()));
+    for (path, kind) in [
+        (CHAT, "invalid_request_error"),
+        ("/v1/responses", "invalid_request_error"),
+        ("/v1/messages", "timeout_error"),
+    ] {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let begun = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{\"model\":");
+        stream.write_all(begun.as_bytes()).await.unwrap();
+        // It closes the connection, too.
+        let answer = timeout(PATIENCE, read(stream)).await.expect("it waits for ever");
+        assert!(answer.starts_with("HTTP/1.1 408"), "{path}: {answer}");
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        let error = &serde_json::from_str::<Value>(body).unwrap()["error"];
+        assert_eq!(error["type"], kind, "{path}: {answer}");
+        assert!(error["message"].as_str().unwrap().contains("send the request again"), "{answer}");
     }
     serving.abort();
 }
