@@ -24,7 +24,12 @@ pub(super) enum BlockEvent {
     #[serde(rename = "content_block_delta")]
     Delta { index: usize, delta: BlockDelta },
     #[serde(rename = "content_block_stop")]
-    Stop { index: usize },
+    Stop {
+        index: usize,
+        /// Whether the model ended it: of a call, that its input is whole.
+        #[serde(skip)]
+        ended: bool,
+    },
 }
 
 impl BlockEvent {
@@ -52,6 +57,9 @@ pub(super) enum BlockDelta {
     InputJson { partial_json: String },
 }
 
+/// What stands around the text of an input that is no object.
+const WRAP: (&str, &str) = ("{\"arguments\":\"", "\"}");
+
 /// Turns pieces into blocks: one at a time, in order.
 #[derive(Default)]
 pub(super) struct Blocks {
@@ -66,7 +74,18 @@ pub(super) struct Blocks {
 enum Open {
     Thinking(String),
     Text,
-    ToolUse,
+    ToolUse(Input),
+}
+
+/// What a call's input is, told by its first character.
+#[derive(Clone, Copy, PartialEq)]
+enum Input {
+    /// Nothing yet.
+    Empty,
+    /// An object, passed on as it is.
+    Object,
+    /// Something else, which stands as text in an object: clients take nothing but objects.
+    Wrapped,
 }
 
 impl Blocks {
@@ -85,19 +104,16 @@ impl Blocks {
                 let (id, name) = (id.clone(), name.clone());
                 let block =
                     ContentBlock::ToolUse { id, name, input: json!({}), caller: json!({"type": "direct"}) };
-                self.start(Open::ToolUse, block, seal, events);
+                self.start(Open::ToolUse(Input::Empty), block, seal, events);
             }
-            Piece::CallInput(text) => {
-                let delta = BlockDelta::InputJson { partial_json: text.clone() };
-                self.delta(delta, events);
-            }
-            Piece::CallEnd => self.stop(seal, events),
+            Piece::CallInput(text) => self.input(text, events),
+            Piece::CallEnd => self.end_call(seal, events),
         }
     }
 
     /// Closes the last block.
     pub fn finish(&mut self, seal: &Seal, events: &mut Vec<BlockEvent>) {
-        self.stop(seal, events);
+        self.stop(false, seal, events);
     }
 
     fn thinking(&mut self, text: &str, seal: &Seal, events: &mut Vec<BlockEvent>) {
@@ -127,8 +143,36 @@ impl Blocks {
         self.delta(BlockDelta::Text { text }, events);
     }
 
+    fn input(&mut self, text: &str, events: &mut Vec<BlockEvent>) {
+        let Some(Open::ToolUse(input)) = &mut self.open else { return };
+        let begins = *input == Input::Empty;
+        if begins {
+            *input = match text.trim_start().chars().next() {
+                None => return,
+                Some('{') => Input::Object,
+                Some(_) => Input::Wrapped,
+            };
+        }
+        let partial_json = match input {
+            Input::Wrapped => {
+                let quoted = Value::from(text).to_string();
+                let opening = if begins { WRAP.0 } else { "" };
+                format!("{opening}{}", &quoted[1..quoted.len() - 1])
+            }
+            Input::Empty | Input::Object => text.to_owned(),
+        };
+        self.delta(BlockDelta::InputJson { partial_json }, events);
+    }
+
+    fn end_call(&mut self, seal: &Seal, events: &mut Vec<BlockEvent>) {
+        if let Some(Open::ToolUse(Input::Wrapped)) = self.open {
+            self.delta(BlockDelta::InputJson { partial_json: WRAP.1.into() }, events);
+        }
+        self.stop(true, seal, events);
+    }
+
     fn start(&mut self, open: Open, content_block: ContentBlock, seal: &Seal, events: &mut Vec<BlockEvent>) {
-        self.stop(seal, events);
+        self.stop(false, seal, events);
         events.push(BlockEvent::Start { index: self.next, content_block });
         self.open = Some(open);
         self.next += 1;
@@ -140,7 +184,7 @@ impl Blocks {
         }
     }
 
-    fn stop(&mut self, seal: &Seal, events: &mut Vec<BlockEvent>) {
+    fn stop(&mut self, ended: bool, seal: &Seal, events: &mut Vec<BlockEvent>) {
         self.space.clear();
         let Some(open) = self.open.take() else { return };
         let index = self.next - 1;
@@ -148,7 +192,7 @@ impl Blocks {
             let delta = BlockDelta::Signature { signature: seal.close(&thinking) };
             events.push(BlockEvent::Delta { index, delta });
         }
-        events.push(BlockEvent::Stop { index });
+        events.push(BlockEvent::Stop { index, ended });
     }
 }
 
@@ -160,15 +204,24 @@ pub(super) fn fold(events: Vec<BlockEvent>) -> Vec<ContentBlock> {
         match (event, blocks.last_mut()) {
             (BlockEvent::Start { content_block, .. }, _) => blocks.push(content_block),
             (BlockEvent::Delta { delta, .. }, Some(block)) => add(delta, block, &mut json),
-            (BlockEvent::Stop { .. }, Some(ContentBlock::ToolUse { input, .. })) => {
-                // A call that was cut short has no input yet.
-                *input = Value::Object(serde_json::from_str::<Map<_, _>>(&json).unwrap_or_default());
-                json.clear();
+            (BlockEvent::Stop { ended, .. }, Some(ContentBlock::ToolUse { input, .. })) => {
+                *input = whole_input(std::mem::take(&mut json), ended);
             }
             (BlockEvent::Stop { .. }, _) | (BlockEvent::Delta { .. }, None) => {}
         }
     }
     blocks
+}
+
+/// A call's input as its client is given it. Run without its arguments, a tool might do anything: those that cannot be
+/// read are told as text.
+fn whole_input(json: String, ended: bool) -> Value {
+    match serde_json::from_str::<Map<_, _>>(&json) {
+        Ok(input) => Value::Object(input),
+        Err(_) if ended && !json.is_empty() => json!({"arguments": json}),
+        // None, or cut short: it has no input yet.
+        Err(_) => json!({}),
+    }
 }
 
 fn add(delta: BlockDelta, block: &mut ContentBlock, json: &mut String) {
@@ -287,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_cut_short_or_of_something_else_has_an_empty_input() {
+    fn a_call_cut_short_has_an_empty_input() {
         for input in ["", "{\"x\": ", "[1]", "7"] {
             let blocks = folded(&[call("f"), Piece::CallInput(input.into())]);
             assert_eq!(blocks[0]["input"], json!({}), "{input}");
@@ -299,6 +352,36 @@ mod tests {
             Piece::CallInput("{\"a\":1}".into()),
         ]);
         assert_eq!((&blocks[0]["input"], &blocks[1]["input"]), (&json!({}), &json!({"a": 1})));
+    }
+
+    #[test]
+    fn arguments_that_are_no_object_are_told_as_text() {
+        for (input, expected) in [
+            (&["[1", ", \"\n\"]"][..], json!({"arguments": "[1, \"\n\"]"})),
+            (&[" ", "7"], json!({"arguments": "7"})),
+            (&["{\"x\": a", ".txt}"], json!({"arguments": "{\"x\": a.txt}"})),
+            (&[" ", " {\"x\":", "1}"], json!({"x": 1})),
+        ] {
+            let input = input.iter().map(|&part| Piece::CallInput(part.into()));
+            let pieces: Vec<_> = std::iter::once(call("f")).chain(input).chain([Piece::CallEnd]).collect();
+            assert_eq!(folded(&pieces)[0]["input"], expected);
+        }
+    }
+
+    #[test]
+    fn a_stream_wraps_what_it_can_tell_at_once_to_be_no_object() {
+        let streamed = |pieces: &[Piece]| {
+            let events = serde_json::to_value(events(false, pieces, &seal())).unwrap();
+            let parts = events.as_array().unwrap().iter().filter_map(|event| {
+                assert!(event.get("ended").is_none());
+                event["delta"]["partial_json"].as_str().map(str::to_owned)
+            });
+            parts.collect::<String>()
+        };
+        let said = |input: &str| [call("f"), Piece::CallInput(input.into()), Piece::CallEnd];
+        assert_eq!(streamed(&said("[\"a\"]")), "{\"arguments\":\"[\\\"a\\\"]\"}");
+        assert_eq!(streamed(&said("{\"x\": a.txt}")), "{\"x\": a.txt}");
+        assert_eq!(streamed(&said("[1]")[..2]), "{\"arguments\":\"[1]");
     }
 
     #[test]

@@ -130,6 +130,26 @@ fn types(message: &Value) -> Vec<&str> {
 }
 
 #[tokio::test]
+async fn arguments_that_cannot_be_read_are_not_left_out() {
+    let said = |arguments: &str| {
+        format!("<tool_call>\n{{\"name\": \"read\", \"arguments\": {arguments}}}\n</tool_call>")
+    };
+    for (arguments, input, streamed) in [
+        ("{\"path\": \"a\nb\"}", json!({"path": "a\nb"}), json!({"path": "a\nb"})),
+        ("[\"a\"]", json!({"arguments": "[\"a\"]"}), json!({"arguments": "[\"a\"]"})),
+        // What was streamed cannot be taken back: the client finds that it is no JSON.
+        ("{\"path\": a.txt}", json!({"arguments": "{\"path\": a.txt}"}), json!({})),
+    ] {
+        let server = start_agent(&[&said(arguments)]);
+        let answer = whole(&server, &request(&[user("x")], json!({}))).await;
+        assert_eq!(answer["content"][0]["input"], input, "{answer}");
+        let body = request(&[user("x")], json!({"stream": true}));
+        let answer = message(&events(&server.post(MESSAGES, &body).await));
+        assert_eq!(answer["content"][0]["input"], streamed, "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn a_stream_is_the_whole_answer() {
     let server = start_agent(&[CALLS]);
     for (extra, reason, blocks) in [

@@ -5,7 +5,8 @@
 pub(super) struct Scanner {
     depth: usize,
     pub(super) in_string: bool,
-    escaped: bool,
+    /// In a string, behind a backslash.
+    pub(super) escaped: bool,
 }
 
 impl Scanner {

@@ -1,7 +1,7 @@
-//! The arguments of a call where a model writes them as JSON: passed on as they are written, or, for
-//! a custom tool, the text in their `input`.
+//! The arguments of a call where a model writes them as JSON: passed on as they are written but for control
+//! characters in strings, which are escaped, or, for a custom tool, the text in their `input`.
 
-use super::json::{Scanner, Unescape, is_delimiter};
+use super::json::{Scanner, Unescape, escape_into, is_delimiter};
 use super::sink::Sink;
 
 /// What became of a character.
@@ -128,7 +128,7 @@ impl JsonInput {
     fn raw(&mut self, c: char, mut out: Option<&mut Sink<'_>>) -> Take {
         if self.held.is_empty() && (self.scanner.in_string || !self.mark.starts_with(c)) {
             if let Some(out) = out {
-                out.input_char(c);
+                self.raw_char(c, out);
             }
             return if self.scanner.push(c) { Take::Whole } else { Take::More };
         }
@@ -145,6 +145,20 @@ impl JsonInput {
         }
         self.held.clear();
         self.raw(c, out)
+    }
+
+    /// A line break or another control character, which JSON's strings may hold escaped alone, is escaped: many
+    /// models write code as it is. A backslash before it stays one.
+    fn raw_char(&mut self, c: char, out: &mut Sink<'_>) {
+        if !self.scanner.in_string || c >= ' ' {
+            return out.input_char(c);
+        }
+        self.scratch.clear();
+        if self.scanner.escaped {
+            self.scratch.push('\\');
+        }
+        escape_into(c, &mut self.scratch);
+        out.input(&self.scratch);
     }
 
     /// No arguments are an empty object.
