@@ -5,6 +5,7 @@
 //! the connection stays open. Where a stream has comments on its progress, a socket has events of a type of our
 //! own, without a sequence number, as they are no part of the response.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -37,7 +38,7 @@ use crate::openai::params::CommonFields;
 use crate::progress::{self, Progress};
 use crate::session::Caller;
 
-/// Most lanes of a connection, and requests that wait on one.
+/// Most lanes of a connection that have requests at a time, and requests that wait on one.
 const MAX_LANES: usize = 64;
 const MAX_QUEUED: usize = 64;
 /// Messages on their way out.
@@ -105,7 +106,14 @@ struct Head {
     mode: Option<String>,
 }
 
-type Lanes = HashMap<Option<String>, mpsc::Sender<Job>>;
+type Lanes = HashMap<Option<String>, Lane>;
+
+/// Where requests of one `stream_id` wait. Dropped, it ends once they are done.
+struct Lane {
+    jobs: mpsc::Sender<Job>,
+    /// Those that wait or run.
+    unfinished: Arc<AtomicUsize>,
+}
 
 async fn serve(server: Arc<Server>, caller: Caller, socket: WebSocket) {
     let (sink, mut incoming) = socket.split();
@@ -168,7 +176,7 @@ async fn write(
 }
 
 /// Runs the requests of a lane, one after the other.
-async fn run_lane(connection: Arc<Connection>, mut jobs: mpsc::Receiver<Job>) {
+async fn run_lane(connection: Arc<Connection>, mut jobs: mpsc::Receiver<Job>, unfinished: Arc<AtomicUsize>) {
     while let Some(job) = jobs.recv().await {
         connection.waiting.fetch_sub(job.bytes, Ordering::Relaxed);
         let stream_id = job.fields.stream_id.clone();
@@ -182,6 +190,7 @@ async fn run_lane(connection: Arc<Connection>, mut jobs: mpsc::Receiver<Job>) {
                 connection.send_error(&error, stream_id.as_deref()).await;
             }
         }
+        unfinished.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -227,26 +236,46 @@ impl Connection {
                  than {most}; send it when some of them have begun."
             )));
         }
-        let known = lanes.len();
-        let lane = match lanes.entry(fields.stream_id.clone()) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) if known < MAX_LANES => {
-                let (sender, jobs) = mpsc::channel(MAX_QUEUED);
-                tasks.spawn(run_lane(self.clone(), jobs));
-                entry.insert(sender)
-            }
-            std::collections::hash_map::Entry::Vacant(_) => {
-                let message = format!("A connection has at most {MAX_LANES} lanes.");
-                return Err(ApiError::param("stream_id", message));
-            }
-        };
+        let lane = self.lane(fields.stream_id.clone(), lanes, tasks)?;
         let job = Job { fields, common, arrived: Instant::now(), bytes: bytes.len() };
-        // Before the lane can take it back.
+        // Before the lane can take them back.
         self.waiting.fetch_add(job.bytes, Ordering::Relaxed);
-        lane.try_send(job).map_err(|refused| {
+        lane.unfinished.fetch_add(1, Ordering::Relaxed);
+        lane.jobs.try_send(job).map_err(|refused| {
             self.waiting.fetch_sub(refused.into_inner().bytes, Ordering::Relaxed);
+            lane.unfinished.fetch_sub(1, Ordering::Relaxed);
             ApiError::param("stream_id", format!("{MAX_QUEUED} requests wait on this lane already."))
         })
+    }
+
+    /// The lane of this name. Where there are too many, those that have nothing to do go.
+    fn lane<'l>(
+        self: &Arc<Self>,
+        name: Option<String>,
+        lanes: &'l mut Lanes,
+        tasks: &mut JoinSet<()>,
+    ) -> Result<&'l Lane, ApiError> {
+        if lanes.len() >= MAX_LANES && !lanes.contains_key(&name) {
+            lanes.retain(|_, lane| lane.unfinished.load(Ordering::Relaxed) > 0);
+            // Of those that ended.
+            while tasks.try_join_next().is_some() {}
+        }
+        let known = lanes.len();
+        match lanes.entry(name) {
+            Entry::Occupied(entry) => Ok(entry.into_mut()),
+            Entry::Vacant(entry) if known < MAX_LANES => {
+                let (jobs, waiting) = mpsc::channel(MAX_QUEUED);
+                let unfinished = Arc::new(AtomicUsize::new(0));
+                tasks.spawn(run_lane(self.clone(), waiting, unfinished.clone()));
+                Ok(entry.insert(Lane { jobs, unfinished }))
+            }
+            Entry::Vacant(_) => {
+                let message = format!(
+                    "{MAX_LANES} lanes of this connection have requests; wait until those of one have ended."
+                );
+                Err(ApiError::param("stream_id", message))
+            }
+        }
     }
 
     /// Starts the response of a request.

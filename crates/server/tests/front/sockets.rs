@@ -219,6 +219,48 @@ async fn a_lane_keeps_its_order_and_lanes_run_side_by_side() {
 }
 
 #[tokio::test]
+async fn a_connection_may_name_any_number_of_lanes_one_after_the_other() {
+    let server = listen(start_agent(&["Hello."])).await;
+    let mut socket = server.connect().await;
+    for lane in 0..70 {
+        let lane = format!("lane_{lane}");
+        socket.create(json!({"input": "x", "stream_id": lane, "generate": false})).await;
+        let mut order = Order::on(Some(&lane));
+        socket.until("response.completed", &mut order).await;
+    }
+}
+
+#[tokio::test]
+async fn lanes_with_requests_are_kept_and_are_so_many_at_most() {
+    let (fixture, leash) = start_held();
+    let server = listen(fixture).await;
+    let mut socket = server.connect().await;
+    let fields =
+        |lane: usize| json!({"input": "x", "max_output_tokens": 1, "stream_id": format!("lane_{lane}")});
+    for lane in 0..65 {
+        socket.create(fields(lane)).await;
+    }
+    let refused = loop {
+        let event = socket.next().await;
+        if event["type"] == "error" {
+            break event;
+        }
+    };
+    assert_eq!((&refused["stream_id"], &refused["error"]["param"]), (&json!("lane_64"), &json!("stream_id")));
+    socket.create(fields(0)).await;
+    leash.let_go();
+    let mut ended = Vec::new();
+    while ended.len() < 65 {
+        let event = socket.next().await;
+        assert_ne!(event["type"], "error", "{event}");
+        if event["type"] == "response.incomplete" {
+            ended.push(event["stream_id"].clone());
+        }
+    }
+    assert_eq!(ended.iter().filter(|&lane| lane == "lane_0").count(), 2);
+}
+
+#[tokio::test]
 async fn requests_that_wait_on_a_connection_have_at_most_the_bytes_of_one() {
     let (manner, leash) = saying(&["Hello."]).held(PACE);
     let config = ServerConfig { max_body_bytes: 1000, ..ServerConfig::new(MODEL) };
