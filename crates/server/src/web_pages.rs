@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, header};
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use crate::ServerConfig;
 use crate::openai::ApiError;
@@ -32,10 +32,13 @@ pub(crate) fn check(config: &ServerConfig, headers: &HeaderMap) -> Result<(), Ap
 
 /// What browsers are told of the pages that may ask.
 pub(crate) fn cors(config: &ServerConfig) -> CorsLayer {
+    // By name: a `*` speaks of all headers but `authorization`.
+    let cors = CorsLayer::permissive().allow_headers(AllowHeaders::mirror_request());
     match config.api_keys.is_empty() {
-        true => CorsLayer::permissive()
-            .allow_origin(AllowOrigin::predicate(|origin, request| is_near(origin, &request.headers))),
-        false => CorsLayer::permissive(),
+        true => {
+            cors.allow_origin(AllowOrigin::predicate(|origin, request| is_near(origin, &request.headers)))
+        }
+        false => cors,
     }
 }
 

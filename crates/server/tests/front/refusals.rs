@@ -127,6 +127,24 @@ async fn a_key_is_wanted_everywhere_but_at_the_probes() {
     );
 }
 
+#[tokio::test]
+async fn a_page_may_send_its_key() {
+    let keyed = ServerConfig { api_keys: vec!["secret".into()], ..ServerConfig::new(MODEL) };
+    for config in [keyed, ServerConfig::new(MODEL)] {
+        let fixture = start_with(config, engine_config(), Manner::default(), true);
+        let mut preflight = of_page(Method::OPTIONS, CHAT, "http://localhost:3000");
+        let asked = "authorization,content-type";
+        preflight.headers_mut().insert("access-control-request-headers", asked.parse().unwrap());
+        let answer = fixture.send(preflight).await;
+        let allowed = answer.headers["access-control-allow-headers"].to_str().unwrap();
+        // A `*` would be all but `authorization`.
+        assert!(
+            allowed.split(',').any(|name| name.trim().eq_ignore_ascii_case("authorization")),
+            "{allowed}"
+        );
+    }
+}
+
 /// A request of a page of this origin.
 fn of_page(method: Method, path: &str, origin: &str) -> Request<Body> {
     let request = Request::builder().method(method).uri(path).header("host", "rudder.lan:8000");
