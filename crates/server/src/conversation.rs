@@ -137,6 +137,24 @@ impl KnownMessage {
     }
 }
 
+/// What stands in a tool's result for what no model here can see. An agent that has looked at a picture must be able
+/// to go on.
+pub(crate) fn left_out(kind: &str) -> String {
+    format!("[{kind} left out: this model reads text only]")
+}
+
+/// The same for a part of this type, behind the text before it; `None` where the type is none of those known.
+pub(crate) fn part_left_out(part_type: &str, before: &str) -> Option<String> {
+    let kind = match part_type {
+        "image" | "image_url" | "input_image" | "computer_screenshot" => "image",
+        "file" | "input_file" => "file",
+        "input_audio" => "audio",
+        _ => return None,
+    };
+    let gap = if before.is_empty() || before.ends_with('\n') { "" } else { "\n" };
+    Some(format!("{gap}{}", left_out(kind)))
+}
+
 /// A tool call that a model made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ToolCall {

@@ -7,7 +7,9 @@ use serde_json::{Map, Value};
 use super::tools::{self, ToolChange};
 use super::types::{Block, Content, InputMessage, MessagesFields, OutputFormatField, nested};
 use crate::Server;
-use crate::conversation::{AnswerFormat, CallPlace, CallPlaces, KnownMessage, Message, Role, ToolCall, Turn};
+use crate::conversation::{
+    AnswerFormat, CallPlace, CallPlaces, KnownMessage, Message, Role, ToolCall, Turn, left_out,
+};
 use crate::message_cache::{Dialect, ReadBody};
 use crate::openai::ApiError;
 use crate::openai::params::{self, CommonFields, Stop};
@@ -158,9 +160,10 @@ impl<'a> Conversation<'a> {
     fn message(&mut self, index: usize, message: InputMessage) -> Result<(), ApiError> {
         let at = |block: usize| format!("messages[{index}].content[{block}]");
         let blocks = message.content.into_blocks();
+        let results = blocks.iter().any(|block| block.kind() == "tool_result");
         let blocks = blocks.iter().enumerate().map(|(block, fields)| (at(block), fields));
         match message.role.as_str() {
-            "user" => self.user(blocks),
+            "user" => self.user(blocks, results),
             "assistant" => self.assistant(blocks),
             "system" | "developer" => self.system_message(blocks),
             other => {
@@ -186,17 +189,26 @@ impl<'a> Conversation<'a> {
         Ok(())
     }
 
-    /// What a user says, and what tools gave back: each result is a message of its own.
-    fn user<'b>(&mut self, blocks: impl Iterator<Item = (String, &'b Block)>) -> Result<(), ApiError> {
+    /// What a user says, and what tools gave back: each result is a message of its own. Beside `results` a
+    /// document is a tool's too: Claude Code sends the PDFs that it reads so.
+    fn user<'b>(
+        &mut self,
+        blocks: impl Iterator<Item = (String, &'b Block)>,
+        results: bool,
+    ) -> Result<(), ApiError> {
         let mut texts = Vec::new();
         for (at, block) in blocks {
-            if block.kind() != "tool_result" {
-                texts.push(text_of(block, &at)?);
-                continue;
+            match block.kind() {
+                "tool_result" => {
+                    self.say(Role::User, joined(std::mem::take(&mut texts)));
+                    let result = self.tool_result(block, &at)?;
+                    self.messages.push(result.into());
+                }
+                "document" if results => {
+                    texts.push(plain_document(block).unwrap_or_else(|| left_out("document")));
+                }
+                _ => texts.push(text_of(block, &at)?),
             }
-            self.say(Role::User, joined(std::mem::take(&mut texts)));
-            let result = self.tool_result(block, &at)?;
-            self.messages.push(result.into());
         }
         self.say(Role::User, joined(texts));
         Ok(())
@@ -213,9 +225,8 @@ impl<'a> Conversation<'a> {
                 continue;
             }
             match block.kind() {
-                // An agent that has looked at a picture must be able to go on.
                 kind @ ("image" | "document") if plain_document(block).is_none() => {
-                    texts.push(format!("[{kind} left out: this model reads text only]"));
+                    texts.push(left_out(kind))
                 }
                 "browser_state" => {}
                 _ => texts.push(text_of(block, &format!("{at}.content[{index}]"))?),
@@ -487,6 +498,18 @@ mod tests {
             read(json!([user(json!([pdf]))])).unwrap_err().param.as_deref(),
             Some("messages[0].content[0].source")
         );
+    }
+
+    #[test]
+    fn a_document_beside_a_tools_result_is_left_out() {
+        let result = json!({"type": "tool_result", "tool_use_id": "1", "content": "read"});
+        let pdf = json!({"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}});
+        let plain = json!({"type": "document", "source": {"type": "text", "data": "body"}});
+        let messages = read(json!([user(json!([result, pdf, plain, text("and?")]))])).unwrap();
+        let said = "[document left out: this model reads text only]\n\nbody\n\nand?";
+        assert_eq!(messages[1..], [Message::new(Role::User, said)]);
+        let image = json!({"type": "image", "source": {}});
+        assert!(read(json!([user(json!([result, image]))])).is_err());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::error::ApiError;
-use crate::conversation::{KnownMessage, Message, Role, ToolCall};
+use crate::conversation::{KnownMessage, Message, Role, ToolCall, part_left_out};
 
 /// A message as clients write it.
 #[derive(Debug, Deserialize)]
@@ -83,7 +83,7 @@ fn neutral(index: usize, message: ChatMessage) -> Result<Message, ApiError> {
         }
     };
     let text = match message.content {
-        Some(content) => flatten(index, content)?,
+        Some(content) => flatten(index, content, role)?,
         // An assistant may have called tools and said nothing.
         None if role == Role::Assistant => String::new(),
         None => {
@@ -108,13 +108,18 @@ fn neutral(index: usize, message: ChatMessage) -> Result<Message, ApiError> {
     })
 }
 
-fn flatten(index: usize, content: Content) -> Result<String, ApiError> {
+fn flatten(index: usize, content: Content, role: Role) -> Result<String, ApiError> {
     let parts = match content {
         Content::Text(text) => return Ok(text),
         Content::Parts(parts) => parts,
     };
     let mut text = String::new();
     for (part, Part { r#type, text: part_text, refusal }) in parts.into_iter().enumerate() {
+        let placeholder = (role == Role::Tool).then(|| part_left_out(&r#type, &text)).flatten();
+        if let Some(placeholder) = placeholder {
+            text.push_str(&placeholder);
+            continue;
+        }
         match (r#type.as_str(), part_text.or(refusal)) {
             ("text" | "input_text" | "output_text" | "refusal", Some(part_text)) => text.push_str(&part_text),
             ("text" | "input_text" | "output_text" | "refusal", None) => {
@@ -211,6 +216,18 @@ mod tests {
         ] {
             assert_eq!(said(fields.clone()).as_deref(), expected, "{fields}");
         }
+    }
+
+    #[test]
+    fn pictures_and_files_in_a_tools_result_are_left_out() {
+        let parts = json!([{"type": "image_url", "image_url": {"url": "data:"}}, {"type": "text", "text": "\nseen"},
+            {"type": "file", "file": {"file_id": "f"}}]);
+        let messages = check(json!([{"role": "tool", "tool_call_id": "c", "content": parts}])).unwrap();
+        let expected =
+            "[image left out: this model reads text only]\nseen\n[file left out: this model reads text only]";
+        assert_eq!(messages[0].text, expected);
+        let unknown = json!([{"role": "tool", "tool_call_id": "c", "content": [{"type": "smell"}]}]);
+        assert_eq!(refused(unknown), "messages[0].content[0].type");
     }
 
     #[test]

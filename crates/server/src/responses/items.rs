@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::seal::Seal;
 use super::tools::CallNames;
 use crate::admission::random_id;
-use crate::conversation::{CallPlace, CallPlaces, KnownMessage, Message, Role, ToolCall};
+use crate::conversation::{CallPlace, CallPlaces, KnownMessage, Message, Role, ToolCall, part_left_out};
 use crate::openai::ApiError;
 use crate::openai::messages::arguments_or_none;
 
@@ -147,7 +147,7 @@ impl Reading<'_> {
             }
             "function_call_output" | "custom_tool_call_output" => {
                 let output = item.get("output").unwrap_or(&Value::Null);
-                let output = content(output, &format!("{path}.output"))?;
+                let output = content(output, &format!("{path}.output"), Role::Tool)?;
                 conversation.result(need("call_id")?, output, path, calls)
             }
             "local_shell_call_output" | "shell_call_output" | "apply_patch_call_output" => {
@@ -312,7 +312,7 @@ fn message(item: &Value, path: &str, conversation: &mut Conversation) -> Result<
         }
         None => return Err(ApiError::param(path, format!("{path} has neither a type nor a role."))),
     };
-    let text = content(item.get("content").unwrap_or(&Value::Null), &format!("{path}.content"))?;
+    let text = content(item.get("content").unwrap_or(&Value::Null), &format!("{path}.content"), role)?;
     if role == Role::Assistant {
         conversation.say(&text);
     } else {
@@ -321,8 +321,8 @@ fn message(item: &Value, path: &str, conversation: &mut Conversation) -> Result<
     Ok(())
 }
 
-/// A text, or the texts of a list of parts.
-fn content(content: &Value, path: &str) -> Result<String, ApiError> {
+/// A text, or the texts of a list of parts, as someone said it.
+fn content(content: &Value, path: &str, role: Role) -> Result<String, ApiError> {
     let parts = match content {
         Value::String(text) => return Ok(text.clone()),
         Value::Array(parts) => parts,
@@ -331,6 +331,12 @@ fn content(content: &Value, path: &str) -> Result<String, ApiError> {
     let mut text = String::new();
     for (index, part) in parts.iter().enumerate() {
         let of = |key: &str| part.get(key).and_then(Value::as_str);
+        let placeholder =
+            of("type").filter(|_| role == Role::Tool).and_then(|kind| part_left_out(kind, &text));
+        if let Some(placeholder) = placeholder {
+            text.push_str(&placeholder);
+            continue;
+        }
         match (of("type"), of("text").or(of("refusal"))) {
             (Some("input_text" | "output_text" | "text" | "refusal" | "summary_text"), Some(said)) => {
                 text.push_str(said);
@@ -472,6 +478,20 @@ mod tests {
         .unwrap();
         assert_eq!(messages[0].calls[0].name, "local_shell");
         assert_eq!(messages[1].text, "{\"output\":\"a\"}");
+    }
+
+    #[test]
+    fn pictures_and_files_in_a_tools_result_are_left_out() {
+        let parts = json!([{"type": "input_text", "text": "seen"}, {"type": "input_image", "image_url": "data:"},
+            {"type": "input_file", "filename": "a.pdf", "file_data": "x"}]);
+        for (kind, output) in
+            [("function_call", "function_call_output"), ("custom_tool_call", "custom_tool_call_output")]
+        {
+            let call = json!({"type": kind, "call_id": "a", "name": "f", "arguments": "{}", "input": "x"});
+            let messages = read(json!([call, {"type": output, "call_id": "a", "output": parts}])).unwrap();
+            let expected = "seen\n[image left out: this model reads text only]\n[file left out: this model reads text only]";
+            assert_eq!(messages[1].text, expected);
+        }
     }
 
     #[test]
