@@ -14,6 +14,7 @@ mod body;
 mod choice;
 mod conversation;
 mod dashboard;
+mod effort;
 mod forced;
 mod generate;
 mod grammar;

@@ -6,7 +6,6 @@ use serde_json::{Map, Value};
 
 use super::tools::{self, ToolChange};
 use super::types::{Block, Content, InputMessage, MessagesFields, OutputFormatField, nested};
-use crate::Server;
 use crate::conversation::{
     AnswerFormat, CallPlace, CallPlaces, KnownMessage, Message, Role, ToolCall, Turn, left_out,
 };
@@ -14,6 +13,7 @@ use crate::message_cache::{Dialect, ReadBody};
 use crate::openai::ApiError;
 use crate::openai::params::{self, CommonFields, Stop};
 use crate::responses::seal::Seal;
+use crate::{Server, effort};
 
 /// Claude Code's first system line, which varies from request to request: left in, no prompt would
 /// begin like the one before.
@@ -90,15 +90,7 @@ fn template_args(thinking: Option<&str>, effort: Option<String>) -> Result<Map<S
     };
     let mut args = Map::new();
     args.insert("enable_thinking".into(), thinks.into());
-    // Templates that know efforts know these three.
-    let effort = match effort.as_deref() {
-        Some(effort @ ("low" | "medium" | "high")) => Some(effort),
-        Some("xhigh" | "max") => Some("high"),
-        _ => None,
-    };
-    if let Some(effort) = effort {
-        args.insert("reasoning_effort".into(), effort.into());
-    }
+    effort::tell(effort.as_deref(), &mut args);
     Ok(args)
 }
 

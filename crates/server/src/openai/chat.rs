@@ -21,7 +21,7 @@ use super::types::Head;
 use crate::conversation::{KnownMessage, Turn};
 use crate::message_cache::{Dialect, ReadBody};
 use crate::session::Caller;
-use crate::{Server, body, sse};
+use crate::{Server, body, effort, sse};
 
 /// The fields that only chat has.
 #[derive(Debug, Default, Deserialize)]
@@ -95,9 +95,7 @@ fn turn(
     (turn.tool_choice, turn.allowed_tools) = tools::tool_choice(chat.tool_choice, &turn.tools)?;
     turn.parallel_tool_calls = chat.parallel_tool_calls.unwrap_or(true);
     turn.template_args = chat.chat_template_kwargs.unwrap_or_default();
-    if let Some(effort) = chat.reasoning_effort {
-        turn.template_args.entry("reasoning_effort").or_insert(effort.into());
-    }
+    effort::tell(chat.reasoning_effort.as_deref(), &mut turn.template_args);
     turn.n = common.choices(&server.config)?;
     turn.sampling = common.sampling(vocab)?;
     turn.sampling.logprobs = logprobs;

@@ -16,7 +16,7 @@ use crate::conversation::{AnswerFormat, Turn};
 use crate::openai::ApiError;
 use crate::openai::params::{self, CommonFields};
 use crate::urgency::{Tier, Urgency};
-use crate::{Server, body};
+use crate::{Server, body, effort};
 
 /// The fields that only this dialect has. Unknown ones are ignored.
 #[derive(Debug, Default, Deserialize)]
@@ -309,15 +309,9 @@ impl ResponseFields {
         }
     }
 
-    /// Templates know how hard to think by one of these two names.
     fn template_args(&mut self) -> Map<String, Value> {
         let mut args = self.chat_template_kwargs.take().unwrap_or_default();
-        if let Some(effort) = self.reasoning.as_ref().and_then(|reasoning| reasoning.effort.as_deref()) {
-            args.entry("reasoning_effort").or_insert_with(|| effort.into());
-            if matches!(effort, "none" | "minimal") {
-                args.entry("enable_thinking").or_insert(false.into());
-            }
-        }
+        effort::tell(self.reasoning.as_ref().and_then(|reasoning| reasoning.effort.as_deref()), &mut args);
         args
     }
 }

@@ -55,8 +55,9 @@ const CALLING_TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}{% endif %}\
 /// The same for a model that reasons first; it calls no tools.
 const REASONING_TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}";
-/// The same for a model that reasons unless it is told not to.
-const HYBRID_TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+/// The same for a model that reasons unless it is told not to, as hard as it is told to.
+const HYBRID_TEMPLATE: &str = "{% if reasoning_effort is defined %}<|im_start|>system\nReasoning: {{ reasoning_effort }}<|im_end|>\n{% endif %}\
+    {% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n\
     {% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}";
 const SPECIALS: [&str; 6] =

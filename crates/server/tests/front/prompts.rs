@@ -148,3 +148,38 @@ async fn past_answers_stand_behind_what_opened_them_whether_the_next_may_reason_
         }
     }
 }
+
+#[tokio::test]
+async fn an_effort_means_the_same_to_the_template_in_every_dialect() {
+    let server = start_hybrid(&["Fine."]);
+    let prompt_tokens = async |path: &str, more: Value| {
+        let mut body = json!({"messages": [{"role": "user", "content": "go"}], "input": "go", "max_tokens": 20,
+            "temperature": 0});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let answer = server.post(path, &body).await.json();
+        let usage = answer["usage"].as_object().unwrap_or_else(|| panic!("{answer}"));
+        let count = |key: &str| usage.get(key).and_then(Value::as_u64).unwrap_or(0);
+        count("prompt_tokens") + count("input_tokens") + count("cache_read_input_tokens")
+    };
+    for (effort, known, thinks) in [
+        ("none", "low", false),
+        ("minimal", "low", false),
+        ("medium", "medium", true),
+        ("xhigh", "high", true),
+        ("max", "high", true),
+    ] {
+        let mut args = json!({"reasoning_effort": known});
+        if !thinks {
+            args["enable_thinking"] = json!(false);
+        }
+        let expected = prompt_tokens("/v1/chat/completions", json!({"chat_template_kwargs": args})).await;
+        let thinking = if thinks { "adaptive" } else { "disabled" };
+        for (path, more) in [
+            ("/v1/chat/completions", json!({"reasoning_effort": effort})),
+            ("/v1/responses", json!({"reasoning": {"effort": effort}})),
+            ("/v1/messages", json!({"output_config": {"effort": effort}, "thinking": {"type": thinking}})),
+        ] {
+            assert_eq!(prompt_tokens(path, more).await, expected, "{path} {effort}");
+        }
+    }
+}
