@@ -49,7 +49,8 @@ impl Server {
         self.generator.prepared("render", prompt.rendering);
         self.generator.prepared("tokenize", prompt.tokenizing);
         let spec = grammar.map_err(|error| ApiError::param("tools", error.to_string()))?;
-        let grammar = self.compile_grammar(&turn, spec).await?;
+        let param = if turn.answer == AnswerFormat::Text { "tools" } else { "response_format" };
+        let grammar = self.compile_grammar(spec, param).await?;
         let prediction = self.encode_prediction(turn.clone()).await?;
         let reasoning = self.reasoning_budget(&turn, &prompt.tail)?;
         let completion = Completion { grammar, reasoning, prediction, ..self.completion(&turn, prompt) };
@@ -90,14 +91,16 @@ impl Server {
         prompt.encode(self.generator.text(), &self.markup, &self.verbatim, &self.prompts)
     }
 
-    /// What the answer is held to, if to anything.
-    async fn compile_grammar(
+    /// What an answer is held to, if to anything; `param` is at fault where it cannot be.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) async fn compile_grammar(
         self: &Arc<Self>,
-        turn: &Turn,
         spec: Option<GrammarSpec>,
+        param: &str,
     ) -> Result<Option<Arc<CompiledGrammar>>, ApiError> {
         let Some(spec) = spec else { return Ok(None) };
-        let param = if turn.answer == AnswerFormat::Text { "tools" } else { "response_format" };
         let server = self.clone();
         let compile = move || server.generator.text().compile_grammar(&spec, GRAMMAR_PATIENCE);
         match tokio::task::spawn_blocking(compile).await {
@@ -169,14 +172,7 @@ impl Turn {
         format: OutputFormat,
         prompt: &str,
     ) -> Result<Option<GrammarSpec>, GrammarError> {
-        let answer = match self.answer.clone() {
-            AnswerFormat::Text => None,
-            AnswerFormat::JsonObject => Some(GrammarSpec::Json),
-            AnswerFormat::JsonSchema(schema) => Some(GrammarSpec::JsonSchema { schema, strict: false }),
-            AnswerFormat::Regex(regex) => Some(GrammarSpec::Regex(regex)),
-            AnswerFormat::Lark(lark) => Some(GrammarSpec::Lark(lark)),
-            AnswerFormat::Choice(choices) => Some(GrammarSpec::Choice(choices)),
-        };
+        let answer = self.answer.clone().spec();
         let tools = self.held_tools.clone().unwrap_or_else(|| self.callable_tools().cloned().collect());
         text.answer_grammar(AnswerRules {
             format,
@@ -198,6 +194,20 @@ impl Turn {
             (_, None) => true,
         };
         self.tools.iter().filter(allowed)
+    }
+}
+
+impl AnswerFormat {
+    /// The grammar of such a text; `None` where it is free.
+    pub(crate) fn spec(self) -> Option<GrammarSpec> {
+        match self {
+            Self::Text => None,
+            Self::JsonObject => Some(GrammarSpec::Json),
+            Self::JsonSchema(schema) => Some(GrammarSpec::JsonSchema { schema, strict: false }),
+            Self::Regex(regex) => Some(GrammarSpec::Regex(regex)),
+            Self::Lark(lark) => Some(GrammarSpec::Lark(lark)),
+            Self::Choice(choices) => Some(GrammarSpec::Choice(choices)),
+        }
     }
 }
 

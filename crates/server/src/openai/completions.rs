@@ -12,6 +12,7 @@ use rudder_text::{Infill, Text};
 use serde::{Deserialize, Serialize};
 
 use super::error::ApiError;
+use super::format::FormatFields;
 use super::logprobs::{ColumnLogprobs, Offset};
 use super::params::{self, CommonFields};
 use super::types::{Envelope, Head};
@@ -64,12 +65,14 @@ pub(crate) async fn create(
     let body = body::bytes(body, &server.config)?;
     let common: CommonFields = body::parse(&body)?;
     let mut fields: CompletionFields = body::parse(&body)?;
+    let format: FormatFields = body::parse(&body)?;
     let head = Head::new("cmpl-", server.model_name(common.model.as_deref())?);
     let inputs = inputs(fields.prompt.take(), server.generator.engine().vocab_size())?;
     let suffix = fields.suffix.take().filter(|suffix| !suffix.is_empty());
     let echo = fields.echo.unwrap_or(false);
     check_combination(&inputs, suffix.is_some(), echo)?;
     let mut completion = completion(&server, &common, &fields, suffix.is_some(), arrived)?;
+    completion.grammar = server.compile_grammar(format.answer()?.spec(), "response_format").await?;
     let worker = server.clone();
     let prompts = off_thread_if_large(body.len(), move || {
         let text = worker.generator.text();

@@ -14,6 +14,7 @@ use super::types::{ConversationRef, Echo, Link, weight};
 use crate::admission::{Owner, random_id};
 use crate::conversation::{AnswerFormat, Turn};
 use crate::openai::ApiError;
+use crate::openai::format::FormatFields;
 use crate::openai::params::{self, CommonFields};
 use crate::urgency::{Tier, Urgency};
 use crate::{Server, body, effort};
@@ -47,6 +48,9 @@ pub(crate) struct ResponseFields {
     pub prompt_cache_key: Option<String>,
     pub safety_identifier: Option<String>,
     pub user: Option<String>,
+    /// What the answer is held to by the fields of other dialects.
+    #[serde(skip)]
+    pub held: FormatFields,
 }
 
 /// A text, or a list of items.
@@ -294,6 +298,17 @@ impl ResponseFields {
     }
 
     fn answer(&mut self) -> Result<AnswerFormat, ApiError> {
+        let held = std::mem::take(&mut self.held).answer()?;
+        match (self.text_format()?, held) {
+            (AnswerFormat::Text, format) | (format, AnswerFormat::Text) => Ok(format),
+            _ => Err(ApiError::param(
+                "text.format",
+                "The answer's format is given twice; send one of text.format, structured_outputs and guided_*.",
+            )),
+        }
+    }
+
+    fn text_format(&mut self) -> Result<AnswerFormat, ApiError> {
         let format = self.text.take().and_then(|text| text.format).unwrap_or_default();
         match (format.r#type.as_str(), format.schema) {
             ("" | "text", _) => Ok(AnswerFormat::Text),
@@ -443,7 +458,8 @@ impl Ask {
 
 /// A parsed body: the fields of this dialect and those that all share.
 pub(crate) fn parse(bytes: &[u8]) -> Result<(ResponseFields, CommonFields), ApiError> {
-    Ok((body::parse(bytes)?, body::parse(bytes)?))
+    let held = body::parse(bytes)?;
+    Ok((ResponseFields { held, ..body::parse(bytes)? }, body::parse(bytes)?))
 }
 
 /// A new response's id.

@@ -61,6 +61,53 @@ async fn choices_and_expressions_hold_as_vllms_clients_send_them() {
     assert!(said.starts_with("may") && said.len() == 5, "{said}");
 }
 
+/// A request without messages, of which an answer is held to this.
+fn with(input: &str, format: &Value) -> Value {
+    let mut body = json!({input: "go", "temperature": 0});
+    body.as_object_mut().unwrap().extend(format.as_object().unwrap().clone());
+    body
+}
+
+#[tokio::test]
+async fn completions_and_responses_are_held_to_the_same_fields() {
+    let server = start("maybe");
+    let formats = [
+        json!({"structured_outputs": {"choice": ["yes", "no"]}}),
+        json!({"guided_choice": ["yes", "no"]}),
+        json!({"guided_regex": "yes|no"}),
+        json!({"guided_grammar": "start: \"yes\" | \"no\""}),
+        json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes", "no"]}}}}),
+    ];
+    for format in formats {
+        let completion = server.post("/v1/completions", &with("prompt", &format)).await.json();
+        let response = server.post("/v1/responses", &with("input", &format)).await.json();
+        for said in [&completion["choices"][0]["text"], &response["output"][0]["content"][0]["text"]] {
+            let said = said.as_str().unwrap_or_else(|| panic!("{completion} {response}"));
+            assert!(["yes", "no"].contains(&said.trim_matches('"')), "{format}: {said}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn completions_and_responses_refuse_what_cannot_be_held() {
+    let server = start("x");
+    for (path, format, param) in [
+        ("/v1/completions", json!({"guided_regex": "("}), "response_format"),
+        ("/v1/completions", json!({"guided_regex": "a", "guided_choice": ["a"]}), "structured_outputs"),
+        ("/v1/responses", json!({"guided_regex": "("}), "response_format"),
+        ("/v1/responses", json!({"guided_choice": []}), "structured_outputs"),
+        (
+            "/v1/responses",
+            json!({"guided_regex": "a", "text": {"format": {"type": "json_object"}}}),
+            "text.format",
+        ),
+    ] {
+        let input = if path == "/v1/completions" { "prompt" } else { "input" };
+        let (status, at, _) = server.post(path, &with(input, &format)).await.error();
+        assert_eq!((status, at.as_str()), (400, param), "{path} {format}");
+    }
+}
+
 #[tokio::test]
 async fn a_call_that_is_required_is_made_and_fits_its_schema() {
     let server = start("No calls today.");
