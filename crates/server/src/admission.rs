@@ -87,19 +87,19 @@ fn check_key(keys: &[String], headers: &HeaderMap) -> Result<Owner, ApiError> {
     if keys.is_empty() {
         return Ok(Owner::default());
     }
-    let shown = match headers.get(header::AUTHORIZATION) {
-        Some(value) => bearer(value.as_bytes()),
-        None => headers.get("x-api-key").map(HeaderValue::as_bytes),
-    };
-    match shown {
-        None => Err(ApiError::unauthorized(
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| bearer(value.as_bytes()));
+    // Either will do: some clients send one of their own making, or a proxy's, beside the one they are given.
+    let mut shown = bearer.into_iter().chain(headers.get("x-api-key").map(HeaderValue::as_bytes)).peekable();
+    if shown.peek().is_none() {
+        return Err(ApiError::unauthorized(
             "This server wants an API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
-        )),
-        // No early end: how long it takes tells nothing of which key was nearly right.
-        Some(shown) if keys.iter().fold(false, |found, key| found | same(key.as_bytes(), shown)) => {
-            Ok(Owner::of_key(shown))
-        }
-        Some(_) => Err(ApiError::unauthorized("The API key is not one of this server's.")),
+        ));
+    }
+    // No early end: how long it takes tells nothing of which key was nearly right.
+    let is_ours = |shown: &&[u8]| keys.iter().fold(false, |found, key| found | same(key.as_bytes(), shown));
+    match shown.find(is_ours) {
+        Some(key) => Ok(Owner::of_key(key)),
+        None => Err(ApiError::unauthorized("The API key is not one of this server's.")),
     }
 }
 
@@ -117,13 +117,24 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    fn status(keys: &[&str], header: Option<(&'static str, &'static str)>) -> u16 {
+    fn checked(keys: &[&str], headers: &[(&'static str, &'static str)]) -> Result<Owner, u16> {
         let keys: Vec<String> = keys.iter().map(|&key| key.into()).collect();
-        let headers = header.map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
-        match check_key(&keys, &headers.into_iter().collect()) {
-            Ok(_) => 200,
-            Err(error) => error.status.as_u16(),
+        let headers =
+            headers.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
+        check_key(&keys, &headers.collect()).map_err(|error| error.status.as_u16())
+    }
+
+    fn status(keys: &[&str], header: Option<(&'static str, &'static str)>) -> u16 {
+        checked(keys, header.as_slice()).map_or_else(|status| status, |_| 200)
+    }
+
+    #[test]
+    fn a_right_key_opens_beside_a_wrong_one() {
+        for (bearer, own) in [("Bearer a", "x"), ("Bearer x", "a"), ("Basic eDp5", "a")] {
+            let headers = [("authorization", bearer), ("x-api-key", own)];
+            assert_eq!(checked(&["a"], &headers), Ok(Owner::of_key(b"a")), "{headers:?}");
         }
+        assert_eq!(checked(&["a"], &[("authorization", "Bearer x"), ("x-api-key", "y")]), Err(401));
     }
 
     #[test]
