@@ -106,8 +106,9 @@ struct Choice {
 #[derive(Deserialize)]
 struct Delta {
     content: Option<String>,
-    #[serde(alias = "reasoning")]
+    /// The reasoning's two names; some servers send both.
     reasoning_content: Option<String>,
+    reasoning: Option<String>,
 }
 
 /// Most bytes of an answer that is not a stream: token lists of long prompts fit.
@@ -358,11 +359,11 @@ impl Answer {
         let Some(choice) = chunk.choices.into_iter().next() else { return Ok(false) };
         self.finished |= choice.finish_reason.is_some();
         let (content, reasoning) = match choice.delta {
-            Some(delta) => (delta.content, delta.reasoning_content),
-            None => (choice.text, None),
+            Some(delta) => (delta.content, [delta.reasoning_content, delta.reasoning]),
+            None => (choice.text, [None, None]),
         };
         let content = content.unwrap_or_default();
-        let output = !content.is_empty() || reasoning.is_some_and(|r| !r.is_empty());
+        let output = !content.is_empty() || reasoning.into_iter().flatten().any(|r| !r.is_empty());
         self.text += &content;
         if output {
             self.chunks.push(now);
@@ -425,4 +426,25 @@ fn chain(error: &dyn Error) -> String {
         cause = e.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasoning_is_output_under_either_name_and_under_both() {
+        for (delta, output) in [
+            (json!({"reasoning": "x"}), true),
+            (json!({"reasoning_content": "x"}), true),
+            (json!({"reasoning": "x", "reasoning_content": "x"}), true),
+            (json!({"reasoning": "x", "reasoning_content": ""}), true),
+            (json!({"reasoning": null, "reasoning_content": ""}), false),
+        ] {
+            let event = json!({"choices": [{"delta": delta}]}).to_string();
+            let mut answer = Answer::default();
+            let told = answer.take_event(event.as_bytes(), Duration::ZERO).map_err(|fault| fault.to_string());
+            assert_eq!((told, answer.chunks.len()), (Ok(output), usize::from(output)), "{event}");
+        }
+    }
 }
