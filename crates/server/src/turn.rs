@@ -94,7 +94,7 @@ impl Server {
     /// What an answer is held to, if to anything; `param` is at fault where it cannot be.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// What is wrong with it; 503 where too many others are being compiled.
     pub(crate) async fn compile_grammar(
         self: &Arc<Self>,
         spec: Option<GrammarSpec>,
@@ -105,7 +105,7 @@ impl Server {
         let compile = move || server.generator.text().compile_grammar(&spec, GRAMMAR_PATIENCE);
         match tokio::task::spawn_blocking(compile).await {
             Ok(Ok(grammar)) => Ok(Some(grammar)),
-            Ok(Err(error)) => Err(ApiError::param(param, error.to_string())),
+            Ok(Err(error)) => Err(refusal(&error, param)),
             Err(error) => Err(ApiError::internal(format!("compiling the grammar failed: {error}"))),
         }
     }
@@ -211,6 +211,14 @@ impl AnswerFormat {
     }
 }
 
+/// Why there is no grammar, as the client is told.
+fn refusal(error: &GrammarError, param: &str) -> ApiError {
+    match error {
+        GrammarError::Busy(_) => ApiError::overloaded(error.to_string()),
+        _ => ApiError::param(param, error.to_string()),
+    }
+}
+
 /// About the bytes of a tool's definition.
 fn tool_bytes(tool: &Tool) -> usize {
     let input = match &tool.input {
@@ -227,6 +235,15 @@ mod tests {
 
     use super::*;
     use crate::conversation::{Message, Role, ToolCall};
+
+    #[test]
+    fn a_client_is_not_blamed_for_the_grammars_of_others() {
+        let busy = refusal(&GrammarError::Busy(GRAMMAR_PATIENCE), "tools");
+        assert_eq!((busy.status.as_u16(), busy.param.as_deref()), (503, None));
+        assert!(busy.retry_after.is_some());
+        let slow = refusal(&GrammarError::TooSlow(GRAMMAR_PATIENCE), "tools");
+        assert_eq!((slow.status.as_u16(), slow.param.as_deref()), (400, Some("tools")));
+    }
 
     #[test]
     fn all_that_a_prompt_is_made_of_is_counted() {

@@ -141,6 +141,12 @@ impl ApiError {
         Self { code: Some("shutting_down"), retry_after: Some(5), ..error }
     }
 
+    /// 503 for want of something that others use up at the moment.
+    pub fn overloaded(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message);
+        Self { code: Some("overloaded"), retry_after: Some(5), ..error }
+    }
+
     /// The same error, blamed on `param`.
     #[must_use]
     pub fn at(self, param: &str) -> Self {

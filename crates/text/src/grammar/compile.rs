@@ -77,7 +77,7 @@ impl Grammars {
         patience: Duration,
     ) -> Result<CompiledGrammar, GrammarError> {
         let deadline = Instant::now() + patience;
-        let place = Place::take(&self.compiling, deadline).ok_or(GrammarError::TooSlow(patience))?;
+        let place = Place::take(&self.compiling, patience)?;
         let (sender, receiver) = mpsc::sync_channel(1);
         let work = move || {
             let _place = place;
@@ -104,15 +104,16 @@ impl Grammars {
 struct Place(Arc<AtomicUsize>);
 
 impl Place {
-    fn take(taken: &Arc<AtomicUsize>, deadline: Instant) -> Option<Self> {
+    fn take(taken: &Arc<AtomicUsize>, patience: Duration) -> Result<Self, GrammarError> {
+        let deadline = Instant::now() + patience;
         let more = |n: usize| (n < MAX_COMPILING).then_some(n + 1);
         while taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_err() {
             if Instant::now() >= deadline {
-                return None;
+                return Err(GrammarError::Busy(patience));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        Some(Self(taken.clone()))
+        Ok(Self(taken.clone()))
     }
 }
 
@@ -265,4 +266,19 @@ pub(super) fn client_part(error: &str) -> &str {
     let end = error.find("\n<non-verbose").or_else(|| error.find("\n<state>")).unwrap_or(error.len());
     let end = end.min(error.floor_char_boundary(MOST));
     error[..end].trim()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_gets_no_place_is_told_that_others_have_them() {
+        let taken = Arc::default();
+        let take = || Place::take(&taken, Duration::ZERO);
+        let mut places: Vec<Place> = (0..MAX_COMPILING).map(|_| take().unwrap()).collect();
+        assert_eq!(take().err(), Some(GrammarError::Busy(Duration::ZERO)));
+        places.pop();
+        assert!(take().is_ok());
+    }
 }

@@ -69,7 +69,7 @@ pub enum JsonLayout {
     OneLine,
 }
 
-/// A grammar cannot be used; the client is to change it. The message says how.
+/// A grammar cannot be used; the client is to change it, unless it is told otherwise. The message says how.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum GrammarError {
     /// It is wrong, or contains what is not supported.
@@ -81,6 +81,9 @@ pub enum GrammarError {
     /// Compiling it takes too long.
     #[error("the grammar took longer than {} ms to compile; simplify it (fewer alternatives, smaller counts)", .0.as_millis())]
     TooSlow(std::time::Duration),
+    /// Too many others are being compiled: the client is to try again.
+    #[error("other grammars are being compiled, and none was done within {} ms; send the request again", .0.as_millis())]
+    Busy(std::time::Duration),
     /// This model's vocabulary cannot be used with grammars.
     #[error("this model cannot be held to a grammar: {0}")]
     Unsupported(String),

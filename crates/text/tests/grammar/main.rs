@@ -421,6 +421,7 @@ fn bombs_are_refused_in_time() {
         assert!(message.len() < 1_000, "{name}: {message}");
     }
     let patience = Duration::from_millis(1);
-    let impatient = text.compile_grammar(&strict(nested(14)), patience);
+    // Those that were given up may still hold all places.
+    let impatient = walk::make(true).compile_grammar(&strict(nested(14)), patience);
     assert_eq!(impatient.unwrap_err(), GrammarError::TooSlow(patience));
 }

@@ -52,7 +52,8 @@ pub fn text(words: bool) -> &'static Text {
     &TEXTS[usize::from(words)]
 }
 
-fn make(words: bool) -> Text {
+/// One of its own.
+pub fn make(words: bool) -> Text {
     let bytes: BTreeSet<String> = ByteLevel::alphabet().into_iter().map(String::from).collect();
     let mut tokens: Vec<String> = bytes.into_iter().collect();
     let merges = [
