@@ -436,11 +436,14 @@ impl Connection {
         }
     }
 
-    /// Forgets a response that a request failed to go on from. A stored one can still be had, and one with
-    /// corrections that wait stays, so that its client may try again.
+    /// Forgets a response that a request failed to go on from. A stored one can still be had. One that runs stays, to
+    /// be steered and cancelled, and one with corrections that wait, so that its client may try again.
     fn evict(&self, id: &str) {
-        let waits = |live: &Live| !live.state().steers.is_empty();
-        self.kept().lives.retain(|live| live.id != id || waits(live));
+        let stays = |live: &Live| {
+            let state = live.state();
+            !state.steers.is_empty() || !state.recorder.response().status.is_final()
+        };
+        self.kept().lives.retain(|live| live.id != id || stays(live));
     }
 
     async fn send_all(&self, events: &mut Vec<Event>) {

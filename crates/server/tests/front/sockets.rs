@@ -99,6 +99,16 @@ impl Socket {
         order.response
     }
 
+    /// Reads up to an error, while a response runs.
+    pub async fn error(&mut self, order: &mut Order) -> Value {
+        loop {
+            match self.next().await {
+                event if event["type"] == "error" => return event,
+                event => order.take(&event),
+            }
+        }
+    }
+
     /// Reads up to an event of a type.
     pub async fn until(&mut self, kind: &str, order: &mut Order) -> Value {
         loop {
@@ -261,6 +271,24 @@ async fn lanes_with_requests_are_kept_and_are_so_many_at_most() {
 }
 
 #[tokio::test]
+async fn a_running_response_stays_in_reach_of_its_connection_whoever_names_it() {
+    let (fixture, leash) = start_held_agent(&[&"long ".repeat(200)]);
+    let server = listen(fixture).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x", "stream_id": "a"})).await;
+    let mut order = Order::on(Some("a"));
+    leash.stepping(socket.until("response.output_text.delta", &mut order)).await;
+    let id = order.response["id"].clone();
+    socket.create(json!({"input": "y", "stream_id": "b", "previous_response_id": id})).await;
+    assert_eq!(socket.error(&mut order).await["error"]["code"], "previous_response_not_found");
+    socket.send(json!({"type": "response.cancel", "response_id": id})).await;
+    socket.until("response.incomplete", &mut order).await;
+    assert_eq!(order.response["status"], "cancelled");
+    leash.let_go();
+    server.fixture.idle().await;
+}
+
+#[tokio::test]
 async fn requests_that_wait_on_a_connection_have_at_most_the_bytes_of_one() {
     let (manner, leash) = saying(&["Hello."]).held(PACE);
     let config = ServerConfig { max_body_bytes: 1000, ..ServerConfig::new(MODEL) };
@@ -273,12 +301,7 @@ async fn requests_that_wait_on_a_connection_have_at_most_the_bytes_of_one() {
     for _ in 0..2 {
         socket.create(long.clone()).await;
     }
-    let refused = loop {
-        match socket.next().await {
-            event if event["type"] == "error" => break event,
-            event => order.take(&event),
-        }
-    };
+    let refused = socket.error(&mut order).await;
     assert!(refused["error"]["message"].as_str().unwrap().contains("wait on this connection"), "{refused}");
     leash.let_go();
     while !order.ended() {
