@@ -92,6 +92,7 @@ struct Kept {
 struct Job {
     fields: ResponseFields,
     common: CommonFields,
+    /// Its deadline counts from here.
     arrived: Instant,
     /// Bytes that it came in.
     bytes: usize,
@@ -281,13 +282,15 @@ impl Connection {
     /// Starts the response of a request.
     async fn create(&self, job: Job) -> Result<Arc<Live>, ApiError> {
         let Job { mut fields, common, arrived, .. } = job;
+        // While it waited for its lane nobody worked on it.
+        let taken = Instant::now();
         let settings = fields.settings(&common, &self.server)?;
         let previous = match fields.previous_response_id.as_deref() {
             Some(id) => self.previous(id).await?,
             None => self.server.responses.context(self.caller.owner, None, settings.conversation()).await?,
         };
         let caller = self.caller.on_lane(&self.id, fields.stream_id.as_deref(), arrived);
-        let created = create::assemble(&self.server, &caller, fields, settings, previous, arrived)?;
+        let created = create::assemble(&self.server, &caller, fields, settings, previous, taken)?;
         let how = Start { id: None, streams: true, taken: created.taken };
         run::start(&self.server, created.ask, how).await
     }

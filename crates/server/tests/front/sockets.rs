@@ -288,6 +288,43 @@ async fn a_running_response_stays_in_reach_of_its_connection_whoever_names_it() 
     server.fixture.idle().await;
 }
 
+/// What a histogram of `/metrics` adds up to, in seconds.
+async fn sum(server: &Listening, histogram: &str) -> f64 {
+    let metrics = server.fixture.get("/metrics").await.text();
+    let sum = metrics.lines().find_map(|line| line.strip_prefix(histogram)).unwrap_or("0");
+    sum.trim().parse().unwrap()
+}
+
+#[tokio::test]
+async fn time_on_a_lane_is_none_of_reading_or_of_the_first_token() {
+    const READ: &str = "rudder_request_preparation_seconds_sum{model_name=\"tiny\",stage=\"read\"}";
+    const FIRST_TOKEN: &str = "vllm:time_to_first_token_seconds_sum{model_name=\"tiny\"}";
+    let (fixture, leash) = start_held_agent(&[&"long ".repeat(50), "Hello."]);
+    let server = listen(fixture).await;
+    let mut socket = server.connect().await;
+    socket.create(json!({"input": "x"})).await;
+    let mut order = Order::default();
+    leash.stepping(socket.until("response.output_text.delta", &mut order)).await;
+    socket.create(json!({"input": "y"})).await;
+    // Heard after that one, which waits from now on.
+    socket.send(json!({"type": "response.dance"})).await;
+    socket.error(&mut order).await;
+    let waits = tokio::time::Instant::now();
+    let before = [sum(&server, READ).await, sum(&server, FIRST_TOKEN).await];
+    assert!(before.iter().all(|&sum| sum > 0.0), "{before:?}");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let waited = waits.elapsed();
+    leash.let_go();
+    socket.until("response.completed", &mut order).await;
+    assert_eq!(socket.response().await["status"], "completed");
+    let after = [sum(&server, READ).await, sum(&server, FIRST_TOKEN).await];
+    // On a machine that stands still the rest takes as long.
+    let rest = (waits.elapsed() - waited).as_secs_f64();
+    for (after, before) in after.iter().zip(before) {
+        assert!(after - before <= rest, "{} of {rest} s", after - before);
+    }
+}
+
 #[tokio::test]
 async fn requests_that_wait_on_a_connection_have_at_most_the_bytes_of_one() {
     let (manner, leash) = saying(&["Hello."]).held(PACE);
