@@ -84,6 +84,10 @@ def test_answers_are_the_same_alone_beside_others_and_streamed(start):
     assert streamed(drafting) == streamed(plain)
     free, options = asked[-1]
     before = drafting.metrics()[accepted]
-    for _ in range(2):
+    # The first is told; where others slow steps down for a while, less is drafted, so that it takes more than one retry.
+    for _ in range(8):
         assert words(drafting.chat(free, **options, extra_body={"prompt_cache_key": "again"})) == expected[-1]
-    assert drafting.metrics()[accepted] > before + 20, "what its session was told helps a retry"
+        if drafting.metrics()[accepted] > before + 20:
+            break
+    else:
+        raise AssertionError("what its session was told helps a retry")
