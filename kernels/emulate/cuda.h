@@ -1,8 +1,9 @@
 // CUDA's language and the instructions that the kernels use, in plain C++ for the CPU.
 //
 // A block's threads are fibers (emulate.cpp): they run one at a time until they wait for their warp or block, so
-// that a barrier that not all reach shows as a deadlock, and a kernel's result is that of its source. What this cannot
-// show: races between barriers, memory ordering, the compiler and the hardware.
+// that a barrier that not all reach shows as a deadlock, and a kernel's result is that of its source. Blocks run their
+// threads in different orders, so that races between barriers show as other results. What this cannot show: memory
+// ordering, the compiler and the hardware.
 //
 // Every thread of the host has a device of its own, so that kernels of several ranks run at the same time and can wait for each other.
 #pragma once
@@ -212,7 +213,7 @@ float4 multimem_sum(const float4* from);
 void multimem_store(float4* to, float4 v);
 inline void fence_alias() {}
 
-// ---- copies that arrive late: as late as the kernel allows ----
+// ---- copies that arrive as early or as late as the kernel allows ----
 
 void copy_async_bytes(void* shared, const void* global, unsigned bytes, bool valid);
 template <int BYTES = 16> void copy_async(void* shared, const void* global, bool valid) { copy_async_bytes(shared, global, BYTES, valid); }

@@ -1,4 +1,8 @@
 // Runs kernels on the CPU: a block after another, its threads as fibers that take turns at barriers. All state is the calling thread's.
+//
+// Between two barriers each fiber runs alone as far as it comes, in an order that is drawn for each block: warps and the lanes of one forwards or
+// backwards, and what goes on beside the threads (copies, products) done as early or as late as the hardware may do it. So a kernel where a barrier or
+// a wait is missing gives another result in some blocks. The draw is the same in each run; RUDDER_EMULATE_SEED=1, 2, .. draws others.
 #include "emulate/cuda.h"
 
 #include <csetjmp>
@@ -74,6 +78,33 @@ __thread void (*kernel)(void**);
 __thread void** kernel_arguments;
 __thread const char* kernel_name = "";
 __thread bool kernel_waits;  // for the one before
+__thread uint64_t launches;
+
+// The order that a block's threads run in, and when what goes on beside them is done.
+struct Order {
+    bool warps_backwards, lanes_backwards, early;
+};
+__thread Order order;
+
+uint64_t seed() {
+    static const char* const given = getenv("RUDDER_EMULATE_SEED");
+    static const uint64_t seed = given ? strtoull(given, nullptr, 10) : 0;
+    return seed;
+}
+
+// splitmix64 (Steele, Lea, Flood 2014): bits of a number that look like chance.
+uint64_t mix(uint64_t x) {
+    x += 0x9e3779b97f4a7c15;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+    x = (x ^ x >> 27) * 0x94d049bb133111eb;
+    return x ^ x >> 31;
+}
+
+void draw_order() {
+    const uint64_t block = blockIdx.x + static_cast<uint64_t>(gridDim.x) * (blockIdx.y + static_cast<uint64_t>(gridDim.y) * blockIdx.z);
+    const uint64_t drawn = mix(mix(mix(seed()) + launches) + block);
+    order = {(drawn & 1) != 0, (drawn & 2) != 0, (drawn & 4) != 0};
+}
 
 void place(unsigned thread) {
     running = thread;
@@ -151,17 +182,28 @@ void begin_block(unsigned threads) {
     barriers.clear();
 }
 
+// Lets a warp's threads run until none can go on; whether any did.
+bool run_warp(unsigned begin, unsigned end) {
+    bool moved = false;
+    do {
+        for (unsigned i = begin; i < end; i++) {
+            const unsigned t = order.lanes_backwards ? begin + end - 1 - i : i;
+            if (fibers[t].state == READY) resume(t), moved = true;
+        }
+    } while (release(begin, end, AT_WARP));
+    return moved;
+}
+
 void run_block(unsigned threads) {
     begin_block(threads);
+    draw_order();
+    const unsigned warps = (threads + 31) / 32;
     for (;;) {
         bool moved = false;
         unsigned done = 0;
-        for (unsigned warp = 0; warp < threads; warp += 32) {
-            unsigned end = warp + 32 < threads ? warp + 32 : threads;
-            do {
-                for (unsigned t = warp; t < end; t++)
-                    if (fibers[t].state == READY) resume(t), moved = true;
-            } while (release(warp, end, AT_WARP));
+        for (unsigned i = 0; i < warps; i++) {
+            const unsigned begin = (order.warps_backwards ? warps - 1 - i : i) * 32;
+            moved |= run_warp(begin, begin + 32 < threads ? begin + 32 : threads);
         }
         for (unsigned t = 0; t < threads; t++) {
             done += fibers[t].state == DONE;
@@ -216,7 +258,10 @@ unsigned char* dynamic_shared() { return shared_memory.data() + (16 - reinterpre
 
 void grid_dependency_wait() { fibers[running].waited = true; }
 
-void products_push(std::function<void()> product) { fibers[running].products.back().push_back(std::move(product)); }
+void products_push(std::function<void()> product) {
+    if (order.early) return product();
+    fibers[running].products.back().push_back(std::move(product));
+}
 void products_commit() { fibers[running].products.emplace_back(); }
 void products_wait_for(int pending) {
     auto& groups = fibers[running].products;
@@ -227,17 +272,20 @@ void products_wait_for(int pending) {
     wait_for_warp();
 }
 
+void land(const Copy& copy) { copy.valid ? memcpy(copy.to, copy.from, copy.bytes) : memset(copy.to, 0, copy.bytes); }
 void copy_async_bytes(void* shared, const void* global, unsigned bytes, bool valid) {
     if (reinterpret_cast<uintptr_t>(shared) % bytes || (valid && reinterpret_cast<uintptr_t>(global) % bytes))
         fail("a copy of 8 or 16 bytes that is not aligned");
-    fibers[running].groups.back().push_back({shared, global, bytes, valid});
+    const Copy copy = {shared, global, bytes, valid};
+    if (order.early) land(copy);
+    fibers[running].groups.back().push_back(copy);
 }
 void copy_commit() { fibers[running].groups.emplace_back(); }
 void copy_wait_for(int pending) {
     auto& groups = fibers[running].groups;
     while (static_cast<int>(groups.size()) - 1 > pending) {
-        for (const Copy& copy : groups.front())
-            copy.valid ? memcpy(copy.to, copy.from, copy.bytes) : memset(copy.to, 0, copy.bytes);
+        if (!order.early)
+            for (const Copy& copy : groups.front()) land(copy);
         fibers[running].unpublished |= !groups.front().empty();
         groups.erase(groups.begin());
     }
@@ -270,10 +318,15 @@ void tensor_push(std::function<void()> operation) {
     tensor_use();
     for (const Fiber& fiber : fibers)
         if (fiber.state != DONE && fiber.unpublished) fail("a product begins, and copies are not published");
+    if (order.early) return operation();
     fibers[running].operations.push_back(std::move(operation));
 }
 void tensor_commit(uint64_t* barrier) {
     if (!barriers.count(barrier)) fail("a barrier that was not made");
+    if (order.early) {
+        barriers[barrier]++;
+        return;
+    }
     commits.push_back({std::move(fibers[running].operations), barrier});
     fibers[running].operations.clear();
 }
@@ -287,6 +340,7 @@ void barrier_wait(uint64_t* barrier, uint32_t parity) {
 }
 void tensor_load_later(std::function<void()> load) {
     fibers[running].fence_before_due = true;
+    if (order.early) return load();
     fibers[running].loads.push_back(std::move(load));
 }
 void tensor_load_now() {
@@ -332,6 +386,7 @@ extern "C" int rudder_emulate(const char* name, const unsigned* grid, const unsi
     kernel = found->call;
     kernel_name = found->name;
     kernel_waits = waits;
+    launches++;
     if (count != found->arguments) fail("more or fewer arguments than the kernel has");
     if (grid[0] > 0x7fffffffu || grid[1] > 65535 || grid[2] > 65535) fail("a grid larger than the hardware's");
     kernel_arguments = arguments;

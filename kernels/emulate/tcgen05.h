@@ -1,5 +1,6 @@
-// Blackwell's tensor cores and tensor memory as the PTX manual defines them. Products are done as late as the kernel allows: when a thread waits for
-// the barrier that a commit has them complete; loads when they are waited for. Tensor memory holds NaN at first, and lies elsewhere than at 0.
+// Blackwell's tensor cores and tensor memory as the PTX manual defines them. Products are done at once or, as late as the kernel allows, when a thread
+// waits for the barrier that a commit has them complete; loads at once or when they are waited for. Tensor memory holds NaN at first, and lies
+// elsewhere than at 0.
 //
 // What fails beside wrong descriptors: tensor memory that was not allocated or is not given back; lanes that are not the warp's; what follows a
 // barrier without a fence, or loads that come before one without; products that begin while copies that arrived are not published, or

@@ -1,5 +1,5 @@
-// Products of warpgroups as the PTX manual defines them. A product is done when its group is waited for, as late as it may be, out of what shared
-// memory holds then. What is not shown: which writes a fence makes visible.
+// Products of warpgroups as the PTX manual defines them. A product is done at once or, as late as it may be, when its group is waited for, out of what
+// shared memory holds then. What is not shown: which writes a fence makes visible.
 #pragma once
 #include "panels.h"
 
