@@ -394,7 +394,7 @@ __device__ void tiles(const bf16* x, const bf16* w, const uint4* codes, const un
     const int feature = blockIdx.y * TILE;
     Copies copies(tile, x, w, codes, scales, stride, shift, feature, n, k);
     auto stage = [&](int step) { return memory + step % STAGES * 2 * Tile::BYTES; };
-    const Steps part(k);
+    const Steps part(k / TILE_K);
     // Steps are counted from the block's first on.
     auto copy = [&](int step) { copies.copy(part.begin + step, stage(step), stage(step) + Tile::BYTES), copies.hold(part.begin + step); };
     auto widen = [&](int step) { copies.widen(stage(step) + Tile::BYTES); };

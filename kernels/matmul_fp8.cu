@@ -18,22 +18,23 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* 
     const int warp = threadIdx.x / WARP, group = threadIdx.x % WARP / 4, quad = threadIdx.x % 4;
     const TileRows tile(rows, n, groups, index, share);
     if (tile.count <= 0) return;
-    const int count = tile.count, feature = blockIdx.y * TILE, steps = (k + FP8_BLOCK - 1) / FP8_BLOCK;
+    const int count = tile.count, feature = blockIdx.y * TILE;
     const bool has_rows = warp < 4 || count > 64;  // this warpgroup
+    const Steps part((k + FP8_BLOCK - 1) / FP8_BLOCK);
+    const int steps = part.count;  // counted from the block's first on
     w += tile.skipped * k, w_scales += tile.skipped * w_stride;
-    if (bias) bias += tile.skipped;
 
     auto weights = [&](int row) { return static_cast<size_t>(min(feature + row, n - 1)); };
     const NarrowCopies<16> copies_x(x, count, k, [&](int row) { return tile.source(row); }), copies_w(w, n - feature, k, weights);
     auto stage = [&](int step) { return stages + step % FP8_STAGES * 2 * Tile::BYTES; };
-    auto copy = [&](int step) { copies_x.copy(step, stage(step)), copies_w.copy(step, stage(step) + Tile::BYTES); };
+    auto copy = [&](int step) { copies_x.copy(part.begin + step, stage(step)), copies_w.copy(part.begin + step, stage(step) + Tile::BYTES); };
     // A step's scales are read while the one before it is multiplied: of one feature a thread of the first half, of its two rows every one.
     const float* const my_scales = reinterpret_cast<const float*>(w_scales + weights(threadIdx.x) * w_stride);
     const float* const row_scales[2] = {x_scales + tile.source(warp * 16 + group), x_scales + tile.source(warp * 16 + group + 8)};
     float held_feature = 0.0f, held_row[2] = {};
     auto hold = [&](int step) {
-        if (threadIdx.x < TILE) held_feature = my_scales[step * (FP8_BLOCK / 64) >> shift];
-        for (int r = 0; r < 2; r++) held_row[r] = row_scales[r][static_cast<size_t>(step) * x_rows];
+        if (threadIdx.x < TILE) held_feature = my_scales[(part.begin + step) * (FP8_BLOCK / 64) >> shift];
+        for (int r = 0; r < 2; r++) held_row[r] = row_scales[r][static_cast<size_t>(part.begin + step) * x_rows];
     };
 
     float sums[TILE / 8][4] = {}, s[TILE / 8][4];
@@ -64,6 +65,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) matmul_fp8_fp8(const e4m3* 
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[c][i] += s[c][i] * row_scale[i / 2] * w_scale[step % 2][c * 8 + quad * 2 + i % 2];
     }
+    out = Steps::output(out, rows, n), bias = Steps::own_bias(bias);
+    if (bias) bias += tile.skipped;
 #pragma unroll
     for (int c = 0; c < TILE / 8; c++)
 #pragma unroll

@@ -14,19 +14,20 @@ extern "C" __global__ void __launch_bounds__(256, 2) matmul_fp8_tcgen05(const e4
     unsigned char* const stages = first_panel(memory);
     const TileRows tile(rows, n, groups, index, share);
     if (tile.count <= 0) return;
-    const int warp = threadIdx.x / WARP, feature = blockIdx.y * TILE, steps = (k + FP8_BLOCK - 1) / FP8_BLOCK;
-    const int own = own_feature();
+    const int warp = threadIdx.x / WARP, feature = blockIdx.y * TILE;
+    const Steps part((k + FP8_BLOCK - 1) / FP8_BLOCK);
+    const int own = own_feature(), steps = part.count;  // counted from the block's first on
     auto weights = [&](int row) { return tile.skipped + min(feature + row, n - 1); };
     const NarrowCopies<16> copies_x(x, tile.count, k, [&](int row) { return tile.source(row); }), copies_w(w, n - feature, k, weights);
     auto stage = [&](int step) { return stages + step % NARROW_STAGES * 2 * Tile::BYTES; };
-    auto copy = [&](int step) { copies_x.copy(step, stage(step)), copies_w.copy(step, stage(step) + Tile::BYTES); };
+    auto copy = [&](int step) { copies_x.copy(part.begin + step, stage(step)), copies_w.copy(part.begin + step, stage(step) + Tile::BYTES); };
     // A step's scales are read while the one before it is multiplied: of its feature every thread, of one row those of the first half.
     const float* const feature_scales = reinterpret_cast<const float*>(w_scales + weights(own - feature) * w_stride);
     const float* const row_scales = x_scales + tile.source(threadIdx.x % TILE);
     float held_feature = 0.0f, held_row = 0.0f;
     auto hold = [&](int step) {
-        held_feature = feature_scales[step * (FP8_BLOCK / 64) >> shift];
-        if (threadIdx.x < TILE) held_row = row_scales[static_cast<size_t>(step) * x_rows];
+        held_feature = feature_scales[(part.begin + step) * (FP8_BLOCK / 64) >> shift];
+        if (threadIdx.x < TILE) held_row = row_scales[static_cast<size_t>(part.begin + step) * x_rows];
     };
 
     constexpr int AHEAD = NARROW_STAGES - 1;
@@ -75,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) matmul_fp8_tcgen05(const e4
         copy_commit();
     }
     add(steps - 1, scale);
+    out = Steps::output(out, rows, n), bias = Steps::own_bias(bias);
     const float added = bias && own < n ? bias[tile.skipped + own] : 0.0f;
 #pragma unroll
     for (int j = 0; j < 4; j++)
@@ -135,12 +137,14 @@ __device__ __forceinline__ void scaled_tiles(const void* x, const uint32_t* x_sc
     unsigned char* const stages = first_panel(staged);
     const TileRows tile(rows, n, groups, index, share);
     if (tile.count <= 0) return;
-    const int warp = threadIdx.x / WARP, feature = blockIdx.y * TILE, steps = (k + P::COLUMNS - 1) / P::COLUMNS, bytes = k / (P::COLUMNS / FP8_BLOCK);
+    const int warp = threadIdx.x / WARP, feature = blockIdx.y * TILE, all = (k + P::COLUMNS - 1) / P::COLUMNS, bytes = k / (P::COLUMNS / FP8_BLOCK);
+    const Steps part(all);
+    const int steps = part.count;  // counted from the block's first on
     auto weights = [&](int row) { return tile.skipped + min(feature + row, n - 1); };
     const NarrowCopies<16> copies_x(x, tile.count, bytes, [&](int row) { return tile.source(row); });
     const NarrowCopies<P::BYTES> copies_w(codes, n - feature, bytes, weights);
     auto stage = [&](int step) { return stages + step % NARROW_STAGES * STAGE; };
-    auto copy = [&](int step) { copies_x.copy(step, stage(step)), copies_w.copy(step, stage(step) + Tile::BYTES); };
+    auto copy = [&](int step) { copies_x.copy(part.begin + step, stage(step)), copies_w.copy(part.begin + step, stage(step) + Tile::BYTES); };
     // Of each word x's scales, then w's. A thread of the first half reads those of one row of x while the step before is multiplied, the others of one
     // of w's.
     auto stage_scales = [&](int step) { return stages + NARROW_STAGES * STAGE + step % NARROW_STAGES * SCALES; };
@@ -150,12 +154,12 @@ __device__ __forceinline__ void scaled_tiles(const void* x, const uint32_t* x_sc
     const unsigned char* const feature_scales = scales + weights(copied) * stride;
     uint32_t held[P::WORDS];
     auto hold = [&](int step) {
-        if (!of_x) return P::weights(feature_scales, step, k, held);
+        if (!of_x) return P::weights(feature_scales, part.begin + step, k, held);
 #pragma unroll
-        for (int i = 0; i < P::WORDS; i++) held[i] = words[static_cast<size_t>(step) * x_rows * P::WORDS + i];
+        for (int i = 0; i < P::WORDS; i++) held[i] = words[static_cast<size_t>(part.begin + step) * x_rows * P::WORDS + i];
     };
     // Factors of x's rows lie behind their scales.
-    if (P::FACTORED && of_x) row_factors[copied] = reinterpret_cast<const float*>(x_scales)[static_cast<size_t>(steps) * x_rows * P::WORDS + tile.source(copied)];
+    if (P::FACTORED && of_x) row_factors[copied] = reinterpret_cast<const float*>(x_scales)[static_cast<size_t>(all) * x_rows * P::WORDS + tile.source(copied)];
 
     constexpr int AHEAD = NARROW_STAGES - 1;
     for (int step = 0; step < AHEAD; step++) {
@@ -188,6 +192,7 @@ __device__ __forceinline__ void scaled_tiles(const void* x, const uint32_t* x_sc
         copy_commit();
     }
     products.wait(steps - 1);
+    out = Steps::output(out, rows, n), bias = Steps::own_bias(bias);
     const int own = own_feature();
     const float added = bias && own < n ? bias[tile.skipped + own] : 0.0f;
     const float factor = P::FACTORED ? *reinterpret_cast<const float*>(scales + weights(own - feature) * stride) : 1.0f;

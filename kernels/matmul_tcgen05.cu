@@ -17,7 +17,7 @@ __device__ __forceinline__ void tcgen05_tiles(const bf16* x, const bf16* w, cons
     const int feature = blockIdx.y * TILE, warp = threadIdx.x / WARP;
     Copies copies(tile, x, w, codes, scales, stride, shift, feature, n, k);
     auto stage = [&](int step) { return stages + step % TCGEN05_STAGES * 2 * Tile::BYTES; };
-    const Steps part(k);
+    const Steps part(k / TILE_K);
     // Steps are counted from the block's first on.
     auto copy = [&](int step) { copies.copy(part.begin + step, stage(step), stage(step) + Tile::BYTES); };
     auto hold = [&](int step) { copies.hold(part.begin + step); };

@@ -18,7 +18,7 @@ __device__ __forceinline__ void wgmma_tiles(const bf16* x, const bf16* w, const 
     if (tile.count <= 0) return;
     const int feature = blockIdx.y * TILE;
     const bool has_rows = warp < 4 || tile.count > 64;  // this warpgroup
-    const Steps steps(k);
+    const Steps steps(k / TILE_K);
     const int begin = steps.begin, end = begin + steps.count;
     Copies copies(tile, x, w, codes, scales, stride, shift, feature, n, k);
     // Of bf16 x and w share the stages. Weights of a format come as codes, through a ring of their own, which is six steps ahead, and are widened into

@@ -30,13 +30,13 @@ struct TileRows {
     }
 };
 
-// The steps of TILE_K that a block takes: of gridDim.z parts of k, none of them empty, its own. Each part's sums are an output of their own, one behind
+// The steps of k that a block takes: of gridDim.z parts of all, none of them empty, its own. Each part's sums are an output of their own, one behind
 // the other; the first has the bias.
 struct Steps {
     int begin, count;
 
-    __device__ __forceinline__ explicit Steps(int k) {
-        const int all = k / TILE_K, part = (all + gridDim.z - 1) / gridDim.z;
+    __device__ __forceinline__ explicit Steps(int all) {
+        const int part = (all + gridDim.z - 1) / gridDim.z;
         begin = blockIdx.z * part, count = min(part, all - begin);
     }
     __device__ __forceinline__ static float* output(float* out, int rows, int n) { return out + static_cast<size_t>(blockIdx.z) * rows * n; }

@@ -17,8 +17,8 @@ pub(crate) const FEW: usize = 16;
 /// Rows and features of a tile of `matmul_tiles`.
 pub(crate) const TILE: usize = 128;
 
-/// Steps of k that a part has at least where k is split: below that what splitting saves is not worth the adding up.
-const PART: usize = 8;
+/// Elements of k that a part has at least where k is split: below that what splitting saves is not worth the adding up.
+const PART: usize = 512;
 
 /// From so many rows on, weights of a narrow format are widened in memory and multiplied by cuBLASLt. Below that the writing and reading of
 /// what is widened, some 5 bytes a weight where its cache does not help, costs more than the plain kernel's arithmetic.
@@ -256,62 +256,67 @@ impl Multiplier {
 
     /// Any number of rows, of experts too, on a kernel of ours: `out = x * w^T + bias`, `n` features of it.
     pub fn tiles(&mut self, x: Rows, w: &Weights, bias: Arg, out: Arg, n: usize, tiles: Tiles) -> Result<()> {
-        let grid = Grid::of([tiles.count, n.div_ceil(TILE), 1], 256);
         let Tiles { rows, groups, index, share, .. } = tiles;
-        let features = n;
+        let shape = [n, x.k];
         let (rows, n, k, share) = (rows.into(), n.into(), x.k.into(), share.into());
         match w {
             Weights::Bf16(w) => {
-                let args = [x.data, w.into(), bias, out, rows, n, k, groups, index, share];
-                let (kernel, shared) = self.instructions.kernel(TileKernels::BF16);
-                self.device.launch(kernel, grid, shared, &args)
+                let args = |out| [x.data, w.into(), bias, out, rows, n, k, groups, index, share];
+                self.in_parts(self.instructions.kernel(TileKernels::BF16), STEP, shape, &tiles, out, args)
             }
             Weights::Packed(packed) if self.rounds(packed, x.rows) => {
-                let (kernel, shared) = match packed.packing {
-                    Packing::Mxfp4 => ("matmul_mxfp4_mxfp8", MATMUL_MXFP4_MXFP8_SHARED),
-                    Packing::Nvfp4 => ("matmul_nvfp4_nvfp4", MATMUL_NVFP4_NVFP4_SHARED),
-                    _ if self.rounds_for_tcgen05() => ("matmul_fp8_tcgen05", MATMUL_FP8_TCGEN05_SHARED),
-                    _ => ("matmul_fp8_fp8", MATMUL_FP8_SHARED),
-                };
-                let [codes, scales] = match packed.packing {
+                let (kernel, step) = self.rounding_kernel(packed);
+                let [codes, x_scales] = match packed.packing {
                     Packing::Mxfp4 => self.in_mxfp8(x)?,
                     Packing::Nvfp4 => self.in_nvfp4(x)?,
                     _ => self.in_fp8(x)?,
                 };
-                let [w, w_scales, stride, shift] = packed.args();
-                let x_rows = x.rows.into();
-                let args = [
-                    codes, scales, x_rows, w, w_scales, stride, shift, bias, out, rows, n, k, groups, index,
-                    share,
+                let ([w, scales, stride, shift], x_rows) = (packed.args(), x.rows.into());
+                #[rustfmt::skip]
+                let args = |out| [
+                    codes, x_scales, x_rows, w, scales, stride, shift, bias, out, rows, n, k, groups, index, share,
                 ];
-                self.device.launch(kernel, grid, shared, &args)
+                self.in_parts(kernel, step, shape, &tiles, out, args)
             }
-            Weights::Packed(packed) => self.widening_tiles(x, packed, [bias, out], features, &tiles),
+            // Widened on their way to the tensor cores.
+            Weights::Packed(packed) => {
+                let [w, scales, stride, shift] = packed.args();
+                let args =
+                    |out| [x.data, w, scales, stride, shift, bias, out, rows, n, k, groups, index, share];
+                let kernel = self.instructions.kernel(packed.packing.kernels().tiles);
+                self.in_parts(kernel, STEP, shape, &tiles, out, args)
+            }
         }
     }
 
-    /// The same of weights of a format, which are widened on their way to the tensor cores.
-    fn widening_tiles(
+    /// What multiplies rows that are rounded: a kernel, its bytes of shared memory, and the elements of k in a step of it.
+    fn rounding_kernel(&self, w: &Packed) -> ((&'static str, u32), usize) {
+        match w.packing {
+            Packing::Mxfp4 => (("matmul_mxfp4_mxfp8", MATMUL_MXFP4_MXFP8_SHARED), FP8_BLOCK),
+            Packing::Nvfp4 => (("matmul_nvfp4_nvfp4", MATMUL_NVFP4_NVFP4_SHARED), 2 * FP8_BLOCK),
+            _ if self.rounds_for_tcgen05() => (("matmul_fp8_tcgen05", MATMUL_FP8_TCGEN05_SHARED), FP8_BLOCK),
+            _ => (("matmul_fp8_fp8", MATMUL_FP8_SHARED), FP8_BLOCK),
+        }
+    }
+
+    /// Launches a kernel of tiles with `args` for where its sums go. Where its blocks are few, each takes some of the `step`s of k, and their sums
+    /// are added up.
+    fn in_parts<const N: usize>(
         &mut self,
-        x: Rows,
-        w: &Packed,
-        [bias, out]: [Arg; 2],
-        n: usize,
+        (kernel, shared): (&'static str, u32),
+        step: usize,
+        [n, k]: [usize; 2],
         tiles: &Tiles,
+        out: Arg,
+        args: impl Fn(Arg) -> [Arg; N],
     ) -> Result<()> {
-        let (elements, blocks) = (tiles.rows * n, [tiles.count, n.div_ceil(TILE)]);
-        let parts = self.parts_of_k(blocks[0] * blocks[1], x.k);
+        let (elements, features) = (tiles.rows * n, n.div_ceil(TILE));
+        let parts = self.parts_of_k(tiles.count * features, k.div_ceil(step), PART / step);
         let to = match parts {
             1 => out,
             _ => room(&mut self.parts, &self.device, 4 * parts * elements)?.into(),
         };
-        let &Tiles { rows, groups, index, share, .. } = tiles;
-        let [codes, scales, stride, shift] = w.args();
-        let (rows, n, k, share) = (rows.into(), n.into(), x.k.into(), share.into());
-        let args = [x.data, codes, scales, stride, shift, bias, to, rows, n, k, groups, index, share];
-        let (kernel, shared) = self.instructions.kernel(w.packing.kernels().tiles);
-        let grid = Grid::of([blocks[0], blocks[1], parts], 256);
-        self.device.launch(kernel, grid, shared, &args)?;
+        self.device.launch(kernel, Grid::of([tiles.count, features, parts], 256), shared, &args(to))?;
         if parts == 1 {
             return Ok(());
         }
@@ -319,10 +324,10 @@ impl Multiplier {
         self.device.launch("add_parts", Grid::elements(elements), 0, &args)
     }
 
-    /// In how many parts k is taken: few tiles in as many as there are multiprocessors for.
-    fn parts_of_k(&self, tiles: usize, k: usize) -> usize {
-        let (steps, wanted) = (k / STEP, (self.device.multiprocessors() / tiles.max(1)).max(1));
-        steps.div_ceil(steps.div_ceil(wanted).max(PART)).max(1)
+    /// In how many parts, each of at least so many steps, k's steps are taken: few tiles in as many as there are multiprocessors for.
+    fn parts_of_k(&self, tiles: usize, steps: usize, least: usize) -> usize {
+        let wanted = (self.device.multiprocessors() / tiles.max(1)).max(1);
+        steps.div_ceil(steps.div_ceil(wanted).max(least)).max(1)
     }
 
     /// Codes and scales of rows, which become FP8 here if they are not yet.
