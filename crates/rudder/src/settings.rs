@@ -186,7 +186,7 @@ pub enum KvCacheDtype {
 /// What a model runs on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Device {
-    /// The first GPU that there are kernels for, else the CPU.
+    /// The first GPU that there are kernels for, if it computes what the CPU does, else the CPU.
     #[default]
     Auto,
     /// The CPU.
