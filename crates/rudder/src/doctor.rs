@@ -70,8 +70,10 @@ fn kernels() -> String {
         "AVX2 with VNNI"
     } else if avx2 {
         "AVX2"
+    } else if has(&["neon", "dotprod"]) {
+        "NEON with dot products"
     } else {
-        return "portable: this CPU lacks AVX2, so expect a fraction of the usual speed".into();
+        return "portable: this CPU lacks AVX2, or on ARM dot products, so expect a fraction of the usual speed".into();
     };
     format!("{name}, the widest that this CPU has")
 }

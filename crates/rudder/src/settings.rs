@@ -27,17 +27,18 @@ pub struct ModelSettings {
     #[arg(long, env = "RUDDER_CACHE", value_name = "FOLDER")]
     pub cache: Option<PathBuf>,
     /// Where weights come from: the model's files, or random numbers in its shape (auto, dummy), to measure with
-    /// `rudder bench throughput`; the model is then llama-3.1-8b, qwen3-8b, qwen3-coder-30b-a3b (each also with -fp8), gpt-oss-20b, tiny or
+    /// `rudder bench throughput`; the model is then llama-3.1-8b, qwen3-8b, qwen3-coder-30b-a3b, tiny (each also with -fp8), gpt-oss-20b or
     /// a folder with a config.json [default: auto]
     #[arg(long, env = "RUDDER_LOAD_FORMAT", value_name = "FORMAT", value_enum)]
     pub load_format: Option<LoadFormat>,
     /// Turn 16- and 32-bit weights into fp8 (E4M3, a scale for each row) as they are loaded, on a GPU [default: leave them]
     #[arg(long, env = "RUDDER_QUANTIZATION", value_name = "FORMAT", value_enum)]
     pub quantization: Option<Quantization>,
-    /// What to run on: auto, cpu, cuda or cuda:1 (the second GPU) [default: auto]
+    /// What to run on: auto (the first GPU if a small model computes there what it does on the CPU, else the CPU), cpu, cuda or
+    /// cuda:1 (the second GPU), both unchecked [default: auto]
     #[arg(long, env = "RUDDER_DEVICE", value_name = "DEVICE")]
     pub device: Option<Device>,
-    /// Worker threads [default: the machine's physical cores]
+    /// Worker threads [default: the machine's physical cores, or fewer where the process may use fewer]
     #[arg(long, env = "RUDDER_THREADS", value_name = "N")]
     pub threads: Option<usize>,
     /// Ranks that share every layer of the model: parts of the CPU's threads, or GPUs from the chosen one on; must divide the
@@ -59,7 +60,8 @@ pub struct ModelSettings {
     /// Longest sequence, prompt and answer together, in tokens [default: the model's, less where memory is short]
     #[arg(long, env = "RUDDER_MAX_CONTEXT", value_name = "TOKENS")]
     pub max_context: Option<usize>,
-    /// Memory for the KV cache, as in 4GiB [default: four full contexts, at most a quarter of available memory]
+    /// Memory for the KV cache, as in 4GiB [default: four full contexts, at most a quarter of available memory; on a GPU what
+    /// gpu_memory_utilization leaves]
     #[arg(long, env = "RUDDER_KV_MEMORY", value_name = "BYTES")]
     pub kv_memory: Option<ByteSize>,
     /// What keys and values are kept as: auto (16-bit floats), or on a GPU fp8 (E4M3): twice the tokens, a little less exact [default: auto]
@@ -74,7 +76,7 @@ pub struct ModelSettings {
     /// Most sequences that run at once [default: 64, on a GPU 256]
     #[arg(long, env = "RUDDER_MAX_SEQUENCES", value_name = "N")]
     pub max_sequences: Option<usize>,
-    /// Most tokens computed in one step [default: 512, on a GPU 4096]
+    /// Most tokens computed in one step [default: 512, on a GPU 4096; more for many sequences]
     #[arg(long, env = "RUDDER_MAX_BATCH_TOKENS", value_name = "TOKENS")]
     pub max_batch_tokens: Option<usize>,
     /// How long decodes may wait for prefill between two tokens, in milliseconds: prompts are read in chunks
@@ -93,7 +95,7 @@ pub struct ModelSettings {
     /// Folder for KV on disk, one for each server [default: rudder/kv in the user's cache folder]
     #[arg(long, env = "RUDDER_KV_DIR", value_name = "FOLDER")]
     pub kv_dir: Option<PathBuf>,
-    /// Where drafts come from, which speed up answers that repeat their prompt and change none [default: lookup]
+    /// Where drafts come from, which speed up answers that repeat their prompt and change none, on a GPU but for roundings [default: lookup]
     #[arg(long, env = "RUDDER_DRAFT", value_enum)]
     pub draft: Option<Draft>,
     /// Small model of the same vocabulary that drafts where nothing repeats, as long as that pays; named as --model
@@ -129,7 +131,7 @@ pub struct ServerSettings {
     #[serde(default, deserialize_with = "one_or_many")]
     pub alias: Option<Vec<String>>,
     /// How tool calls are read, if the model's chat template tells it wrong: hermes, qwen3_coder,
-    /// llama3_json, pythonic, mistral, deepseek_v3, glm45, harmony or none
+    /// llama3_json, pythonic, mistral, deepseek_v3, glm45, harmony, one of vLLM's other names for them, or none
     #[arg(long, env = "RUDDER_TOOL_PARSER", value_name = "NAME")]
     pub tool_parser: Option<String>,
     /// How reasoning is read, likewise: think, mistral, harmony or none
