@@ -6,6 +6,7 @@
 //! hand, a linear-time engine does the rest.
 
 use regex::Regex;
+use regex_syntax::ast::{self, Ast};
 
 use crate::TextError;
 
@@ -148,6 +149,8 @@ impl Stage {
                 (format!("{start}{WITHOUT}"), lookahead)
             }
         };
+        // A quantifier upon another (`x++`) makes it possessive elsewhere, and repeats it in this engine.
+        ast::visit(&ast::parse::Parser::new().parse(&pattern).ok()?, SingleQuantifiers).ok()?;
         // An expression that can match nothing would never come forward.
         let shortest = regex_syntax::parse(&pattern).ok()?.properties().minimum_len()?;
         if shortest == 0 {
@@ -165,6 +168,25 @@ impl Stage {
         }
         let rest = found.len() - last.len_utf8();
         if rest > 0 && found[..rest].chars().all(char::is_whitespace) { rest } else { found.len() }
+    }
+}
+
+/// Looks over an expression; an error if a quantifier stands right upon another.
+struct SingleQuantifiers;
+
+impl ast::Visitor for SingleQuantifiers {
+    type Output = ();
+    type Err = ();
+
+    fn finish(self) -> Result<(), ()> {
+        Ok(())
+    }
+
+    fn visit_pre(&mut self, part: &Ast) -> Result<(), ()> {
+        match part {
+            Ast::Repetition(outer) if matches!(*outer.ast, Ast::Repetition(_)) => Err(()),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -282,5 +304,9 @@ mod tests {
         assert!(PreTokenizer::new([r"(?=x)y"]).is_none());
         assert!(PreTokenizer::new([r"x*"]).is_none());
         assert!(PreTokenizer::new([r"\b"]).is_none());
+        for possessive in [r"x?+y", r"(ab*+c)+", r"x++", r"\p{N}{1,3}+"] {
+            assert!(PreTokenizer::new([possessive]).is_none(), "{possessive}");
+        }
+        assert!(PreTokenizer::new([r"x+\++[?+]+(?:y+)+"]).is_some());
     }
 }

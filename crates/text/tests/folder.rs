@@ -139,6 +139,17 @@ fn pre_tokenizers_beyond_ours_are_the_librarys() {
     agrees(&file);
 }
 
+#[test]
+fn possessive_quantifiers_are_read_as_the_library_reads_them() {
+    // As in tiktoken's cl100k_base.
+    let cuts = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+";
+    let mut file = byte_level();
+    for cuts in [cuts, r"[^\r\n\p{L}\p{N}]?+\p{L}++", r" *+\p{L}|\p{N}{1,3}+"] {
+        file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = cuts.into();
+        agrees(&file);
+    }
+}
+
 /// As Llama 2's: bytes for what is not in the vocabulary, spaces as `▁`, one before the text.
 fn sentence_piece(normalizer: Value, pre_tokenizer: Value) -> Value {
     let decoder = json!({"type": "Sequence", "decoders": [
