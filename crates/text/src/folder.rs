@@ -170,6 +170,15 @@ impl TokenizerFile {
                 "tokenizer.json has a model of the type {kind}; known is BPE (byte-pair encoding)"
             )));
         }
+        // What tokens are written with besides their text, in the text and in the merges.
+        for mark in ["continuing_subword_prefix", "end_of_word_suffix"] {
+            if let Some(mark_text) = self.model[mark].as_str().filter(|text| !text.is_empty()) {
+                return Err(TextError::Model(format!(
+                    "the model of tokenizer.json has the {mark} `{mark_text}`, which is not supported; known are \
+                     byte-level (ByteLevel) and SentencePiece (ByteFallback, Metaspace) vocabularies without one"
+                )));
+            }
+        }
         let parts: ModelParts = parse(&self.model, "model of tokenizer.json")?;
         let merges = parts.merges.iter().map(|merge| match merge {
             Merge::Pair(left, right) => (left.as_str(), right.as_str()),

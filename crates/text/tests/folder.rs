@@ -294,6 +294,9 @@ fn broken_folders_are_refused_with_the_reason() {
     let longest = "a".repeat(500);
     let long = changed(&|file| file["model"]["merges"] = json!([["a", longest], [longest, "a"]]));
     refused("merge 0", &long);
+    for mark in ["continuing_subword_prefix", "end_of_word_suffix"] {
+        refused(mark, &changed(&|file| file["model"][mark] = "##".into()));
+    }
     refused("past the limit", &changed(&|file| file["model"]["vocab"]["zz"] = u32::MAX.into()));
     refused(
         "neither",
