@@ -13,6 +13,10 @@ use crate::tokenizer::{Marker, Markup, Pipeline, Tokenizer};
 use crate::vocab::{Kind, Spelling, Vocab};
 use crate::{Parts, Text, TextError};
 
+/// Bytes of the longest token of a SentencePiece vocabulary. Those that models were trained with have some dozens;
+/// every place where a token may be parted is looked at.
+const MAX_PIECE_BYTES: usize = 1024;
+
 /// What a GGUF file says about text; each field names the metadata key it comes from.
 #[derive(Debug, Clone, Default)]
 pub struct TextSource {
@@ -220,6 +224,13 @@ impl TextSource {
         mergeable.extend(spaces.map(|(text, id)| (text.to_owned(), id)));
         let mut merges = Vec::new();
         for (token, &id) in &mergeable {
+            if token.len() > MAX_PIECE_BYTES {
+                return Err(TextError::Model(format!(
+                    "token {id} of the model file has {} bytes, more than a SentencePiece vocabulary may have \
+                     ({MAX_PIECE_BYTES}): the file is damaged, or was converted wrongly",
+                    token.len()
+                )));
+            }
             for (middle, _) in token.char_indices().skip(1) {
                 let (left, right) = token.split_at(middle);
                 if mergeable.contains_key(left) && mergeable.contains_key(right) {

@@ -249,6 +249,13 @@ fn files_that_contradict_themselves_are_refused() {
     refused("`hellohello`", TextSource { merges: long, ..whole.clone() });
     refused("does not compile", TextSource { chat_template: Some("{% for %}".into()), ..whole.clone() });
     refused("scores", TextSource { model: "llama".into(), scores: vec![0.0], ..whole });
+
+    let (mut pieces, _) = sentence_piece();
+    let (last, longest) = (pieces.tokens.len() - 1, "a".repeat(1024));
+    pieces.tokens[last] = longest.clone();
+    assert!(Text::from_gguf(pieces.clone()).is_ok());
+    pieces.tokens[last] = longest + "a";
+    refused("1025 bytes", pieces);
 }
 
 /// The vocabulary of goldens/make_sentencepiece.py.
