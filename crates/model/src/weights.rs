@@ -52,6 +52,13 @@ enum Format {
     Dummy(Dummy),
 }
 
+/// The tensor of a matrix `X.weight` that is packed and so stored under another name, whatever its format.
+fn packed(checkpoint: &Checkpoint, name: &str) -> Option<String> {
+    let matrix = name.strip_suffix("weight")?;
+    let names = ["qweight", "weight_packed"].map(|packed| format!("{matrix}{packed}"));
+    names.into_iter().find(|name| checkpoint.contains(name))
+}
+
 /// How a checkpoint stores matrices that it does not store as numbers.
 struct Stored {
     /// Rows and columns that FP8 matrices have a scale for.
@@ -76,7 +83,16 @@ impl Stored {
         {
             return Ok(matrix);
         }
-        checkpoint.tensor(name)
+        match packed(checkpoint, name).filter(|_| !checkpoint.contains(name)) {
+            Some(packed) => Err(LoadError::invalid(
+                checkpoint.folder(),
+                format!(
+                    "tensor {packed} is packed in a format that \"quantization_config\" of config.json does not name; \
+                     use the GGUF or the original weights"
+                ),
+            )),
+            None => checkpoint.tensor(name),
+        }
     }
 }
 
@@ -173,9 +189,12 @@ impl Weights {
         self.tensor(self.pick("output_norm.weight", "model.norm.weight"), &[hidden])
     }
 
-    /// Whether there is an output matrix apart from the embedding table.
+    /// Whether there is an output matrix apart from the embedding table, whatever its format.
     pub fn has_output(&self) -> bool {
-        self.contains(self.pick("output.weight", "lm_head.weight"))
+        match &self.format {
+            Format::HuggingFace(checkpoint, _) if packed(checkpoint, "lm_head.weight").is_some() => true,
+            _ => self.contains(self.pick("output.weight", "lm_head.weight")),
+        }
     }
 
     /// The output matrix, `[vocab, hidden]`.

@@ -102,7 +102,7 @@ impl Made {
 }
 
 /// Writes a checkpoint of these layers, whose MLPs are `inner` wide.
-fn write(folder: &Path, layers: &[Layer], inner: usize, quantization: &str) {
+fn write(folder: &Path, layers: &[Layer], inner: usize, quantization: &str) -> Made {
     let count = layers.len();
     let config = format!(
         r#"{{"model_type": "llama", "hidden_size": {HIDDEN}, "intermediate_size": {inner}, "num_hidden_layers": {count},
@@ -135,6 +135,7 @@ fn write(folder: &Path, layers: &[Layer], inner: usize, quantization: &str) {
         }
     }
     made.write(folder);
+    made
 }
 
 /// Logits of a prompt, and twenty tokens that follow greedily.
@@ -205,4 +206,33 @@ fn formats_of_one_mixture_are_told_apart_though_their_tensors_have_the_same_name
     let compressed = r#""quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups""#;
     write(folder.path(), &layers, 384, &format!("{compressed}: {{{groups}}}"));
     check(folder.path());
+}
+
+#[test]
+fn a_quantised_output_matrix_is_used_though_nothing_says_that_it_is_not_the_embedding_table() {
+    let folder = tempfile::tempdir().unwrap();
+    let quantization = r#""quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"a": {"weights": {"num_bits": 4}}}"#;
+    let mut made = write(folder.path(), &[[Kind::PackedInt4; 7]], 384, quantization);
+    made.tensors.remove("lm_head.weight");
+    made.matrix("lm_head", [VOCAB, HIDDEN], Kind::PackedInt4);
+    made.write(folder.path());
+    let open = || load(folder.path(), Cpu::new(1, KvDType::F32), OPTIONS, |_, _| ());
+    let stated = says(&mut *open().unwrap().model);
+    let config = folder.path().join("config.json");
+    let silent = fs::read_to_string(&config).unwrap().replace(r#""tie_word_embeddings": false, "#, "");
+    fs::write(&config, &silent).unwrap();
+    assert_eq!(says(&mut *open().unwrap().model), stated);
+
+    // Of a format that is not told, it is not passed over either.
+    made = write(folder.path(), &[[Kind::Plain; 7]], 384, "");
+    made.tensors.remove("lm_head.weight");
+    made.matrix("lm_head", [VOCAB, HIDDEN], Kind::PackedInt4);
+    made.write(folder.path());
+    fs::write(&config, silent.replace(&format!("{{{quantization}}}"), "null")).unwrap();
+    let refusal = open().err().expect("a format that is not told").to_string();
+    assert!(
+        refusal.contains("lm_head.weight_packed") && refusal.contains("quantization_config"),
+        "{refusal}"
+    );
 }
