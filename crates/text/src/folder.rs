@@ -235,10 +235,10 @@ impl TokenizerFile {
         if let (Some(compose), Some(pre_tokenizer)) = (compose, pre_tokenizer) {
             return Ok(Pipeline::ByteLevel { compose, pre_tokenizer });
         }
-        let first = steps(self.normalizer.as_ref(), self.pre_tokenizer.as_ref())?;
+        let first = Steps::new(self.normalizer.as_ref(), self.pre_tokenizer.as_ref())?;
         let [normalizer, pre_tokenizer] =
             [&self.normalizer, &self.pre_tokenizer].map(|part| part.clone().and_then(without_prefix));
-        let continued = steps(normalizer.as_ref(), pre_tokenizer.as_ref())?;
+        let continued = Steps::new(normalizer.as_ref(), pre_tokenizer.as_ref())?;
         Ok(Pipeline::Listed(Box::new(Listed { first, continued })))
     }
 
@@ -271,15 +271,6 @@ struct ModelParts {
 enum Merge {
     Pair(String, String),
     Line(String),
-}
-
-fn steps(normalizer: Option<&Value>, pre_tokenizer: Option<&Value>) -> Result<Steps, TextError> {
-    Ok(Steps {
-        normalizer: normalizer.map(|part| parse(part, "normalizer of tokenizer.json")).transpose()?,
-        pre_tokenizer: pre_tokenizer
-            .map(|part| parse(part, "pre_tokenizer of tokenizer.json"))
-            .transpose()?,
-    })
 }
 
 /// A normalizer or pre-tokenizer that puts nothing before the text; `None` if it did nothing else.

@@ -1,5 +1,9 @@
 //! Pipelines that a tokenizer.json lists and that we leave to the `tokenizers` crate.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizer::Range;
 use tokenizers::pre_tokenizers::metaspace::PrependScheme;
@@ -26,6 +30,17 @@ pub(crate) struct Steps {
 }
 
 impl Steps {
+    /// Of a tokenizer.json.
+    ///
+    /// # Errors
+    /// If the library does not understand them, or would panic or hang at texts.
+    pub(crate) fn new(normalizer: Option<&Value>, pre_tokenizer: Option<&Value>) -> Result<Self, TextError> {
+        Ok(Self {
+            normalizer: normalizer.map(|part| read("normalizer", part)).transpose()?,
+            pre_tokenizer: pre_tokenizer.map(|part| read("pre_tokenizer", part)).transpose()?,
+        })
+    }
+
     /// Whether a text's first stretch is encoded otherwise than the same stretch after markup.
     pub(crate) fn sees_the_start(&self) -> bool {
         fn sees(pre_tokenizer: &PreTokenizerWrapper) -> bool {
@@ -39,7 +54,21 @@ impl Steps {
     }
 
     /// Appends the tokens of `text`, as the library encodes it, but with our spans of markup.
+    ///
+    /// # Errors
+    /// If the library fails on the text; it may panic at what the file lists.
     pub(crate) fn encode(
+        &self,
+        bpe: &BPE,
+        text: &str,
+        spans: &[Span<'_>],
+        out: &mut Vec<u32>,
+    ) -> Result<(), TextError> {
+        guarded(|| self.encode_unguarded(bpe, text, spans, out))
+            .unwrap_or_else(|| Err(broken("tokenizer.json lists a step that panics at it".into())))
+    }
+
+    fn encode_unguarded(
         &self,
         bpe: &BPE,
         text: &str,
@@ -59,6 +88,59 @@ impl Steps {
         out.extend_from_slice(encoding.get_ids());
         Ok(())
     }
+}
+
+/// What work with the library comes to; `None` if it panics. Of what the work may change the library keeps only a
+/// cache, which it passes over where that was left locked.
+fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(work)).ok()
+}
+
+/// A normalizer or pre-tokenizer as the library has it.
+fn read<T: for<'de> Deserialize<'de>>(what: &str, part: &Value) -> Result<T, TextError> {
+    check(what, part)?;
+    let refused =
+        |why: &str| TextError::Model(format!("the {what} of tokenizer.json is not understood: {why}"));
+    match guarded(|| T::deserialize(part)) {
+        Some(read) => read.map_err(|error| refused(&error.to_string())),
+        None => Err(refused("it is damaged, or of another version")),
+    }
+}
+
+/// Refuses parts that the library takes and then panics at, or makes room for without end.
+fn check(what: &str, part: &Value) -> Result<(), TextError> {
+    for list in ["normalizers", "pretokenizers"] {
+        part[list].as_array().into_iter().flatten().try_for_each(|part| check(what, part))?;
+    }
+    let fault = match part["type"].as_str() {
+        Some("FixedLength") if part["length"] == 0 => "pieces of the length 0",
+        Some("Precompiled") if !part["precompiled_charsmap"].as_str().is_some_and(is_whole) => {
+            "a precompiled_charsmap that is shorter than it says"
+        }
+        _ => return Ok(()),
+    };
+    Err(TextError::Model(format!(
+        "the {what} of tokenizer.json has a part {} with {fault}: the file is damaged",
+        part["type"]
+    )))
+}
+
+/// Whether a table of SentencePiece's, in base64, may have as many bytes as it begins with saying.
+fn is_whole(table: &str) -> bool {
+    let digit = |character: u8| match character {
+        b'A'..=b'Z' => Some(character - b'A'),
+        b'a'..=b'z' => Some(character - b'a' + 26),
+        b'0'..=b'9' => Some(character - b'0' + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    };
+    // Six digits are 36 bits; the first 32 are the count, its lowest byte first.
+    let bits = table.as_bytes().get(..6).and_then(|digits| {
+        digits.iter().try_fold(0u64, |bits, &character| Some(bits << 6 | u64::from(digit(character)?)))
+    });
+    let bytes = bits.map(|bits| ((bits >> 4) as u32).swap_bytes());
+    bytes.is_some_and(|bytes| bytes as usize <= table.len() / 4 * 3)
 }
 
 /// The spans as slices of the library's own kind of string.

@@ -231,6 +231,19 @@ fn added_tokens_are_found_only_where_asked_for_whatever_the_file_calls_them() {
 }
 
 #[test]
+fn a_tokenizer_that_panics_refuses_the_text() {
+    // The library looks for the text's bytes where this table has none.
+    for table in ["BAAAAAAAAAA=", "AAAAAA=="] {
+        let mut file = byte_level();
+        file["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": table});
+        let folder = folder(&[("tokenizer.json", file.to_string())]);
+        let text = Text::from_folder(folder.path()).unwrap();
+        let refusal = text.encode("abc", true, false).unwrap_err().to_string();
+        assert!(refusal.contains("tokenizer failed"), "{refusal}");
+    }
+}
+
+#[test]
 fn configurations_beside_the_tokenizer_are_read() {
     let mut file = byte_level();
     let end = add(&mut file, "<end>", true);
@@ -296,6 +309,19 @@ fn broken_folders_are_refused_with_the_reason() {
     refused("merge 0", &long);
     for mark in ["continuing_subword_prefix", "end_of_word_suffix"] {
         refused(mark, &changed(&|file| file["model"][mark] = "##".into()));
+    }
+    refused(
+        "FixedLength",
+        &changed(&|file| {
+            let pre_tokenizers = file["pre_tokenizer"]["pretokenizers"].as_array_mut().unwrap();
+            pre_tokenizers.insert(0, json!({"type": "FixedLength", "length": 0}));
+        }),
+    );
+    // No table, and one that is said to have a billion entries.
+    for table in ["", "/////w=="] {
+        let normalizer = json!({"type": "Precompiled", "precompiled_charsmap": table});
+        let normalizer = json!({"type": "Sequence", "normalizers": [normalizer]});
+        refused("Precompiled", &changed(&|file| file["normalizer"] = normalizer.clone()));
     }
     refused("past the limit", &changed(&|file| file["model"]["vocab"]["zz"] = u32::MAX.into()));
     refused(
