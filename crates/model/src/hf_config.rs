@@ -359,7 +359,8 @@ fn fp8_block(fields: &Fields<'_>) -> Result<[usize; 2], String> {
     .ok_or_else(|| format!("\"weight_block_size\" is {size}, not two counts"))
 }
 
-/// Rope's base and scaling: `rope_parameters` (transformers 5), else `rope_theta` and `rope_scaling`.
+/// Rope's base and scaling: of `rope_scaling` and `rope_theta`, or of `rope_parameters` (transformers 5). As in transformers, a `rope_scaling` that
+/// is not empty holds where there are both; a base that only `rope_parameters` has still does.
 fn rope(fields: &Fields<'_>) -> Result<(f64, Scaling), String> {
     let section = |name: &str| match fields.0.get(name) {
         Some(Value::Object(map)) => Ok(Some(map)),
@@ -367,8 +368,11 @@ fn rope(fields: &Fields<'_>) -> Result<(f64, Scaling), String> {
         Some(_) => Err(format!("{name:?} is not an object")),
     };
     let none = Map::new();
-    let rope = Fields(section("rope_parameters")?.or(section("rope_scaling")?).unwrap_or(&none));
-    let theta = rope.f64("rope_theta")?.or(fields.f64("rope_theta")?).unwrap_or(10_000.0);
+    let parameters = Fields(section("rope_parameters")?.unwrap_or(&none));
+    let old = section("rope_scaling")?.filter(|scaling| !scaling.is_empty());
+    let rope = Fields(old.unwrap_or(parameters.0));
+    let stated = rope.f64("rope_theta")?.or(fields.f64("rope_theta")?).or(parameters.f64("rope_theta")?);
+    let theta = stated.unwrap_or(10_000.0);
     let number = |name: &str| rope.f64(name)?.ok_or_else(|| format!("rope scaling lacks {name:?}"));
     for partial in [fields.f64("partial_rotary_factor")?, rope.f64("partial_rotary_factor")?] {
         if partial.is_some_and(|factor| factor != 1.0) {
@@ -488,6 +492,22 @@ mod tests {
             format!(r#"{{"rope_parameters": {{"rope_type": "llama3", "rope_theta": 1000000.0, {llama3}}}}}"#);
         assert_eq!(old.config, with(&new).unwrap().config);
         assert_ne!(old.config.rope, with("{}").unwrap().config.rope);
+    }
+
+    #[test]
+    fn of_both_rope_sections_the_old_one_holds_unless_it_is_empty() {
+        let rope =
+            |sections: &str| with(&format!("{{\"rope_theta\": null, {sections}}}")).unwrap().config.rope;
+        let new = r#""rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}"#;
+        let old = |more: &str| format!(r#""rope_scaling": {{"rope_type": "linear", "factor": 4.0{more}}}"#);
+        let (theta, both) = (r#""rope_theta": 500000.0"#, format!("{new}, {}", old("")));
+        assert_eq!(rope(&both), rope(&format!("{theta}, {}", old(""))));
+        assert_ne!(rope(&both), rope(new));
+        let own = old(r#", "rope_theta": 7000.0"#);
+        assert_eq!(rope(&format!("{new}, {own}")), rope(&own));
+        for empty in ["{}", "null"] {
+            assert_eq!(rope(&format!(r#"{new}, "rope_scaling": {empty}"#)), rope(new));
+        }
     }
 
     #[test]
