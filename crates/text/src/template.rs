@@ -11,8 +11,8 @@ use serde_json::Map;
 use crate::message_loop::{KNOWN, MARK, with_marks};
 use crate::{OutputFormat, TemplateLimits, TextError};
 
-/// Instructions that one rendering may run. A long conversation takes some hundred thousand; this
-/// many take a few seconds at most.
+/// Instructions that one rendering may run; 64 bytes of text that it makes count as one more. A long
+/// conversation takes some hundred thousand; this many take a few seconds and 1.3 GB at most.
 const FUEL: u64 = 20_000_000;
 
 const CHAT: &str = "chat template";
@@ -226,7 +226,9 @@ fn refused(error: &Error) -> TextError {
         cause = current.source();
     }
     if error.kind() == ErrorKind::OutOfFuel {
-        return TextError::Template("it takes too many steps for these messages".into());
+        return TextError::Template(
+            "it takes too many steps, or makes too much text, for these messages".into(),
+        );
     }
     TextError::Template(describe(error))
 }
@@ -345,6 +347,29 @@ mod tests {
             matches!(render(chat), Err(TextError::Template(message)) if message.contains("too many steps"))
         );
         assert!(render("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").is_err());
+    }
+
+    #[test]
+    fn text_without_end_is_cut_off() {
+        let double = "{% set box = namespace(text='x') %}{% for i in range(20) %}{% set box.text = box.text";
+        for chat in [
+            "{{ 'x' | indent(1000000, true) }}",
+            "{{ '%1000000d' | format(1) }}",
+            "{{ 'x' * 1000000 }}",
+            "{% set text = 'x' * 1000 %}{{ text.replace('x', text) }}",
+            "{% set text = 'x' * 1000 %}{% for i in range(1000) %}{{ text }}{% endfor %}",
+            &format!("{double} ~ box.text %}}{{% endfor %}}"),
+            &format!("{double} + box.text %}}{{% endfor %}}"),
+        ] {
+            let mut template = template(chat);
+            let mut render = |fuel| {
+                template.env.set_fuel(Some(fuel));
+                template.render(&[], None, true, &Map::new())
+            };
+            assert!(render(FUEL).is_ok(), "{chat}");
+            let refusal = render(10_000).expect_err(chat).to_string();
+            assert!(refusal.contains("too many steps"), "{refusal}");
+        }
     }
 
     #[test]
