@@ -36,6 +36,10 @@ struct AddedToken {
     id: u32,
     content: String,
     #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    normalized: bool,
+    #[serde(default)]
     lstrip: bool,
     #[serde(default)]
     rstrip: bool,
@@ -120,6 +124,8 @@ impl Text {
         ends.extend(named(&config.eos_token));
         let stop_tokens = vocab.stop_tokens(ends);
         let infill = FimTokens::well_known(&vocab);
+        let pipeline = file.pipeline()?;
+        let markup = Markup::new(file.markers(&pipeline)?)?;
         Ok(Self {
             parts: Arc::new(Parts {
                 infill_stop_tokens: infill
@@ -132,12 +138,7 @@ impl Text {
                 leading_space: spelling == Spelling::SentencePiece && file.strips_leading_space(),
                 bos,
                 add_bos,
-                tokenizer: Arc::new(Tokenizer {
-                    bpe,
-                    pipeline: file.pipeline()?,
-                    markup: Markup::new(file.markers())?,
-                    cache: TokenCache::new(),
-                }),
+                tokenizer: Arc::new(Tokenizer { bpe, pipeline, markup, cache: TokenCache::new() }),
                 grammars: Grammars::default(),
                 vocab,
             }),
@@ -211,16 +212,19 @@ impl TokenizerFile {
         Vocab::new(tokens.into_iter(), spelling)
     }
 
-    fn markers(&self) -> Vec<Marker> {
-        self.added_tokens
-            .iter()
-            .map(|token| Marker {
+    fn markers(&self, pipeline: &Pipeline) -> Result<Vec<Marker>, TextError> {
+        let marker = |token: &AddedToken| {
+            let normalized = token.normalized.then(|| pipeline.normalized(&token.content));
+            Ok(Marker {
                 text: token.content.clone(),
                 token: token.id,
+                normalized: normalized.transpose()?,
+                single_word: token.single_word,
                 strip_left: token.lstrip,
                 strip_right: token.rstrip,
             })
-            .collect()
+        };
+        self.added_tokens.iter().map(marker).collect()
     }
 
     /// Our own pre-tokenizer where it can do what the file asks for, else the library's.

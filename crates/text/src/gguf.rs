@@ -84,6 +84,8 @@ impl Text {
             .map(|(text, token)| Marker {
                 text: text.to_owned(),
                 token,
+                normalized: None,
+                single_word: false,
                 strip_left: false,
                 strip_right: false,
             })

@@ -89,8 +89,9 @@ impl Text {
         Ok(tokens)
     }
 
-    /// Whether a text may be cut before and behind any markup, and its parts encoded apart: no markup takes
-    /// whitespace with it, and the first stretch is like the others.
+    /// Whether a text may be cut before and behind any markup, and its parts encoded apart: no markup looks at what
+    /// stands beside it or takes whitespace with it, none is looked for in normalized text only, and the first stretch
+    /// is like the others.
     pub fn cuts_at_markup(&self) -> bool {
         self.parts.tokenizer.cuts_at_markup()
     }

@@ -13,7 +13,7 @@ use tokenizers::{
 };
 
 use crate::TextError;
-use crate::tokenizer::{Span, broken};
+use crate::tokenizer::{Finder, Span, broken};
 
 /// What a tokenizer.json lists.
 pub(crate) struct Listed {
@@ -53,7 +53,22 @@ impl Steps {
         self.pre_tokenizer.as_ref().is_some_and(sees)
     }
 
-    /// Appends the tokens of `text`, as the library encodes it, but with our spans of markup.
+    /// The text as it is when it is cut.
+    ///
+    /// # Errors
+    /// If the normalizer fails on it.
+    pub(crate) fn normalized(&self, text: &str) -> Result<String, TextError> {
+        guarded(|| {
+            let mut text = NormalizedString::from(text);
+            if let Some(normalizer) = &self.normalizer {
+                normalizer.normalize(&mut text).map_err(broken)?;
+            }
+            Ok(text.get().to_owned())
+        })
+    }
+
+    /// Appends the tokens of `text`, as the library encodes it, but with our spans of markup, and with our markers
+    /// of normalized text found between those.
     ///
     /// # Errors
     /// If the library fails on the text; it may panic at what the file lists.
@@ -62,10 +77,10 @@ impl Steps {
         bpe: &BPE,
         text: &str,
         spans: &[Span<'_>],
+        normalized: &Finder,
         out: &mut Vec<u32>,
     ) -> Result<(), TextError> {
-        guarded(|| self.encode_unguarded(bpe, text, spans, out))
-            .unwrap_or_else(|| Err(broken("tokenizer.json lists a step that panics at it".into())))
+        guarded(|| self.encode_unguarded(bpe, text, spans, normalized, out))
     }
 
     fn encode_unguarded(
@@ -73,12 +88,16 @@ impl Steps {
         bpe: &BPE,
         text: &str,
         spans: &[Span<'_>],
+        normalized: &Finder,
         out: &mut Vec<u32>,
     ) -> Result<(), TextError> {
         let mut text = PreTokenizedString::from(text);
         text.split(|_, whole| Ok(slices(&whole, spans))).map_err(broken)?;
         if let Some(normalizer) = &self.normalizer {
             text.normalize(|piece| normalizer.normalize(piece)).map_err(broken)?;
+        }
+        if !normalized.is_empty() {
+            text.split(|_, piece| Ok(slices(&piece, &normalized.spans(piece.get())))).map_err(broken)?;
         }
         if let Some(pre_tokenizer) = &self.pre_tokenizer {
             pre_tokenizer.pre_tokenize(&mut text).map_err(broken)?;
@@ -90,10 +109,11 @@ impl Steps {
     }
 }
 
-/// What work with the library comes to; `None` if it panics. Of what the work may change the library keeps only a
-/// cache, which it passes over where that was left locked.
-fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
-    catch_unwind(AssertUnwindSafe(work)).ok()
+/// What work with the library comes to, which may panic. Of what it changes the library keeps only a cache, which it
+/// passes over where that was left locked.
+fn guarded<T>(work: impl FnOnce() -> Result<T, TextError>) -> Result<T, TextError> {
+    let panicked = |_| Err(broken("tokenizer.json lists a step that panics at it".into()));
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(panicked)
 }
 
 /// A normalizer or pre-tokenizer as the library has it.
@@ -101,10 +121,9 @@ fn read<T: for<'de> Deserialize<'de>>(what: &str, part: &Value) -> Result<T, Tex
     check(what, part)?;
     let refused =
         |why: &str| TextError::Model(format!("the {what} of tokenizer.json is not understood: {why}"));
-    match guarded(|| T::deserialize(part)) {
-        Some(read) => read.map_err(|error| refused(&error.to_string())),
-        None => Err(refused("it is damaged, or of another version")),
-    }
+    catch_unwind(|| T::deserialize(part))
+        .map_err(|_| refused("it is damaged, or of another version"))?
+        .map_err(|error| refused(&error.to_string()))
 }
 
 /// Refuses parts that the library takes and then panics at, or makes room for without end.
@@ -155,8 +174,7 @@ fn slices(whole: &NormalizedString, spans: &[Span<'_>]) -> Vec<(NormalizedString
             Span::Text(_) => None,
             Span::Token(id, text) => Some(vec![Token::new(id, text.to_owned(), (0, text.len()))]),
         };
-        // Nothing is normalised yet, so both ranges are the same; that of the original would be looked for from
-        // the text's beginning on.
+        // That of the original, even where both are the same, would be looked for from the text's beginning on.
         slices.extend(whole.slice(Range::Normalized(range)).map(|slice| (slice, tokens)));
     }
     slices

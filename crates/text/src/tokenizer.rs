@@ -1,6 +1,9 @@
 //! Text to tokens: markup is found first, the text between is cut and merged.
 
+use std::borrow::Cow;
+
 use aho_corasick::{AhoCorasick, MatchKind};
+use regex_syntax::is_word_character;
 use tokenizers::Model;
 use tokenizers::models::bpe::BPE;
 use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
@@ -42,6 +45,10 @@ pub(crate) enum Pipeline {
 pub(crate) struct Marker {
     pub(crate) text: String,
     pub(crate) token: u32,
+    /// How it is spelled in normalized text, if it is looked for there only.
+    pub(crate) normalized: Option<String>,
+    /// Whether it may not stand right beside a letter, a digit, or what else makes a word (`\w`).
+    pub(crate) single_word: bool,
     /// Whether it takes the whitespace to its left or right with it.
     pub(crate) strip_left: bool,
     pub(crate) strip_right: bool,
@@ -49,11 +56,19 @@ pub(crate) struct Marker {
 
 /// The markers of a vocabulary: all of them, and those that hold in plain text too.
 pub(crate) struct Markup {
-    all: Finder,
-    plain: Finder,
+    all: Markers,
+    plain: Markers,
 }
 
-struct Finder {
+/// Markers that are found in a text as it is, and those that are then found in what is between, once normalized.
+struct Markers {
+    raw: Finder,
+    normalized: Finder,
+}
+
+/// Finds markers by their spellings, of several at one place the longest.
+#[derive(Default)]
+pub(crate) struct Finder {
     /// `None` without markers.
     automaton: Option<AhoCorasick>,
     markers: Vec<Marker>,
@@ -69,14 +84,25 @@ pub(crate) enum Span<'t> {
 impl Tokenizer {
     /// Appends the tokens of `text`; with `special`, markup becomes its token.
     pub(crate) fn encode(&self, text: &str, special: bool, out: &mut Vec<u32>) -> Result<(), TextError> {
-        let finder = if special { &self.markup.all } else { &self.markup.plain };
-        let spans = finder.spans(text);
+        let markers = if special { &self.markup.all } else { &self.markup.plain };
         if let Pipeline::Listed(listed) = &self.pipeline
-            && listed.first.sees_the_start()
+            && (listed.first.sees_the_start() || !markers.normalized.is_empty())
         {
-            return listed.first.encode(&self.bpe, text, &spans, out);
+            return listed.first.encode(&self.bpe, text, &markers.raw.spans(text), &markers.normalized, out);
         }
-        for span in spans {
+        for span in markers.raw.spans(text) {
+            match span {
+                Span::Token(token, _) => out.push(token),
+                Span::Text(text) if markers.normalized.is_empty() => self.encode_remembered(text, out)?,
+                Span::Text(text) => self.encode_normalized(text, &markers.normalized, out)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends the tokens of a text in which markers are looked for once it is normalized.
+    fn encode_normalized(&self, text: &str, markers: &Finder, out: &mut Vec<u32>) -> Result<(), TextError> {
+        for span in markers.spans(&self.pipeline.composed(text)) {
             match span {
                 Span::Token(token, _) => out.push(token),
                 Span::Text(text) => self.encode_remembered(text, out)?,
@@ -89,8 +115,11 @@ impl Tokenizer {
     pub(crate) fn cuts_at_markup(&self) -> bool {
         let sees_the_start =
             matches!(&self.pipeline, Pipeline::Listed(listed) if listed.first.sees_the_start());
+        let sees_around = |marker: &Marker| marker.single_word || marker.strip_left || marker.strip_right;
+        // A normalized text may have other markers than its parts.
         !sees_the_start
-            && self.markup.all.markers.iter().all(|marker| !marker.strip_left && !marker.strip_right)
+            && self.markup.all.normalized.is_empty()
+            && !self.markup.all.raw.markers.iter().any(sees_around)
     }
 
     /// Appends the tokens of a text between markup, of which much may have been encoded before.
@@ -108,7 +137,8 @@ impl Tokenizer {
         match &self.pipeline {
             Pipeline::SentencePiece { .. } => self.encode_plain(text, false, out),
             Pipeline::Listed(listed) => {
-                listed.continued.encode(&self.bpe, text, &self.markup.plain.spans(text), out)
+                let Markers { raw, normalized } = &self.markup.plain;
+                listed.continued.encode(&self.bpe, text, &raw.spans(text), normalized, out)
             }
             Pipeline::ByteLevel { .. } => self.encode(text, false, out),
         }
@@ -117,15 +147,8 @@ impl Tokenizer {
     fn encode_plain(&self, text: &str, first: bool, out: &mut Vec<u32>) -> Result<(), TextError> {
         let mut spelled = String::new();
         match &self.pipeline {
-            Pipeline::ByteLevel { compose, pre_tokenizer } => {
-                let composed;
-                let text = if *compose && is_nfc_quick(text.chars()) != IsNormalized::Yes {
-                    composed = text.nfc().collect::<String>();
-                    &composed
-                } else {
-                    text
-                };
-                pre_tokenizer.split(text, &mut |piece| {
+            Pipeline::ByteLevel { pre_tokenizer, .. } => {
+                pre_tokenizer.split(&self.pipeline.composed(text), &mut |piece| {
                     spelled.clear();
                     spelled.extend(piece.bytes().map(|byte| CHAR_OF_BYTE[byte as usize]));
                     self.merge(&spelled, out)
@@ -138,7 +161,9 @@ impl Tokenizer {
                 spelled.push_str(&text.replace(' ', "▁"));
                 self.merge(&spelled, out)
             }
-            Pipeline::Listed(listed) => listed.first.encode(&self.bpe, text, &[Span::Text(text)], out),
+            Pipeline::Listed(listed) => {
+                listed.first.encode(&self.bpe, text, &[Span::Text(text)], &Finder::default(), out)
+            }
         }
     }
 
@@ -159,6 +184,27 @@ impl Pipeline {
             _ => text.len(),
         }
     }
+
+    /// The text in Unicode's composed form, where that is asked for.
+    fn composed<'t>(&self, text: &'t str) -> Cow<'t, str> {
+        match self {
+            Self::ByteLevel { compose: true, .. } if is_nfc_quick(text.chars()) != IsNormalized::Yes => {
+                text.nfc().collect()
+            }
+            _ => text.into(),
+        }
+    }
+
+    /// The text as it is when it is cut.
+    ///
+    /// # Errors
+    /// If the model's own normalizer fails.
+    pub(crate) fn normalized(&self, text: &str) -> Result<String, TextError> {
+        match self {
+            Self::Listed(listed) => listed.first.normalized(text),
+            _ => Ok(self.composed(text).into_owned()),
+        }
+    }
 }
 
 pub(crate) fn broken(error: tokenizers::Error) -> TextError {
@@ -170,32 +216,58 @@ impl Markup {
     pub(crate) fn new(markers: Vec<Marker>) -> Result<Self, TextError> {
         let markers: Vec<_> = markers.into_iter().filter(|marker| !marker.text.is_empty()).collect();
         let plain = markers.iter().filter(|marker| marker.text.trim().is_empty()).cloned().collect();
-        Ok(Self { all: Finder::new(markers)?, plain: Finder::new(plain)? })
+        Ok(Self { all: Markers::new(markers)?, plain: Markers::new(plain)? })
+    }
+}
+
+impl Markers {
+    fn new(markers: Vec<Marker>) -> Result<Self, TextError> {
+        let (raw, normalized) = markers.into_iter().partition(|marker| marker.normalized.is_none());
+        Ok(Self { raw: Finder::new(raw)?, normalized: Finder::new(normalized)? })
+    }
+}
+
+impl Marker {
+    /// What is looked for.
+    fn spelling(&self) -> &str {
+        self.normalized.as_ref().unwrap_or(&self.text)
+    }
+
+    /// Whether it may stand between these texts.
+    fn fits(&self, before: &str, after: &str) -> bool {
+        let in_word = |c: Option<char>| c.is_some_and(is_word_character);
+        !(self.single_word && (in_word(before.chars().next_back()) || in_word(after.chars().next())))
     }
 }
 
 impl Finder {
-    fn new(markers: Vec<Marker>) -> Result<Self, TextError> {
+    fn new(mut markers: Vec<Marker>) -> Result<Self, TextError> {
+        markers.retain(|marker| !marker.spelling().is_empty());
         if markers.is_empty() {
             return Ok(Self { automaton: None, markers });
         }
         let automaton = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
-            .build(markers.iter().map(|marker| &marker.text))
+            .build(markers.iter().map(Marker::spelling))
             .map_err(|error| TextError::Model(format!("the model's special tokens are too many: {error}")))?;
         Ok(Self { automaton: Some(automaton), markers })
     }
 
+    /// Whether it finds nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.markers.is_empty()
+    }
+
     /// The text as spans that, put together, are the text.
-    fn spans<'t>(&self, text: &'t str) -> Vec<Span<'t>> {
+    pub(crate) fn spans<'t>(&self, text: &'t str) -> Vec<Span<'t>> {
         let mut spans = Vec::new();
         let mut done = 0;
         for found in self.automaton.iter().flat_map(|automaton| automaton.find_iter(text)) {
+            let marker = &self.markers[found.pattern()];
             // The marker before may have taken whitespace that is a marker itself.
-            if found.start() < done {
+            if found.start() < done || !marker.fits(&text[..found.start()], &text[found.end()..]) {
                 continue;
             }
-            let marker = &self.markers[found.pattern()];
             let before = &text[done..found.start()];
             let before = if marker.strip_left { before.trim_end() } else { before };
             if !before.is_empty() {
@@ -265,9 +337,9 @@ mod tests {
 
     /// The tokens with nothing remembered and no text between markup cut.
     fn encode_whole(tokenizer: &Tokenizer, text: &str, special: bool) -> Vec<u32> {
-        let finder = if special { &tokenizer.markup.all } else { &tokenizer.markup.plain };
+        let markers = if special { &tokenizer.markup.all } else { &tokenizer.markup.plain };
         let mut tokens = Vec::new();
-        for span in finder.spans(text) {
+        for span in markers.raw.spans(text) {
             match span {
                 Span::Token(token, _) => tokens.push(token),
                 Span::Text(text) => tokenizer.encode_plain(text, true, &mut tokens).unwrap(),
@@ -345,7 +417,14 @@ mod tests {
     }
 
     fn marker(text: &str, token: u32) -> Marker {
-        Marker { text: text.into(), token, strip_left: false, strip_right: false }
+        Marker {
+            text: text.into(),
+            token,
+            normalized: None,
+            single_word: false,
+            strip_left: false,
+            strip_right: false,
+        }
     }
 
     #[test]

@@ -90,12 +90,14 @@ fn composes_alike(oracle: &Tokenizer, text: &str) -> bool {
 /// Checks random texts, markup among them, against the oracle.
 fn agrees(file: &Value) {
     let (text, oracle) = open(file);
+    let added = file["added_tokens"].as_array().unwrap().iter();
+    let added: Vec<String> = added.map(|token| token["content"].as_str().unwrap().to_owned()).collect();
     let piece = prop_oneof![
         any::<String>(),
         "[a-e ]{0,9}",
         "[ \t\r\n]{0,4}",
         "[0-9'stéé中😀]{0,6}",
-        Just("<|im_start|>".into()),
+        prop::sample::select(added),
         Just("<tool_call>".into()),
         Just("e\u{301}".into()),
     ];
@@ -228,6 +230,58 @@ fn added_tokens_are_found_only_where_asked_for_whatever_the_file_calls_them() {
     assert!(text.encode("a\n\n\nb", false, false).unwrap().contains(&newline));
     let tokens = text.encode("<|im_start|><tool_call>é", true, false).unwrap();
     assert_eq!(text.decode(&tokens, true), "<tool_call>é");
+}
+
+#[test]
+fn words_that_must_stand_alone_are_found_as_the_library_finds_them() {
+    for (normalizer, normalized) in [(json!({"type": "NFC"}), false), (Value::Null, true)] {
+        let mut file = byte_level();
+        file["normalizer"] = normalizer;
+        for content in ["abe", "<e>", "aé"] {
+            add(&mut file, content, false);
+        }
+        for token in file["added_tokens"].as_array_mut().unwrap() {
+            token["single_word"] = (token["content"] != "<|im_start|>").into();
+            token["normalized"] = normalized.into();
+        }
+        agrees(&file);
+        let (text, _) = open(&file);
+        let word = text.special_token("abe").unwrap();
+        assert_eq!(text.encode("abe", true, false).unwrap(), [word]);
+        assert!(!text.encode("abed", true, false).unwrap().contains(&word));
+        assert!(!text.cuts_at_markup());
+    }
+}
+
+#[test]
+fn words_that_stand_in_normalized_text_are_found_as_the_library_finds_them() {
+    let with_words = |mut file: Value, words: &[&str]| {
+        for word in words {
+            add(&mut file, word, false);
+        }
+        let added = file["added_tokens"].as_array_mut().unwrap();
+        added.iter_mut().rev().take(words.len()).for_each(|token| token["normalized"] = true.into());
+        file
+    };
+    let words = ["aé", "e\u{301}d", "a b", "<x>", "<|im", "start|>b"];
+    let composed = with_words(byte_level(), &words);
+    agrees(&composed);
+    let (text, _) = open(&composed);
+    let word = text.special_token("aé").unwrap();
+    assert_eq!(text.encode("ae\u{301}", true, false).unwrap(), [word]);
+    // Composed, the mark is part of another character.
+    assert!(text.encode("<x>\u{338}", true, false).unwrap().len() > 1);
+
+    let mut plain = composed;
+    plain["normalizer"] = Value::Null;
+    agrees(&plain);
+    let prepend = json!({"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]});
+    let first = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+    for file in [sentence_piece(prepend, Value::Null), sentence_piece(Value::Null, first)] {
+        agrees(&with_words(file, &words));
+    }
 }
 
 #[test]
