@@ -100,7 +100,15 @@ impl MaskJob {
         !self.draft.is_empty()
     }
 
+    /// Whether its sequence is still there, which holds the way for late drafts while the job is away.
+    fn is_wanted(&self) -> bool {
+        Arc::strong_count(&self.late) > 1
+    }
+
     fn run(&mut self) {
+        if !self.is_wanted() {
+            return;
+        }
         if self.draft.is_empty() {
             let outcome = catch_unwind(AssertUnwindSafe(|| self.try_run()));
             self.next = outcome.unwrap_or_else(|_| Err("the grammar failed unexpectedly".into()));
@@ -273,7 +281,8 @@ impl MaskWorkers {
         Self { queue, done, out: 0 }
     }
 
-    /// Hands a job over. What comes back takes a draft for it until it is done.
+    /// Hands a job over. What comes back takes a draft for it until it is done; nothing is computed for a job
+    /// of which it was dropped.
     pub(crate) fn send(&mut self, job: Box<MaskJob>) -> Arc<LateDraft> {
         let late = job.late.clone();
         self.out += 1;
@@ -332,5 +341,31 @@ impl Queue {
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Cannot even start.
+    #[derive(Debug)]
+    struct Broken;
+
+    impl Grammar for Broken {
+        fn start(&self) -> Result<Box<dyn Constraint>, String> {
+            Err("asked".into())
+        }
+    }
+
+    #[test]
+    fn nothing_is_computed_for_a_sequence_that_is_gone() {
+        let mut job = MaskJob::new(1, Arc::new(Broken), true, 128);
+        job.run();
+        assert_eq!(job.next, Ok(Next::Draw));
+        let sequence = job.late.clone();
+        job.run();
+        assert_eq!(job.next, Err("asked".into()));
+        drop(sequence);
     }
 }

@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{
     Answer, CONFIG, VOCAB, ask, assert_whole, check_ahead, check_drafted, check_drafts, collect, prompt,
@@ -156,6 +156,15 @@ fn every_token_is_one_the_grammar_allows() {
         assert_eq!(answer.usage.completion_tokens, 100);
     }
     assert_whole(&engine);
+}
+
+#[test]
+fn a_grammar_does_not_start_for_a_request_that_never_runs() {
+    let (engine, grammar) = (start(CONFIG), toy(runs));
+    let asked = |deadline| GenerateRequest { deadline, ..held(&grammar, request(prompt(1, 40), 200)) };
+    assert!(ask(&engine, asked(Some(Instant::now()))).expired);
+    check_runs(&ask(&engine, asked(None)).ids());
+    assert_eq!(grammar.started.load(Ordering::SeqCst), 1);
 }
 
 /// One answer per prompt, however the grammar is used.

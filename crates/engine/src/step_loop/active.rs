@@ -16,6 +16,7 @@ use crate::request::{Token, Usage};
 pub(super) struct Active {
     pub(super) submission: Submission,
     pub(super) counts: Option<TokenCounts>,
+    /// Absent without a grammar, and before the sequence runs.
     pub(super) grammar: Option<Held>,
     pub(super) reasoning: Option<Reasoning>,
     /// Prompt tokens scored so far, when asked for.

@@ -1,5 +1,5 @@
-//! Where the step loop and the grammars' workers meet: before a step is planned, before its rows are
-//! sampled, and after a token was drawn.
+//! Where the step loop and the grammars' workers meet: when a sequence is admitted, before a step is planned, before
+//! its rows are sampled, and after a token was drawn.
 
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,19 @@ use crate::request::{FinishReason, Token};
 const GRAMMAR_PATIENCE: Duration = Duration::from_micros(200);
 
 impl StepLoop {
+    /// A sequence was admitted: its grammar, if it has one, is asked for the first mask. Those that wait are not
+    /// before it at the workers.
+    pub(super) fn start_grammar(&mut self, id: SequenceId) {
+        let Some(active) = self.active.get_mut(&id).filter(|active| active.grammar.is_none()) else { return };
+        let submission = &active.submission;
+        let wanted = submission.request.grammar.clone().filter(|_| submission.max_tokens > 0);
+        active.grammar = wanted.map(|grammar| {
+            let jump = submission.request.sampling.logprobs.is_none();
+            let job = MaskJob::new(id, grammar, jump, self.model.config().vocab);
+            Held::Away(self.masks.send(Box::new(job)))
+        });
+    }
+
     /// Before a step is planned: hears the grammars that have an answer by now, so that forced
     /// tokens are part of this step and sequences at their end are not.
     pub(super) fn follow_grammars(&mut self) {

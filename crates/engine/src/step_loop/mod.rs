@@ -22,14 +22,14 @@ use rudder_ops::{Batch, SampleRow, Sampled, SamplingParams, TokenCounts};
 use rudder_scheduler::{Pace, Policy, Scheduler, SchedulerConfig, SequenceId, StepPlan};
 use tokio::sync::mpsc::UnboundedSender;
 
-use self::active::{Active, Held};
+use self::active::Active;
 use self::ahead::Flight;
 use self::compute::guarded;
 use self::sessions::Sessions;
 use crate::draft::{Drafting, ModelDrafter};
 use crate::draft_model::DraftModel;
 use crate::engine::{DraftCounts, DraftMode, EngineConfig, Shared, Stats};
-use crate::mask_workers::{MaskJob, MaskWorkers};
+use crate::mask_workers::MaskWorkers;
 use crate::reasoning::Reasoning;
 use crate::request::{Event, GenerateRequest};
 use crate::tier::DiskTier;
@@ -265,16 +265,11 @@ impl StepLoop {
         self.expect_blocks(submission.id);
         let counts = request.sampling.needs_counts().then(|| TokenCounts::of_prompt(&request.prompt));
         let id = submission.id;
-        let grammar = request.grammar.clone().filter(|_| submission.max_tokens > 0).map(|grammar| {
-            let jump = request.sampling.logprobs.is_none();
-            let job = MaskJob::new(id, grammar, jump, self.model.config().vocab);
-            Held::Away(self.masks.send(Box::new(job)))
-        });
         let active = Active {
             reasoning: request.reasoning.clone().map(Reasoning::new),
             submission,
             counts,
-            grammar,
+            grammar: None,
             scores: Vec::new(),
             generated: 0,
             cached: None,
@@ -371,6 +366,7 @@ impl StepLoop {
                 self.stats.prompt_tokens += active.submission.request.prompt.len() as u64;
             }
             active.cached.get_or_insert(*cached);
+            self.start_grammar(*id);
         }
     }
 
