@@ -13,8 +13,10 @@ const WEIGHT: f64 = 0.25;
 const MOST_SLOWER: f64 = 4.0;
 /// Steps with fewer prompt tokens say nothing about prefill.
 const LEAST_TOKENS: usize = 64;
-/// Every load that is not tried makes the disk look so much faster, so that it is tried again.
+/// Every load that is not tried for the disk's sake makes the disk look so much faster, so that it is tried again.
 const HOPE: f64 = 0.95;
+/// Loads that save less than so many times their overhead say nothing about the disk.
+const LEAST_SAVED: f64 = 2.0;
 /// No load is given up before.
 const LEAST_PATIENCE: Duration = Duration::from_millis(100);
 
@@ -56,9 +58,10 @@ impl Speeds {
 
     /// Whether loading `bytes`, after `queued` others, takes less time than computing `tokens`.
     pub fn prefers_load(&mut self, bytes: usize, queued: usize, tokens: usize) -> bool {
-        let load = OVERHEAD + (queued + bytes) as f64 * self.per_byte;
-        let prefers = load < tokens as f64 * self.per_token;
-        if !prefers {
+        let prefill = tokens as f64 * self.per_token;
+        let load = |bytes: usize| OVERHEAD + bytes as f64 * self.per_byte;
+        let prefers = load(queued + bytes) < prefill;
+        if load(bytes) >= prefill && prefill >= LEAST_SAVED * OVERHEAD {
             self.per_byte *= HOPE;
         }
         prefers
@@ -115,6 +118,18 @@ mod tests {
         }
         let refused = (0..1000).take_while(|_| !speeds.prefers_load(10 * BLOCK, 0, 160)).count();
         assert!((1..200).contains(&refused), "{refused}");
+    }
+
+    #[test]
+    fn a_load_refused_for_its_queue_or_its_length_does_not_make_the_disk_look_faster() {
+        let mut speeds = Speeds::default();
+        let per_byte = speeds.per_byte;
+        assert!((0..100).all(|_| !speeds.prefers_load(BLOCK, 1000 * BLOCK, 16)));
+        for _ in 0..50 {
+            speeds.computed(512, Duration::from_millis(1)); // as a large GPU would
+        }
+        assert!((0..100).all(|_| !speeds.prefers_load(16 * BLOCK, 0, 256)));
+        assert_eq!(speeds.per_byte, per_byte);
     }
 
     #[test]
