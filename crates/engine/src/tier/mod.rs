@@ -112,6 +112,8 @@ pub struct DiskTier {
     chains: HashMap<SequenceId, Chain>,
     loads: HashMap<SequenceId, Load>,
     next_ticket: u64,
+    /// Most blocks put in place between two steps.
+    in_blocks: usize,
     stats: TierStats,
 }
 
@@ -181,6 +183,7 @@ impl DiskTier {
         let store = Store::open(medium, capacity, block.bytes, Fingerprint(block.fingerprint))?;
         let store = Arc::new(store);
         Ok(Self {
+            in_blocks: blocks_in(IN_BYTES, block.bytes),
             writer: Writer::start(store.clone()).map_err(TierError::Thread)?,
             reader: Reader::start(store.clone()).map_err(TierError::Thread)?,
             ahead: Ahead::start(store.clone()).map_err(TierError::Thread)?,
@@ -220,11 +223,6 @@ impl DiskTier {
     /// Most bytes on disk.
     pub fn capacity(&self) -> u64 {
         self.store.capacity()
-    }
-
-    /// Blocks in so many bytes; at least one.
-    fn blocks_in(&self, bytes: usize) -> usize {
-        (bytes / self.store.block_bytes().max(1)).max(1)
     }
 
     // ---- in --------------------------------------------------------------------------------
@@ -310,9 +308,11 @@ impl DiskTier {
         model: &mut dyn Model,
         mut ended: impl FnMut(SequenceId, usize),
     ) {
-        for _ in 0..self.blocks_in(IN_BYTES) {
+        let mut waits = false;
+        for _ in 0..self.in_blocks {
             let Some(arrival) = self.reader.arrived() else {
-                return self.give_up_late_loads(scheduler, ended);
+                waits = true;
+                break;
             };
             let over = match arrival {
                 Arrival::Block { ticket, payload } => {
@@ -323,8 +323,7 @@ impl DiskTier {
                 Arrival::End { ticket, bytes, took, outcome } => {
                     self.speeds.read(bytes, took);
                     match outcome {
-                        Ok(()) if bytes > 0 => self.reads.success(),
-                        // Cancelled before it began, or evicted meanwhile: that says nothing of the disk.
+                        // What was evicted meanwhile says nothing of the disk.
                         Ok(()) | Err(ReadError::Missing) => (),
                         Err(error) => self.read_failed(&error.to_string()),
                     }
@@ -335,15 +334,21 @@ impl DiskTier {
                 ended(id, self.end_load(scheduler, id));
             }
         }
+        self.give_up_late_loads(scheduler, waits, ended);
     }
 
-    /// With nothing left that has arrived: gives up loads whose time is over. It speaks against the disk
-    /// only where no other load was before it.
-    fn give_up_late_loads(&mut self, scheduler: &mut Scheduler, mut ended: impl FnMut(SequenceId, usize)) {
+    /// Gives up loads whose time is over. It speaks against the disk only where the loop waits for it and no other
+    /// load was before it.
+    fn give_up_late_loads(
+        &mut self,
+        scheduler: &mut Scheduler,
+        waits: bool,
+        mut ended: impl FnMut(SequenceId, usize),
+    ) {
         let now = Instant::now();
         let first = self.loads.values().map(|load| load.ticket).min();
         while let Some((&id, load)) = self.loads.iter().find(|(_, load)| load.deadline <= now) {
-            if Some(load.ticket) == first {
+            if waits && Some(load.ticket) == first {
                 self.read_failed("reading took longer than computing would");
             }
             ended(id, self.end_load(scheduler, id));
@@ -373,7 +378,11 @@ impl DiskTier {
                 scheduler.restored(id, 1);
                 let load = self.loads.get_mut(&id)?;
                 load.done += 1;
-                (load.done == load.wanted).then_some(id)
+                let whole = load.done == load.wanted;
+                if whole {
+                    self.reads.success();
+                }
+                whole.then_some(id)
             }
             Err(error) => {
                 tracing::warn!(%error, "a KV block could not be put in place");
@@ -451,7 +460,7 @@ impl DiskTier {
         if outputs * 2 <= tokens {
             self.speeds.computed(tokens, took);
         }
-        let mut room = self.blocks_in(OUT_BYTES);
+        let mut room = blocks_in(OUT_BYTES, self.store.block_bytes());
         for chunk in &plan.chunks {
             if let Some(sequence) = scheduler.sequence(chunk.id) {
                 self.offer(chunk.id, sequence, model, &mut room);
@@ -480,7 +489,7 @@ impl DiskTier {
     pub(crate) fn end(&mut self, scheduler: &Scheduler, model: &mut dyn Model, id: SequenceId) {
         self.loads.remove(&id);
         if let Some(sequence) = scheduler.sequence(id) {
-            self.offer(id, sequence, model, &mut self.blocks_in(OUT_BYTES));
+            self.offer(id, sequence, model, &mut blocks_in(OUT_BYTES, self.store.block_bytes()));
             if let Some(chain) = self.chains.get(&id).filter(|_| sequence.indexed_blocks() >= LEAST_BLOCKS) {
                 self.stats.dropped += sequence.indexed_blocks().saturating_sub(chain.offered) as u64;
             }
@@ -517,6 +526,11 @@ impl DiskTier {
     }
 }
 
+/// Blocks in so many bytes; at least one.
+fn blocks_in(bytes: usize, block_bytes: usize) -> usize {
+    (bytes / block_bytes.max(1)).max(1)
+}
+
 impl Chain {
     /// Names a sequence's blocks up to `blocks`, which are full.
     fn extend(&mut self, root: BlockKey, sequence: &Sequence, blocks: usize) {
@@ -524,5 +538,113 @@ impl Chain {
             let parent = self.keys.last().copied().unwrap_or(root);
             self.keys.push(parent.child(sequence.block_tokens(index)));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rudder_model::{KvBlock, ModelConfig};
+    use rudder_ops::{Batch, OpError, SampleRow, Sampled};
+    use rudder_scheduler::{Origin, Policy, SchedulerConfig};
+
+    use super::*;
+
+    /// A model of which only blocks are wanted.
+    struct Blocks;
+
+    impl Model for Blocks {
+        fn config(&self) -> &ModelConfig {
+            unimplemented!()
+        }
+        fn forward(&mut self, _: &Batch) -> Result<(), OpError> {
+            unimplemented!()
+        }
+        fn sample(&mut self, _: &[SampleRow<'_>], _: &mut Vec<Sampled>) -> Result<(), OpError> {
+            unimplemented!()
+        }
+        fn logits(&mut self) -> Result<Vec<f32>, OpError> {
+            unimplemented!()
+        }
+        fn kv_block(&self) -> Option<KvBlock> {
+            Some(KvBlock { bytes: 4096, fingerprint: [7; 32] })
+        }
+        fn import_block(&mut self, _: u32, _: &[u8]) -> Result<(), OpError> {
+            Ok(())
+        }
+    }
+
+    fn open(folder: &std::path::Path) -> DiskTier {
+        let config = TierConfig { folder: folder.into(), capacity: 1 << 20 };
+        // One block at a time is put in place.
+        DiskTier { in_blocks: 1, ..DiskTier::open(&config, &Blocks).unwrap().patient() }
+    }
+
+    /// A prompt of so many blocks that lie on disk.
+    fn store(tier: &DiskTier, blocks: usize) -> Vec<u32> {
+        let mut parent = tier.store.root();
+        for _ in 0..blocks {
+            parent = parent.child(&[5; BLOCK_SIZE]);
+            tier.store.announce(parent, Label::NOBODY);
+            tier.store.write(parent, [5; BLOCK_SIZE], &[0; 4096]).unwrap();
+        }
+        vec![5; blocks * BLOCK_SIZE + 1]
+    }
+
+    fn admit(tier: &mut DiskTier, scheduler: &mut Scheduler, id: SequenceId, prompt: Vec<u32>) {
+        let mut plan = StepPlan::default();
+        scheduler.add(id, prompt, false, Origin::default());
+        scheduler.plan(&mut plan);
+        tier.hold(scheduler, &mut plan);
+        assert!(tier.is_loading(id));
+    }
+
+    fn scheduler() -> Scheduler {
+        Scheduler::new(SchedulerConfig {
+            blocks: 64,
+            max_sequences: 2,
+            max_batch_tokens: 64,
+            max_drafted: 0,
+            prefix_cache: true,
+            policy: Policy::Fair,
+        })
+    }
+
+    /// Takes in the next arrival; returns the loads that ended, and with how many tokens.
+    fn fetch_one(tier: &mut DiskTier, scheduler: &mut Scheduler) -> Vec<(SequenceId, usize)> {
+        let mut over = Vec::new();
+        tier.reader.wait(Duration::from_secs(60));
+        tier.fetch(scheduler, &mut Blocks, |id, tokens| over.push((id, tokens)));
+        over
+    }
+
+    #[test]
+    fn a_load_whose_time_is_over_is_given_up_although_its_blocks_keep_arriving() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut tier, mut scheduler) = (open(folder.path()), scheduler());
+        let prompt = store(&tier, 20);
+        admit(&mut tier, &mut scheduler, 1, prompt);
+        assert_eq!(fetch_one(&mut tier, &mut scheduler), []);
+        tier.loads.get_mut(&1).unwrap().deadline = Instant::now();
+        assert_eq!(fetch_one(&mut tier, &mut scheduler), [(1, 2 * BLOCK_SIZE)]);
+        assert_eq!(tier.stats().given_up, 1);
+    }
+
+    #[test]
+    fn a_load_that_came_too_late_speaks_against_the_disk_although_it_came() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut tier, mut scheduler) = (open(folder.path()), scheduler());
+        store(&tier, 1);
+        let keys = vec![tier.store.root().child(&[5; BLOCK_SIZE])];
+        for ticket in 0..3 {
+            assert!(tier.stats().reads);
+            let (deadline, cancelled) = (Instant::now(), Arc::<AtomicBool>::default());
+            let load = Load { ticket, wanted: 1, done: 0, deadline, cancelled: cancelled.clone() };
+            tier.loads.insert(ticket, load);
+            tier.fetch(&mut scheduler, &mut Blocks, |_, _| ());
+            tier.reader.read(Order { ticket, keys: keys.clone(), cancelled: Arc::default() });
+            // The block and the end.
+            (0..2).for_each(|_| assert_eq!(fetch_one(&mut tier, &mut scheduler), []));
+        }
+        assert!(!tier.stats().reads);
     }
 }

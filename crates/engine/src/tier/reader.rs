@@ -25,7 +25,8 @@ pub(crate) struct Order {
 pub(crate) enum Arrival {
     /// The next block; the buffer goes back with [`Reader::give_back`].
     Block { ticket: u64, payload: Box<[u8]> },
-    /// All were read, or one could not be.
+    /// All were read, or one could not be. It took as long as all of it did, waiting for buffers too: where the
+    /// step loop is slower than the disk, that is what a load takes.
     End { ticket: u64, bytes: usize, took: Duration, outcome: Result<(), ReadError> },
 }
 
@@ -85,12 +86,10 @@ impl Reader {
 /// Reads an order's blocks. None when nobody listens any more.
 fn fill(store: &Store, order: &Order, buffers: &Buffers, to: &mpsc::Sender<Arrival>) -> Option<()> {
     let ticket = order.ticket;
-    let (mut bytes, mut took, mut outcome) = (0, Duration::ZERO, Ok(()));
+    let (began, mut bytes, mut outcome) = (Instant::now(), 0, Ok(()));
     for key in &order.keys {
         let Some(mut payload) = buffer(buffers, &order.cancelled) else { break };
-        let began = Instant::now();
         outcome = store.read(key, &mut payload);
-        took += began.elapsed();
         if outcome.is_err() {
             buffers.give(payload);
             break;
@@ -98,7 +97,7 @@ fn fill(store: &Store, order: &Order, buffers: &Buffers, to: &mpsc::Sender<Arriv
         bytes += payload.len();
         to.send(Arrival::Block { ticket, payload }).ok()?;
     }
-    to.send(Arrival::End { ticket, bytes, took, outcome }).ok()
+    to.send(Arrival::End { ticket, bytes, took: began.elapsed(), outcome }).ok()
 }
 
 /// A buffer; none if the order is cancelled first.
@@ -109,4 +108,42 @@ fn buffer(buffers: &Buffers, cancelled: &AtomicBool) -> Option<Box<[u8]>> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use rudder_kvstore::{Disk, Fingerprint, Label};
+
+    use super::*;
+
+    #[test]
+    fn waiting_for_buffers_is_part_of_what_a_load_takes() {
+        const HELD: Duration = Duration::from_millis(30);
+        let folder = tempfile::tempdir().unwrap();
+        let disk = Disk::open(folder.path()).unwrap();
+        let store = Store::open(Arc::new(disk), 1 << 20, 4096, Fingerprint([7; 32])).unwrap();
+        let keys: Vec<_> = (0..5).map(|n| store.root().child(&[n; 16])).collect();
+        for (&key, n) in keys.iter().zip(0..) {
+            store.announce(key, Label::NOBODY);
+            store.write(key, [n; 16], &[0; 4096]).unwrap();
+        }
+        // Four at least, whatever they take.
+        let buffers = Buffers::new(4096, 0);
+        let (sender, arrivals) = mpsc::channel();
+        let order = Order { ticket: 0, keys, cancelled: Arc::default() };
+        let took = std::thread::scope(|scope| {
+            scope.spawn(|| fill(&store, &order, &buffers, &sender));
+            let first: Vec<_> = (0..4).map(|_| arrivals.recv().unwrap()).collect();
+            std::thread::sleep(HELD);
+            for arrival in first.into_iter().chain(arrivals.iter().take(1)) {
+                let Arrival::Block { payload, .. } = arrival else { panic!("there are five blocks") };
+                buffers.give(payload);
+            }
+            match arrivals.recv() {
+                Ok(Arrival::End { took, outcome: Ok(()), .. }) => took,
+                _ => panic!("all can be read"),
+            }
+        });
+        assert!(took >= HELD, "{took:?}");
+    }
 }
