@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use rudder_model::Model;
+use rudder_ops::TokenCounts;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::watch;
 
@@ -229,7 +230,17 @@ impl Engine {
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let (events, receiver) = unbounded_channel();
         let max_tokens = request.max_tokens.min(self.max_context - request.prompt.len());
-        let submission = Submission { id, request, max_tokens, events, submitted: Instant::now() };
+        let submitted = Instant::now();
+        let submission = Submission {
+            id,
+            tokens: request.prompt.to_vec(),
+            counts: request.sampling.needs_counts().then(|| TokenCounts::of_prompt(&request.prompt)),
+            keys: self.tier.as_ref().map_or_else(Vec::new, |tier| tier.keys(&request.prompt)),
+            request,
+            max_tokens,
+            events,
+            submitted,
+        };
         if let Err(mpsc::SendError(refused)) = self.commands.send(Command::Submit(Box::new(submission))) {
             if let Command::Submit(submission) = refused {
                 self.shared.places.give_back(&submission.request.owner);

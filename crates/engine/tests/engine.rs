@@ -271,6 +271,27 @@ fn however_many_ask_about_sessions_steps_go_on() {
 }
 
 #[test]
+fn a_burst_of_requests_is_taken_in_over_several_steps() {
+    let config = EngineConfig {
+        kv_blocks: 1024,
+        max_sequences: 301,
+        max_batch_tokens: 4096,
+        max_waiting: 300,
+        ..CONFIG
+    };
+    let (grants, granted) = sync_channel(0);
+    let engine = Engine::start(Box::new(Stepped { inner: model(&config), granted }), config);
+    let asked: Vec<_> = (0..301).map(|i| engine.submit(request(prompt(i, 5), 8)).unwrap()).collect();
+    // All have come before the second step is planned, and the third has ended when the fourth is granted.
+    (0..4).for_each(|_| grants.send(()).unwrap());
+    let running = engine.stats().running;
+    assert!((1..=4 * 64).contains(&running), "{running} were taken in within four steps");
+    drop(asked); // of which some were not taken in
+    drop(grants);
+    assert_whole(&engine);
+}
+
+#[test]
 fn who_has_asked_about_sessions_and_is_gone_keeps_nobody_waiting() {
     let (grants, granted) = sync_channel(0);
     let engine = Engine::start(Box::new(Stepped { inner: model(&CONFIG), granted }), CONFIG);

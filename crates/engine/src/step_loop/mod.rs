@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use rudder_kvstore::BlockKey;
 use rudder_model::Model;
 use rudder_ops::{Batch, SampleRow, Sampled, SamplingParams, TokenCounts};
 use rudder_scheduler::{Pace, Policy, Scheduler, SchedulerConfig, SequenceId, StepPlan};
@@ -36,6 +37,11 @@ use crate::tier::DiskTier;
 
 const _: () = assert!(rudder_ops::BLOCK_SIZE == rudder_scheduler::BLOCK_SIZE);
 
+/// Most prompt tokens of requests that are taken in between two steps, and what a short prompt counts as: to look them
+/// up in the prefix cache takes a few milliseconds, for which those that run would wait.
+const MOST_ARRIVING: usize = 32 * 1024;
+const LEAST_ARRIVING: usize = 512;
+
 /// What handles tell the loop.
 pub(crate) enum Command {
     Submit(Box<Submission>),
@@ -48,10 +54,16 @@ pub(crate) enum Command {
 /// do: whoever asked a question may be gone.
 pub(crate) type Errand = Box<dyn FnOnce(&mut StepLoop) -> bool + Send>;
 
-/// A checked request on its way to the loop.
+/// A checked request on its way to the loop, with what its thread could make of it.
 pub(crate) struct Submission {
     pub(crate) id: SequenceId,
     pub(crate) request: GenerateRequest,
+    /// A copy of the prompt, which the scheduler takes.
+    pub(crate) tokens: Vec<u32>,
+    /// Of the prompt, where they are needed.
+    pub(crate) counts: Option<TokenCounts>,
+    /// The names of the prompt's blocks, where there is a tier on disk.
+    pub(crate) keys: Vec<BlockKey>,
     /// `request.max_tokens`, cut to what the context holds.
     pub(crate) max_tokens: usize,
     pub(crate) events: UnboundedSender<Event>,
@@ -63,6 +75,8 @@ pub(crate) struct StepLoop {
     model: Box<dyn Model>,
     scheduler: Scheduler,
     commands: mpsc::Receiver<Command>,
+    /// Requests that came and are not yet taken in.
+    arrived: VecDeque<Box<Submission>>,
     /// Taken and not yet done.
     errands: VecDeque<Errand>,
     shared: Arc<Shared>,
@@ -127,6 +141,7 @@ impl StepLoop {
             model,
             scheduler,
             commands,
+            arrived: VecDeque::new(),
             errands: VecDeque::new(),
             shared,
             active: HashMap::new(),
@@ -164,17 +179,14 @@ impl StepLoop {
         if ended.is_err() {
             return self.give_up();
         }
-        // What came meanwhile ends with the rest.
-        while let Ok(command) = self.commands.try_recv() {
-            if let Command::Submit(submission) = command {
-                self.submit(*submission);
-            }
-        }
         let reason = self.broken.take();
+        let message = reason.as_deref().unwrap_or("the server is shutting down");
         let ids: Vec<SequenceId> = self.active.keys().copied().collect();
         for id in ids {
-            self.fail(id, reason.as_deref().unwrap_or("the server is shutting down"));
+            self.fail(id, message);
         }
+        // What came meanwhile ends with the rest.
+        self.refuse_arrived(message);
         self.publish_stats();
         if let Some(reason) = reason {
             let shared = self.shared.clone();
@@ -194,25 +206,32 @@ impl StepLoop {
     /// After a panic nothing here can be relied on any more: tells whoever waits, and no more than that.
     fn give_up(mut self) {
         const REASON: &str = "the engine failed unexpectedly";
-        let commands = std::iter::from_fn(|| self.commands.try_recv().ok());
-        let queued = commands.filter_map(|command| match command {
-            Command::Submit(submission) => Some(*submission),
-            _ => None,
-        });
-        for submission in self.active.drain().map(|(_, active)| active.submission).chain(queued) {
-            self.shared.places.give_back(&submission.request.owner);
-            let _ = submission.events.send(Event::Failed { message: REASON.into() });
-        }
+        self.arrived.extend(self.active.drain().map(|(_, active)| Box::new(active.submission)));
+        self.refuse_arrived(REASON);
         let shared = self.shared.clone();
         drop(self);
         shared.broken.send_replace(Some(REASON.into()));
     }
 
-    /// Takes all commands that are there, and does one of the errands among them; when idle, does them all and waits for
-    /// more. False means stop.
+    /// Ends what has come and was not taken in.
+    fn refuse_arrived(&mut self, message: &str) {
+        let commands = std::iter::from_fn(|| self.commands.try_recv().ok());
+        let queued = commands.filter_map(|command| match command {
+            Command::Submit(submission) => Some(submission),
+            _ => None,
+        });
+        for submission in self.arrived.drain(..).chain(queued) {
+            self.shared.places.give_back(&submission.request.owner);
+            // A receiver that is gone wants to hear nothing.
+            let _ = submission.events.send(Event::Failed { message: message.into() });
+        }
+    }
+
+    /// Hears all commands that are there, takes in some of the requests that have come, and does one of the errands; when
+    /// idle, does them all and waits for more. False means stop.
     fn take_commands(&mut self) -> bool {
         loop {
-            let command = if self.active.is_empty() {
+            let command = if self.active.is_empty() && self.arrived.is_empty() {
                 self.go_on();
                 while let Some(errand) = self.errands.pop_front() {
                     errand(self);
@@ -231,18 +250,41 @@ impl StepLoop {
                 }
             };
             match command {
-                Command::Submit(submission) => self.submit(*submission),
-                Command::Cancel(id) => drop(self.end(id)),
+                Command::Submit(submission) => self.arrived.push_back(submission),
+                Command::Cancel(id) => self.cancel(id),
                 Command::Do(errand) => self.errands.push_back(errand),
                 Command::Stop => return false,
             }
         }
+        self.take_in();
         while let Some(errand) = self.errands.pop_front() {
             if errand(self) {
                 break;
             }
         }
         true
+    }
+
+    fn cancel(&mut self, id: SequenceId) {
+        match self.arrived.iter().position(|submission| submission.id == id) {
+            Some(at) => {
+                if let Some(submission) = self.arrived.remove(at) {
+                    self.shared.places.give_back(&submission.request.owner);
+                }
+            }
+            None => drop(self.end(id)),
+        }
+    }
+
+    /// Takes in requests that have come, as many as keep those that run waiting for no more than a moment.
+    fn take_in(&mut self) {
+        let mut tokens = 0;
+        while tokens < MOST_ARRIVING
+            && let Some(submission) = self.arrived.pop_front()
+        {
+            tokens += submission.tokens.len().max(LEAST_ARRIVING);
+            self.submit(*submission);
+        }
     }
 
     /// With nothing live, every block must be free or cached.
@@ -258,13 +300,13 @@ impl StepLoop {
         }
     }
 
-    fn submit(&mut self, submission: Submission) {
+    fn submit(&mut self, mut submission: Submission) {
+        let (id, tokens) = (submission.id, std::mem::take(&mut submission.tokens));
+        let keys = std::mem::take(&mut submission.keys);
         let request = &submission.request;
-        let (prompt, origin) = (request.prompt.to_vec(), request.origin());
-        self.scheduler.add(submission.id, prompt, request.prompt_logprobs, origin);
-        self.expect_blocks(submission.id);
-        let counts = request.sampling.needs_counts().then(|| TokenCounts::of_prompt(&request.prompt));
-        let id = submission.id;
+        self.scheduler.add(id, tokens, request.prompt_logprobs, request.origin());
+        self.expect_blocks(id, keys);
+        let counts = submission.counts.take();
         let active = Active {
             reasoning: request.reasoning.clone().map(Reasoning::new),
             submission,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use rudder_kvstore::BlockKey;
 use rudder_scheduler::{SequenceId, StepPlan};
 
 use super::StepLoop;
@@ -19,10 +20,10 @@ impl StepLoop {
         });
     }
 
-    /// A sequence was queued.
-    pub(super) fn expect_blocks(&mut self, id: SequenceId) {
+    /// A sequence was queued whose prompt's blocks have these names.
+    pub(super) fn expect_blocks(&mut self, id: SequenceId, keys: Vec<BlockKey>) {
         if let Some(tier) = &mut self.tier {
-            tier.expect(id);
+            tier.expect(id, keys);
         }
     }
 

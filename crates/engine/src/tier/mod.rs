@@ -108,7 +108,7 @@ pub struct DiskTier {
     arrived: Vec<SequenceId>,
     reads: Breaker,
     speeds: Speeds,
-    /// Live sequences that have begun to run.
+    /// Of live sequences.
     chains: HashMap<SequenceId, Chain>,
     loads: HashMap<SequenceId, Load>,
     next_ticket: u64,
@@ -156,6 +156,18 @@ impl TierWatch {
         stats.store = self.store.stats();
         stats.queued = self.queue.len() as u64;
         stats.dropped += self.queue.dropped();
+    }
+
+    /// The names of a prompt's full blocks but for its last token's, which is computed anyway; none of a prompt
+    /// too short to be kept.
+    pub fn keys(&self, prompt: &[u32]) -> Vec<BlockKey> {
+        let (blocks, _) = prompt[..prompt.len().saturating_sub(1)].as_chunks::<BLOCK_SIZE>();
+        let mut parent = self.store.root();
+        let name = |tokens| {
+            parent = parent.child(tokens);
+            parent
+        };
+        if blocks.len() < LEAST_BLOCKS { Vec::new() } else { blocks.iter().map(name).collect() }
     }
 
     /// Whether all is written that is to be.
@@ -227,8 +239,9 @@ impl DiskTier {
 
     // ---- in --------------------------------------------------------------------------------
 
-    /// A sequence has arrived.
-    pub(crate) fn expect(&mut self, id: SequenceId) {
+    /// A sequence has arrived whose prompt's blocks have these names, from [`TierWatch::keys`].
+    pub(crate) fn expect(&mut self, id: SequenceId, keys: Vec<BlockKey>) {
+        self.chains.entry(id).or_default().keys = keys;
         self.arrived.push(id);
     }
 
