@@ -669,13 +669,15 @@ impl Index {
 /// Of one segment: its file, its geometry, and the slots to erase.
 type Erased = (Arc<dyn SegmentFile>, Geometry, Vec<u32>);
 
+/// Erases all that can be; the first error is what it ends with.
 fn erase_slots(file: &dyn SegmentFile, geometry: Geometry, slots: &[u32]) -> io::Result<()> {
+    let mut outcome = Ok(());
     for &slot in slots {
-        file.write_at(&[0; ENTRY], geometry.entry_at(slot))?;
+        outcome = outcome.and(file.write_at(&[0; ENTRY], geometry.entry_at(slot)));
         // Where it cannot be, the payload stays until its segment goes, without the tokens it is of.
         let _ = file.discard(geometry.payload_at(slot), geometry.block_bytes as u64);
     }
-    file.sync()
+    outcome.and(file.sync())
 }
 
 fn name_of(number: u64) -> String {

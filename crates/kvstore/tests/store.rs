@@ -414,6 +414,8 @@ struct Switches {
     /// Bytes that can still be written, if limited.
     room: AtomicU64,
     limited: AtomicBool,
+    /// Whether the next write fails, and it alone.
+    refuses_next: AtomicBool,
     unreadable: AtomicBool,
 }
 
@@ -445,6 +447,9 @@ impl SegmentFile for FailingFile {
         }
     }
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if self.1.refuses_next.swap(false, Ordering::SeqCst) {
+            return Err(io::Error::other("one place of the disk is broken"));
+        }
         if !self.1.limited.load(Ordering::SeqCst) {
             return self.0.write_at(bytes, offset);
         }
@@ -566,6 +571,20 @@ fn what_is_erased_is_gone_from_the_files_and_after_a_restart() {
     check(&store);
     put(&store, &keys, 2);
     assert_eq!(get(&store, &keys[2]).unwrap(), payload(2), "and can be written anew");
+}
+
+#[test]
+fn a_place_that_cannot_be_erased_keeps_no_other_from_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let switches = Arc::<Switches>::default();
+    let disk = Disk::open(folder.path()).unwrap();
+    let failing = Failing { disk, switches: switches.clone() };
+    let store = Store::open(Arc::new(failing), 32 * MIB, BYTES, MODEL).unwrap();
+    fill(&store, 6);
+    switches.refuses_next.store(true, Ordering::SeqCst);
+    assert!(store.erase(ALICE).is_err());
+    drop(store);
+    assert_eq!(open(folder.path()).stats().blocks, 1, "the one that could not be");
 }
 
 #[test]
