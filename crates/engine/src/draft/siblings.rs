@@ -127,10 +127,12 @@ impl Siblings {
 
     /// A sequence of a party's, a turn of `session`, has said `tokens[from..]`.
     pub(crate) fn keep(&mut self, party: &Party, session: Option<&Arc<str>>, tokens: &[u32], from: usize) {
-        let answer = &tokens[from..tokens.len().min(from + KEPT / 2 - LEAD - 1)];
-        if answer.len() < LEAST {
+        if tokens.len() - from < LEAST {
             return;
         }
+        // Of a long answer what was said last.
+        let from = from.max(tokens.len().saturating_sub(KEPT / 2 - LEAD - 1));
+        let answer = &tokens[from..];
         let kept = self.party(party);
         let lead = &tokens[from.saturating_sub(LEAD)..from];
         let more = lead.len() + answer.len() + 1;
@@ -262,8 +264,10 @@ mod tests {
             let said = siblings.parties[&owner("a")].said.iter().map(|said| said.tokens);
             assert_eq!(said.sum::<usize>(), text.tokens.len());
         }
-        keep(&mut siblings, &owner("a"), &prompt, &vec![1; 3 * KEPT]);
-        assert!(tokens(&siblings, &owner("a")).unwrap().len() <= KEPT);
+        let long: Vec<u32> = (0..3 * KEPT as u32).collect();
+        keep(&mut siblings, &owner("a"), &prompt, &long);
+        let text = tokens(&siblings, &owner("a")).unwrap();
+        assert!(text.len() <= KEPT && text.ends_with(&[&long[5 * KEPT / 2 + 1..], &[BETWEEN]].concat()));
     }
 
     #[test]
