@@ -247,7 +247,7 @@ impl Engine {
             }
             return Err(SubmitError::ShuttingDown);
         }
-        Ok(Generation { id, events: receiver, commands: self.commands.clone() })
+        Ok(Generation { id, events: receiver, ended: false, commands: self.commands.clone() })
     }
 
     /// Longest sequence, prompt and answer together: the configured context, or less if the KV
@@ -348,18 +348,32 @@ impl Engine {
 pub struct Generation {
     id: u64,
     events: UnboundedReceiver<Event>,
+    /// Whether the last event was taken.
+    ended: bool,
     commands: mpsc::Sender<Command>,
 }
 
 impl Generation {
     /// The next event; `None` after the last one.
     pub async fn next(&mut self) -> Option<Event> {
-        self.events.recv().await
+        let event = self.events.recv().await;
+        self.until_the_last(event)
     }
 
     /// The next event from a thread that is not in an async runtime.
     pub fn next_blocking(&mut self) -> Option<Event> {
-        self.events.blocking_recv()
+        let event = self.events.blocking_recv();
+        self.until_the_last(event)
+    }
+
+    /// A request that was sent while the step loop ended is told so here, as the loop never saw it.
+    fn until_the_last(&mut self, event: Option<Event>) -> Option<Event> {
+        if event.is_none() && !self.ended {
+            self.ended = true;
+            return Some(Event::Failed { message: SubmitError::ShuttingDown.to_string() });
+        }
+        self.ended |= event.as_ref().is_some_and(Event::is_last);
+        event
     }
 }
 
@@ -367,5 +381,32 @@ impl Drop for Generation {
     fn drop(&mut self) {
         // Cancelling what has ended already is harmless, and a closed channel has nothing to cancel.
         let _ = self.commands.send(Command::Cancel(self.id));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_that_the_ending_step_loop_never_saw_is_told_so_once() {
+        let (events, receiver) = unbounded_channel();
+        let commands = mpsc::channel().0;
+        let mut generation = Generation { id: 0, events: receiver, ended: false, commands };
+        drop(events);
+        let Some(Event::Failed { message }) = generation.next_blocking() else { panic!("no last event") };
+        assert_eq!(message, "the server is shutting down");
+        assert!(generation.next_blocking().is_none());
+    }
+
+    #[test]
+    fn nothing_follows_the_last_event() {
+        let (events, receiver) = unbounded_channel();
+        let commands = mpsc::channel().0;
+        let mut generation = Generation { id: 0, events: receiver, ended: false, commands };
+        events.send(Event::Expired { usage: crate::Usage::default() }).unwrap();
+        drop(events);
+        assert!(matches!(generation.next_blocking(), Some(Event::Expired { .. })));
+        assert!(generation.next_blocking().is_none());
     }
 }

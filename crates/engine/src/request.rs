@@ -170,6 +170,12 @@ pub enum Event {
     },
 }
 
+impl Event {
+    pub(crate) fn is_last(&self) -> bool {
+        matches!(self, Self::Finished { .. } | Self::Failed { .. } | Self::Expired { .. })
+    }
+}
+
 /// Why a request was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
