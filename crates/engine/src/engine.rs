@@ -153,7 +153,7 @@ pub struct Engine {
     pub(crate) commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
     config: Arc<EngineConfig>,
-    tier: Option<TierWatch>,
+    pub(crate) tier: Option<TierWatch>,
     vocab: usize,
     max_context: usize,
 }

@@ -67,12 +67,21 @@ impl Engine {
     }
 
     /// Forgets a session and lets go of what it alone has cached in memory, and soon after of what lies on
-    /// disk; its running turns go on. Returns whether it was there.
+    /// disk, where it may be although too many sessions came after it for it to be known; its running turns go on.
+    /// Returns whether it was there.
     ///
     /// # Errors
     /// If the engine has ended.
     pub async fn remove_session(&self, key: Arc<str>) -> Result<bool, SubmitError> {
-        self.tell(move |step_loop| step_loop.remove_session(&key)).await
+        let known = key.clone();
+        if self.tell(move |step_loop| step_loop.remove_session(&known)).await? {
+            return Ok(true);
+        }
+        let kept = self.tier.as_ref().is_some_and(|tier| tier.keeps(&key));
+        if kept {
+            self.tell(move |step_loop| step_loop.erase_session(&key)).await?;
+        }
+        Ok(kept)
     }
 
     /// Protects a session until it is unpinned, or no longer; returns it.

@@ -2,10 +2,12 @@
 
 mod common;
 
+use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
+use std::task::{Context, Waker};
 use std::time::{Duration, SystemTime};
 
 use common::{
@@ -614,6 +616,49 @@ async fn turn_of(engine: &Engine, session: &str, seed: u32) -> usize {
         }
     }
     cached.expect("the turn ends")
+}
+
+#[tokio::test]
+async fn a_session_that_later_ones_displaced_can_be_deleted_from_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    turn_of(&engine, "old", 1).await;
+    for number in 0..rudder_scheduler::MAX_SESSIONS {
+        let session = Some(number.to_string().into());
+        let mut generation = engine.submit(GenerateRequest { session, ..request([1, 2], 1) }).unwrap();
+        while generation.next().await.is_some() {}
+    }
+    assert!(engine.session(None, "old".into()).await.unwrap().is_none());
+    assert!(engine.stats().tier.store.blocks > 0);
+    assert!(engine.remove_session("old".into()).await.unwrap());
+    eventually("erased blocks", || engine.stats().tier.store.blocks == 0);
+    assert!(!engine.remove_session("old".into()).await.unwrap());
+}
+
+#[tokio::test]
+async fn nothing_of_a_turn_is_written_after_its_session_was_deleted() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = start(folder.path());
+    let (grammar, gate) = held();
+    let asked = GenerateRequest {
+        grammar: Some(grammar),
+        session: Some("s".into()),
+        ..request(prompt(1, TURN), 100)
+    };
+    let mut generation = engine.submit(asked).unwrap();
+    gate.send(()).unwrap();
+    eventually("blocks on disk", || engine.stats().tier.store.written >= (TURN as u64 - 1) / 16);
+    // It is asked while a step waits for the grammar, and heard after that step.
+    let mut removal = Box::pin(engine.remove_session("s".into()));
+    assert!(removal.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    drop(gate);
+    assert!(removal.await.unwrap());
+    while generation.next().await.is_some() {}
+    drop(generation);
+    stop(engine);
+    let engine = start(folder.path());
+    let store = engine.stats().tier.store;
+    assert_eq!((store.blocks, store.torn), (0, 0));
 }
 
 #[tokio::test]

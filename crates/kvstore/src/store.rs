@@ -495,6 +495,11 @@ impl Store {
         Ok(outcome.map(|()| blocks)?)
     }
 
+    /// Whether any block bears a label, on disk or on its way. It looks at all there are.
+    pub fn bears(&self, label: Label) -> bool {
+        label != Label::NOBODY && self.lock().places.values().any(|place| place.label() == label)
+    }
+
     /// A snapshot of the counters.
     pub fn stats(&self) -> StoreStats {
         self.lock().stats

@@ -271,6 +271,15 @@ impl SessionTable {
         self.entries.get(&session).map(|entry| &entry.key)
     }
 
+    /// The waiting and running sequences that are turns of the session with this key.
+    pub fn turns_of(&self, key: &str) -> impl Iterator<Item = SequenceId> {
+        let session = self.by_key.get(key);
+        self.turns
+            .iter()
+            .filter(move |(_, turn)| session.is_some() && turn.session.as_ref() == session)
+            .map(|(&id, _)| id)
+    }
+
     /// Whether there is a session with this key that was found by its prefix.
     pub fn is_found(&self, key: &str) -> bool {
         let entry = self.by_key.get(key).and_then(|session| self.entries.get(session));

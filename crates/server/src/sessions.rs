@@ -38,8 +38,11 @@ pub(crate) async fn delete(
     Extension(owner): Extension<Owner>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let session = find(&server, owner, &id).await?;
-    match server.generator.engine().remove_session(session.info.key).await? {
+    let name = crate::session::name(&id).ok_or_else(|| not_found(&id))?;
+    // On disk there may be what is not known any more.
+    let key =
+        find(&server, owner, &id).await.map_or_else(|_| owner.session_key(&name), |session| session.info.key);
+    match server.generator.engine().remove_session(key).await? {
         true => Ok(Json(json!({"id": id, "object": "session", "deleted": true}))),
         false => Err(not_found(&id)),
     }

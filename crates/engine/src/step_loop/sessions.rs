@@ -192,7 +192,8 @@ impl StepLoop {
     /// Forgets a session; returns whether it was there.
     pub(crate) fn remove_session(&mut self, key: &str) -> bool {
         self.sessions.marks.remove(key);
-        if let Some(tier) = self.tier.as_ref().filter(|_| self.sessions.table.contains(key)) {
+        if let Some(tier) = self.tier.as_mut().filter(|_| self.sessions.table.contains(key)) {
+            self.sessions.table.turns_of(key).for_each(|id| tier.forsake(id));
             tier.erase(self.sessions.label(key));
         }
         if let Some(drafting) = &mut self.drafting {
@@ -200,6 +201,15 @@ impl StepLoop {
             drafting.siblings.forget(&owner.map_or_else(|| Party::Session(key.into()), Party::Owner), key);
         }
         self.sessions.table.remove(&mut self.scheduler, key).is_some()
+    }
+
+    /// Erases from disk what is left of a session that the table may not know any more.
+    pub(crate) fn erase_session(&mut self, key: &str) {
+        if !self.remove_session(key)
+            && let Some(tier) = &self.tier
+        {
+            tier.erase(Label::of(key));
+        }
     }
 
     /// Protects a session until further notice, or no longer.

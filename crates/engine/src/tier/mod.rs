@@ -126,6 +126,8 @@ struct Chain {
     offered: usize,
     /// Its session's.
     label: Label,
+    /// Whether its session was deleted: nothing more of it is written then.
+    deleted: bool,
 }
 
 /// A sequence that waits for its blocks.
@@ -168,6 +170,11 @@ impl TierWatch {
             parent
         };
         if blocks.len() < LEAST_BLOCKS { Vec::new() } else { blocks.iter().map(name).collect() }
+    }
+
+    /// Whether there is anything on disk of a session with a key.
+    pub fn keeps(&self, key: &str) -> bool {
+        self.store.bears(Label::of(key))
     }
 
     /// Whether all is written that is to be.
@@ -455,6 +462,11 @@ impl DiskTier {
         past.collect()
     }
 
+    /// The session of a live sequence is being deleted: nothing more of that sequence is written.
+    pub(crate) fn forsake(&mut self, id: SequenceId) {
+        self.chains.entry(id).or_default().deleted = true;
+    }
+
     /// Erases what bears a label and what nobody else has used, once all that is queued is written.
     pub(crate) fn erase(&self, label: Label) {
         self.writer.queue_erasure(label);
@@ -503,7 +515,8 @@ impl DiskTier {
         self.loads.remove(&id);
         if let Some(sequence) = scheduler.sequence(id) {
             self.offer(id, sequence, model, &mut blocks_in(OUT_BYTES, self.store.block_bytes()));
-            if let Some(chain) = self.chains.get(&id).filter(|_| sequence.indexed_blocks() >= LEAST_BLOCKS) {
+            let chain = self.chains.get(&id).filter(|chain| !chain.deleted);
+            if let Some(chain) = chain.filter(|_| sequence.indexed_blocks() >= LEAST_BLOCKS) {
                 self.stats.dropped += sequence.indexed_blocks().saturating_sub(chain.offered) as u64;
             }
         }
@@ -517,6 +530,9 @@ impl DiskTier {
             return;
         }
         let chain = self.chains.entry(id).or_default();
+        if chain.deleted {
+            return;
+        }
         chain.extend(self.store.root(), sequence, full);
         while chain.offered < full {
             let rest = &chain.keys[chain.offered..full];
