@@ -329,8 +329,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(float* all_logits, int
         }
         key = max(key, key_of(logits[token], token));
     }
-    key = block_max(key);
-    __syncthreads();  // all logits are adjusted
+    key = block_max(key);  // behind whose barriers all logits are adjusted
     const float best = logits[token_of(key)];
     if (best == NEG_INFINITY) {
         result.fault = NOTHING_ALLOWED;
