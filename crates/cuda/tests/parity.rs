@@ -1255,7 +1255,8 @@ fn experts(random: &mut Random, n: usize, hidden: usize, intermediate: usize) ->
 fn moe_agrees_for_every_top_k_and_ties_go_to_the_lower_expert() -> Result<()> {
     let Some(mut cuda) = cuda() else { return Ok(()) };
     let mut random = Random(8);
-    let mut cases = vec![(1, 1, 24, 40), (4, 9, 24, 40), (19, 30, 72, 33), (3, 150, 24, 40), (150, 5, 24, 40)];
+    let mut cases =
+        vec![(1, 1, 24, 40), (4, 9, 24, 40), (19, 30, 72, 33), (3, 150, 24, 40), (150, 5, 24, 40)];
     if large(&cuda) {
         cases.push((128, 700, 256, 96));
     }
