@@ -482,8 +482,9 @@ impl Rest {
             while let Some(start) = starts.next_if(|start| **start <= place.start) {
                 *start = text.len() + (*start).saturating_sub(done);
             }
-            // A message that begins within what is put elsewhere begins nowhere.
-            known &= starts.peek().is_none_or(|start| **start >= place.end);
+            // A message that begins within what is put elsewhere begins nowhere; one that begins right behind it
+            // has what opens it in one before, which would be shown otherwise without it.
+            known &= starts.peek().is_none_or(|start| **start > place.end);
             text.push_str(&self.text[done..place.start]);
             text.push_str(other);
             done = place.end;
@@ -599,6 +600,11 @@ mod tests {
         assert_eq!(replaced(&[2..4, 9..9]), ("01xxx45678xxx9".into(), vec![0, 2, 6, 10]));
         assert_eq!(replaced(&[1..3, 7..8]), ("0xxx3456xxx89".into(), vec![]));
         assert_eq!(replaced(&[4..6, 6..10]), ("0123xxxxxx".into(), vec![]));
+        assert_eq!(
+            replaced(&[2..5, 9..9]),
+            ("01xxx5678xxx9".into(), vec![]),
+            "what opens the third stands in the second"
+        );
     }
 
     /// A vocabulary of bytes and the marks of ChatML, with a chat template.
