@@ -1727,6 +1727,43 @@ fn draws_are_the_hosts() -> Result<()> {
     Ok(())
 }
 
+/// A chosen token's log-probability is that of its raw logit, wherever it stands among those with a bias or a count.
+#[test]
+fn what_is_said_of_a_chosen_token_leaves_its_bias_and_its_count_out() -> Result<()> {
+    let Some(mut cuda) = cuda() else { return Ok(()) };
+    let mut random = Random(14);
+    let (n, vocab, adjusted) = (16, 300, 100);
+    let logits = random.vec(n * vocab, 3.0);
+    let mut rows_of = Vec::new();
+    for chosen in 0..n as u32 {
+        let chosen = chosen * 7 % adjusted;
+        let mut counts = TokenCounts::of_prompt(&[]);
+        (0..adjusted).chain([chosen; 3]).for_each(|token| counts.add(token));
+        let bias = |token| LogitBias { token, bias: if token == chosen { 40.0 } else { 0.5 } };
+        let greedy = SamplingParams { temperature: 0.0, logprobs: Some(1), ..Default::default() };
+        let biased = SamplingParams { logit_bias: (0..adjusted).map(bias).collect(), ..greedy.clone() };
+        rows_of.push((biased, None));
+        rows_of.push((SamplingParams { frequency_penalty: -10.0, ..greedy }, Some(counts)));
+    }
+    for half in rows_of.chunks(n) {
+        let rows: Vec<SampleRow> = half
+            .iter()
+            .map(|(params, counts)| SampleRow {
+                params,
+                counts: counts.as_ref(),
+                drafted: &[],
+                position: 3,
+                mask: None,
+                forced: None,
+            })
+            .collect();
+        let theirs = sample(&mut Reference::new(), (&logits, vocab), &rows)?;
+        assert!(theirs.iter().all(|row| row.token < adjusted));
+        assert_same_draws(&sample(&mut cuda, (&logits, vocab), &rows)?, &theirs, "adjusted");
+    }
+    Ok(())
+}
+
 #[test]
 fn bad_rows_are_faults_of_their_own_and_many_alternatives_come_from_the_host() -> Result<()> {
     let Some(mut cuda) = cuda() else { return Ok(()) };
