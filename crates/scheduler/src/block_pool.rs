@@ -170,10 +170,11 @@ impl BlockPool {
         blocks: &mut Vec<BlockId>,
         indexed: usize,
         session: Option<SessionHandle>,
+        prompt_blocks: usize,
     ) {
         blocks.drain(indexed..).rev().for_each(|block| self.release(block));
         if let Some(session) = session {
-            self.retention.remember(session, blocks);
+            self.retention.remember(session, blocks, prompt_blocks);
         }
         for &block in &*blocks {
             let references = &mut self.references[block as usize];

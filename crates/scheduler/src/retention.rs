@@ -72,7 +72,7 @@ pub struct RetentionStats {
 /// What is kept of a session, in blocks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SessionBlocks {
-    /// Of its longest path.
+    /// Of the path it is remembered by.
     pub path: usize,
     /// Of these, still there.
     pub cached: usize,
@@ -129,8 +129,10 @@ struct Slot {
     returned: bool,
     /// Its unheld blocks.
     blocks: usize,
-    /// Its longest path, each block with its generation.
+    /// The path it is remembered by, each block with its generation.
     path: Vec<(BlockId, u32)>,
+    /// Where the prompt of a shorter path ended that it has taken since: the block's place on it, the block, its generation.
+    aside: Option<(usize, BlockId, u32)>,
 }
 
 impl Retention {
@@ -278,10 +280,28 @@ impl Retention {
         self.slots[slot as usize].path.get(at) == Some(&(block, self.generation(block)))
     }
 
-    /// Remembers the path of a session's sequence, if it is longer than what is left of the last one.
-    pub fn remember(&mut self, session: SessionHandle, path: &[BlockId]) {
-        let Some(kept) = self.session(session).filter(|kept| kept.cached <= path.len()) else { return };
+    /// Whether a session is remembered by this path, whose first `prompt` blocks are a prompt's, once it is done with: if
+    /// it is no shorter than what is left of the last one, or goes on from the shorter one that came last. A title or
+    /// a subagent's question leaves a session what it was; what was compacted and goes on is what it is from then on.
+    pub fn prefers(&self, session: SessionHandle, path: &[BlockId], prompt: usize) -> bool {
+        let Some(slot) = self.slot_of(session).map(|slot| &self.slots[slot as usize]) else { return false };
+        let goes_on = |(at, block, generation)| {
+            at + 1 < prompt && path.get(at) == Some(&block) && self.generation(block) == generation
+        };
+        self.left_of(&slot.path) <= path.len() || slot.aside.is_some_and(goes_on)
+    }
+
+    /// A session's sequence is done with its path, whose first `prompt` blocks are its prompt's. See [`Self::prefers`].
+    pub fn remember(&mut self, session: SessionHandle, path: &[BlockId], prompt: usize) {
+        let Some(kept) = self.session(session) else { return };
+        if !self.prefers(session, path, prompt) {
+            let last = prompt.checked_sub(1).and_then(|at| Some((at, *path.get(at)?)));
+            let aside = last.map(|(at, block)| (at, block, self.generation(block)));
+            self.slots[session.slot as usize].aside = aside;
+            return;
+        }
         let slot = &mut self.slots[session.slot as usize];
+        slot.aside = None;
         // What both have in common need not be written again.
         slot.path.truncate(common_blocks(&slot.path[..kept.cached], path));
         let new = path[slot.path.len()..].iter();

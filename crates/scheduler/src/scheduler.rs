@@ -486,7 +486,8 @@ impl Budget {
 
 /// Lets go of all blocks.
 fn release_blocks(pool: &mut BlockPool, sequence: &mut Sequence) {
-    pool.release_path(&mut sequence.blocks, sequence.indexed, sequence.session);
+    let prompt_blocks = sequence.prompt_blocks();
+    pool.release_path(&mut sequence.blocks, sequence.indexed, sequence.session, prompt_blocks);
     sequence.computed = 0;
     sequence.indexed = 0;
     sequence.held = false;

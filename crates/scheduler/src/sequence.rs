@@ -87,6 +87,11 @@ impl Sequence {
         self.indexed
     }
 
+    /// Full blocks of its prompt but for its last token's, from which the first new one is drawn.
+    pub(crate) fn prompt_blocks(&self) -> usize {
+        self.prompt_len.saturating_sub(1) / BLOCK_SIZE
+    }
+
     /// Whether logits of prompt rows are still wanted.
     pub fn is_scoring(&self) -> bool {
         self.score_prompt && self.tokens.len() == self.prompt_len

@@ -66,7 +66,8 @@ pub struct SessionInfo {
     pub pinned: bool,
     /// Turns begun.
     pub turns: u64,
-    /// Tokens of its last turn, the answer included but for its last.
+    /// Tokens of its last turn, the answer included but for its last. A shorter one counts from when the session has gone on
+    /// from it, or what was longer is not cached any more.
     pub tokens: usize,
     /// Of these, in the cache.
     pub cached_tokens: usize,
@@ -246,11 +247,10 @@ impl SessionTable {
         let entry = self.entries.get_mut(&session)?;
         entry.running -= 1;
         entry.active = now;
-        let cached = scheduler.session(session).map_or(0, |kept| kept.cached);
-        let longest = scheduler.sequence(id).filter(|one| one.computed >= cached * BLOCK_SIZE);
-        let key = longest.map(|sequence| {
+        let known_by = scheduler.sequence(id).filter(|_| scheduler.will_be_known_by(session, id));
+        let key = known_by.map(|sequence| {
             entry.tokens = sequence.tokens.len();
-            entry.prompt_blocks = (sequence.prompt_len - 1) / BLOCK_SIZE;
+            entry.prompt_blocks = sequence.prompt_blocks();
             entry.key.clone()
         });
         if entry.running == 0 {

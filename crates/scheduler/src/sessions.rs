@@ -50,6 +50,14 @@ impl Scheduler {
         begin.is_some_and(|begin| self.pool.retention.begins_with(session, begin))
     }
 
+    /// Whether a session is known by this sequence once that is removed.
+    pub(crate) fn will_be_known_by(&self, session: SessionHandle, id: SequenceId) -> bool {
+        self.sequences.get(&id).is_some_and(|sequence| {
+            let path = &sequence.blocks[..sequence.indexed_blocks()];
+            self.pool.retention.prefers(session, path, sequence.prompt_blocks())
+        })
+    }
+
     /// Protects what is cached of a session before `until`; 0 ends the protection. When protected blocks
     /// must go, those of the least `rank` go first.
     pub fn protect(&mut self, session: SessionHandle, until: Tick, rank: u64) {

@@ -244,6 +244,27 @@ fn a_turn_without_a_key_goes_on_from_the_last_prompt_of_its_owner() {
 }
 
 #[test]
+fn a_session_is_what_it_goes_on_from_although_something_longer_is_cached() {
+    let mut world = World::new(256);
+    let known_by = |world: &World| (world.info("a").tokens / BLOCK_SIZE, world.cached_blocks("a"));
+    let (long, summary, title) = (prompt(1, 20), prompt(2, 5), prompt(3, 2));
+    world.turn(&long, Some("a"));
+    for beside in [&summary, &title, &title, &summary, &summary] {
+        world.turn(beside, Some("a"));
+        assert_eq!(known_by(&world), (20, 20), "nothing has gone on from it");
+    }
+    let compacted = [summary, prompt(4, 2)].concat();
+    world.turn(&compacted, Some("a"));
+    assert_eq!(known_by(&world), (7, 7));
+    world.turn(&title, Some("a"));
+    assert_eq!(known_by(&world), (7, 7));
+    world.turn(&[compacted, prompt(5, 1)].concat(), Some("a"));
+    assert_eq!(known_by(&world), (8, 8));
+    world.turn(&[long, prompt(6, 1)].concat(), Some("a"));
+    assert_eq!(known_by(&world), (21, 21), "the longer one is taken up again");
+}
+
+#[test]
 fn the_longest_unused_session_makes_room_for_a_new_one_and_those_that_return_go_last() {
     let mut world = World::new(64);
     world.turn(&prompt(1, 1), Some("oldest"));
