@@ -34,7 +34,7 @@ use rudder_kvstore::{
 use rudder_model::Model;
 use rudder_scheduler::{BLOCK_SIZE, MAX_SESSIONS, Scheduler, Sequence, SequenceId, StepPlan};
 
-use self::ahead::Ahead;
+use self::ahead::{Ahead, Hint};
 use self::breaker::Breaker;
 use self::reader::{Arrival, Order, Reader};
 use self::speeds::Speeds;
@@ -128,6 +128,8 @@ struct Chain {
     label: Label,
     /// Whether its session was deleted: nothing more of it is written then.
     deleted: bool,
+    /// While it waits to be admitted: that the system fetches what it will load.
+    hint: Option<Hint>,
 }
 
 /// A sequence that waits for its blocks.
@@ -205,7 +207,7 @@ impl DiskTier {
             in_blocks: blocks_in(IN_BYTES, block.bytes),
             writer: Writer::start(store.clone()).map_err(TierError::Thread)?,
             reader: Reader::start(store.clone()).map_err(TierError::Thread)?,
-            ahead: Ahead::start(store.clone()).map_err(TierError::Thread)?,
+            ahead: start_ahead(store.clone()).map_err(TierError::Thread)?,
             arrived: Vec::new(),
             reads: Breaker::default(),
             speeds: Speeds::default(),
@@ -259,9 +261,11 @@ impl DiskTier {
             let waiting = scheduler.sequence(id).filter(|sequence| sequence.blocks.is_empty());
             let Some(sequence) = waiting.filter(|_| self.reads.allows(Instant::now())) else { continue };
             let keys = self.keys_on_disk(id, sequence, scheduler.cached_blocks(id));
-            if !keys.is_empty() {
-                self.stats.ahead += keys.len() as u64;
-                self.ahead.fetch(keys);
+            let blocks = keys.len();
+            let hint = if keys.is_empty() { None } else { self.ahead.fetch(keys) };
+            if let (Some(hint), Some(chain)) = (hint, self.chains.get_mut(&id)) {
+                self.stats.ahead += blocks as u64;
+                chain.hint = Some(hint);
             }
         }
     }
@@ -273,6 +277,10 @@ impl DiskTier {
         }
         for index in 0..plan.admitted.len() {
             let (id, cached) = plan.admitted[index];
+            if let Some(chain) = self.chains.get_mut(&id) {
+                // What is not in the page cache by now is read or computed.
+                chain.hint = None;
+            }
             let Some(sequence) = scheduler.sequence(id) else { continue };
             let keys = self.keys_on_disk(id, sequence, cached / BLOCK_SIZE);
             if !keys.is_empty() && self.prefers_load(keys.len()) {
@@ -553,6 +561,10 @@ impl DiskTier {
             *room -= 1;
         }
     }
+}
+
+fn start_ahead(store: Arc<Store>) -> std::io::Result<Ahead> {
+    Ahead::start(move |keys| store.read_ahead(keys))
 }
 
 /// Blocks in so many bytes; at least one.
