@@ -304,10 +304,11 @@ async fn damage_met_while_running_begins_a_new_file() {
     bytes[4096..].fill(0xa5);
     std::fs::write(&path, &bytes).unwrap();
     store.submit(0, |db| db.pragma("shrink_memory")).await.done().await.unwrap();
-    let mut failed = 0;
     for number in 0..300 {
-        failed += usize::from(store.get(owner(b"key"), &format!("r{number}")).await.is_err());
+        let _ = store.get(owner(b"key"), &format!("r{number}")).await;
     }
+    // It may be the upkeep that meets it; then what is read is already the new file.
+    let failed = store.stats().failures.load(Ordering::Relaxed);
     assert!(whole > 40_960 && failed > 0, "{whole} {failed}");
     insert(&store, record("new", None)).await;
     assert!(store.get(owner(b"key"), "new").await.unwrap().is_some());
