@@ -1,8 +1,9 @@
 //! Small records beside the segments: what is to be known of a label after a restart.
 //!
 //! A record is a file, `LABEL.MODEL.NUMBER.record` in hexadecimal, with the body and a checksum of 64 bits
-//! (XXH3, seeded with all three). A newer record of a label is written whole under a higher number before the
-//! one before it is removed; so after a killed process the newest whole one counts.
+//! (XXH3, seeded with all three). A newer record of a label is written under a higher number, and the one before it
+//! stays until the next comes, as nothing waits for the disk: of what a power failure leaves, the newest whole one
+//! counts.
 
 use std::collections::HashMap;
 use std::io;
@@ -18,11 +19,20 @@ const MOST_BYTES: u64 = 1 << 20;
 /// The records of one model.
 #[derive(Debug, Default)]
 pub(crate) struct Records {
-    /// The number of each label's record.
-    numbers: HashMap<Label, u64>,
+    /// The numbers of each label's files.
+    numbers: HashMap<Label, Numbers>,
     next: u64,
     /// Most records.
     most: usize,
+}
+
+/// A label's files.
+#[derive(Debug, Clone, Copy)]
+struct Numbers {
+    /// Its record's.
+    newest: u64,
+    /// That of the one before.
+    before: Option<u64>,
 }
 
 /// A label and its record's body.
@@ -38,7 +48,7 @@ struct Name {
 
 impl Records {
     /// Reads what is there of a model, at most `most` records: the newest, oldest first. What is older, torn or
-    /// replaced goes.
+    /// replaced twice goes.
     pub fn open(
         medium: &dyn Medium,
         fingerprint: &Fingerprint,
@@ -59,16 +69,16 @@ impl Records {
                 continue;
             }
             let label = Label(name.label);
-            let body = match found.len() < most && !records.numbers.contains_key(&label) {
-                true => read(medium, name),
-                false => None,
-            };
-            match body {
-                Some(body) => {
-                    records.numbers.insert(label, name.number);
-                    found.push((label, body));
-                }
-                None => remove(medium, name),
+            match records.numbers.get_mut(&label) {
+                Some(Numbers { before: before @ None, .. }) => *before = Some(name.number),
+                Some(_) => remove(medium, name),
+                None => match (found.len() < most).then(|| read(medium, name)).flatten() {
+                    Some(body) => {
+                        records.numbers.insert(label, Numbers { newest: name.number, before: None });
+                        found.push((label, body));
+                    }
+                    None => remove(medium, name),
+                },
             }
         }
         found.reverse();
@@ -87,7 +97,7 @@ impl Records {
         // Before the new one is there: a process killed in between leaves no more than are read again.
         if !self.numbers.contains_key(&label) && self.numbers.len() >= self.most {
             let goes = self.numbers.iter().filter(|(label, _)| !is_kept(**label));
-            if let Some((&oldest, _)) = goes.min_by_key(|(_, number)| **number) {
+            if let Some((&oldest, _)) = goes.min_by_key(|(_, numbers)| numbers.newest) {
                 self.remove(medium, fingerprint, oldest);
             }
         }
@@ -96,21 +106,26 @@ impl Records {
         let mut bytes = body.to_vec();
         bytes.extend_from_slice(&name.checksum(body).to_le_bytes());
         let file = medium.create(&name.text())?;
-        // The one before goes only when this one outlasts a power failure.
-        if let Err(error) = file.write_at(&bytes, 0).and_then(|()| file.sync()) {
+        if let Err(error) = file.write_at(&bytes, 0) {
             remove(medium, name);
             return Err(error);
         }
-        if let Some(before) = self.numbers.insert(label, name.number) {
-            remove(medium, Name { number: before, ..name });
+        let known = self.numbers.get(&label).copied();
+        let numbers = Numbers { newest: name.number, before: known.map(|known| known.newest) };
+        self.numbers.insert(label, numbers);
+        if let Some(number) = known.and_then(|known| known.before) {
+            remove(medium, Name { number, ..name });
         }
         Ok(())
     }
 
     /// Removes a label's record, if there is one.
     pub fn remove(&mut self, medium: &dyn Medium, fingerprint: &Fingerprint, label: Label) {
-        if let Some(number) = self.numbers.remove(&label) {
-            remove(medium, Name { number, label: label.0, model: short(fingerprint) });
+        if let Some(Numbers { newest, before }) = self.numbers.remove(&label) {
+            // The older one first: a process killed in between leaves none that was replaced.
+            for number in before.into_iter().chain([newest]) {
+                remove(medium, Name { number, label: label.0, model: short(fingerprint) });
+            }
         }
     }
 }
