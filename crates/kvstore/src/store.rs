@@ -1,6 +1,6 @@
 //! The store: an index in memory over segment files, one writer, any number of readers.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, hash_map};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -111,6 +111,7 @@ pub struct Store {
 #[derive(Default)]
 struct Index {
     places: HashMap<BlockKey, Place>,
+    bearing: Bearing,
     /// By number, so by age.
     segments: BTreeMap<u64, Segment>,
     /// Counts uses; takes the place of a clock.
@@ -143,14 +144,14 @@ impl Place {
         }
     }
 
-    /// `label` has asked for it: what another wrote is several people's from now on.
-    fn ask(&mut self, label: Label) {
-        match self {
-            Self::Coming { label: whose } | Self::At { label: whose, .. } if *whose != label => {
-                *whose = Label::NOBODY;
-            }
-            _ => {}
+    /// `label` has asked for it: what another wrote is several people's from now on. Whether that is new.
+    fn ask(&mut self, label: Label) -> bool {
+        let (Self::Coming { label: whose } | Self::At { label: whose, .. }) = self;
+        let shared = *whose != label && *whose != Label::NOBODY;
+        if shared {
+            *whose = Label::NOBODY;
         }
+        shared
     }
 
     /// It is not there any more.
@@ -160,6 +161,27 @@ impl Place {
         {
             segment.again -= u32::from(*again);
             segment.pinned -= u32::from(*pinned);
+        }
+    }
+}
+
+/// How many places bear each label. Nobody's are not counted.
+#[derive(Default)]
+struct Bearing(HashMap<Label, u64>);
+
+impl Bearing {
+    fn add(&mut self, label: Label) {
+        if label != Label::NOBODY {
+            *self.0.entry(label).or_default() += 1;
+        }
+    }
+
+    fn remove(&mut self, label: Label) {
+        if let hash_map::Entry::Occupied(mut count) = self.0.entry(label) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
         }
     }
 }
@@ -263,13 +285,16 @@ impl Store {
     pub fn touch(&self, keys: &[BlockKey], label: Label) -> usize {
         let mut index = self.lock();
         index.tick += 1;
-        let Index { places, segments, tick, pinned, .. } = &mut *index;
+        let Index { places, bearing, segments, tick, pinned, .. } = &mut *index;
         let pins = pinned.contains(&label);
         for (known, key) in keys.iter().enumerate() {
             match places.get_mut(key) {
                 None => return known,
                 Some(place) => {
-                    place.ask(label);
+                    let before = place.label();
+                    if place.ask(label) {
+                        bearing.remove(before);
+                    }
                     if let Place::At { segment, again, pinned, .. } = place
                         && let Some(segment) = segments.get_mut(segment)
                     {
@@ -283,9 +308,17 @@ impl Store {
         keys.len()
     }
 
-    /// What a label uses goes last from now on, when room is needed, or no longer.
+    /// What a label uses goes last from now on, when room is needed, or no longer. It looks at all there is, a segment at
+    /// a time.
     pub fn pin(&self, label: Label, pins: bool) {
-        self.lock().pin(label, pins);
+        if self.lock().set_pinned(label, pins) {
+            self.segments().into_iter().for_each(|number| self.lock().pin_again(number, pins));
+        }
+    }
+
+    /// The segments that are there, oldest first.
+    fn segments(&self) -> Vec<u64> {
+        self.lock().segments.keys().copied().collect()
     }
 
     /// Reads the labels' records that an earlier store for this model left, at most `most` of them: the newest,
@@ -323,7 +356,7 @@ impl Store {
         let mut index = self.lock();
         let new = !index.places.contains_key(&key);
         if new {
-            index.places.insert(key, Place::Coming { label });
+            index.put(key, Place::Coming { label });
         }
         new
     }
@@ -332,7 +365,7 @@ impl Store {
     pub fn withdraw(&self, key: &BlockKey) {
         let mut index = self.lock();
         if let Some(Place::Coming { .. }) = index.places.get(key) {
-            index.places.remove(key);
+            index.remove(key);
         }
     }
 
@@ -486,18 +519,22 @@ impl Store {
     /// after a restart.
     pub fn erase(&self, label: Label) -> Result<usize, WriteError> {
         self.remove_record(label);
-        let gone = self.lock().take(label);
-        let blocks = gone.values().map(|(_, _, slots)| slots.len()).sum();
-        let mut outcome = Ok(());
-        for (file, geometry, slots) in gone.into_values() {
-            outcome = outcome.and(erase_slots(&*file, geometry, &slots));
+        self.pin(label, false);
+        let (mut blocks, mut outcome) = (0, Ok(()));
+        let segments = if self.bears(label) { self.segments() } else { Vec::new() };
+        for number in segments {
+            let taken = self.lock().take(label, number);
+            if let Some((file, geometry, slots)) = taken {
+                blocks += slots.len();
+                outcome = outcome.and(erase_slots(&*file, geometry, &slots));
+            }
         }
         Ok(outcome.map(|()| blocks)?)
     }
 
-    /// Whether any block bears a label, on disk or on its way. It looks at all there are.
+    /// Whether any block bears a label, on disk or on its way.
     pub fn bears(&self, label: Label) -> bool {
-        label != Label::NOBODY && self.lock().places.values().any(|place| place.label() == label)
+        self.lock().bearing.0.contains_key(&label)
     }
 
     /// A snapshot of the counters.
@@ -591,7 +628,7 @@ impl Index {
             // Somebody else may have asked for it while it was written.
             place.ask(before.label());
         }
-        match self.places.insert(entry.key, place) {
+        match self.put(entry.key, place) {
             Some(before @ Place::At { .. }) => before.leave(&mut self.segments),
             _ => self.stats.blocks += 1,
         }
@@ -600,35 +637,40 @@ impl Index {
     /// A block cannot be read any more.
     fn forget(&mut self, key: &BlockKey, segment: u64) -> bool {
         let there = matches!(self.places.get(key), Some(Place::At { segment: s, .. }) if *s == segment);
-        if there && let Some(place) = self.places.remove(key) {
+        if there && let Some(place) = self.remove(key) {
             place.leave(&mut self.segments);
             self.stats.blocks -= 1;
         }
         there
     }
 
-    /// Forgets the blocks under a label; returns their slots by segment.
-    fn take(&mut self, label: Label) -> BTreeMap<u64, Erased> {
-        let mut gone = BTreeMap::<u64, Erased>::new();
-        if label == Label::NOBODY {
-            return gone;
-        }
-        self.pin(label, false);
-        let segments = &mut self.segments;
-        let before = self.places.len();
-        self.places.retain(|_, place| {
-            let Place::At { segment, slot, label: whose, .. } = *place else { return true };
-            let found = segments.get(&segment).filter(|_| whose == label);
-            let Some((file, geometry)) = found.and_then(|found| Some((found.file.clone()?, found.geometry)))
-            else {
-                return true;
-            };
-            gone.entry(segment).or_insert_with(|| (file, geometry, Vec::new())).2.push(slot);
-            place.leave(segments);
-            false
+    /// Puts a block in its place; returns where it was.
+    fn put(&mut self, key: BlockKey, place: Place) -> Option<Place> {
+        self.bearing.add(place.label());
+        self.places.insert(key, place).inspect(|before| self.bearing.remove(before.label()))
+    }
+
+    fn remove(&mut self, key: &BlockKey) -> Option<Place> {
+        self.places.remove(key).inspect(|place| self.bearing.remove(place.label()))
+    }
+
+    /// Forgets the blocks under a label in a segment; returns their slots.
+    fn take(&mut self, label: Label, number: u64) -> Option<Erased> {
+        let segment = self.segments.get_mut(&number)?;
+        let (file, geometry) = (segment.file.clone()?, segment.geometry);
+        let mut keys = std::mem::take(&mut segment.keys);
+        let mut slots = Vec::new();
+        keys.retain(|key| match self.places.get(key) {
+            Some(&Place::At { segment, slot, label: whose, .. }) if (segment, whose) == (number, label) => {
+                slots.push(slot);
+                !self.forget(key, number)
+            }
+            _ => true,
         });
-        self.stats.blocks -= (before - self.places.len()) as u64;
-        gone
+        if let Some(segment) = self.segments.get_mut(&number) {
+            segment.keys = keys;
+        }
+        (!slots.is_empty()).then_some((file, geometry, slots))
     }
 
     /// Another model's segment, else, of the half that was used longest ago, the one with the fewest blocks that
@@ -645,17 +687,21 @@ impl Index {
         oldest.into_iter().min_by_key(|(_, segment)| value(segment)).map(|(&number, _)| number)
     }
 
-    /// From now on what a label uses goes last, or as others' does.
-    fn pin(&mut self, label: Label, pins: bool) {
-        let changed = if pins { self.pinned.insert(label) } else { self.pinned.remove(&label) };
-        for place in self.places.values_mut().filter(|_| changed) {
-            let whose = place.label();
-            if let Place::At { segment, pinned, .. } = place
-                && let Some(segment) = self.segments.get_mut(segment)
+    /// Whether that is new of a label.
+    fn set_pinned(&mut self, label: Label, pins: bool) -> bool {
+        if pins { self.pinned.insert(label) } else { self.pinned.remove(&label) }
+    }
+
+    /// A label is pinned now, or no longer: so are the blocks of a segment.
+    fn pin_again(&mut self, number: u64, pins: bool) {
+        let Some(Segment { keys, pinned: count, .. }) = self.segments.get_mut(&number) else { return };
+        for key in keys {
+            if let Some(Place::At { segment, pinned, label, .. }) = self.places.get_mut(key)
+                && *segment == number
             {
                 // What several use is pinned again when a pinned one asks for it next.
-                let now = self.pinned.contains(&whose) || pins && *pinned;
-                segment.pinned = segment.pinned + u32::from(now) - u32::from(*pinned);
+                let now = self.pinned.contains(label) || pins && *pinned;
+                *count = *count + u32::from(now) - u32::from(*pinned);
                 *pinned = now;
             }
         }

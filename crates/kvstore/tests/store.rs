@@ -336,7 +336,9 @@ fn the_newest_record_of_each_label_is_there_after_a_restart() {
     drop(store);
     let store = open(folder.path());
     assert_eq!(records(&store), [(ALICE, b"newer".to_vec()), (Label(14), b"one too many".to_vec())]);
-    assert_eq!(record_files(folder.path()).len(), 2);
+    assert_eq!(record_files(folder.path()).len(), 3, "Alice's, the one before it, and one");
+    store.erase(ALICE).unwrap();
+    assert_eq!(record_files(folder.path()).len(), 1);
 }
 
 #[test]
@@ -374,7 +376,9 @@ fn a_record_that_is_torn_or_damaged_gives_way_to_the_one_before_it() {
     let bytes = std::fs::read(&before).unwrap();
     store.write_record(ALICE, b"after").unwrap();
     drop(store);
-    let after = record_files(folder.path())[0].clone();
+    let [one, other] = &record_files(folder.path())[..] else { panic!("the one before it is still there") };
+    let after = if *one == before { other.clone() } else { one.clone() };
+    assert_eq!(open(folder.path()).read_records(9).unwrap(), [(ALICE, b"after".to_vec())]);
     let whole = std::fs::read(&after).unwrap();
     let flipped = [&[whole[0] ^ 1], &whole[1..]].concat();
     for damaged in [&flipped[..], &whole[..whole.len() - 1], &whole[..3], &[]] {
@@ -383,7 +387,14 @@ fn a_record_that_is_torn_or_damaged_gives_way_to_the_one_before_it() {
         assert_eq!(open(folder.path()).read_records(9).unwrap(), [(ALICE, b"before".to_vec())]);
     }
     std::fs::write(&after, &bytes).unwrap();
-    assert_eq!(open(folder.path()).read_records(9).unwrap(), [(ALICE, b"before".to_vec())], "a renamed one");
+    let store = open(folder.path());
+    assert_eq!(store.read_records(9).unwrap(), [(ALICE, b"before".to_vec())], "a renamed one");
+    for body in [b"one", b"two", b"six"] {
+        store.write_record(ALICE, body).unwrap();
+        assert_eq!(record_files(folder.path()).len(), 2);
+    }
+    drop(store);
+    assert_eq!(open(folder.path()).read_records(9).unwrap(), [(ALICE, b"six".to_vec())]);
 }
 
 #[test]
@@ -571,6 +582,41 @@ fn what_is_erased_is_gone_from_the_files_and_after_a_restart() {
     check(&store);
     put(&store, &keys, 2);
     assert_eq!(get(&store, &keys[2]).unwrap(), payload(2), "and can be written anew");
+}
+
+#[test]
+fn a_label_bears_what_it_wrote_until_that_is_anothers_too_or_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let keys = chain(&store, 3);
+    let bears = |store: &Store| [ALICE, BOB, Label::NOBODY].map(|label| store.bears(label));
+    assert!(store.announce(keys[0], ALICE) && !store.announce(keys[0], BOB));
+    assert_eq!(bears(&store), [true, false, false], "on its way");
+    store.withdraw(&keys[0]);
+    assert_eq!(bears(&store), [false; 3]);
+    for (n, label) in [(0, ALICE), (1, ALICE), (2, BOB)] {
+        assert!(store.announce(keys[n as usize], label));
+        store.write(keys[n as usize], tokens(n), &payload(n)).unwrap();
+    }
+    for label in [BOB, BOB, ALICE] {
+        store.touch(&keys[..1], label);
+        assert_eq!(bears(&store), [true, true, false], "one block is several people's");
+    }
+    drop(store);
+    let store = open(folder.path());
+    assert_eq!(store.erase(BOB).unwrap(), 1);
+    assert_eq!(bears(&store), [true, false, false]);
+    assert_eq!(store.touch(&keys[..2], BOB), 2);
+    assert_eq!((bears(&store), store.erase(ALICE).unwrap()), ([false; 3], 0));
+    drop(store);
+    // What others write takes everything with it in time.
+    let store = open_as(folder.path(), 2 * MIB, MODEL);
+    let others = chain(&store, 1000);
+    for n in 10..1000 {
+        assert!(store.announce(others[n as usize], BOB));
+        store.write(others[n as usize], tokens(n), &payload(n)).unwrap();
+    }
+    assert_eq!(bears(&store), [false, true, false]);
 }
 
 #[test]
