@@ -229,10 +229,10 @@ impl TokenizerFile {
 
     /// Our own pre-tokenizer where it can do what the file asks for, else the library's.
     fn pipeline(&self) -> Result<Pipeline, TextError> {
-        let compose = match &self.normalizer {
-            None => Some(false),
-            Some(normalizer) if normalizer["type"] == "NFC" => Some(true),
-            Some(_) => None,
+        let compose = match self.normalizer.as_ref().map(components).unwrap_or_default()[..] {
+            [] => Some(false),
+            [normalizer] if normalizer["type"] == "NFC" => Some(true),
+            _ => None,
         };
         let pre_tokenizer =
             self.pre_tokenizer.as_ref().and_then(byte_level_patterns).and_then(PreTokenizer::new);
@@ -298,7 +298,7 @@ fn without_prefix(mut part: Value) -> Option<Value> {
 
 /// The parts of a sequence, or the one part.
 fn components(part: &Value) -> Vec<&Value> {
-    for list in ["pretokenizers", "processors", "decoders"] {
+    for list in ["normalizers", "pretokenizers", "processors", "decoders"] {
         if let Some(parts) = part[list].as_array() {
             return parts.iter().flat_map(components).collect();
         }
@@ -394,4 +394,36 @@ fn read_text(folder: &Path, name: &str) -> Result<Option<String>, TextError> {
 
 fn parse<T: for<'de> Deserialize<'de>>(part: &Value, what: &str) -> Result<T, TextError> {
     T::deserialize(part).map_err(|error| TextError::Model(format!("the {what} is not understood: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_list_of_no_normalizers_or_of_nfc_alone_leaves_cutting_to_us() {
+        let nfc = json!({"type": "NFC"});
+        let list = |parts: Value| json!({"type": "Sequence", "normalizers": parts});
+        for (normalizer, expected) in [
+            (Value::Null, Some(false)),
+            (nfc.clone(), Some(true)),
+            (list(json!([])), Some(false)),
+            (list(json!([list(json!([nfc]))])), Some(true)),
+            (list(json!([nfc, {"type": "Lowercase"}])), None),
+        ] {
+            let file: TokenizerFile = serde_json::from_value(json!({
+                "normalizer": normalizer,
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true},
+                "model": {},
+            }))
+            .unwrap();
+            let composes = match file.pipeline().unwrap() {
+                Pipeline::ByteLevel { compose, .. } => Some(compose),
+                _ => None,
+            };
+            assert_eq!(composes, expected, "{normalizer}");
+        }
+    }
 }

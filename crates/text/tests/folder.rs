@@ -120,6 +120,21 @@ fn byte_level_folders_encode_as_the_library_does() {
 }
 
 #[test]
+fn normalizers_in_a_list_are_those_in_it() {
+    let mut file = byte_level();
+    let nfc = file["normalizer"].clone();
+    assert_eq!(nfc["type"], "NFC");
+    for parts in [
+        json!([]),
+        json!([{"type": "Lowercase"}]),
+        json!([{"type": "Strip", "strip_left": true, "strip_right": true}]),
+    ] {
+        file["normalizer"] = json!({"type": "Sequence", "normalizers": parts});
+        agrees(&file);
+    }
+}
+
+#[test]
 fn gpt2s_implied_pattern_and_digits_are_understood() {
     let mut file = byte_level();
     file["normalizer"] = Value::Null;
