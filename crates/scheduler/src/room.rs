@@ -2,10 +2,10 @@
 //!
 //! Places and blocks are shared among owners max-min, by weight: a sequence takes them from an owner that
 //! still holds at least as much for its weight afterwards; so no exchange is undone by the reverse one. Within an owner a
-//! prefill gives way to one that stands well before it in line. A sequence gives way at most
-//! [`MOST_YIELDS`] times, lest it compute the same for ever, and the running sequence that came first
-//! never does, nor loses its blocks to decodes: so something always comes to its end. Nobody gives way
-//! before it is known that all who do make enough room.
+//! prefill gives way to one that stands well before it in line. A sequence gives way to others that wait at most
+//! [`MOST_YIELDS`] times, lest it compute the same for ever; to the next tokens of those that run, when no block is left,
+//! as often as it must. The running sequence that came first does neither: so something always comes to its end.
+//! Nobody gives way before it is known that all who do make enough room.
 
 use std::cmp::Reverse;
 
@@ -15,7 +15,7 @@ use crate::scheduler::{Budget, Policy, Scheduler, StepPlan};
 use crate::sequence::SequenceId;
 use crate::{BLOCK_SIZE, BlockId};
 
-/// How often one sequence gives way.
+/// How often one sequence gives way to others that wait.
 const MOST_YIELDS: u32 = 4;
 
 /// What each owner holds; made when somebody must give way.
