@@ -1,33 +1,89 @@
 //! Request bodies: bytes to a checked JSON structure, every fault a clear 4xx.
 
 use std::error::Error;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
+use axum::extract::{Request, State};
 use axum::http::StatusCode;
+use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use tower_http::timeout::{RequestBodyTimeoutLayer, TimeoutError};
 
-use crate::ServerConfig;
 use crate::openai::ApiError;
+use crate::{Server, ServerConfig};
 
 /// Gives up a body of which nothing more comes: a client that has vanished would hold what it sent for ever.
 pub(crate) fn pause_limit(config: &ServerConfig) -> RequestBodyTimeoutLayer {
     RequestBodyTimeoutLayer::new(config.body_pause)
 }
 
+/// Of all bodies that are being received, as many bytes at most as so many of the largest have.
+const MOST_LARGE: usize = 16;
+
+/// What has come of bodies that are not whole yet.
+#[derive(Debug, Default)]
+pub(crate) struct Receiving(AtomicUsize);
+
+/// Of one body.
+struct Part {
+    receiving: Arc<Receiving>,
+    bytes: usize,
+}
+
+impl Part {
+    /// Adds what has come, unless all would be too much.
+    fn add(&mut self, bytes: usize, most: usize) -> Result<(), TooMuch> {
+        let all = self.receiving.0.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.bytes += bytes;
+        if all > most { Err(TooMuch) } else { Ok(()) }
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        self.receiving.0.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// Too much is being received at the moment.
+#[derive(Debug, thiserror::Error)]
+#[error("too much is being received at the moment")]
+struct TooMuch;
+
+/// Bounds what bodies take that are being received, all together: before it is whole a body is in nobody's queue, and
+/// there may be any number of connections.
+pub(crate) async fn bound(State(server): State<Arc<Server>>, request: Request) -> Request {
+    let most = server.config.max_body_bytes.saturating_mul(MOST_LARGE);
+    let mut part = Part { receiving: server.receiving.clone(), bytes: 0 };
+    request.map(|body| {
+        let pieces = body.into_data_stream().map(move |piece| {
+            let piece = piece?;
+            part.add(piece.len(), most).map_err(axum::Error::new)?;
+            Ok::<_, axum::Error>(piece)
+        });
+        Body::from_stream(pieces)
+    })
+}
+
 /// The body's bytes, or why they could not be had.
 pub(crate) fn bytes(body: Result<Bytes, BytesRejection>, config: &ServerConfig) -> Result<Bytes, ApiError> {
     body.map_err(|rejection| match rejection.status() {
         StatusCode::PAYLOAD_TOO_LARGE => ApiError::body_too_large(config.max_body_bytes),
-        _ if is_timeout(&rejection) => ApiError::body_too_slow(config.body_pause),
+        _ if is::<TimeoutError>(&rejection) => ApiError::body_too_slow(config.body_pause),
+        _ if is::<TooMuch>(&rejection) => ApiError::overloaded(
+            "The server is receiving as much as it has memory for; send the request again.",
+        ),
         _ => ApiError::invalid(format!("The request body could not be read: {rejection}.")),
     })
 }
 
-fn is_timeout(error: &(dyn Error + 'static)) -> bool {
-    error.is::<TimeoutError>() || error.source().is_some_and(is_timeout)
+/// Whether an error is such a one, or comes of one.
+fn is<E: Error + 'static>(error: &(dyn Error + 'static)) -> bool {
+    error.is::<E>() || error.source().is_some_and(is::<E>)
 }
 
 /// Reads what a refused request still sends, within bounds: unread, it would cost the client its

@@ -51,7 +51,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::DefaultBodyLimit;
 use axum::http::{Method, Uri};
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::middleware::{from_fn, from_fn_with_state, map_request_with_state};
 use axum::routing::{get, post};
 use rudder_engine::Engine;
 use rudder_text::{OutputFormat, ReasoningFormat, Text, ToolFormat};
@@ -150,6 +150,8 @@ pub struct Server {
     /// Their conversations in tokens.
     pub(crate) prompts: prompt_cache::PromptCache,
     pub(crate) responses: responses::Responses,
+    /// Bodies that are on their way.
+    pub(crate) receiving: Arc<body::Receiving>,
     draining: AtomicBool,
     /// Unix time of the start.
     pub(crate) created: u64,
@@ -174,6 +176,7 @@ impl Server {
             messages: message_cache::MessageCache::new(),
             prompts: prompt_cache::PromptCache::new(),
             responses: responses::Responses::new(&config.store),
+            receiving: Arc::default(),
             config,
             draining: AtomicBool::new(false),
             created: unix_now(),
@@ -267,6 +270,7 @@ pub fn router(server: Arc<Server>) -> Router {
         })
         .layer(DefaultBodyLimit::max(limit))
         .layer(body::pause_limit(&server.config))
+        .layer(map_request_with_state(server.clone(), body::bound))
         .layer(from_fn_with_state(server.clone(), admission::admit))
         .layer(from_fn(anthropic::reword))
         .layer(web_pages::cors(&server.config))

@@ -99,6 +99,36 @@ async fn read(mut stream: TcpStream) -> String {
 }
 
 #[tokio::test]
+async fn what_many_connections_send_at_once_is_bounded_until_it_is_whole_or_given_up() {
+    let config = ServerConfig { max_body_bytes: 1000, ..ServerConfig::new(MODEL) };
+    let fixture = start_with(config, engine_config(), Manner::default(), true);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tokio::spawn(serve(listener, fixture.server.clone(), std::future::pending()));
+    let whole = async || read(send(address, "POST", CHAT, &" ".repeat(500)).await).await;
+    assert!(whole().await.starts_with("HTTP/1.1 400"), "it is no JSON");
+    let mut unfinished = Vec::new();
+    for _ in 0..16 {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let head = format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n");
+        stream.write_all(format!("{head}{}", " ".repeat(990)).as_bytes()).await.unwrap();
+        unfinished.push(stream);
+    }
+    eventually("they have come", async || whole().await.starts_with("HTTP/1.1 503")).await;
+    let refused = whole().await;
+    assert!(refused.contains("retry-after: ") && refused.contains("overloaded"), "{refused}");
+    assert!(read(send(address, "GET", "/health", "").await).await.starts_with("HTTP/1.1 200"));
+    let mut last = unfinished.pop().unwrap();
+    last.write_all(" ".repeat(10).as_bytes()).await.unwrap();
+    eventually("one is whole", async || whole().await.starts_with("HTTP/1.1 400")).await;
+    drop(unfinished);
+    for _ in 0..40 {
+        assert!(whole().await.starts_with("HTTP/1.1 400"), "what was read is not counted any more");
+    }
+    serving.abort();
+}
+
+#[tokio::test]
 async fn a_waiting_client_that_hangs_up_is_cancelled() {
     let (fixture, leash) = start_held();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
