@@ -22,6 +22,7 @@ CORRECTION = "Stop counting. Say good night instead, in one short sentence."
 SESSIONS, STEERS = 16, 200
 # The model is small and draws at random: it may call a tool or say next to nothing.
 ATTEMPTS = 8
+ENDS = ("response.completed", "response.incomplete")
 
 
 class AppServer:
@@ -49,11 +50,15 @@ class AppServer:
         """Sends without an id."""
         self._write({"method": method} | ({"params": params} if params is not None else {}))
 
-    def call(self, method, params):
-        """Sends and waits for the result."""
+    def ask(self, method, params):
+        """Sends and waits for the answer, a result or an error."""
         number = next(self._ids)
         self._write({"id": number, "method": method, "params": params})
-        answer = self.wait(lambda message: message.get("id") == number)
+        return self.wait(lambda message: message.get("id") == number)
+
+    def call(self, method, params):
+        """Sends and waits for the result."""
+        answer = self.ask(method, params)
         assert "result" in answer, answer
         return answer["result"]
 
@@ -114,23 +119,31 @@ def test_codex_interrupts_its_turn_and_the_correction_alone_is_prefilled(client,
         # Each in a thread of its own: after a short answer in the context the model would go on to say little.
         thread = codex.call("thread/start", settings)["thread"]["id"]
         turn = codex.call("turn/start", {"threadId": thread, "input": [{"type": "text", "text": TASK}]})["turn"]["id"]
-        if codex.speaks():
+        if not codex.speaks():
+            continue
+        steered = time.monotonic()
+        before = server.metrics()
+        correction = [{"type": "text", "text": CORRECTION}]
+        if "error" in codex.ask("turn/steer", {"threadId": thread, "expectedTurnId": turn, "input": correction}):
+            continue  # the turn has ended meanwhile
+        ended = codex.wait(lambda message: message.get("method") == "turn/completed")["params"]["turn"]
+        assert ended["status"] == "completed", ended
+        sockets = [exchange for exchange in line.exchanges() if exchange.path.startswith("/v1/responses")]
+        interrupted = [each for each in sockets if any(message["type"] == "response.interrupt" for message in each.sent)]
+        if interrupted:
             break
+        # Only an answer that has ended by itself cannot be interrupted.
+        ends = [event["response"]["status"] for event in sockets[-1].received if event["type"] in ENDS]
+        assert ends and set(ends) == {"completed"}, ends
     else:
         raise AssertionError(f"no answer was long enough to be steered: {codex.seen[-10:]}")
-    steered = time.monotonic()
-    before = server.metrics()
-    codex.call("turn/steer", {"threadId": thread, "expectedTurnId": turn, "input": [{"type": "text", "text": CORRECTION}]})
-    ended = codex.wait(lambda message: message.get("method") == "turn/completed")["params"]["turn"]
-    assert ended["status"] == "completed", ended
     assert codex.close() == 0
 
-    sockets = [exchange for exchange in line.exchanges() if exchange.path.startswith("/v1/responses")]
-    (socket,) = [each for each in sockets if any(message["type"] == "response.interrupt" for message in each.sent)]
+    (socket,) = interrupted
     kinds = [message["type"] for message in socket.sent]
     at = kinds.index("response.interrupt")
     interrupt, follow = socket.sent[at : at + 2]
-    ends = [event["response"] for event in socket.received if event["type"] in ("response.completed", "response.incomplete")]
+    ends = [event["response"] for event in socket.received if event["type"] in ENDS]
     interrupted, corrected = next(pair for pair in zip(ends, ends[1:]) if pair[0]["status"] == "incomplete")
     assert (interrupted["id"], interrupted["status"]) == (interrupt["response_id"], "incomplete")
     assert interrupted["incomplete_details"] == {"reason": "interrupted"}
