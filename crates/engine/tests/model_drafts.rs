@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::{
-    Answer, CONFIG, VOCAB, ask, ask_at_once, assert_whole, checkpoint, model, penalised, prompt, request,
-    sampled, start, unless_disturbed,
+    Ahead, Answer, CONFIG, VOCAB, ask, ask_at_once, assert_whole, checkpoint, model, penalised, prompt,
+    queued_model, request, sampled, start, unless_disturbed,
 };
 use rudder_engine::{
     Constraint, DraftCounts, DraftMode, DraftModel, Engine, EngineConfig, Event, GenerateRequest, Grammar,
@@ -137,6 +137,10 @@ fn requests(sampling: impl Fn(u32) -> SamplingParams) -> Vec<GenerateRequest> {
     (0..12)
         .map(|i| GenerateRequest { sampling: sampling(i), ..request(prompt(i, 20 + 5 * i as usize), 40) })
         .collect()
+}
+
+fn sampled_apart(i: u32) -> SamplingParams {
+    sampled(i.into())
 }
 
 fn greedy(_: u32) -> SamplingParams {
@@ -315,6 +319,67 @@ fn a_draft_model_that_takes_longer_than_the_large_one_rests() {
         let measured = steps.load(Ordering::SeqCst);
         assert_same(&ask_at_once(&engine, &requests(greedy)), &expected);
         (steps.load(Ordering::SeqCst), guessed(&engine).drafts) == (measured, 0)
+    });
+}
+
+/// As [`with`], where steps can be queued ahead, which take so long.
+fn with_queue(draft: DraftModel, takes: Duration) -> (Engine, Arc<Ahead>) {
+    let config = EngineConfig { draft: DraftMode::Lookup, ..CONFIG };
+    let (large, ahead) = queued_model(&config, takes, None);
+    (Engine::start_drafting(large, config, None, Some(draft)), ahead)
+}
+
+#[test]
+fn steps_are_queued_ahead_while_a_draft_model_rests() {
+    let manner = Manner { step: Duration::from_millis(25), ..Manner::default() };
+    let expected = ask_at_once(&start(CONFIG), &requests(sampled_apart));
+    unless_disturbed("steps ahead, and rest", || {
+        let (draft, steps) = draft_of(&checkpoint(), manner, CONFIG.max_context);
+        let (engine, ahead) = with_queue(draft, Duration::from_millis(6));
+        let measured = steps.load(Ordering::SeqCst);
+        assert_same(&ask_at_once(&engine, &requests(sampled_apart)), &expected);
+        assert_whole(&engine);
+        let queued = ahead.steps.load(Ordering::SeqCst) as u64;
+        println!("{queued} of {} steps were queued ahead", engine.stats().steps);
+        let rested = (steps.load(Ordering::SeqCst), guessed(&engine).drafts) == (measured, 0);
+        rested && 2 * queued > engine.stats().steps
+    });
+}
+
+#[test]
+fn a_draft_model_that_pays_is_asked_where_steps_could_be_queued_ahead() {
+    let expected = ask_at_once(&start(CONFIG), &requests(greedy));
+    unless_disturbed("guesses", || {
+        let (engine, _) = with_queue(own_draft(Manner::default()), Duration::from_millis(6));
+        for (asked, expected) in requests(greedy).into_iter().zip(&expected) {
+            assert_same(&[ask(&engine, asked)], std::slice::from_ref(expected));
+        }
+        assert_whole(&engine);
+        println!("{:?}", guessed(&engine));
+        accepted(&guessed(&engine)) > 60
+    });
+}
+
+#[test]
+fn a_draft_model_is_tried_between_steps_that_are_queued_ahead() {
+    // So seldom is right what is guessed of them that it does not pay, but for all anybody knows it might.
+    let asked: Vec<_> = (0..3)
+        .map(|i| GenerateRequest { sampling: sampled(i.into()), ..request(prompt(i, 20), 220) })
+        .collect();
+    let expected = ask_at_once(&start(CONFIG), &asked);
+    unless_disturbed("steps ahead and trials", || {
+        let manner = Manner { step: Duration::from_millis(1), ..Manner::default() };
+        let (engine, ahead) = with_queue(own_draft(manner), Duration::from_millis(3));
+        for _ in 0..12 {
+            assert_same(&ask_at_once(&engine, &asked), &expected);
+            assert_whole(&engine);
+            if guessed(&engine).drafts > 0 {
+                break;
+            }
+        }
+        let (queued, steps) = (ahead.steps.load(Ordering::SeqCst) as u64, engine.stats().steps);
+        println!("{queued} of {steps} steps were queued ahead, {:?}", guessed(&engine));
+        guessed(&engine).drafts > 0 && 2 * queued > steps
     });
 }
 

@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use self::acceptance::{Acceptance, Evidence};
 pub(crate) use self::drafting::Drafting;
-pub(crate) use self::model_drafter::{ModelDrafter, Subject};
+pub(crate) use self::model_drafter::{Find, ModelDrafter, Subject};
 pub(crate) use self::siblings::Party;
 use self::siblings::{BETWEEN, PIECE, Reference, Siblings, View};
 use self::stray::Stray;

@@ -80,6 +80,8 @@ pub(crate) struct ModelDrafter {
     saved: f32,
     trial: Option<Trial>,
     greedy: SamplingParams,
+    /// Whether it ran for this step's drafts.
+    ran: bool,
     // Reused from step to step.
     candidates: Vec<Candidate>,
     times: StepTimes,
@@ -126,6 +128,16 @@ struct Trial {
     steps: usize,
 }
 
+/// What is tried in a step.
+enum Attempt {
+    /// The next piece of the sequence on trial is read.
+    Read(u64),
+    /// It is guessed for.
+    Guess(u64),
+    /// The model's step is measured.
+    Measure,
+}
+
 impl Candidate {
     /// Probability that all guesses so far are right.
     fn gain(&self) -> f32 {
@@ -160,6 +172,7 @@ impl ModelDrafter {
             saved: 0.0,
             trial: None,
             greedy: SamplingParams { temperature: 0.0, logprobs: Some(0), ..SamplingParams::default() },
+            ran: false,
             candidates: Vec::new(),
             times: StepTimes::default(),
             batch: Batch::default(),
@@ -228,21 +241,8 @@ impl ModelDrafter {
         decodes: usize,
         drafting: &mut Drafting,
     ) -> Result<(), String> {
-        self.began = Instant::now();
-        for (&id, window) in &mut self.windows {
-            if let Some(subject) = find(id) {
-                window.settle(subject.tokens, &mut self.acceptance);
-            }
-        }
-        self.candidates.clear();
-        let Some(outlook) = drafting.outlook else { return Ok(()) };
-        self.find_candidates(find, decodes, drafting);
-        if self.candidates.is_empty() {
-            return Ok(());
-        }
-        drafting.cost.estimate(outlook.rows + drafting.room(), &mut self.times.large);
-        self.cost.estimate(self.outputs, &mut self.times.small);
-        self.times.reading = self.reading;
+        self.ran = false;
+        let Some(outlook) = self.look_at_candidates(find, decodes, drafting) else { return Ok(()) };
         self.draft_for_candidates(find, outlook)?;
         if self.candidates.iter().all(|candidate| candidate.guesses == 0) {
             return Ok(());
@@ -253,6 +253,50 @@ impl ModelDrafter {
         }
         drafting.choose(decodes, None);
         Ok(())
+    }
+
+    /// Whether it did nothing at all for this step.
+    pub(crate) fn rested(&self) -> bool {
+        !self.ran
+    }
+
+    /// Whether it would do something, were it asked for drafts now. To be asked, instead, once a step: the time that is
+    /// lost for want of guesses counts on.
+    pub(crate) fn has_work(&mut self, find: Find<'_, '_>, decodes: usize, drafting: &Drafting) -> bool {
+        let Some(outlook) = self.look_at_candidates(find, decodes, drafting) else { return false };
+        match self.weigh(outlook) {
+            (Some(_), _) => true,
+            (None, Some(rate)) => {
+                self.count_lost_time(outlook, rate);
+                self.worth_reading(outlook, rate).is_some()
+            }
+            (None, None) => self.next_attempt(outlook).is_some(),
+        }
+    }
+
+    /// Finds out for whom it might guess, and what that takes, if there is anybody.
+    fn look_at_candidates(
+        &mut self,
+        find: Find<'_, '_>,
+        decodes: usize,
+        drafting: &Drafting,
+    ) -> Option<Outlook> {
+        self.began = Instant::now();
+        for (&id, window) in &mut self.windows {
+            if let Some(subject) = find(id) {
+                window.settle(subject.tokens, &mut self.acceptance);
+            }
+        }
+        self.candidates.clear();
+        let outlook = drafting.outlook?;
+        self.find_candidates(find, decodes, drafting);
+        if self.candidates.is_empty() {
+            return None;
+        }
+        drafting.cost.estimate(outlook.rows + drafting.room(), &mut self.times.large);
+        self.cost.estimate(self.outputs, &mut self.times.small);
+        self.times.reading = self.reading;
+        Some(outlook)
     }
 
     /// What was guessed in this step for the sequence of this index, if anything.
@@ -321,26 +365,35 @@ impl ModelDrafter {
         most.min(len - 1).max(1)
     }
 
-    /// Guesses, reads and tries as it pays.
-    fn draft_for_candidates(&mut self, find: Find<'_, '_>, outlook: Outlook) -> Result<(), String> {
+    /// Tokens a second that a step promises with guesses for those that are read, and with guesses for all, were they
+    /// read: each if that pays.
+    fn weigh(&self, outlook: Outlook) -> (Option<f32>, Option<f32>) {
         let least = outlook.rate() * LEAST_GAIN;
         let ready = self.candidates.iter().filter(|candidate| candidate.unread == 0);
         let ready = best_depth(outlook, ready.map(|candidate| candidate.prospect), &self.times);
-        // If everything were read.
         let all = self.candidates.iter().map(|candidate| Prospect { behind: 0, ..candidate.prospect });
         let all = best_depth(outlook, all, &self.times);
-        let (pays, would_pay) = (ready.1 > least, all.1 > least);
-        if pays {
+        let pays = |(_, rate): (usize, f32)| (rate > least).then_some(rate);
+        (pays(ready), pays(all))
+    }
+
+    /// Guesses, reads and tries as it pays.
+    fn draft_for_candidates(&mut self, find: Find<'_, '_>, outlook: Outlook) -> Result<(), String> {
+        let (pays, would_pay) = self.weigh(outlook);
+        if let Some(rate) = pays {
             self.trial = None;
-            self.guess(find, outlook, ready.1, MOST_GUESSES, |candidate| candidate.unread == 0)?;
+            self.guess(find, outlook, rate, MOST_GUESSES, |candidate| candidate.unread == 0)?;
         }
         match (pays, would_pay) {
-            (_, true) => {
-                self.count_lost_time(outlook, all.1);
-                self.read_what_pays(find, outlook, all.1)
+            (_, Some(rate)) => {
+                self.count_lost_time(outlook, rate);
+                match self.worth_reading(outlook, rate) {
+                    Some(id) => self.read(find, outlook, id),
+                    None => Ok(()),
+                }
             }
-            (true, false) => Ok(()),
-            (false, false) => self.try_out(find, outlook),
+            (Some(_), None) => Ok(()),
+            (None, None) => self.try_out(find, outlook),
         }
     }
 
@@ -355,9 +408,9 @@ impl ModelDrafter {
         }
     }
 
-    /// Reads a piece of a sequence for which that is worth it, if there is one and its answer may go on for long
+    /// The sequence that is to be read, if there is one for which that is worth it and whose answer may go on for long
     /// enough. `rate` is that of a step with guesses for all.
-    fn read_what_pays(&mut self, find: Find<'_, '_>, outlook: Outlook, rate: f32) -> Result<(), String> {
+    fn worth_reading(&self, outlook: Outlook, rate: f32) -> Option<u64> {
         let tokens_per_second_read = outlook.rate() / (rate / outlook.rate() - 1.0);
         let pays = |candidate: &&Candidate| {
             let reading = candidate.unread as f32 * self.reading;
@@ -365,40 +418,43 @@ impl ModelDrafter {
                 && self.lost.is_worth(candidate.id, reading)
                 && reading * tokens_per_second_read <= candidate.rest as f32
         };
-        let Some(id) = self.candidates.iter().filter(pays).map(|candidate| candidate.id).min() else {
-            return Ok(());
-        };
-        self.read(find, outlook, id)
+        self.candidates.iter().filter(pays).map(|candidate| candidate.id).min()
     }
 
-    /// Goes on with a trial, or begins one where enough is saved for it.
+    /// Goes on with a trial, or measures the model's step.
     fn try_out(&mut self, find: Find<'_, '_>, outlook: Outlook) -> Result<(), String> {
-        let Some(&one) = self.times.small.first() else { return Ok(()) };
         let began = Instant::now();
-        if let Some(Trial { id, steps }) = &mut self.trial {
-            let id = *id;
-            let Some(candidate) = self.candidates.iter().find(|candidate| candidate.id == id) else {
-                return Ok(());
-            };
-            if candidate.unread > 0 {
-                self.read(find, outlook, id)?;
-            } else {
-                *steps -= 1;
+        match self.next_attempt(outlook) {
+            None => return Ok(()),
+            Some(Attempt::Read(id)) => self.read(find, outlook, id)?,
+            Some(Attempt::Guess(id)) => {
+                self.trial.iter_mut().for_each(|trial| trial.steps -= 1);
                 self.trial.take_if(|trial| trial.steps == 0);
                 self.guess(find, outlook, 0.0, TRIAL_GUESSES, |candidate| candidate.id == id)?;
             }
-            self.saved -= began.elapsed().as_secs_f32();
-            return Ok(());
+            Some(Attempt::Measure) => {
+                let took = self.measure_step(1)?;
+                self.cost.record(1, took);
+                self.saved = 0.0;
+                return Ok(());
+            }
+        }
+        self.saved -= began.elapsed().as_secs_f32();
+        Ok(())
+    }
+
+    /// What is to be tried; where enough is saved for it, a trial begins.
+    fn next_attempt(&mut self, outlook: Outlook) -> Option<Attempt> {
+        let one = *self.times.small.first()?;
+        if let Some(Trial { id, .. }) = self.trial {
+            let candidate = self.candidates.iter().find(|candidate| candidate.id == id)?;
+            return Some(if candidate.unread > 0 { Attempt::Read(id) } else { Attempt::Guess(id) });
         }
         let hope = Prospect { chance: HOPE, most: MOST_GUESSES, copied: 0.0, copied_rows: 0, behind: 0 };
         let (_, rate) = best_depth(outlook, std::iter::once(hope), &self.times);
         if rate <= outlook.rate() * LEAST_GAIN {
-            if self.saved > STEPS_TO_MEASURE * one && !self.free.is_empty() {
-                let took = self.measure_step(1)?;
-                self.cost.record(1, took);
-                self.saved = 0.0;
-            }
-            return Ok(());
+            let due = self.saved > STEPS_TO_MEASURE * one && !self.free.is_empty();
+            return due.then_some(Attempt::Measure);
         }
         let steps = (TRIAL_STEPS * TRIAL_GUESSES) as f32 * one;
         let affordable = |candidate: &&Candidate| {
@@ -406,7 +462,7 @@ impl ModelDrafter {
         };
         let chosen = self.candidates.iter().filter(affordable).map(|candidate| candidate.id).min();
         self.trial = chosen.map(|id| Trial { id, steps: TRIAL_STEPS });
-        Ok(())
+        None
     }
 
     /// Reads the next piece of a sequence, as long as the step has time for it.
@@ -556,6 +612,7 @@ impl ModelDrafter {
     /// Runs the model over the batch; a panic is an error too.
     fn forward(&mut self) -> Result<Duration, String> {
         let began = Instant::now();
+        self.ran = true;
         let (model, batch) = (&mut self.model, &self.batch);
         guarded(|| model.forward(batch))?;
         Ok(began.elapsed())

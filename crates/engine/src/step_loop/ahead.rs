@@ -6,7 +6,7 @@
 //! long as a forward pass takes, and penalties count every token.
 //!
 //! The loop lands what is in flight and plans in full again as soon as something may change what runs: a request came or ended, tokens
-//! were forced, a prompt goes on (its blocks arrived from disk, or it only stood back for a step), a draft would pay. A draft model keeps all on the ground. Of a sequence that turns out to have ended, or to go on otherwise than by what was drawn, what is in flight is dropped.
+//! were forced, a prompt goes on (its blocks arrived from disk, or it only stood back for a step), a draft would pay, a draft model has something to read or to try. Of a sequence that turns out to have ended, or to go on otherwise than by what was drawn, what is in flight is dropped.
 
 use std::time::{Duration, Instant};
 
@@ -52,7 +52,7 @@ impl StepLoop {
     /// Whether a step may be left in flight.
     pub(super) fn can_fly(&self, plan: &StepPlan) -> bool {
         self.model.draws_ahead()
-            && self.model_drafter.is_none()
+            && self.drafter_rested()
             && plan.decodes_plainly()
             && plan.chunks.iter().all(|chunk| self.active.get(&chunk.id).is_some_and(Active::flies))
     }

@@ -27,8 +27,10 @@ impl StepLoop {
 
     /// Whether drafts would pay by now, while a step is in flight.
     pub(super) fn look_for_drafts(&mut self) -> bool {
-        self.find_drafts();
-        self.drafting.as_ref().is_some_and(|drafting| drafting.chosen.iter().any(|&len| len > 0))
+        let decodes = self.find_drafts();
+        let copies =
+            self.drafting.as_ref().is_some_and(|drafting| drafting.chosen.iter().any(|&len| len > 0));
+        copies || self.would_guess(decodes)
     }
 
     /// Looks up what may follow the sequences that decode, and chooses how much of it to draft. Returns how many decode.

@@ -4,7 +4,7 @@ use rudder_model::Model;
 use rudder_scheduler::SequenceId;
 
 use super::StepLoop;
-use crate::draft::{ModelDrafter, Subject};
+use crate::draft::{Drafting, Find, ModelDrafter, Subject};
 use crate::draft_model::DraftModel;
 use crate::engine::EngineConfig;
 
@@ -34,9 +34,28 @@ impl StepLoop {
     /// Before drafts are proposed: has the draft model guess where that pays. Beside a prefill, whose step takes its
     /// time anyway, it rests.
     pub(super) fn guess(&mut self, decodes: usize) {
-        let (Some(mut drafter), Some(drafting)) = (self.model_drafter.take(), &mut self.drafting) else {
-            return;
-        };
+        let outcome = self.with_drafter(|drafter, find, drafting| drafter.draft(find, decodes, drafting));
+        if let Some(Err(message)) = outcome {
+            report(&message);
+            self.model_drafter = None;
+        }
+    }
+
+    /// Whether the draft model would do something by now, while a step is in flight.
+    pub(super) fn would_guess(&mut self, decodes: usize) -> bool {
+        self.with_drafter(|drafter, find, drafting| drafter.has_work(find, decodes, drafting)) == Some(true)
+    }
+
+    /// Whether the draft model, if there is one, did nothing for the step that was planned last.
+    pub(super) fn drafter_rested(&self) -> bool {
+        self.model_drafter.as_ref().is_none_or(|drafter| drafter.rested())
+    }
+
+    fn with_drafter<T>(
+        &mut self,
+        work: impl FnOnce(&mut ModelDrafter, Find<'_, '_>, &mut Drafting) -> T,
+    ) -> Option<T> {
+        let (drafter, drafting) = (self.model_drafter.as_mut()?, self.drafting.as_mut()?);
         let (scheduler, active) = (&self.scheduler, &self.active);
         let find = |id: SequenceId| {
             let (active, sequence) = (active.get(&id)?, scheduler.sequence(id)?);
@@ -48,10 +67,7 @@ impl StepLoop {
                 stops: if request.ignore_eos { &[] } else { &request.stop_tokens },
             })
         };
-        match drafter.draft(&find, decodes, drafting) {
-            Ok(()) => self.model_drafter = Some(drafter),
-            Err(message) => report(&message),
-        }
+        Some(work(drafter, &find, drafting))
     }
 
     /// A sequence has ended or lost its place: so do its tokens in the draft model's cache.

@@ -310,10 +310,21 @@ fn wait_until(done: Instant) {
 }
 
 pub fn queued(config: EngineConfig, fault: Option<Fault>) -> (Engine, Arc<Ahead>) {
+    let takes = Duration::from_millis(if config.draft == DraftMode::Off { 0 } else { 2 });
+    let (queued, ahead) = queued_model(&config, takes, fault);
+    (Engine::start(queued, config), ahead)
+}
+
+/// The real model as a device with a queue runs it, each step taking so long at least.
+pub fn queued_model(
+    config: &EngineConfig,
+    takes: Duration,
+    fault: Option<Fault>,
+) -> (Box<dyn Model>, Arc<Ahead>) {
     let ahead = Arc::new(Ahead::default());
     let queued = Queued {
-        inner: model(&config),
-        takes: Duration::from_millis(if config.draft == DraftMode::Off { 0 } else { 2 }),
+        inner: model(config),
+        takes,
         busy_until: Instant::now(),
         ahead: ahead.clone(),
         on_its_way: None,
@@ -321,7 +332,7 @@ pub fn queued(config: EngineConfig, fault: Option<Fault>) -> (Engine, Arc<Ahead>
         batch: Batch::default(),
         fault,
     };
-    (Engine::start(Box::new(queued), config), ahead)
+    (Box::new(queued), ahead)
 }
 
 /// Asks all at once of an engine whose steps land one by one and of one that queues them ahead. Checks that answers are equal;
