@@ -361,29 +361,6 @@ fn a_draft_model_that_pays_is_asked_where_steps_could_be_queued_ahead() {
 }
 
 #[test]
-fn a_draft_model_is_tried_between_steps_that_are_queued_ahead() {
-    // So seldom is right what is guessed of them that it does not pay, but for all anybody knows it might.
-    let asked: Vec<_> = (0..3)
-        .map(|i| GenerateRequest { sampling: sampled(i.into()), ..request(prompt(i, 20), 220) })
-        .collect();
-    let expected = ask_at_once(&start(CONFIG), &asked);
-    unless_disturbed("steps ahead and trials", || {
-        let manner = Manner { step: Duration::from_millis(1), ..Manner::default() };
-        let (engine, ahead) = with_queue(own_draft(manner), Duration::from_millis(3));
-        for _ in 0..12 {
-            assert_same(&ask_at_once(&engine, &asked), &expected);
-            assert_whole(&engine);
-            if guessed(&engine).drafts > 0 {
-                break;
-            }
-        }
-        let (queued, steps) = (ahead.steps.load(Ordering::SeqCst) as u64, engine.stats().steps);
-        println!("{queued} of {steps} steps were queued ahead, {:?}", guessed(&engine));
-        guessed(&engine).drafts > 0 && 2 * queued > steps
-    });
-}
-
-#[test]
 fn without_drafts_a_draft_model_is_not_asked() {
     let (draft, steps) = draft_of(&checkpoint(), Manner::default(), CONFIG.max_context);
     let engine = Engine::start_drafting(model(&CONFIG), CONFIG, None, Some(draft));
