@@ -322,10 +322,10 @@ fn a_draft_model_that_takes_longer_than_the_large_one_rests() {
     });
 }
 
-/// As [`with`], where steps can be queued ahead, which take so long.
-fn with_queue(draft: DraftModel, takes: Duration) -> (Engine, Arc<Ahead>) {
+/// As [`with`], where steps can be queued ahead, each of which takes 6 ms at least.
+fn with_queue(draft: DraftModel) -> (Engine, Arc<Ahead>) {
     let config = EngineConfig { draft: DraftMode::Lookup, ..CONFIG };
-    let (large, ahead) = queued_model(&config, takes, None);
+    let (large, ahead) = queued_model(&config, Duration::from_millis(6), None);
     (Engine::start_drafting(large, config, None, Some(draft)), ahead)
 }
 
@@ -335,7 +335,7 @@ fn steps_are_queued_ahead_while_a_draft_model_rests() {
     let expected = ask_at_once(&start(CONFIG), &requests(sampled_apart));
     unless_disturbed("steps ahead, and rest", || {
         let (draft, steps) = draft_of(&checkpoint(), manner, CONFIG.max_context);
-        let (engine, ahead) = with_queue(draft, Duration::from_millis(6));
+        let (engine, ahead) = with_queue(draft);
         let measured = steps.load(Ordering::SeqCst);
         assert_same(&ask_at_once(&engine, &requests(sampled_apart)), &expected);
         assert_whole(&engine);
@@ -350,7 +350,7 @@ fn steps_are_queued_ahead_while_a_draft_model_rests() {
 fn a_draft_model_that_pays_is_asked_where_steps_could_be_queued_ahead() {
     let expected = ask_at_once(&start(CONFIG), &requests(greedy));
     unless_disturbed("guesses", || {
-        let (engine, _) = with_queue(own_draft(Manner::default()), Duration::from_millis(6));
+        let (engine, _) = with_queue(own_draft(Manner::default()));
         for (asked, expected) in requests(greedy).into_iter().zip(&expected) {
             assert_same(&[ask(&engine, asked)], std::slice::from_ref(expected));
         }
